@@ -1,0 +1,55 @@
+"""The words of the library: what an image batch, a score and a reward are."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+Images: TypeAlias = Tensor | Sequence[Tensor]
+"""`[B, 3, H, W]` float RGB in [0, 1], or a sequence of `[3, H, W]` whose sizes may differ."""
+
+Scores: TypeAlias = Tensor
+"""`[B]` float32, higher is better, NaN = not scored."""
+
+Groups: TypeAlias = Tensor
+"""`[B]` integer ids: rows with the same id are rollouts of the same input."""
+
+Bounds: TypeAlias = tuple[float | None, float | None]
+"""(low, high) that no score can leave; None = unbounded on that side."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """What every part of this library and every adapter expects from a reward.
+
+    Plain attributes describe it; calling it scores images. `iqareward.testing.check_reward` tests the whole contract,
+    which `docs/explanation/contract.md` explains.
+
+    Attributes:
+        name: short identifier, used as key of components and in logs.
+        needs_references: whether a call without `references` is an error.
+        needs_prompts: whether a call without `prompts` is an error.
+        differentiable: whether scores carry a graph back to the input pixels.
+        bounds: (low, high) of every score; None = unbounded.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs_references(self) -> bool: ...
+    @property
+    def needs_prompts(self) -> bool: ...
+    @property
+    def differentiable(self) -> bool: ...
+    @property
+    def bounds(self) -> Bounds: ...
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32, higher is better, NaN where an image could not be scored."""
+        ...
