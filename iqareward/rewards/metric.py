@@ -1,0 +1,146 @@
+"""Lift a metric, a function from image batches to `[B]` numbers, to a reward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.scoring import score_images
+from iqareward.types import Bounds, Images, Scores
+
+
+@final
+@dataclass(frozen=True)
+class FullReference:
+    """A reward from any full-reference metric: how close each image is to its reference.
+
+    Args:
+        metric: `metric(images, references) -> [B]` on float32 `[B, 3, H, W]` in [0, 1], each image on its own. A module-level
+            function or a picklable callable, so that the reward can be sent to workers.
+        higher_is_better: direction of the metric; if False the reward is its negative.
+        name: default: the metric's `__name__`.
+        bounds: of the reward, that is after the sign.
+        min_side: images with a shorter side give NaN.
+        differentiable: keep the graph from scores to pixels.
+        batch_size: images per call of the metric; None = chosen by pixels.
+
+    Example:
+        >>> import torch
+        >>> from iqareward.functional import ssim
+        >>> reward = FullReference(ssim, higher_is_better=True, min_side=11)
+        >>> images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> reward(images, references=images)
+        tensor([1., 1.])
+    """
+
+    metric: Callable[[Tensor, Tensor], Tensor]
+    _: KW_ONLY
+    higher_is_better: bool
+    name: str = ""
+    bounds: Bounds = (None, None)
+    min_side: int = 1
+    differentiable: bool = False
+    batch_size: int | None = None
+
+    needs_references: ClassVar[bool] = True
+    needs_prompts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or _metric_name(self.metric))
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image against its reference; `[B]` float32, higher is better, NaN = not scored."""
+        return score_images(
+            _Signed(self.metric, self.higher_is_better),
+            images,
+            references,
+            name=self.name,
+            needs_references=True,
+            differentiable=self.differentiable,
+            min_side=self.min_side,
+            batch_size=self.batch_size,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class NoReference:
+    """A reward from any no-reference metric: how good each image looks on its own.
+
+    Args:
+        metric: `metric(images) -> [B]`; otherwise as in `FullReference`.
+        higher_is_better: direction of the metric; if False the reward is its negative.
+        name: default: the metric's `__name__`.
+        bounds: of the reward, that is after the sign.
+        min_side: images with a shorter side give NaN.
+        differentiable: keep the graph from scores to pixels.
+        batch_size: images per call of the metric; None = chosen by pixels.
+
+    Example:
+        >>> import torch
+        >>> def brightness(images):
+        ...     return images.mean(dim=(1, 2, 3))
+        >>> reward = NoReference(brightness, higher_is_better=True, bounds=(0.0, 1.0))
+        >>> reward(torch.full((2, 3, 8, 8), 0.25))
+        tensor([0.2500, 0.2500])
+    """
+
+    metric: Callable[[Tensor], Tensor]
+    _: KW_ONLY
+    higher_is_better: bool
+    name: str = ""
+    bounds: Bounds = (None, None)
+    min_side: int = 1
+    differentiable: bool = False
+    batch_size: int | None = None
+
+    needs_references: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or _metric_name(self.metric))
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32, higher is better, NaN = not scored. `references` are not used."""
+        return score_images(
+            _Signed(self.metric, self.higher_is_better),
+            images,
+            name=self.name,
+            needs_references=False,
+            differentiable=self.differentiable,
+            min_side=self.min_side,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class _Signed:
+    """The metric, turned so that higher is better."""
+
+    metric: Callable[..., Tensor]
+    higher_is_better: bool
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        values = self.metric(*batch)
+        return values if self.higher_is_better else torch.neg(values)
+
+
+def _metric_name(metric: Callable[..., Tensor]) -> str:
+    name = getattr(metric, "__name__", None)  # functools.partial and callable objects have none
+    if name is None:
+        raise ValueError(f"the metric {metric!r} has no __name__; pass name=... so that its scores can be told apart.")
+    return name
