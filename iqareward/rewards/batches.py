@@ -19,8 +19,8 @@ def shape_buckets(name: str, images: Images, references: Images | None) -> tuple
         references: None, or of the same shapes and device.
 
     Returns:
-        One `(images,)` or `(images, references)` pair of `[b, 3, H, W]` per shape, in order of first appearance; and for
-        each input image its row in the concatenation of the buckets, or None if that is the order already.
+        One `(images,)` or `(images, references)` pair of `[b, 3, H, W]` per shape, in order of first appearance; and
+        for each input image its row in the concatenation of the buckets, or None if that is the order already.
     """
     if isinstance(images, Tensor) and (references is None or isinstance(references, Tensor)):
         batch = (images,) if references is None else (images, references)
@@ -38,7 +38,8 @@ def shape_buckets(name: str, images: Images, references: Images | None) -> tuple
         _check_match(name, *row, index=index)
         if row[0].device != rows[0][0].device:
             raise ValueError(
-                f"{name} expected all images on one device ({rows[0][0].device}), got images[{index}] on {row[0].device}."
+                f"{name} expected all images on one device ({rows[0][0].device}), "
+                f"got images[{index}] on {row[0].device}."
             )
         members.setdefault(row[0].shape, []).append(index)
     buckets = [tuple(torch.stack([column[i] for i in indices]) for column in rows) for indices in members.values()]

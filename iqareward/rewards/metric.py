@@ -17,8 +17,8 @@ class FullReference:
     """A reward from any full-reference metric: how close each image is to its reference.
 
     Args:
-        metric: `metric(images, references) -> [B]` on float32 `[B, 3, H, W]` in [0, 1], each image on its own. A module-level
-            function or a picklable callable, so that the reward can be sent to workers.
+        metric: `metric(images, references) -> [B]` on float32 `[B, 3, H, W]` in [0, 1], each image on its own. A
+            module-level function or a picklable callable, so that the reward can be sent to workers.
         higher_is_better: direction of the metric; if False the reward is its negative.
         name: default: the metric's `__name__`.
         bounds: of the reward, that is after the sign.

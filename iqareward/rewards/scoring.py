@@ -1,8 +1,8 @@
 """The reward contract, once: every reward of this library scores its images through `score_images`.
 
-It turns a function on clean batches into one that keeps the contract: it checks shapes, groups mixed sizes by shape, splits
-into micro-batches, computes in float32 whatever the caller's autocast, grad or inference mode is, and answers NaN for an
-image that cannot be scored without touching the others. Nothing here reads a pixel value on the host.
+It turns a function on clean batches into one that keeps the contract: it checks shapes, groups mixed sizes by shape,
+splits into micro-batches, computes in float32 whatever the caller's autocast, grad or inference mode is, and answers
+NaN for an image that cannot be scored without touching the others. Nothing here reads a pixel value on the host.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,9 @@ from iqareward.functional._chunks import CPU_PIXELS_PER_CHUNK
 from iqareward.rewards.batches import shape_buckets
 from iqareward.types import Images, Scores
 
-# Decoders overshoot [0, 1] a little, and such images are clamped. Images that leave it by more than this were never in [0, 1]
-# (a forgotten [-1, 1] or [0, 255]); they are not scored, because a clamped one would get a plausible wrong number.
+# Decoders overshoot [0, 1] a little, and such images are clamped. Images that leave it by more than this were never
+# in [0, 1] (a forgotten [-1, 1] or [0, 255]); they are not scored, because a clamped one would get a plausible wrong
+# number.
 RANGE_SLACK = 0.25
 
 # 32 images of 1024 x 1024: a few GB for the classical metrics.
@@ -43,8 +44,8 @@ def sanitize(images: Tensor) -> tuple[Tensor, Tensor]:
         images: `[B, 3, H, W]`, any floating dtype.
 
     Returns:
-        Float32 images in [0, 1], mid-grey where not valid; and `[B]` bool: all pixels finite and within `RANGE_SLACK` of
-        [0, 1]. Gradients reach valid images only.
+        Float32 images in [0, 1], mid-grey where not valid; and `[B]` bool: all pixels finite and within `RANGE_SLACK`
+        of [0, 1]. Gradients reach valid images only.
     """
     images = images.float()
     low, high = images.detach().flatten(1).aminmax(dim=1)
@@ -74,12 +75,12 @@ def score_images(
         needs_references: whether to pass references on; if not, they are ignored.
         differentiable: whether to keep the graph to the pixels; otherwise none is built.
         min_side: images with a shorter side are not scored.
-        batch_size: images per call of `score_batch`; None = by pixels, so that a call stays in a CPU's cache or well within a
-            GPU's memory.
+        batch_size: images per call of `score_batch`; None = by pixels, so that a call stays in a CPU's cache or well
+            within a GPU's memory.
 
     Returns:
-        `[B]` float32 on the device of `images`; NaN where an image (or its reference) is too small, has a non-finite pixel,
-        lies outside [0, 1] by more than `RANGE_SLACK`, or where the score itself is not finite.
+        `[B]` float32 on the device of `images`; NaN where an image (or its reference) is too small, has a non-finite
+        pixel, lies outside [0, 1] by more than `RANGE_SLACK`, or where the score itself is not finite.
 
     Raises:
         TypeError: images are not floating-point tensors.

@@ -1,0 +1,246 @@
+"""The single checks of `testing.check_reward`: each returns None if passed, a reason if skipped, and raises if
+failed."""
+
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from iqareward.types import Images, Reward
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reward under test and what to test it on."""
+
+    reward: Reward
+    images: Tensor
+    references: Tensor | None
+    degraded: Tensor | None
+    close: dict[str, Any]
+
+    def score(self, images: Images | None = None, references: Images | None = None, **keywords: Any) -> Tensor:
+        """Scores of `images` (default: all) with their references, passed as trainers pass them."""
+        images = self.images if images is None else images
+        references = self.references if references is None else references
+        return self.reward(images, references=references, prompts=[""] * len(images), **keywords)
+
+    def assert_same(self, actual: Tensor, expected: Tensor, when: str) -> None:
+        """Fail with the condition in the message unless scores agree, NaN with NaN."""
+        torch.testing.assert_close(
+            actual, expected, msg=lambda text: f"the score changes {when}.\n{text}", **self.close
+        )
+
+
+def facts(case: Case) -> str | None:
+    reward = case.reward
+    assert isinstance(reward, Reward), (
+        "it lacks an attribute of the protocol: name, needs_references, needs_prompts, differentiable, bounds, __call__"
+    )
+    assert not isinstance(reward, nn.Module), (
+        "a reward must not be an nn.Module (TRL takes any module for a text reward model); keep it in `reward.model`"
+    )
+    assert isinstance(reward.name, str), f"`name` must be a str, got {type(reward.name).__name__}"
+    assert reward.name, "`name` is empty"
+    for fact in ("needs_references", "needs_prompts", "differentiable"):
+        assert isinstance(getattr(reward, fact), bool), f"`{fact}` must be a bool"
+    low, high = reward.bounds
+    assert low is None or high is None or low < high, f"`bounds` must be (low, high), got {reward.bounds}"
+
+
+def pickling(case: Case) -> str | None:
+    # first of all scoring checks: a reward must be picklable before its weights are loaded
+    copy = pickle.loads(pickle.dumps(case.reward))
+    assert copy.name == case.reward.name, "the unpickled copy has another name"
+    scores = Case(copy, case.images, case.references, None, case.close).score()
+    case.assert_same(scores, case.score(), "after pickling")
+
+
+def output(case: Case) -> str | None:
+    scores = case.score()
+    count = case.images.shape[0]
+    assert isinstance(scores, Tensor), f"expected a tensor, got {type(scores).__name__}"
+    assert scores.shape == (count,), f"expected shape [{count}], got {list(scores.shape)}"
+    assert scores.dtype == torch.float32, f"expected float32, got {scores.dtype}"
+    assert scores.device == case.images.device, f"expected device {case.images.device}, got {scores.device}"
+    assert scores.isfinite().all(), f"ordinary images must get finite scores, got {scores.tolist()}"
+
+
+def bounds(case: Case) -> str | None:
+    low, high = case.reward.bounds
+    for images in (case.images, case.degraded, torch.zeros_like(case.images), torch.ones_like(case.images)):
+        if images is None:
+            continue
+        scores = case.score(images)
+        scores = scores[~scores.isnan()]
+        assert scores.isfinite().all(), "scores must be finite or NaN, never infinite"
+        assert low is None or bool((scores >= low).all()), f"{scores.min().item()} is below the bound {low}"
+        assert high is None or bool((scores <= high).all()), f"{scores.max().item()} is above the bound {high}"
+
+
+def keywords(case: Case) -> str | None:
+    scores = case.score(metadata=[{}], trainer_state=None, a_keyword_nobody_uses=1)
+    case.assert_same(scores, case.score(), "with unknown keywords")
+
+
+def untouched(case: Case) -> str | None:
+    for name, given in (("images", case.images), ("references", case.references)):
+        if given is None:
+            continue
+        before = given.clone()
+        case.score()
+        assert torch.equal(given, before), f"it wrote into `{name}`"
+
+
+def repeat(case: Case) -> str | None:
+    case.assert_same(case.score(), case.score(), "from call to call")
+
+
+def one_and_none(case: Case) -> str | None:
+    rows = range(len(case.images))
+    alone = [case.score(case.images[i : i + 1], _rows(case.references, [i])) for i in rows]
+    assert all(score.shape == (1,) for score in alone), f"one image must give shape [1], got {list(alone[0].shape)}"
+    case.assert_same(torch.cat(alone), case.score(), "when images are scored one at a time")
+    empty = case.score(case.images[:0], _rows(case.references, []))
+    assert empty.shape == (0,), f"no image must give shape [0], got {list(empty.shape)}"
+
+
+def order(case: Case) -> str | None:
+    backwards = list(range(len(case.images)))[::-1]
+    scores = case.score(case.images[backwards], _rows(case.references, backwards))
+    case.assert_same(scores, case.score()[backwards], "with the order of the batch")
+
+
+def sequences(case: Case) -> str | None:
+    height, width = case.images.shape[2:]
+    references = None if case.references is None else list(case.references)
+    case.assert_same(
+        case.score(list(case.images), references), case.score(), "when a list is passed instead of a batch"
+    )
+    half = (..., slice(0, max(1, height // 2)), slice(0, max(1, width // 2)))  # may be too small to score: NaN is right
+    mixed = [case.images[0][half], *case.images[1:]]
+    mixed_references = None if references is None else [references[0][half], *references[1:]]
+    scores = case.score(mixed, mixed_references)
+    assert scores.shape == (len(mixed),), f"a list of {len(mixed)} must give that many scores, got {list(scores.shape)}"
+    case.assert_same(scores[1:], case.score()[1:], "beside an image of another size")
+
+
+def layouts(case: Case) -> str | None:
+    images = case.images.contiguous(memory_format=torch.channels_last)
+    case.assert_same(case.score(images), case.score(), "with the memory layout of the images")
+
+
+def half_precision(case: Case) -> str | None:
+    for dtype in (torch.bfloat16, torch.float16):
+        images, references = case.images.to(dtype), None if case.references is None else case.references.to(dtype)
+        exact = case.score(images.float(), None if references is None else references.float())
+        scores = case.score(images, references)
+        assert scores.dtype == torch.float32, f"{dtype} images must give float32 scores, got {scores.dtype}"
+        case.assert_same(scores, exact, f"when the same pixels come as {dtype}")
+
+
+def threads(case: Case) -> str | None:
+    device = case.images.device.type
+    states = [
+        nullcontext, torch.no_grad, torch.enable_grad, torch.inference_mode,
+        lambda: torch.autocast(device, dtype=torch.bfloat16),
+    ]  # fmt: skip
+
+    def score_in(state: Callable[[], Any]) -> Tensor:
+        with state():
+            return case.score()
+
+    expected = case.score()
+    with ThreadPoolExecutor(max_workers=len(states)) as pool:
+        for scores in pool.map(score_in, states * 2):
+            case.assert_same(scores.detach(), expected.detach(), "in threads under the caller's autocast or grad mode")
+
+
+def graph(case: Case) -> str | None:
+    images = case.images.clone().requires_grad_()
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            scores = case.score(images)
+        if scores.requires_grad != case.reward.differentiable:
+            wanted = "a graph to the pixels" if case.reward.differentiable else "no graph"
+            raise AssertionError(
+                f"differentiable={case.reward.differentiable} promises {wanted}, also under {mode.__name__}"
+            )
+    if not case.reward.differentiable:
+        return None
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert gradient.isfinite().all(), "the gradient has non-finite values"
+    assert bool((gradient.flatten(1).abs().amax(1) > 0).all()), "the gradient of an image is zero"
+
+
+def isolation(case: Case) -> str | None:
+    for value in (torch.nan, torch.inf):
+        images = case.images.clone()
+        images[0, 0, 0, 0] = value
+        scores = case.score(images)
+        assert scores[0].isnan(), f"an image with a {value} pixel must score NaN, got {scores[0].item()}"
+        case.assert_same(scores[1:], case.score()[1:], f"when another image has a {value} pixel")
+
+
+def range_error(case: Case) -> str | None:
+    wrong = case.images.clone()
+    wrong[0] = wrong[0] * 255
+    if float(wrong[0].max()) < 2:
+        return "images[0] is black"
+    scores = case.score(wrong)
+    assert scores[0].isnan(), f"an image in [0, 255] must score NaN, not a plausible {scores[0].item()}"
+    case.assert_same(scores[1:], case.score()[1:], "when another image is out of range")
+
+
+def missing_references(case: Case) -> str | None:
+    if not case.reward.needs_references:
+        return "needs no references"
+    try:
+        case.reward(case.images)
+    except ValueError:
+        return None
+    raise AssertionError("a call without `references` must raise ValueError")
+
+
+def direction(case: Case) -> str | None:
+    if case.degraded is None:
+        return "no degraded images were given"
+    good, bad = case.score(), case.score(case.degraded)
+    lower = int((bad < good).sum())
+    assert 2 * lower > len(good), f"only {lower} of {len(good)} degraded images score lower; is the sign right?"
+
+
+def _rows(references: Tensor | None, rows: list[int]) -> Tensor | None:
+    return None if references is None else references[rows]
+
+
+class Check(NamedTuple):
+    title: str
+    run: Callable[[Case], str | None]
+
+
+ALL = (
+    Check("states its facts and is no nn.Module", facts),
+    Check("survives pickling", pickling),
+    Check("gives [B] finite float32 on the images' device", output),
+    Check("stays within its bounds, also on black and white images", bounds),
+    Check("ignores unknown keywords", keywords),
+    Check("leaves its inputs untouched", untouched),
+    Check("gives the same score twice", repeat),
+    Check("gives the same score alone and in a batch; none for none", one_and_none),
+    Check("does not depend on the order", order),
+    Check("accepts lists and mixed sizes", sequences),
+    Check("does not depend on the memory layout", layouts),
+    Check("computes in float32 whatever comes in", half_precision),
+    Check("does not depend on thread, autocast or grad mode", threads),
+    Check("builds a graph exactly when differentiable", graph),
+    Check("answers NaN for a broken image without touching others", isolation),
+    Check("answers NaN for images in a wrong range", range_error),
+    Check("refuses missing references", missing_references),
+    Check("scores degraded images lower", direction),
+)

@@ -1,0 +1,97 @@
+"""Is this object a reward? One public check of the whole contract, for our rewards and for yours."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from iqareward import _contract_checks as checks
+from iqareward.types import Reward
+
+
+class RewardContractError(AssertionError):
+    """A reward breaks the contract; the message lists every failure."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_reward` tried and found; `str(report)` is a readable list."""
+
+    reward: str
+    passed: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.reward}: {len(self.passed)} passed, {len(self.failed)} failed, {len(self.skipped)} skipped"]
+        lines += [f"  ok    {title}" for title in self.passed]
+        lines += [f"  skip  {title}: {reason}" for title, reason in self.skipped]
+        lines += [f"  FAIL  {title}: {reason}" for title, reason in self.failed]
+        return "\n".join(lines)
+
+
+def check_reward(
+    reward: Reward,
+    images: Tensor,
+    references: Tensor | None = None,
+    *,
+    degraded: Tensor | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+) -> Report:
+    """Test a reward against the whole contract of this library, and say everything that is wrong with it.
+
+    Checked: facts and type; shape, dtype and device of scores, also for one image, none, and mixed sizes; bounds;
+        unknown
+    keywords; untouched inputs; the same score alone, in a batch, in another order, in half precision, in another memory
+    layout, twice, from threads under foreign autocast and grad modes, and after pickling; a graph exactly when
+    `differentiable`; non-finite pixels cost one image its score and no other; missing references are an error; and,
+    with `degraded`, the direction.
+
+    Args:
+        reward: anything that might be a reward.
+        images: `[B, 3, H, W]` float in [0, 1], B >= 3, large enough for the reward to score each of them.
+        references: `[B, 3, H, W]`, needed if the reward needs them; different from `images`.
+        degraded: `[B, 3, H, W]`, visibly worse versions of `images`; most of them must score lower.
+        rtol: how far a network's score may move with its batch, relative.
+        atol: the same, absolute.
+
+    Returns:
+        A report to print.
+
+    Raises:
+        RewardContractError: with all failures.
+        ValueError: the arguments are not fit for the check.
+
+    Example:
+        >>> import torch
+        >>> from iqareward.functional import psnr
+        >>> from iqareward.rewards.metric import FullReference
+        >>> rng = torch.Generator().manual_seed(0)
+        >>> references = torch.rand(3, 3, 32, 32, generator=rng) * 0.5 + 0.25
+        >>> images = references + 0.01 * torch.randn(3, 3, 32, 32, generator=rng)
+        >>> report = check_reward(FullReference(psnr, higher_is_better=True), images, references)
+        >>> report.failed
+        []
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] < 3:
+        raise ValueError("check_reward expected `images` as a tensor [B, 3, H, W] with B >= 3.")
+    for name, other in (("references", references), ("degraded", degraded)):
+        if other is not None and other.shape != images.shape:
+            raise ValueError(
+                f"check_reward expected `{name}` of shape {list(images.shape)} like `images`, got {list(other.shape)}."
+            )
+    report = Report(str(getattr(reward, "name", type(reward).__name__)))
+    case = checks.Case(reward, images.detach(), references, degraded, {"rtol": rtol, "atol": atol, "equal_nan": True})
+    for title, check in checks.ALL:
+        try:
+            reason = check(case)
+        except Exception as error:
+            report.failed.append((title, f"{type(error).__name__}: {error}"))
+        else:
+            if reason is None:
+                report.passed.append(title)
+            else:
+                report.skipped.append((title, reason))
+    if report.failed:
+        raise RewardContractError(str(report))
+    return report
