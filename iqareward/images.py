@@ -30,9 +30,9 @@ def to_images(
     is clamped, resized or rounded, and gradients flow through tensors.
 
     Args:
-        images: a PIL image or path, an ndarray `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, a tensor `[H, W]`, `[C, H,
-            W]` or `[B, C, H, W]` with C = 1, 3 or 4, a sequence of single images, or an object with `.images` (a
-            diffusers output).
+        images: a PIL image or path; an ndarray `[H, W]`, `[H, W, C]` or `[B, H, W, C]`; a tensor `[H, W]`,
+            `[C, H, W]` or `[B, C, H, W]`; a sequence of single images; or an object with `.images` (a diffusers
+            output). C is 1 or 3, or 4 (RGBA) for integers: floats with 4 channels are taken for latents and refused.
         value_range: (black, white) of floating-point input, e.g. `(-1, 1)`; required for it, not used for integers.
         device: where to put the result (integers travel as integers); None = where the tensor is, CPU for others.
 

@@ -1,0 +1,49 @@
+# Every target sets itself up: nothing has to be installed or activated first. Set-up is skipped while it is up to date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUTPUT ?= demo-output
+
+.PHONY: demo test lint types docs bench format clean
+
+demo: $(VENV)/.demo  ## score degraded photographs, draw the report (about a minute)
+	$(BIN)/iqareward demo --output $(OUTPUT)
+
+test: $(VENV)/.dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+docs: $(VENV)/.dev  ## build the documentation site into site/
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.dev  ## the classical metrics against every other library (about ten minutes)
+	$(BIN)/python -m benchmarks.bench_classical
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) site build dist .pytest_cache .ruff_cache .hypothesis
+
+# The stamps are remade when what they depend on changes; an interrupted installation leaves none.
+$(VENV)/.pip: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
+	touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.pip
+	@test -e $(VENV)/.dev || echo "Installing iqareward and its demo into $(VENV): a few minutes, once."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.pip
+	@echo "Installing iqareward, all extras and the development tools into $(VENV): several minutes and 8 GB, once."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,pyiqa]' --group dev
+	touch $@ $(VENV)/.demo

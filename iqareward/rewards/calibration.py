@@ -1,0 +1,185 @@
+"""Bring a reward to [0, 1] by a fixed monotone map, so that rewards can be added, gated and compared between runs.
+
+A map is fitted once, on the scores of a frozen set of images, and never moves with the policy: thresholds and gates
+keep their meaning (facts that a running z-score would lose).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.compose import joint_facts
+from iqareward.rewards.scoring import reward_mode
+from iqareward.types import Bounds, Images, Reward, Scores
+
+
+@final
+@dataclass(frozen=True)
+class AffineMap:
+    """`(score - low) / (high - low)`, clamped to [0, 1].
+
+    Args:
+        low: the score that becomes 0.
+        high: the score that becomes 1.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"AffineMap expected low < high, got ({self.low}, {self.high}).")
+
+    @classmethod
+    def fit(cls, scores: Tensor) -> "AffineMap":
+        """Map the 1st and 99th percentiles of `scores` `[N]` to 0 and 1, so that one outlier does not set the scale."""
+        low, high = torch.quantile(_usable(scores, "AffineMap"), torch.tensor([0.01, 0.99], dtype=torch.float64))
+        return cls(float(low), float(high))
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return ((scores - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+@final
+@dataclass(frozen=True)
+class LogisticMap:
+    """`1 / (1 + exp(-(score - center) / scale))`: smooth, never flat, outliers saturate.
+
+    Args:
+        center: the score that becomes 0.5.
+        scale: > 0, in units of the score.
+    """
+
+    center: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"LogisticMap expected scale > 0, got {self.scale}.")
+
+    @classmethod
+    def fit(cls, scores: Tensor) -> "LogisticMap":
+        """Match the median and the quartiles of `scores` `[N]`: they become 1/2, 1/4 and 3/4."""
+        quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        lower, median, upper = torch.quantile(_usable(scores, "LogisticMap"), quartiles).tolist()
+        return cls(median, (upper - lower) / (2 * math.log(3)))  # logit(3/4) = ln 3
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid((scores - self.center) / self.scale)
+
+
+@final
+@dataclass(frozen=True)
+class CDFMap:
+    """The share of the frozen set that an image beats: the empirical distribution function, linear between its knots.
+
+    Args:
+        knots: strictly increasing scores.
+        levels: what they become, increasing in [0, 1]; a tied score becomes the middle of its ties.
+    """
+
+    knots: tuple[float, ...]
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.knots[:-1], self.knots[1:], strict=True))
+        rising &= all(a < b for a, b in zip(self.levels[:-1], self.levels[1:], strict=True))
+        if len(self.knots) < 2 or len(self.knots) != len(self.levels) or not rising:
+            raise ValueError(
+                "CDFMap expected at least two strictly increasing knots with as many strictly increasing levels, "
+                f"got {len(self.knots)} and {len(self.levels)}. CDFMap.fit(scores) makes them."
+            )
+
+    @classmethod
+    def fit(cls, scores: Tensor, *, num_knots: int = 257) -> "CDFMap":
+        """Take `num_knots` evenly spaced quantiles of `scores` `[N]`."""
+        levels = torch.linspace(0, 1, num_knots, dtype=torch.float64)
+        knots, tie = torch.quantile(_usable(scores, "CDFMap"), levels).unique(return_inverse=True)
+        middle = torch.zeros_like(knots).index_add_(0, tie, levels) / tie.bincount()
+        return cls(tuple(knots.tolist()), tuple(middle.tolist()))
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        knots = torch.tensor(self.knots, dtype=scores.dtype, device=scores.device)
+        levels = torch.tensor(self.levels, dtype=scores.dtype, device=scores.device)
+        upper = torch.searchsorted(knots, scores.detach().contiguous()).clamp(1, len(self.knots) - 1)
+        position = ((scores - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
+        return torch.lerp(levels[upper - 1], levels[upper], position)
+
+
+ScoreMap: TypeAlias = AffineMap | LogisticMap | CDFMap
+_MAPS = {"affine": AffineMap, "logistic": LogisticMap, "cdf": CDFMap}
+
+
+@final
+class Calibrated:
+    """A reward in [0, 1]: a reward followed by a fixed monotone map of its scores; NaN stays NaN.
+
+    Args:
+        reward: any reward.
+        score_map: `AffineMap`, `LogisticMap` or `CDFMap`; `.fit(scores)` on the scores of a frozen set makes one.
+        name: default: the reward's.
+
+    Example:
+        >>> import torch, iqareward
+        >>> psnr = iqareward.Calibrated(iqareward.load("psnr"), iqareward.AffineMap(20.0, 40.0))
+        >>> references = torch.full((1, 3, 16, 16), 0.5)
+        >>> psnr(references + 10 ** -1.5, references=references)  # 30 dB
+        tensor([0.5000])
+    """
+
+    def __init__(self, reward: Reward, score_map: ScoreMap, *, name: str | None = None) -> None:
+        self.reward = reward
+        self.score_map = score_map
+        self.name = name or reward.name
+        self.needs_references, self.needs_prompts, self.differentiable = joint_facts([reward])
+        self.bounds: Bounds = (0.0, 1.0)
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """The calibrated score of each image; `[B]` float32 in [0, 1], higher is better, NaN = not scored."""
+        scores = self.reward(images, references=references, prompts=prompts)
+        with reward_mode(scores.device.type, differentiable=self.differentiable):
+            return torch.where(scores.isnan(), torch.nan, self.score_map(scores))
+
+
+def save_map(score_map: ScoreMap, path: str | Path) -> None:
+    """Write a map as JSON, to commit beside the run that used it."""
+    kind = next(name for name, cls in _MAPS.items() if isinstance(score_map, cls))
+    Path(path).write_text(json.dumps({"map": kind, **asdict(score_map)}) + "\n")
+
+
+def load_map(path: str | Path) -> ScoreMap:
+    """Read a map that `save_map` wrote; the numbers are exactly the saved ones.
+
+    Raises:
+        ValueError: the file is not such a map.
+    """
+    try:
+        fields = json.loads(Path(path).read_text())
+        kind = _MAPS[fields.pop("map")]
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a saved score map ({error!r}); save_map writes one.") from error
+
+
+def _usable(scores: Tensor, who: str) -> Tensor:
+    """The scored part of a frozen set, in float64 for exact quantiles."""
+    usable = scores.detach().double().cpu()
+    usable = usable[usable.isfinite()]
+    if usable.numel() < 2 or bool(usable.min() == usable.max()):
+        raise ValueError(
+            f"{who}.fit expected the scores of a frozen set with at least two different values, "
+            f"got {usable.numel()} scored images. Score more, or more different, images."
+        )
+    return usable

@@ -1,0 +1,217 @@
+"""Rewards made of rewards: evaluate many, sum them, take the worst, limit the batch."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.scoring import reward_mode
+from iqareward.types import Bounds, Images, Reward, Scores
+
+
+def evaluate(
+    rewards: Sequence[Reward],
+    images: Images,
+    references: Images | None = None,
+    prompts: Sequence[str] | None = None,
+) -> dict[str, Scores]:
+    """Each reward's own score of each image, by name: what to log, and what to combine.
+
+    Args:
+        rewards: with unique names.
+        images: `[B, 3, H, W]` float RGB in [0, 1], or a sequence of `[3, H, W]`.
+        references: of the same shapes, for rewards that need them.
+        prompts: one per image, for rewards that need them.
+
+    Returns:
+        name -> unweighted `[B]` float32, higher is better, NaN = not scored.
+
+    Raises:
+        ValueError: two rewards have the same name.
+
+    Example:
+        >>> import torch, iqareward
+        >>> images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> scores = iqareward.evaluate([iqareward.load("psnr"), iqareward.load("ssim")], images, references=images)
+        >>> {name: score.tolist() for name, score in scores.items()}
+        {'psnr': [100.0, 100.0], 'ssim': [1.0, 1.0]}
+    """
+    _check_parts("evaluate", rewards)
+    return {reward.name: reward(images, references=references, prompts=prompts) for reward in rewards}
+
+
+@final
+class WeightedSum:
+    """The weighted sum of several rewards, `sum_k weight_k * score_k`; NaN where any of them is NaN.
+
+    Different rewards have different scales (PSNR spans tens, SSIM one): bring them to one scale first, with
+    `Calibrated`, or choose the weights accordingly.
+
+    Args:
+        terms: (weight, reward) pairs; the names of the rewards must be unique.
+        name: default: the formula, e.g. `"0.7*niqe + 0.3*ssim"`.
+
+    Raises:
+        ValueError: no terms, or two rewards of the same name.
+
+    Example:
+        >>> import torch, iqareward
+        >>> reward = iqareward.WeightedSum([(0.1, iqareward.load("psnr")), (1.0, iqareward.load("ssim"))])
+        >>> images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> reward(images, references=images)
+        tensor([11.])
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, Reward]], *, name: str | None = None) -> None:
+        self.terms = tuple((float(weight), reward) for weight, reward in terms)
+        self.rewards = tuple(reward for _, reward in self.terms)
+        _check_parts("WeightedSum", self.rewards)
+        self.name = name or " + ".join(f"{weight:g}*{reward.name}" for weight, reward in self.terms)
+        self.needs_references, self.needs_prompts, self.differentiable = joint_facts(self.rewards)
+        lows, highs = zip(*(_scaled(weight, reward.bounds) for weight, reward in self.terms), strict=True)
+        self.bounds: Bounds = (_total(lows), _total(highs))
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """The weighted sum for each image; `[B]` float32, higher is better, NaN = not scored."""
+        return self.combine(evaluate(self.rewards, images, references, prompts))
+
+    def combine(self, scores: dict[str, Scores]) -> Scores:
+        """The weighted sum of what `evaluate(self.rewards, ...)` gave: components and total from one evaluation."""
+        rows = [scores[reward.name] for reward in self.rewards]
+        with reward_mode(rows[0].device.type, differentiable=self.differentiable):
+            return torch.stack([weight * row for (weight, _), row in zip(self.terms, rows, strict=True)]).sum(0)
+
+
+@final
+class SoftMin:
+    """The worst of several rewards, smoothly, so that no judge can be traded against another; NaN where any is NaN.
+
+    `-T log(mean_k exp(-score_k / T))`: it lies between the smallest and the mean of the scores. The scores must share a
+    scale; use `Calibrated`.
+
+    Args:
+        rewards: with unique names.
+        temperature: T > 0 in units of the scores; towards 0 it becomes the plain minimum.
+        name: default: from the parts.
+
+    Raises:
+        ValueError: no rewards, two of the same name, or a temperature that is not positive.
+
+    Example:
+        >>> import torch, iqareward
+        >>> judges = [iqareward.load("ssim"), iqareward.load("haarpsi")]
+        >>> images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> iqareward.SoftMin(judges, temperature=0.1)(images, references=images)
+        tensor([1.])
+
+    References:
+        Boyd and Vandenberghe, "Convex Optimization", 2004, section 3.1.5 (log-sum-exp),
+        https://web.stanford.edu/~boyd/cvxbook/
+    """
+
+    def __init__(self, rewards: Sequence[Reward], *, temperature: float, name: str | None = None) -> None:
+        _check_parts("SoftMin", rewards)
+        if not temperature > 0:
+            raise ValueError(f"SoftMin expected `temperature` > 0 in units of the scores, got {temperature}.")
+        self.rewards = tuple(rewards)
+        self.temperature = temperature
+        self.name = name or f"softmin({', '.join(reward.name for reward in self.rewards)})"
+        self.needs_references, self.needs_prompts, self.differentiable = joint_facts(self.rewards)
+        lows, highs = zip(*(reward.bounds for reward in self.rewards), strict=True)
+        total = _total(highs)
+        self.bounds: Bounds = (
+            None if None in lows else min(lows),
+            None if total is None else total / len(highs),  # never above the mean
+        )
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """The soft minimum for each image; `[B]` float32, higher is better, NaN = not scored."""
+        rows = list(evaluate(self.rewards, images, references, prompts).values())
+        with reward_mode(rows[0].device.type, differentiable=self.differentiable):
+            scaled = torch.stack(rows) / -self.temperature
+            return -self.temperature * (torch.logsumexp(scaled, dim=0) - math.log(len(rows)))
+
+
+@final
+class Chunked:
+    """The same reward, called with at most `batch_size` images at a time: a bound on its memory.
+
+    Our own rewards limit their batches themselves; this is for others.
+
+    Args:
+        reward: any reward.
+        batch_size: images per call, >= 1.
+    """
+
+    def __init__(self, reward: Reward, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"Chunked expected `batch_size` >= 1, got {batch_size}.")
+        self.reward = reward
+        self.batch_size = batch_size
+        self.name = reward.name
+        self.needs_references, self.needs_prompts, self.differentiable = joint_facts([reward])
+        self.bounds = reward.bounds
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32, higher is better, NaN = not scored."""
+        starts = range(0, max(1, len(images)), self.batch_size)  # an empty batch is still one call
+        return torch.cat([self._score_rows(slice(s, s + self.batch_size), images, references, prompts) for s in starts])
+
+    def _score_rows(
+        self, rows: slice, images: Images, references: Images | None, prompts: Sequence[str] | None
+    ) -> Tensor:
+        return self.reward(
+            images[rows],
+            references=None if references is None else references[rows],
+            prompts=None if prompts is None else prompts[rows],
+        )
+
+
+def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool]:
+    """(needs_references, needs_prompts, differentiable) of a combination of rewards."""
+    return (
+        any(reward.needs_references for reward in rewards),
+        any(reward.needs_prompts for reward in rewards),
+        all(reward.differentiable for reward in rewards),
+    )
+
+
+def _check_parts(who: str, rewards: Sequence[Reward]) -> None:
+    names = [reward.name for reward in rewards]
+    if not names:
+        raise ValueError(f"{who} expected at least one reward, got none.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{who} expected rewards with unique names, got {names}. Pass name=... to tell them apart.")
+
+
+def _scaled(weight: float, bounds: Bounds) -> Bounds:
+    """Bounds of `weight * score`."""
+    if weight == 0:
+        return (0.0, 0.0)
+    low, high = (None if bound is None else weight * bound for bound in bounds)
+    return (low, high) if weight > 0 else (high, low)
+
+
+def _total(bounds: Sequence[float | None]) -> float | None:
+    known = [bound for bound in bounds if bound is not None]
+    return sum(known) if len(known) == len(bounds) else None
