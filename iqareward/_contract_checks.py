@@ -90,7 +90,7 @@ def keywords(case: Case) -> str | None:
 
 def untouched(case: Case) -> str | None:
     def overshoot(images: Tensor) -> Tensor:  # so that clamping in place would show
-        return images.detach() * 1.1 - 0.05
+        return images.detach() * 1.4 - 0.2
 
     images, references = overshoot(case.images), None if case.references is None else overshoot(case.references)
     case.score(images, references)
@@ -189,16 +189,6 @@ def isolation(case: Case) -> str | None:
         case.assert_same(scores[1:], case.score()[1:], f"when another image has a {value} pixel")
 
 
-def range_error(case: Case) -> str | None:
-    wrong = case.images.clone()
-    wrong[0] = wrong[0] * 255
-    if float(wrong[0].max()) < 2:
-        return "images[0] is black"
-    scores = case.score(wrong)
-    assert scores[0].isnan(), f"an image in [0, 255] must score NaN, not a plausible {scores[0].item()}"
-    case.assert_same(scores[1:], case.score()[1:], "when another image is out of range")
-
-
 def missing_references(case: Case) -> str | None:
     if not case.reward.needs_references:
         return "needs no references"
@@ -242,7 +232,6 @@ ALL = (
     Check("does not depend on thread, autocast or grad mode", threads),
     Check("builds a graph exactly when differentiable", graph),
     Check("answers NaN for a broken image without touching others", isolation),
-    Check("answers NaN for images in a wrong range", range_error),
     Check("refuses missing references", missing_references),
     Check("scores degraded images lower", direction),
 )

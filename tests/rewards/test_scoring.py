@@ -1,0 +1,200 @@
+"""The contract around a metric: whatever comes in, each image gets its own number, NaN, or the call a clear error."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iqareward import FullReference, NoReference
+from iqareward.rewards.scoring import RANGE_SLACK, sanitize
+from tests.tolerances import EXACT, OTHER_PACKAGE
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+def error(images: Tensor, references: Tensor) -> Tensor:
+    return (images - references).square().mean(dim=(1, 2, 3))
+
+
+def recorded_dtype(images: Tensor) -> Tensor:
+    assert images.dtype == torch.float32
+    assert not torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled(images.device.type)
+    assert not torch.is_inference_mode_enabled()
+    return (images @ images.mT).mean(dim=(1, 2, 3))  # autocast would run this in half precision
+
+
+BRIGHTNESS = NoReference(brightness, higher_is_better=True, bounds=(0.0, 1.0), min_side=2)
+ERROR = FullReference(error, higher_is_better=False, bounds=(-1.0, 0.0))
+
+
+def photos(count: int = 4, side: int = 8, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def test_sign_and_name() -> None:
+    """Lower-is-better metrics are negated; names come from the metric."""
+    images = photos()
+    torch.testing.assert_close(ERROR(images, references=1 - images), -error(images, 1 - images), **EXACT)
+    assert (ERROR.name, BRIGHTNESS.name) == ("error", "brightness")
+    assert FullReference(error, higher_is_better=False, name="mse").name == "mse"
+    from functools import partial
+
+    with pytest.raises(ValueError, match=r"pass name=\.\.\."):
+        NoReference(partial(brightness), higher_is_better=True)
+
+
+def test_micro_batches_and_order() -> None:
+    """Scores do not depend on the batch size, and mixed sizes come back in their order."""
+    images = photos(7)
+    whole = BRIGHTNESS(images)
+    for batch_size in (1, 3, 7):
+        torch.testing.assert_close(
+            NoReference(brightness, higher_is_better=True, batch_size=batch_size)(images), whole, **EXACT
+        )
+    mixed = [images[0], images[1, :, :4], images[2], images[3, :, :4], images[4, :, :, :5]]
+    expected = torch.stack([image.mean() for image in mixed])
+    torch.testing.assert_close(BRIGHTNESS(mixed), expected, **OTHER_PACKAGE)
+    references = [1 - image for image in mixed]
+    expected = torch.stack([-(image - reference).square().mean() for image, reference in zip(mixed, references)])
+    torch.testing.assert_close(ERROR(mixed, references=references), expected, **OTHER_PACKAGE)
+
+
+def test_a_broken_image_is_alone() -> None:
+    """NaN, inf, a wrong range, or a tiny size costs that image its score and no other."""
+    images = list(photos(6))
+    images[1][0, 3, 3] = torch.nan
+    images[2][2, 0, 0] = -torch.inf
+    images[3] *= 255
+    images[4] = torch.rand(3, 1, 9)
+    scores = BRIGHTNESS(images)
+    assert scores.isnan().tolist() == [False, True, True, True, True, False]
+    torch.testing.assert_close(scores[[0, 5]], torch.stack([images[0].mean(), images[5].mean()]), **OTHER_PACKAGE)
+    broken = ERROR(photos(3), references=torch.stack([images[0], images[1], images[5]]))
+    assert broken.isnan().tolist() == [False, True, False]
+
+
+def test_slack() -> None:
+    """A decoder's overshoot is clamped; what lies further outside was never in [0, 1]."""
+    images = torch.full((3, 3, 4, 4), 0.5)
+    images[0, 0, 0, 0] = 1 + RANGE_SLACK
+    images[1, 0, 0, 0] = -RANGE_SLACK
+    images[2, 0, 0, 0] = 1 + RANGE_SLACK + 0.01
+    clean, valid = sanitize(images)
+    assert valid.tolist() == [True, True, False]
+    assert clean.amax(dim=(1, 2, 3)).tolist() == [1.0, 0.5, 0.5]
+    assert clean.amin(dim=(1, 2, 3)).tolist() == [0.5, 0.0, 0.5]
+
+
+def test_metric_that_is_not_finite() -> None:
+    """An infinite value of the metric is no score."""
+    reward = NoReference(_reciprocal_minimum, higher_is_better=True)
+    assert reward(torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])).tolist()[1] == 1.0
+    assert reward(torch.zeros(1, 3, 4, 4)).isnan().all()
+
+
+def _reciprocal_minimum(images: Tensor) -> Tensor:
+    return 1 / images.amin(dim=(1, 2, 3))
+
+
+def test_caller_state_does_not_matter() -> None:
+    """The metric runs in float32 without graph, autocast or inference mode in every thread and under every state."""
+    reward = NoReference(recorded_dtype, higher_is_better=True)
+    images = photos()
+    expected = reward(images)
+    states = [torch.enable_grad, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+
+    def score(state) -> Tensor:
+        with state():
+            return reward(images.clone().requires_grad_())
+
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(score, states * 3):
+            assert not scores.requires_grad
+            assert not scores.is_inference()
+            torch.testing.assert_close(scores, expected, **EXACT)
+
+
+def test_gradients_reach_valid_pixels_only() -> None:
+    """With differentiable=True each valid image gets its gradient, under no_grad too; a broken one gets zeros."""
+    images = photos(3)
+    images[1, 0, 0, 0] = torch.nan
+    images.requires_grad_()
+    with torch.no_grad():
+        scores = NoReference(brightness, higher_is_better=False, differentiable=True)(images)
+    scores.nan_to_num().sum().backward()
+    expected = torch.full_like(images, -1 / (3 * 8 * 8))
+    expected[1] = 0
+    torch.testing.assert_close(images.grad, expected, **OTHER_PACKAGE)
+
+
+def test_pickling() -> None:
+    """A lifted metric travels to workers."""
+    images = photos()
+    copy = pickle.loads(pickle.dumps(ERROR))
+    torch.testing.assert_close(copy(images, references=images / 2), ERROR(images, references=images / 2), **EXACT)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(0, 3, 8, 8), []])
+def test_no_images(images) -> None:
+    """No images give no scores."""
+    assert BRIGHTNESS(images).shape == (0,)
+    assert ERROR(images, references=images).shape == (0,)
+
+
+GOOD = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "references", "kind", "message"),
+    [
+        (GOOD, None, ValueError, r"references=\.\.\."),
+        (GOOD, GOOD[:1], ValueError, r"\[2, 3, 8, 8\].*\[1, 3, 8, 8\]"),
+        (GOOD, GOOD[:, :, :4], ValueError, "Resize or repeat"),
+        (GOOD.byte(), GOOD, TypeError, r"uint8.*to_images"),
+        (GOOD[0], GOOD[0], ValueError, r"\[B, 3, H, W\].*\[3, 8, 8\]"),
+        (GOOD[:, :1], GOOD[:, :1], ValueError, r"\[2, 1, 8, 8\]"),
+        (GOOD[..., :0], GOOD[..., :0], ValueError, "H, W >= 1"),
+        (GOOD.numpy(), GOOD, TypeError, "ndarray"),
+        (list(GOOD), list(GOOD)[:1], ValueError, "as many references"),
+        (list(GOOD), [GOOD[0], GOOD[1, :, :4]], ValueError, r"references\[1\]"),
+        ([GOOD[0], "x"], list(GOOD), TypeError, r"images\[1\].*str"),
+        ([GOOD], [GOOD], ValueError, r"images\[0\].*\[3, H, W\]"),
+        (GOOD, GOOD.to("meta"), ValueError, r"references\.to\(images\.device\)"),
+    ],
+)
+def test_bad_arguments(images, references, kind, message) -> None:
+    """Each misuse is an error that says what was expected, what came and what to do."""
+    with pytest.raises(kind, match=message):
+        ERROR(images, references=references)
+
+
+def test_metric_that_reduces_over_the_batch() -> None:
+    """A metric that returns one number for the batch is refused, not broadcast."""
+    with pytest.raises(ValueError, match="never over the batch"):
+        NoReference(torch.mean, higher_is_better=True, name="mean")(GOOD)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=6),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    poison=st.sampled_from([0.0, 0.7, 1.2, 3.0, -1.0, torch.nan, torch.inf]),
+)
+def test_any_list_of_images(sizes: list[tuple[int, int]], dtype: torch.dtype, poison: float) -> None:
+    """For every mix of sizes, dtypes and one odd pixel: float32 `[B]`, each the score of that image alone."""
+    rng = torch.Generator().manual_seed(len(sizes))
+    images = [torch.rand(3, *size, generator=rng).to(dtype) for size in sizes]
+    if images:
+        images[-1][0, 0, 0] = poison
+    scores = BRIGHTNESS(images)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (len(images),)
+    for image, score in zip(images, scores, strict=True):
+        torch.testing.assert_close(BRIGHTNESS(image[None])[0], score, equal_nan=True, **OTHER_PACKAGE)
