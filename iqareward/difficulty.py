@@ -1,0 +1,177 @@
+"""How hard each input still is for the model: `[B]`, detached, larger = harder, NaN where it cannot be told.
+
+Each estimator gives every row the value of its *input*, the mean over that input's rollouts. A weight that differed
+between rollouts of one input would bend the reward's objective: a rollout far from its reference would count more
+because it is far, not because its input is hard.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iqareward.groups import check_rows, group_statistics
+from iqareward.types import Groups, Images, Scores
+
+
+def rmse(images: Tensor, references: Tensor) -> Tensor:
+    """Root mean squared error over everything but the batch; `[B]` >= 0, lower is better.
+
+    Args:
+        images: `[B, ...]` pixels or latents.
+        references: of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Example:
+        >>> rmse(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.5)).item()
+        0.5
+    """
+    if images.shape != references.shape or images.ndim < 2:
+        raise ValueError(
+            f"rmse expected `images` and `references` of one shape [B, ...], got {list(images.shape)} and "
+            f"{list(references.shape)}. Repeat each reference for all rollouts of its input."
+        )
+    dtype = torch.float64 if torch.float64 in (images.dtype, references.dtype) else torch.float32
+    return (images.to(dtype) - references.to(dtype)).square().flatten(1).mean(1).sqrt()
+
+
+def reference_distance(
+    images: Images,
+    references: Images,
+    metric: Callable[..., Tensor] = rmse,
+    *,
+    groups: Groups | None = None,
+    best: float | None = None,
+) -> Tensor:
+    """How far an input's rollouts are from their ground truth: mean `|best - metric(images, references)|`.
+
+    The training reward should not be the metric: a hacked reward would call hard inputs easy.
+
+    Args:
+        images: `[B, 3, H, W]` rollouts; with the default metric any `[B, ...]`, such as latents.
+        references: ground truth, one per row.
+        metric: `metric(images, references) -> [B]`; root mean squared error if not given.
+        groups: `[B]` integer ids of the inputs; without it every row is an input of its own.
+        best: the metric's value for `images == references`: 0 for LPIPS or DISTS, 1 for SSIM. Not needed for rewards of
+            this library that are bounded above, nor for the default.
+
+    Returns:
+        `[B]` >= 0, larger = harder; rollouts with a score that is not finite are left out, NaN where none remains.
+
+    Raises:
+        ValueError: `best` is missing for a metric that does not declare an upper bound.
+
+    Example:
+        >>> photos = torch.full((2, 3, 8, 8), 0.5)
+        >>> reference_distance(photos + 0.1, photos)
+        tensor([0.1000, 0.1000])
+    """
+    best = _best_value(metric) if best is None else best
+    with torch.no_grad():
+        scores = metric(images, references)
+    scores = check_rows("reference_distance", scores, groups)
+    return _per_input((best - scores).abs(), groups)
+
+
+def _best_value(metric: Callable[..., Tensor]) -> float:
+    if metric is rmse:
+        return 0.0
+    bounds: Any = getattr(metric, "bounds", (None, None))
+    if bounds[1] is None:
+        name = getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__))
+        raise ValueError(
+            f"reference_distance expected `best` with metric {name!r}, which declares no upper bound. Pass its value "
+            "for a perfect image: best=0.0 for a distance such as LPIPS, best=1.0 for SSIM. PSNR has none: use the "
+            "default, RMSE, which orders images alike."
+        )
+    return float(bounds[1])
+
+
+def reward_gap(rewards: Scores, reference_rewards: Scores, *, groups: Groups | None = None) -> Tensor:
+    """How far an input's rollouts score below its ground truth, `max(0, reward(reference) - mean reward)`.
+
+    Args:
+        rewards: `[B]` scores of the rollouts, higher is better; better not of the training reward (see
+            `reference_distance`).
+        reference_rewards: `[B]` scores of the ground truth of each row by the same judge.
+        groups: `[B]` integer ids of the inputs.
+
+    Returns:
+        `[B]` >= 0, larger = harder; NaN where a score is missing.
+
+    Example:
+        >>> reward_gap(torch.tensor([3.0, 4.5]), torch.tensor([4.0, 4.0])).tolist()
+        [1.0, 0.0]
+    """
+    rewards = check_rows("reward_gap", rewards, groups)
+    reference_rewards = check_rows("reward_gap", reference_rewards, None)
+    return _finite_or_nan((reference_rewards - _per_input(rewards, groups)).clamp(min=0))
+
+
+def pass_rate(rewards: Scores, groups: Groups, *, threshold: float) -> Tensor:
+    """Share of an input's scored rollouts that reach `threshold`; `[B]` in [0, 1], *smaller* = harder.
+
+    Args:
+        rewards: `[B]` scores, higher is better; for a distance pass its negative and the negative threshold.
+        groups: `[B]` integer ids of the inputs.
+        threshold: the score that counts as solved.
+
+    Returns:
+        `[B]` in [0, 1]; NaN where no rollout was scored.
+
+    Example:
+        >>> pass_rate(torch.tensor([0.2, 0.9, 0.8]), torch.tensor([0, 0, 1]), threshold=0.5).tolist()
+        [0.5, 0.5, 1.0]
+    """
+    rewards = check_rows("pass_rate", rewards, groups)
+    passed = torch.where(rewards.isfinite(), (rewards >= threshold).to(rewards.dtype), torch.nan)
+    return group_statistics(passed, groups).mean
+
+
+def group_spread(rewards: Scores, groups: Groups) -> Tensor:
+    """Standard deviation of an input's rewards over its rollouts: what a group-relative method has to learn from.
+
+    Args:
+        rewards: `[B]` scores.
+        groups: `[B]` integer ids of the inputs.
+
+    Returns:
+        `[B]` >= 0, Bessel-corrected; NaN where fewer than two rollouts were scored.
+
+    Example:
+        >>> group_spread(torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1]))
+        tensor([1.4142, 1.4142, 0.0000, 0.0000])
+    """
+    return group_statistics(check_rows("group_spread", rewards, groups), groups).std
+
+
+def blind_difficulty(degraded_scores: Scores, *, best: float, groups: Groups | None = None) -> Tensor:
+    """How bad the degraded input looks, `max(0, best - score)`: a difficulty for data without ground truth.
+
+    It describes the input, so it stays the same while the model learns: weights made from it do not hand over to SFT.
+
+    Args:
+        degraded_scores: `[B]` no-reference scores of the *inputs*, higher is better.
+        best: the score of a flawless image by that judge, e.g. 5 for a MOS or 100 for MUSIQ.
+        groups: `[B]` integer ids of the inputs.
+
+    Returns:
+        `[B]` >= 0, larger = harder; NaN where the judge gave no score.
+
+    Example:
+        >>> blind_difficulty(torch.tensor([1.5, 4.5]), best=5.0).tolist()
+        [3.5, 0.5]
+    """
+    scores = check_rows("blind_difficulty", degraded_scores, groups)
+    return _finite_or_nan((best - _per_input(scores, groups)).clamp(min=0))
+
+
+def _per_input(values: Tensor, groups: Groups | None) -> Tensor:
+    return _finite_or_nan(values) if groups is None else group_statistics(values, groups).mean
+
+
+def _finite_or_nan(values: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, torch.nan)

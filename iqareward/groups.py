@@ -1,0 +1,170 @@
+"""Statistics per input id: rows with one id are rollouts of one input, whatever their order and number.
+
+Ids identify inputs, never prompts: in restoration every input often has the same prompt, and grouping by it would merge
+them all. Nothing here waits for a device, except the functions that talk to other processes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class GroupStatistics(NamedTuple):
+    """What each row's input looks like over all its rollouts; every field is `[B]`, one value per row.
+
+    Attributes:
+        num_scored: number of finite values of the input.
+        mean: their mean; NaN where there is none.
+        std: their Bessel-corrected standard deviation; NaN where there are fewer than two.
+    """
+
+    num_scored: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+def check_rows(caller: str, values: Tensor, groups: Tensor | None) -> Tensor:
+    """Return `values` as detached fp32 (fp64 stays fp64), or say why these `[B]` rows and ids do not fit together.
+
+    Example:
+        >>> check_rows("demo", torch.tensor([1, 2]), torch.tensor([7, 7])).dtype
+        torch.float32
+    """
+    if not isinstance(values, Tensor) or values.ndim != 1:
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{caller} expected one value per row, a tensor [B], got {got}. Flatten it first.")
+    if groups is not None and (groups.shape != values.shape or groups.is_floating_point() or groups.is_complex()):
+        raise ValueError(
+            f"{caller} expected ids (`groups` or `bucket`) as integers of shape {list(values.shape)}, got "
+            f"{groups.dtype} {list(groups.shape)}. Give every row one integer: that of its input or of its bucket."
+        )
+    values = values.detach()
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def group_index(groups: Tensor) -> Tensor:
+    """Each row's group as a number in [0, B), so that a buffer of length B holds every group without counting them.
+
+    `torch.unique` would do the same and wait for the device to learn how many groups there are.
+
+    Args:
+        groups: `[B]` integer ids.
+
+    Returns:
+        `[B]` int64; equal where the ids are equal, numbered in the order of the ids.
+
+    Example:
+        >>> group_index(torch.tensor([70, 7, 70, 9])).tolist()
+        [2, 0, 2, 1]
+    """
+    ordered, order = torch.sort(groups, stable=True)
+    starts = torch.zeros_like(ordered, dtype=torch.int64)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(starts).scatter_(0, order, starts.cumsum(0))
+
+
+def group_sum(values: Tensor, index: Tensor) -> Tensor:
+    """The sum over each row's group, given to every row of it; `[B]`, with `index` from `group_index`."""
+    return torch.zeros_like(values).scatter_add_(0, index, values).gather(0, index)
+
+
+def group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
+    """Count, mean and standard deviation of each row's input over its rollouts; rows that are not finite do not count.
+
+    Args:
+        values: `[B]`, any real dtype; NaN = not scored.
+        groups: `[B]` integer ids of the inputs; groups may differ in size and lie in any order.
+
+    Returns:
+        `GroupStatistics` of `[B]` tensors on the device of `values`, detached. Equal values have a std of exactly 0.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+
+    Example:
+        >>> group_statistics(torch.tensor([1.0, 5.0, 3.0, float("nan")]), torch.tensor([4, 9, 4, 9])).mean.tolist()
+        [2.0, 5.0, 2.0, 5.0]
+    """
+    values = check_rows("group_statistics", values, groups)
+    index = group_index(groups)
+    finite = values.isfinite()
+    # Measured from the group's smallest value, equal values have a spread of exactly 0: a mean of three 0.1 is not 0.1.
+    high = torch.full_like(values, torch.inf)
+    low = high.scatter_reduce(0, index, torch.where(finite, values, torch.inf), "amin").gather(0, index)
+    offset = torch.where(finite, values - low, 0.0)
+    count = group_sum(finite.to(values.dtype), index)
+    mean_offset = group_sum(offset, index) / count
+    squares = group_sum(torch.where(finite, (offset - mean_offset).square(), 0.0), index)
+    return GroupStatistics(
+        num_scored=count.to(torch.int64),
+        mean=torch.where(count > 0, low + mean_offset, torch.nan),
+        std=torch.where(count > 1, (squares / (count - 1)).sqrt(), torch.nan),
+    )
+
+
+def is_distributed() -> bool:
+    """Whether this process talks to others through `torch.distributed`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def gather_rows(*rows: Tensor) -> tuple[tuple[Tensor, ...], slice]:
+    """The rows of all processes, in the order of their ranks, and the slice of them that is ours.
+
+    Every process must call it, with the same number of tensors; the number of rows may differ between processes. It
+    waits for the device once, to learn that number. Without a process group it returns its input.
+
+    Args:
+        rows: tensors `[B, ...]` with one B; `[b, ...]` may differ between processes in b only.
+
+    Returns:
+        The gathered tensors `[sum of B, ...]`, detached, and the slice that holds this process's rows.
+
+    Raises:
+        ValueError: the tensors differ in their number of rows.
+
+    Example:
+        >>> (rewards, groups), mine = gather_rows(torch.tensor([0.1, 0.3]), torch.tensor([0, 0]))
+        >>> group_statistics(rewards, groups).mean[mine]
+        tensor([0.2000, 0.2000])
+    """
+    num_rows = rows[0].shape[0]
+    if any(tensor.shape[0] != num_rows for tensor in rows):
+        raise ValueError(f"gather_rows expected tensors with one number of rows, got {[list(r.shape) for r in rows]}.")
+    if not is_distributed():
+        return tuple(tensor.detach() for tensor in rows), slice(0, num_rows)
+    own = torch.tensor([num_rows], dtype=torch.int64, device=rows[0].device)
+    sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, own)
+    counts = torch.cat(sizes).tolist()
+    start = sum(counts[: dist.get_rank()])
+    return tuple(_gather_one(tensor.detach(), counts) for tensor in rows), slice(start, start + num_rows)
+
+
+def _gather_one(rows: Tensor, counts: list[int]) -> Tensor:
+    # Collectives want one shape on every rank, so the short ones are padded and cut again.
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def distributed_group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
+    """`group_statistics` over the rows of all processes, for this process's rows; every process must call it.
+
+    Args:
+        values: `[B]` values of this process; NaN = not scored.
+        groups: `[B]` integer ids that mean the same input on every process.
+
+    Returns:
+        `GroupStatistics` of `[B]` tensors for the rows given here, over the rollouts of all processes.
+
+    Example:
+        >>> distributed_group_statistics(torch.tensor([1.0, 3.0]), torch.tensor([0, 0])).mean.tolist()
+        [2.0, 2.0]
+    """
+    values = check_rows("distributed_group_statistics", values, groups)
+    (all_values, all_groups), mine = gather_rows(values, groups)
+    return GroupStatistics(*(field[mine] for field in group_statistics(all_values, all_groups)))

@@ -1,0 +1,253 @@
+"""How much of each sample's training is RL and how much is SFT, from how hard its input still is.
+
+Implements the stated mechanism of arXiv 2511.01645 (RL where samples are far from the ground truth, SFT as they come
+near, an automatic weight per sample in between); the formula is ours, because the paper's is not publicly readable.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iqareward.groups import check_rows, is_distributed
+from iqareward.losses import LossWeights, mix
+from iqareward.types import Groups
+
+HISTORY_LENGTH = 4096
+
+
+@dataclass(eq=False)
+class AdaptiveWeighter:
+    """RL for inputs that are hard and SFT for those near their ground truth, in units of the SFT model's own spread.
+
+    For a difficulty d, l = log max(d, floor), and the share of RL is
+
+        w = w_min + (w_max - w_min) * sigmoid(+-kappa * (l - tau) / sig)
+        tau = rho * m0 + (1 - rho) * m        sig = max(rho * s0 + (1 - rho) * s, s_min)
+
+    (m0, s0) are mean and standard deviation of l before RL, frozen by `calibrate`; (m, s) follow training. With rho = 1
+    a sample's weight depends on its own difficulty only and falls as the model improves; with rho = 0 half of the
+    samples are "hard" for ever. Implements the stated mechanism of arXiv 2511.01645; the formula is ours.
+
+    Args:
+        kappa: steepness; 0 gives all rows the same weight, a large one a hard gate at tau.
+        rho: share of the frozen anchor in centre and scale, in [0, 1].
+        w_min: RL share of the easiest rows, and of rows whose difficulty is NaN, infinite or negative.
+        w_max: RL share of the hardest rows.
+        direction: "hard_to_rl", or "hard_to_sft", the habit of recipes for language models.
+        mode: "convex" (rl = w, sft = 1 - w) or "additive" (rl = 1, sft = 1 - w).
+        floor: smallest difficulty told apart, so that its logarithm exists.
+        s_min: smallest scale, so that noise does not tell equally hard rows apart.
+        ema: decay of (m, s) per optimiser step.
+        num_buckets: number of separate statistics, e.g. bins of the timestep; each row then names its `bucket`.
+        calibrate_on_first: calibrate on the first batch seen instead of raising; always so if rho = 0.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    Example:
+        >>> weighter = AdaptiveWeighter()
+        >>> weighter.calibrate(torch.tensor([0.05, 0.1, 0.2]))
+        >>> weighter(torch.tensor([0.05, 0.1, 0.2])).rl
+        tensor([0.1192, 0.5000, 0.8808])
+
+    References:
+        Xu et al., Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement Learning with IQA
+        Reward, 2025, https://arxiv.org/abs/2511.01645 (mechanism, not formula)
+    """
+
+    kappa: float = 2.0
+    rho: float = 1.0
+    w_min: float = 0.0
+    w_max: float = 1.0
+    direction: Literal["hard_to_rl", "hard_to_sft"] = "hard_to_rl"
+    mode: Literal["convex", "additive"] = "convex"
+    floor: float = 1e-6
+    s_min: float = 0.05
+    ema: float = 0.98
+    num_buckets: int = 1
+    calibrate_on_first: bool = False
+    # Per bucket [4, num_buckets]: m0, s0^2, m, s^2; replaced as a whole, never written into.
+    _statistics: Tensor | None = field(default=None, init=False, repr=False)
+    # Centre and slope of the sigmoid per bucket; follows from the statistics.
+    _line: tuple[Tensor, Tensor] = field(init=False, repr=False)
+    _history: deque[Tensor] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        requirements = {
+            "kappa in [0, inf)": 0 <= self.kappa < float("inf"),
+            "rho in [0, 1]": 0 <= self.rho <= 1,
+            "0 <= w_min <= w_max <= 1": 0 <= self.w_min <= self.w_max <= 1,
+            "direction 'hard_to_rl' or 'hard_to_sft'": self.direction in ("hard_to_rl", "hard_to_sft"),
+            "mode 'convex' or 'additive'": self.mode in ("convex", "additive"),
+            "floor > 0 and s_min > 0": self.floor > 0 and self.s_min > 0,
+            "ema in [0, 1)": 0 <= self.ema < 1,
+            "num_buckets >= 1": self.num_buckets >= 1,
+        }
+        for requirement, met in requirements.items():
+            if not met:
+                raise ValueError(f"AdaptiveWeighter expected {requirement}, got {self}. Change that option.")
+
+    def __call__(
+        self,
+        difficulty: Tensor,
+        *,
+        bucket: Groups | None = None,
+        active: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> LossWeights:
+        """The two weights of each row; waits for no device and learns nothing from the rows.
+
+        Args:
+            difficulty: `[B]` >= 0, larger = harder, the same for all rollouts of an input (see `iqareward.difficulty`).
+            bucket: `[B]` integers in [0, num_buckets).
+            active: `[B]` bool; False (the input's rewards have no spread) gives SFT only.
+            valid: `[B]` bool; False gives 0 for both.
+
+        Returns:
+            `LossWeights` of `[B]`; in convex mode they sum to 1 in every valid row.
+
+        Raises:
+            RuntimeError: `calibrate` was not called.
+        """
+        log_difficulty = self._start(difficulty, bucket)
+        share = self._share(log_difficulty, bucket)
+        return mix(share, active=active, valid=valid, additive=self.mode == "additive")
+
+    def calibrate(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
+        """Take the difficulties of the model before RL, over as many inputs as you can afford, as the anchor.
+
+        In a distributed run every process calls it with its own rows, and all get the same anchor.
+
+        Args:
+            difficulty: `[N]` >= 0; rows that are not finite are left out.
+            bucket: `[N]` integers in [0, num_buckets).
+
+        Raises:
+            ValueError: difficulties are negative, or a bucket has fewer than two of them.
+        """
+        log_difficulty = self._log(difficulty, bucket)
+        negative = (difficulty < 0).to(log_difficulty.dtype)
+        zero = log_difficulty.new_zeros(self.num_buckets)
+        count, first, _, negatives, _ = self._sums(log_difficulty, bucket, zero, negative)
+        if negatives.max().item() > 0:
+            raise ValueError(
+                "AdaptiveWeighter.calibrate expected `difficulty` >= 0 with larger = harder, got negative values. "
+                "Turn a score around first, e.g. with iqareward.difficulty.reference_distance(..., best=1.0)."
+            )
+        if count.min().item() < 2:
+            raise ValueError(
+                "AdaptiveWeighter.calibrate expected at least two finite difficulties in each bucket, got "
+                f"{[int(n) for n in count.tolist()]}. Pass more rows, or fewer buckets."
+            )
+        mean = first / count
+        var = self._sums(log_difficulty, bucket, mean, negative)[2] / (count - 1)
+        self._follow(torch.stack([mean, var, mean, var]))
+        self._history.clear()
+
+    def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
+        """Let the running statistics follow; once per optimiser step, by every process, after the step's weights.
+
+        Raises:
+            RuntimeError: `calibrate` was not called.
+        """
+        log_difficulty = self._start(difficulty, bucket)
+        assert self._statistics is not None, "_start calibrates or raises"
+        mean0, var0, mean, var = self._statistics
+        count, first, second, share, rows = self._sums(
+            log_difficulty, bucket, mean, self._share(log_difficulty, bucket)
+        )
+        # The variance of a mixture of old and new, so that batches of one row are as good as large ones.
+        seen = count.clamp(min=1)
+        gain = (1 - self.ema) * (count > 0)
+        step = gain * first / seen
+        new_var = var + gain * (second / seen - var) - step.square()
+        self._follow(torch.stack([mean0, var0, mean + step, new_var]))
+        log_mean = (mean * count + first).sum() / count.sum()
+        self._history.append(torch.stack([log_mean, share.sum() / rows.sum()]))
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Per update (the last 4096): geometric mean of the difficulty, and mean RL share; empty before the first."""
+        rows = torch.stack(tuple(self._history)).tolist() if self._history else []
+        return {"difficulty": [math.exp(row[0]) for row in rows], "rl_share": [row[1] for row in rows]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Configuration and statistics; without `history`, which only shows."""
+        config = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
+        return {"config": config, "statistics": self._statistics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict()` was taken.
+
+        Raises:
+            ValueError: it was taken from a weighter with other options.
+        """
+        own = self.state_dict()["config"]
+        if own != state["config"]:
+            raise ValueError(
+                f"AdaptiveWeighter expected the state of a weighter with options {own}, got {state['config']}. "
+                "Build one with AdaptiveWeighter(**state['config']) first."
+            )
+        self._statistics = None
+        if state["statistics"] is not None:
+            self._follow(state["statistics"])
+
+    def _log(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
+        """Log-difficulty; NaN or infinite where the difficulty is NaN, infinite or negative."""
+        difficulty = check_rows("AdaptiveWeighter", difficulty, bucket)
+        if bucket is None and self.num_buckets > 1:
+            raise ValueError(
+                f"AdaptiveWeighter expected `bucket`, integers [B] in [0, {self.num_buckets}), got None. "
+                "Name each row's bucket, or build the weighter with num_buckets=1."
+            )
+        return difficulty.log().clamp(min=math.log(self.floor))
+
+    def _start(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
+        """Log-difficulty, with the statistics ready and on its device."""
+        if self._statistics is None:
+            if self.rho > 0 and not self.calibrate_on_first:
+                raise RuntimeError(
+                    "AdaptiveWeighter expected calibrate(difficulty) before its first use, because rho > 0 measures "
+                    "against the model before RL. Call it once with difficulties of that model, or build the weighter "
+                    "with calibrate_on_first=True to take the first batch."
+                )
+            self.calibrate(difficulty, bucket)
+        log_difficulty = self._log(difficulty, bucket)
+        if self._statistics is not None and self._statistics.device != log_difficulty.device:
+            self._follow(self._statistics.to(log_difficulty.device))
+        return log_difficulty
+
+    def _follow(self, statistics: Tensor) -> None:
+        mean0, var0, mean, var = statistics
+        centre = self.rho * mean0 + (1 - self.rho) * mean
+        scale = (self.rho * var0.sqrt() + (1 - self.rho) * var.sqrt()).clamp(min=self.s_min)
+        slope = (self.kappa if self.direction == "hard_to_rl" else -self.kappa) / scale
+        self._statistics, self._line = statistics, (centre, slope)
+
+    def _share(self, log_difficulty: Tensor, bucket: Groups | None) -> Tensor:
+        centre, slope = self._line if bucket is None else (self._line[0][bucket], self._line[1][bucket])
+        share = torch.sigmoid((log_difficulty - centre) * slope)
+        if (self.w_min, self.w_max) != (0, 1):
+            share = self.w_min + (self.w_max - self.w_min) * share
+        return torch.where(log_difficulty < torch.inf, share, self.w_min).to(log_difficulty.dtype)
+
+    def _sums(self, log_difficulty: Tensor, bucket: Groups | None, pivot: Tensor, extra: Tensor) -> Tensor:
+        """Per bucket, over all processes: number, sum and squares of finite `log - pivot`; sum and number of `extra`.
+
+        Differences to a pivot near the mean, because squares of large logarithms would drown a small variance.
+        """
+        usable = log_difficulty < torch.inf
+        offset = torch.where(usable, log_difficulty - (pivot if bucket is None else pivot[bucket]), 0.0)
+        columns = torch.stack([usable.to(offset.dtype), offset, offset.square(), extra, torch.ones_like(offset)])
+        if bucket is None:
+            sums = columns.sum(1, keepdim=True)
+        else:
+            sums = columns.new_zeros(5, self.num_buckets).index_add_(1, bucket, columns)
+        if is_distributed():
+            dist.all_reduce(sums)
+        return sums
