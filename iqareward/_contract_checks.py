@@ -79,8 +79,11 @@ def bounds(case: Case) -> str | None:
         scores = case.score(images)
         scores = scores[~scores.isnan()]
         assert scores.isfinite().all(), "scores must be finite or NaN, never infinite"
-        assert low is None or bool((scores >= low).all()), f"{scores.min().item()} is below the bound {low}"
-        assert high is None or bool((scores <= high).all()), f"{scores.max().item()} is above the bound {high}"
+        for bound, beyond in ((low, torch.lt), (high, torch.gt)):
+            if bound is not None:
+                rounding = 1e-5 * max(1.0, abs(bound)) * (-1 if beyond is torch.lt else 1)
+                outside = scores[beyond(scores, bound + rounding)]
+                assert not outside.numel(), f"{outside.tolist()} lies outside the bounds {(low, high)}"
 
 
 def keywords(case: Case) -> str | None:

@@ -175,7 +175,9 @@ class Chunked:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored."""
         starts = range(0, max(1, len(images)), self.batch_size)  # an empty batch is still one call
-        return torch.cat([self._score_rows(slice(s, s + self.batch_size), images, references, prompts) for s in starts])
+        parts = [self._score_rows(slice(s, s + self.batch_size), images, references, prompts) for s in starts]
+        with reward_mode(parts[0].device.type, differentiable=self.differentiable):
+            return torch.cat(parts)
 
     def _score_rows(
         self, rows: slice, images: Images, references: Images | None, prompts: Sequence[str] | None

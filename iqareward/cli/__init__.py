@@ -1,0 +1,113 @@
+"""The command line: list, score, check, demo. `--help` on each says the rest."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Image-quality rewards: list them, score files with them, check your own.",
+)
+_messages = Console(stderr=True)
+
+
+class Format(StrEnum):
+    """How results are written."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+@app.command("list")
+def list_rewards(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """List every reward that has a name: what it needs, whether it is differentiable, its licence and extra."""
+    from iqareward.rewards.catalog import CATALOG
+
+    rows = {name: entry._asdict() for name, entry in CATALOG.items()}
+    for row in rows.values():
+        del row["build"]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(title="Rewards: iqareward.load(name), higher is better", title_justify="left")
+    for column in ("name", "what a score says", "references", "differentiable", "licence", "extra"):
+        table.add_column(column, overflow="fold")
+    for name, entry in CATALOG.items():
+        needs, graph = ("yes" if flag else "" for flag in (entry.needs_references, entry.differentiable))
+        table.add_row(name, entry.summary, needs, graph, entry.licence, entry.extra)
+    Console().print(table)
+    typer.echo('Sums: "0.7*niqe + 0.3*ssim". Any pyiqa metric: "pyiqa:musiq" (non-commercial licence).')
+
+
+@app.command()
+def score(
+    paths: Annotated[list[str], typer.Argument(help="Image files, folders (searched recursively) or globs.")],
+    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*niqe + 0.3*ssim"; may be repeated.')],
+    reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
+    format: Annotated[Format | None, typer.Option(help="Default: table, or csv with --output.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write here row by row; run again to go on where it stopped.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to score, e.g. cuda.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
+) -> None:
+    """Score image files. Unreadable ones are reported and skipped, and the exit code is then 1."""
+    from iqareward.cli.score import Job, run
+
+    job = Job(paths, reward, reference, format or (Format.csv if output else Format.table), output, device, batch_size)
+    try:
+        failures = run(job, _messages)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise _usage_error(error) from error
+    raise typer.Exit(1 if failures else 0)
+
+
+@app.command()
+def check(
+    reward: Annotated[str, typer.Argument(help="module:object (a reward, or a class to call), or a name of `list`.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: generated pictures.")] = None,
+    size: Annotated[int, typer.Option(min=16, help="Side of the test images in pixels.")] = 224,
+) -> None:
+    """Test a reward against the whole contract (iqareward.check_reward). Exit code 1 if it breaks it."""
+    from iqareward.cli.check import find_reward, run_check
+    from iqareward.testing import RewardContractError
+
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        report = run_check(find_reward(reward), images, size)
+    except RewardContractError as failures:
+        typer.echo(str(failures))
+        raise typer.Exit(1) from failures
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise _usage_error(error) from error
+    typer.echo(str(report))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the report, figures and tables.")] = Path("demo-output"),
+) -> None:
+    """Degrade photographs, score them, weight them; draw a report. Offline, CPU, about a minute."""
+    from iqareward.demo import run
+
+    try:
+        run(output, _messages)
+    except ImportError as error:
+        raise _usage_error(error) from error
+
+
+def _usage_error(error: Exception) -> typer.Exit:
+    """Show what was wrong without a traceback; exit code 2, as for a mistyped option."""
+    _messages.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+    return typer.Exit(2)

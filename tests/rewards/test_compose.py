@@ -1,0 +1,216 @@
+"""Rewards made of rewards: components stay unweighted, sums and minima are what they say, guards hold."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iqareward import (
+    AffineMap,
+    Calibrated,
+    CDFMap,
+    Chunked,
+    FidelityFloor,
+    FullReference,
+    LogisticMap,
+    NoReference,
+    SoftMin,
+    WeightedSum,
+    check_reward,
+    evaluate,
+    load_map,
+    save_map,
+)
+from tests.tolerances import EXACT, OTHER_PACKAGE
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+def contrast(images: Tensor) -> Tensor:
+    return images.var(dim=(1, 2, 3))
+
+
+def error(images: Tensor, references: Tensor) -> Tensor:
+    return (images - references).square().mean(dim=(1, 2, 3))
+
+
+def bright(**options) -> NoReference:
+    return NoReference(brightness, higher_is_better=True, bounds=(0.0, 1.0), **options)
+
+
+def contrasty(**options) -> NoReference:
+    return NoReference(contrast, higher_is_better=True, bounds=(0.0, 0.26), **options)
+
+
+def faithful(**options) -> FullReference:
+    return FullReference(error, higher_is_better=False, bounds=(-1.0, 0.0), name="fidelity", **options)
+
+
+RNG = torch.Generator().manual_seed(0)
+IMAGES = torch.rand(5, 3, 8, 8, generator=RNG) * torch.rand(5, 1, 1, 1, generator=RNG)
+REFERENCES = (IMAGES * 0.9 + 0.05 * torch.rand(5, 3, 8, 8, generator=RNG)).clamp(0, 1)
+
+
+def combinations(differentiable: bool) -> list:
+    parts = {"differentiable": differentiable}
+    return [
+        WeightedSum([(0.7, bright(**parts)), (-2.0, contrasty(**parts)), (1.0, faithful(**parts))]),
+        SoftMin([bright(**parts), contrasty(**parts)], temperature=0.05),
+        FidelityFloor(bright(**parts), faithful(**parts), floor=-0.01),
+        Chunked(faithful(**parts), 2),
+        Calibrated(faithful(**parts), LogisticMap(-0.01, 0.005)),
+        Calibrated(bright(**parts), AffineMap(0.0, 0.9)),
+        Calibrated(bright(**parts), CDFMap((0.0, 0.2, 0.9), (0.0, 0.7, 1.0))),
+    ]
+
+
+@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_combinations_are_rewards(index: int, differentiable: bool) -> None:
+    """Each combination keeps the whole contract of a reward, with and without a graph."""
+    assert not check_reward(combinations(differentiable)[index], IMAGES, REFERENCES).failed
+
+
+def test_evaluate_and_sum() -> None:
+    """Components come unweighted by name, and the sum of them is the reward's own score."""
+    reward = WeightedSum([(0.7, bright()), (-2.0, contrasty())])
+    scores = evaluate(reward.rewards, IMAGES)
+    torch.testing.assert_close(scores["brightness"], brightness(IMAGES), **OTHER_PACKAGE)
+    expected = 0.7 * brightness(IMAGES) - 2 * contrast(IMAGES)
+    torch.testing.assert_close(reward(IMAGES), expected, **OTHER_PACKAGE)
+    torch.testing.assert_close(reward.combine(scores), reward(IMAGES), **EXACT)
+    assert reward.name == "0.7*brightness + -2*contrast"
+    assert reward.bounds == (-0.52, 0.7)
+    assert (reward.needs_references, combinations(False)[0].needs_references) == (False, True)
+
+
+def test_names_must_differ() -> None:
+    """Two components of one name would overwrite each other, so they are refused."""
+    with pytest.raises(ValueError, match="unique names"):
+        evaluate([bright(), bright()], IMAGES)
+    with pytest.raises(ValueError, match="at least one"):
+        WeightedSum([])
+    assert list(evaluate([bright(), bright(name="again")], IMAGES)) == ["brightness", "again"]
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.floats(0.01, 10.0), st.integers(0, 2**31))
+def test_soft_min_lies_between_minimum_and_mean(temperature: float, seed: int) -> None:
+    """For any temperature the soft minimum is at least the minimum and at most the mean."""
+    images = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    parts = [bright(), contrasty(), NoReference(contrast, higher_is_better=False, name="flat")]
+    rows = torch.stack(list(evaluate(parts, images).values()))
+    soft = SoftMin(parts, temperature=temperature)(images)
+    slack = 1e-5 * (1 + temperature)
+    assert (soft >= rows.amin(0) - slack).all()
+    assert (soft <= rows.mean(0) + slack).all()
+
+
+def test_soft_min_limit() -> None:
+    """A small temperature gives the plain minimum; a temperature must be positive."""
+    rows = torch.stack([brightness(IMAGES), contrast(IMAGES)])
+    torch.testing.assert_close(
+        SoftMin([bright(), contrasty()], temperature=1e-5)(IMAGES), rows.amin(0), **OTHER_PACKAGE
+    )
+    with pytest.raises(ValueError, match="temperature"):
+        SoftMin([bright()], temperature=0.0)
+
+
+def test_fidelity_floor_is_lexicographic() -> None:
+    """Every image above the floor beats every image below it; below, fidelity decides."""
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (0.1, 0.2, 0.9, 1.0)])
+    references = torch.tensor([0.1, 0.25, 0.5, 0.5])[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+    reward = FidelityFloor(bright(), faithful(), floor=-0.01)
+    scores = reward(images, references=references)
+    torch.testing.assert_close(scores[:2], torch.tensor([0.1, 0.2]), **OTHER_PACKAGE)
+    torch.testing.assert_close(scores[2:], torch.tensor([-0.15, -0.24]), **OTHER_PACKAGE)
+    with pytest.raises(ValueError, match=r"low=\.\.\."):
+        FidelityFloor(NoReference(contrast, higher_is_better=True), faithful(), floor=0.0)
+
+
+def test_nan_of_a_part_is_nan_of_the_whole() -> None:
+    """What one part could not score is not scored; no part is replaced by a guess."""
+    images = IMAGES.clone()
+    images[2, 0, 0, 0] = torch.nan
+    for reward in combinations(False):
+        assert reward(images, references=REFERENCES).isnan().tolist() == [False, False, True, False, False]
+
+
+def test_chunked_calls_in_pieces() -> None:
+    """Chunked never passes more than its batch size, and changes no score, for lists and prompts too."""
+    reward = Recorder()
+    chunked = Chunked(reward, 2)
+    scores = chunked(list(IMAGES), prompts=list("abcde"))
+    torch.testing.assert_close(scores, torch.arange(97.0, 102.0), **EXACT)
+    assert reward.sizes == [2, 2, 1]
+    with pytest.raises(ValueError, match="batch_size"):
+        Chunked(reward, 0)
+
+
+class Recorder:
+    name, needs_references, needs_prompts, differentiable, bounds = "recorder", False, True, False, (None, None)
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        self.sizes.append(len(images))
+        return torch.tensor([float(ord(prompt)) for prompt in prompts])
+
+
+@pytest.mark.parametrize("kind", [AffineMap, LogisticMap, CDFMap])
+def test_fitted_maps(kind, tmp_path) -> None:
+    """A fitted map is monotone, stays in [0, 1], puts the median near 1/2, and survives a file exactly."""
+    scores = torch.randn(2000, generator=torch.Generator().manual_seed(1)).exp()
+    scores[::100] = torch.nan
+    score_map = kind.fit(scores)
+    grid = torch.linspace(-5, 50, 500)
+    mapped = score_map(grid)
+    assert (mapped.diff() >= 0).all()
+    assert mapped.min() >= 0
+    assert mapped.max() <= 1
+    if kind is not AffineMap:  # an affine map keeps the skewness
+        assert abs(float(score_map(scores.nanmedian())) - 0.5) < 0.01
+    save_map(score_map, tmp_path / "map.json")
+    assert load_map(tmp_path / "map.json") == score_map
+    assert pickle.loads(pickle.dumps(score_map)) == score_map
+
+
+def test_cdf_is_the_share_beaten() -> None:
+    """The CDF map gives the rank in the frozen set; ties get the middle of their ranks."""
+    score_map = CDFMap.fit(torch.arange(101.0), num_knots=101)
+    torch.testing.assert_close(
+        score_map(torch.tensor([-1.0, 0.0, 25.0, 50.5, 100.0, 200.0])),
+        torch.tensor([0.0, 0.0, 0.25, 0.505, 1.0, 1.0]),
+        **OTHER_PACKAGE,
+    )
+    tied = CDFMap.fit(torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0]), num_knots=5)
+    assert tied.knots == (0.0, 1.0, 2.0)
+    assert tied.levels == (0.0, 0.5, 1.0)
+
+
+def test_maps_that_cannot_be() -> None:
+    """Maps that are not increasing, constant frozen sets and foreign files are refused."""
+    with pytest.raises(ValueError, match="low < high"):
+        AffineMap(1.0, 1.0)
+    with pytest.raises(ValueError, match="scale > 0"):
+        LogisticMap(0.0, 0.0)
+    with pytest.raises(ValueError, match="strictly increasing"):
+        CDFMap((0.0, 0.0), (0.0, 1.0))
+    for kind in (AffineMap, LogisticMap, CDFMap):
+        with pytest.raises(ValueError, match="at least two different values"):
+            kind.fit(torch.tensor([1.0, 1.0, torch.nan]))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"map": "spline"}', '{"map": "affine", "slope": 1}'])
+def test_files_that_are_no_maps(text: str, tmp_path) -> None:
+    """A file that is no map says so."""
+    path = tmp_path / "map.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="save_map writes one"):
+        load_map(path)
