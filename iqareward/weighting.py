@@ -150,17 +150,12 @@ class AdaptiveWeighter:
         self._history.clear()
 
     def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
-        """Let the running statistics follow; once per optimiser step, by every process, after the step's weights.
-
-        Raises:
-            RuntimeError: `calibrate` was not called.
-        """
+        """Let the running statistics follow; once per optimiser step, by every process, after the step's weights."""
         log_difficulty = self._start(difficulty, bucket)
         assert self._statistics is not None, "_start calibrates or raises"
         mean0, var0, mean, var = self._statistics
-        count, first, second, share, rows = self._sums(
-            log_difficulty, bucket, mean, self._share(log_difficulty, bucket)
-        )
+        shares = self._share(log_difficulty, bucket)
+        count, first, second, share, rows = self._sums(log_difficulty, bucket, mean, shares)
         # The variance of a mixture of old and new, so that batches of one row are as good as large ones.
         seen = count.clamp(min=1)
         gain = (1 - self.ema) * (count > 0)
@@ -230,7 +225,7 @@ class AdaptiveWeighter:
         self._statistics, self._line = statistics, (centre, slope)
 
     def _share(self, log_difficulty: Tensor, bucket: Groups | None) -> Tensor:
-        centre, slope = self._line if bucket is None else (self._line[0][bucket], self._line[1][bucket])
+        centre, slope = (row if bucket is None else row[bucket.long()] for row in self._line)
         share = torch.sigmoid((log_difficulty - centre) * slope)
         if (self.w_min, self.w_max) != (0, 1):
             share = self.w_min + (self.w_max - self.w_min) * share
@@ -242,12 +237,12 @@ class AdaptiveWeighter:
         Differences to a pivot near the mean, because squares of large logarithms would drown a small variance.
         """
         usable = log_difficulty < torch.inf
-        offset = torch.where(usable, log_difficulty - (pivot if bucket is None else pivot[bucket]), 0.0)
+        offset = torch.where(usable, log_difficulty - (pivot if bucket is None else pivot[bucket.long()]), 0.0)
         columns = torch.stack([usable.to(offset.dtype), offset, offset.square(), extra, torch.ones_like(offset)])
         if bucket is None:
             sums = columns.sum(1, keepdim=True)
         else:
-            sums = columns.new_zeros(5, self.num_buckets).index_add_(1, bucket, columns)
+            sums = columns.new_zeros(5, self.num_buckets).index_add_(1, bucket.long(), columns)
         if is_distributed():
             dist.all_reduce(sums)
         return sums

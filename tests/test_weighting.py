@@ -1,0 +1,350 @@
+"""The adaptive weighter: every property that its formula promises."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iqareward.losses import mix
+from iqareward.weighting import AdaptiveWeighter
+from tests.tolerances import EXACT, FORMULA_FP32
+
+properties = settings(deadline=None, max_examples=25, derandomize=True)
+seeds = st.integers(0, 2**31 - 1)
+kappas = st.floats(0.1, 8.0)
+DIRECTIONS = ("hard_to_rl", "hard_to_sft")
+
+
+def difficulties(seed: int, num_rows: int = 32, spread: float = 0.8) -> Tensor:
+    """Log-normal distances, as errors of restoration models are."""
+    return torch.exp(spread * torch.randn(num_rows, generator=torch.Generator().manual_seed(seed)) - 2.5)
+
+
+def calibrated(seed: int = 0, **options) -> AdaptiveWeighter:
+    """A weighter anchored on 64 difficulties."""
+    weighter = AdaptiveWeighter(**options)
+    weighter.calibrate(difficulties(seed, 64))
+    return weighter
+
+
+@properties
+@given(seed=seeds, kappa=kappas, rho=st.floats(0.0, 1.0))
+def test_weight_is_the_documented_formula(seed, kappa, rho):
+    """rl is the logistic function of the standardised log-difficulty, written out here in fp64."""
+    anchor, rows = difficulties(seed, 64), difficulties(seed + 1)
+    weighter = AdaptiveWeighter(kappa=kappa, rho=rho)
+    weighter.calibrate(anchor)
+    logs = anchor.double().log()
+    expected = 1 / (1 + torch.exp(-kappa * (rows.double().log() - logs.mean()) / logs.std()))
+    torch.testing.assert_close(weighter(rows).rl.double(), expected, **FORMULA_FP32)
+
+
+@properties
+@given(seed=seeds, kappa=kappas, direction=st.sampled_from(DIRECTIONS))
+def test_weight_is_monotone_in_difficulty(seed, kappa, direction):
+    """A harder row never gets less RL (or never more, in the other direction)."""
+    share = calibrated(kappa=kappa, direction=direction)(difficulties(seed).sort().values).rl
+    steps = share.diff()
+    assert (steps >= 0).all() if direction == "hard_to_rl" else (steps <= 0).all()
+
+
+@properties
+@given(seed=seeds, low=st.floats(0.0, 0.4), high=st.floats(0.5, 1.0))
+def test_weight_stays_in_its_range(seed, low, high):
+    """Every RL share lies in [w_min, w_max], for any size of the difficulty."""
+    rows = difficulties(seed) * torch.logspace(-30, 30, 32)
+    share = calibrated(w_min=low, w_max=high)(rows).rl
+    assert ((share >= low - 1e-6) & (share <= high + 1e-6)).all()
+
+
+@properties
+@given(seed=seeds, kappa=kappas)
+def test_convex_weights_sum_to_one(seed, kappa):
+    """rl + sft = 1 in every row, active or not."""
+    active = torch.arange(32) % 3 > 0
+    rl, sft = calibrated(kappa=kappa)(difficulties(seed), active=active)
+    torch.testing.assert_close(rl + sft, torch.ones(32), **EXACT)
+
+
+@properties
+@given(seed=seeds)
+def test_weights_follow_their_rows(seed):
+    """Permuting rows permutes weights, bit for bit, with buckets too."""
+    rows, bucket = difficulties(seed), torch.arange(32) % 4
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(seed))
+    weighter = AdaptiveWeighter(num_buckets=4)
+    weighter.calibrate(rows, bucket)
+    torch.testing.assert_close(
+        weighter(rows[order], bucket=bucket[order]).rl, weighter(rows, bucket=bucket).rl[order], **EXACT
+    )
+
+
+@properties
+@given(seed=seeds, unit=st.floats(1e-2, 1e3))
+def test_unit_of_difficulty_does_not_matter(seed, unit):
+    """Scaling rows and calibration together (0..255 instead of 0..1) changes no weight."""
+    rows, anchor = difficulties(seed).double(), difficulties(seed + 1).double()
+    plain, scaled = AdaptiveWeighter(), AdaptiveWeighter()
+    plain.calibrate(anchor)
+    scaled.calibrate(anchor * unit)
+    torch.testing.assert_close(scaled(rows * unit).rl, plain(rows).rl, **FORMULA_FP32)
+
+
+@properties
+@given(seed=seeds, cut=st.integers(1, 31))
+def test_weights_do_not_depend_on_the_batch_at_rho_one(seed, cut):
+    """Micro-batches, other rows and running statistics change nothing but the last bit (vector and scalar kernels)."""
+    rows, weighter = difficulties(seed), calibrated()
+    whole = weighter(rows).rl
+    first = weighter(rows[:cut]).rl
+    weighter.update(100 * rows)
+    torch.testing.assert_close(torch.cat([first, weighter(rows[cut:]).rl]), whole, **FORMULA_FP32)
+
+
+@properties
+@given(seed=seeds, shrink=st.floats(0.2, 0.98))
+def test_sft_takes_over_as_errors_shrink(seed, shrink):
+    """At rho = 1 a smaller error lowers every weight that is not yet at the end of its range."""
+    rows, weighter = difficulties(seed, spread=0.3), calibrated()
+    assert (weighter(shrink * rows).rl < weighter(rows).rl).all()
+
+
+def test_handover_has_the_size_that_was_derived():
+    """Mean RL share .50 -> .39 -> .19 -> .02 as log-normal errors with spread .6 shrink x1, .8, .5, .2."""
+    rows = difficulties(3, 4096, spread=0.6)
+    weighter = AdaptiveWeighter()
+    weighter.calibrate(rows)
+    means = torch.stack([weighter(factor * rows).rl.mean() for factor in (1.0, 0.8, 0.5, 0.2)])
+    torch.testing.assert_close(means, torch.tensor([0.50, 0.39, 0.19, 0.02]), rtol=0.0, atol=0.015)
+
+
+@properties
+@given(seed=seeds)
+def test_controls_are_special_cases(seed):
+    """kappa = 0 is 0.5 everywhere, w_min = w_max pure RL or SFT, a large kappa a hard gate at the anchor's mean."""
+    rows, anchor = difficulties(seed), difficulties(seed + 1, 64)
+    expected = {
+        (0.0, 0.0, 1.0): torch.full((32,), 0.5),
+        (2.0, 1.0, 1.0): torch.ones(32),
+        (2.0, 0.0, 0.0): torch.zeros(32),
+        (1e9, 0.0, 1.0): (rows.log() > anchor.log().mean()).float(),
+    }
+    for (kappa, low, high), share in expected.items():
+        weighter = AdaptiveWeighter(kappa=kappa, w_min=low, w_max=high)
+        weighter.calibrate(anchor)
+        torch.testing.assert_close(weighter(rows).rl, share, **EXACT)
+
+
+@properties
+@given(seed=seeds, kappa=kappas)
+def test_other_direction_is_the_complement(seed, kappa):
+    """hard_to_sft gives 1 - w of hard_to_rl."""
+    rows = difficulties(seed)
+    there, back = (calibrated(kappa=kappa, direction=direction)(rows) for direction in DIRECTIONS)
+    torch.testing.assert_close(back.rl, there.sft, **FORMULA_FP32)
+
+
+@pytest.mark.parametrize("mode", ["convex", "additive"])
+def test_input_without_reward_spread_gets_sft_only(mode):
+    """active=False gives rl = 0 and sft = 1 in both modes, NaN difficulty or not."""
+    rows = torch.tensor([0.01, 1.0, torch.nan])
+    rl, sft = calibrated(mode=mode)(rows, active=torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(rl, torch.zeros(3), **EXACT)
+    torch.testing.assert_close(sft, torch.ones(3), **EXACT)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("low", [0.0, 0.1])
+def test_unusable_difficulty_gets_the_smallest_share(direction, low):
+    """NaN, +-inf and negative difficulties get w_min; zero is a difficulty like any other."""
+    rows = torch.tensor([torch.nan, torch.inf, -torch.inf, -1.0])
+    weighter = calibrated(direction=direction, w_min=low)
+    torch.testing.assert_close(weighter(rows).rl, torch.full((4,), low), **EXACT)
+    assert weighter(torch.zeros(1)).rl.item() == pytest.approx(low if direction == "hard_to_rl" else 1.0, abs=1e-4)
+
+
+def test_no_gradient_reaches_the_difficulty():
+    """Weights are constants for the optimiser even if the difficulty is not."""
+    rows = difficulties(0).requires_grad_()
+    rl, sft = calibrated()(rows)
+    assert not rl.requires_grad
+    assert not sft.requires_grad
+
+
+@properties
+@given(seed=seeds, rho=st.floats(0.0, 1.0), num_updates=st.integers(0, 3))
+def test_state_round_trip_is_exact(seed, rho, num_updates):
+    """A weighter restored from state_dict, or pickled, continues bit for bit."""
+    weighter = calibrated(rho=rho)
+    for step in range(num_updates):
+        weighter.update(difficulties(seed + step) * 0.5)
+    state = weighter.state_dict()
+    restored = AdaptiveWeighter(**state["config"])
+    restored.load_state_dict(state)
+    copies = [weighter, restored, pickle.loads(pickle.dumps(weighter))]
+    for copy in copies:
+        copy.update(difficulties(seed + 9))
+    reference, *others = [copy(difficulties(seed)).rl for copy in copies]
+    for other in others:
+        torch.testing.assert_close(other, reference, **EXACT)
+
+
+def test_state_does_not_change_under_the_one_who_took_it():
+    """Updates after state_dict() leave the taken state alone."""
+    weighter = calibrated(rho=0.5)
+    state = weighter.state_dict()
+    before = state["statistics"].clone()
+    weighter.update(difficulties(5))
+    torch.testing.assert_close(state["statistics"], before, **EXACT)
+
+
+def test_uncalibrated_state_round_trip():
+    """The state of a weighter that has not begun is loadable, and it still asks for its calibration."""
+    restored = AdaptiveWeighter()
+    restored.load_state_dict(AdaptiveWeighter().state_dict())
+    with pytest.raises(RuntimeError, match="calibrate_on_first=True"):
+        restored(difficulties(0))
+
+
+@properties
+@given(seed=seeds)
+def test_weights_do_not_depend_on_the_update_of_their_step(seed):
+    """Weights before the update are those of the previous state; only later ones change."""
+    rows, weighter, silent = difficulties(seed), calibrated(rho=0.0), calibrated(rho=0.0)
+    weighter(rows)
+    torch.testing.assert_close(weighter(rows).rl, silent(rows).rl, **EXACT)
+    weighter.update(3 * rows)
+    assert (weighter(rows).rl != silent(rows).rl).all()
+
+
+def test_running_anchor_keeps_half_on_a_stationary_stream():
+    """At rho = 0 the mean weight stays near one half when the difficulty does not change, also in batches of 4."""
+    weighter = calibrated(rho=0.0, ema=0.98)
+    means = []
+    for step in range(300):
+        rows = difficulties(1000 + step, 4)
+        means.append(weighter(rows).rl.mean())
+        weighter.update(rows)
+    assert torch.stack(means[100:]).mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_running_variance_is_right_for_batches_of_one():
+    """The running spread of a stream of single rows approaches that of the stream."""
+    weighter = calibrated(rho=0.0, ema=0.995)
+    for row in difficulties(7, 4000):
+        weighter.update(row[None])
+    statistics = weighter.state_dict()["statistics"]
+    assert statistics[3].sqrt().item() == pytest.approx(0.8, rel=0.1)
+
+
+def test_buckets_have_their_own_scale():
+    """The same difficulty is hard in a bucket of easy rows and easy in a bucket of hard ones."""
+    weighter = AdaptiveWeighter(num_buckets=2)
+    anchor = difficulties(0, 64)
+    weighter.calibrate(torch.cat([anchor, 100 * anchor]), torch.arange(128) // 64)
+    rl = weighter(anchor.mean().repeat(2), bucket=torch.tensor([0, 1], dtype=torch.uint8)).rl
+    assert rl[0] > 0.5 > 0.05 > rl[1]
+
+
+def test_update_leaves_empty_buckets_and_unusable_rows_alone():
+    """A bucket without a usable row keeps its statistics."""
+    weighter = AdaptiveWeighter(num_buckets=2, rho=0.0)
+    weighter.calibrate(difficulties(0, 8), torch.arange(8) % 2)
+    before = weighter.state_dict()["statistics"]
+    weighter.update(torch.tensor([0.5, torch.nan, -1.0]), torch.tensor([0, 1, 1]))
+    after = weighter.state_dict()["statistics"]
+    torch.testing.assert_close(after[:, 1], before[:, 1], **EXACT)
+    assert after[2, 0] > before[2, 0]
+
+
+def test_history_tells_what_happened():
+    """One entry per update: geometric mean of the usable difficulties, and mean share of the rows."""
+    weighter = calibrated()
+    rows = torch.tensor([0.1, 0.4, torch.nan])
+    share = weighter(rows).rl
+    weighter.update(rows)
+    history = weighter.history
+    assert history["difficulty"] == pytest.approx([0.2], rel=1e-4)
+    assert history["rl_share"] == pytest.approx([share.mean().item()], rel=1e-5)
+
+
+def test_batch_sizes_one_and_zero():
+    """One row gives one weight; no rows give none."""
+    assert calibrated()(torch.tensor([0.1])).rl.shape == (1,)
+    assert calibrated()(torch.empty(0)).rl.shape == (0,)
+
+
+def test_half_precision_is_computed_in_fp32():
+    """bf16 difficulties give fp32 weights; fp64 stays fp64."""
+    rows = difficulties(0)
+    assert calibrated()(rows.bfloat16()).rl.dtype == torch.float32
+    assert calibrated()(rows.double()).rl.dtype == torch.float64
+
+
+def test_weights_survive_another_default_dtype():
+    """A trainer's torch.set_default_dtype does not leak into the weights."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weighter = calibrated(w_min=0.1)
+        weighter.update(difficulties(1))
+        assert weighter(difficulties(0).float()).rl.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_use_before_calibration_is_an_error():
+    """The message names both ways out; calibrate_on_first and rho = 0 are such ways."""
+    rows = difficulties(0)
+    for use in (AdaptiveWeighter().update, AdaptiveWeighter()):
+        with pytest.raises(RuntimeError, match=r"calibrate\(difficulty\).*calibrate_on_first=True"):
+            use(rows)
+    for weighter in (AdaptiveWeighter(calibrate_on_first=True), AdaptiveWeighter(rho=0.0)):
+        assert weighter(rows).rl.mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"kappa": float("inf")},
+        {"kappa": -1.0},
+        {"rho": 1.5},
+        {"w_min": 0.8, "w_max": 0.2},
+        {"direction": "easy"},
+        {"mode": "sum"},
+        {"floor": 0.0},
+        {"ema": 1.0},
+        {"num_buckets": 0},
+    ],
+)
+def test_options_out_of_range_are_refused(option):
+    """The message says which range was expected."""
+    with pytest.raises(ValueError, match="AdaptiveWeighter expected"):
+        AdaptiveWeighter(**option)
+
+
+def test_wrong_rows_are_refused():
+    """Shapes, missing buckets, scores instead of distances and thin calibrations are named."""
+    with pytest.raises(ValueError, match=r"tensor \[B\]"):
+        calibrated()(torch.rand(4, 1))
+    with pytest.raises(ValueError, match="integers"):
+        calibrated()(torch.rand(4), bucket=torch.zeros(4))
+    with pytest.raises(ValueError, match="`bucket`"):
+        AdaptiveWeighter(num_buckets=3).calibrate(torch.rand(9))
+    with pytest.raises(ValueError, match="larger = harder"):
+        AdaptiveWeighter().calibrate(torch.tensor([-30.0, -25.0]))
+    with pytest.raises(ValueError, match="at least two"):
+        AdaptiveWeighter(num_buckets=2).calibrate(torch.rand(4), torch.tensor([0, 0, 0, 1]))
+    with pytest.raises(ValueError, match="options"):
+        AdaptiveWeighter().load_state_dict(AdaptiveWeighter(kappa=3.0).state_dict())
+
+
+def test_mix_in_both_modes():
+    """Additive keeps RL whole and takes SFT away; rows that are not valid weigh nothing."""
+    share = torch.tensor([0.25, 0.75, 0.5])
+    valid = torch.tensor([True, True, False])
+    rl, sft = mix(share, valid=valid, additive=True)
+    torch.testing.assert_close(rl, torch.tensor([1.0, 1.0, 0.0]), **EXACT)
+    torch.testing.assert_close(sft, torch.tensor([0.75, 0.25, 0.0]), **EXACT)
