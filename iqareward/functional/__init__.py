@@ -1,0 +1,1 @@
+from iqareward.functional.piqe import piqe as piqe
