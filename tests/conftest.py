@@ -3,6 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+import iqareward
+
+PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +18,26 @@ def fixtures_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("the reference figures are not distributed with the repository (no ../shared/fixtures)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Tensor:
+    """`[4, 3, 288, 288]`: centres of the colour photographs that scikit-image brings along."""
+    skimage = pytest.importorskip("skimage")
+    folder = Path(skimage.__file__).parent / "data"
+    rows = [iqareward.to_images(folder / name)[0] for name in PHOTOS]
+    return torch.stack([center_crop(row, 288) for row in rows])
+
+
+@pytest.fixture(scope="session")
+def degraded_photographs(photographs: Tensor) -> Tensor:
+    """The photographs, coarse and noisy: visibly worse."""
+    rng = torch.Generator().manual_seed(0)
+    coarse = torch.nn.functional.interpolate(photographs, scale_factor=0.25, mode="area")
+    coarse = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=False)
+    return (coarse + 0.05 * torch.randn(coarse.shape, generator=rng)).clamp(0, 1)
+
+
+def center_crop(image: Tensor, side: int) -> Tensor:
+    top, left = ((size - side) // 2 for size in image.shape[-2:])
+    return image[..., top : top + side, left : left + side]

@@ -82,17 +82,18 @@ def scored_paths(file: Path, rewards: Sequence[str]) -> set[str]:
     if not file.exists():
         return set()
     text = file.read_text()
-    if not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        file.write_text(text)
+    complete = text[: text.rfind("\n") + 1]
     try:
-        return _json_paths(text, rewards) if text.startswith("{") else _csv_paths(text, rewards)
+        if not complete and text and not text.startswith(('{"path"', "path,")):
+            raise KeyError("path")
+        done = _json_paths(complete, rewards) if complete.startswith("{") else _csv_paths(complete, rewards)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file} exists and is not a results file of this command. Choose another --output."
-        ) from error
+        raise ValueError(f"{file} is no results file of this command. Choose another --output.") from error
     except _OtherRewardsError as error:
         raise ValueError(f"{file} holds scores of {error}, not of {list(rewards)}. Choose another --output.") from error
+    if complete != text:  # only now that the file is known to be ours
+        file.write_text(complete)
+    return done
 
 
 class _OtherRewardsError(Exception):

@@ -1,8 +1,16 @@
 """Every reward that has a name, in one literal table; `load` builds them and their weighted sums."""
 
+import difflib
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import torch
+
+from iqareward.functional import gmsd, haarpsi, ms_ssim, niqe, piqe, psnr, ssim
+from iqareward.rewards.compose import WeightedSum
+from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.types import Reward
 
 
@@ -10,16 +18,124 @@ class Entry(NamedTuple):
     """A row of the catalogue.
 
     Attributes:
-        build: `build(differentiable=...)` gives the reward.
-        licence: of the metric's code and weights as we use them.
-        extra: the extra of this package that it needs; "" = none.
+        build: gives the reward; takes `differentiable` if that can be chosen, and `device` if the reward has weights.
         summary: what a score says.
+        needs_references: whether it compares with references.
+        differentiable: whether `differentiable=True` can be asked for.
+        has_weights: whether it has a model that lives on a device.
+        licence: of the metric's code and weights as used here.
+        extra: the extra of this package that it needs; "" = none.
     """
 
     build: Callable[..., Reward]
-    licence: str
-    extra: str
     summary: str
+    needs_references: bool
+    differentiable: bool
+    has_weights: bool = False
+    licence: str = "Apache-2.0"
+    extra: str = ""
 
 
-CATALOG: dict[str, Entry] = {}
+CATALOG: dict[str, Entry] = {
+    "psnr": Entry(
+        partial(FullReference, psnr, higher_is_better=True, bounds=(None, 100.0)),
+        "pixel error in dB; 100 = identical",
+        needs_references=True,
+        differentiable=True,
+    ),
+    "ssim": Entry(
+        partial(FullReference, ssim, higher_is_better=True, bounds=(-1.0, 1.0), min_side=SSIM_MIN_SIDE),
+        "local structure of luma; 1 = identical",
+        needs_references=True,
+        differentiable=True,
+    ),
+    "ms_ssim": Entry(
+        partial(FullReference, ms_ssim, higher_is_better=True, bounds=(0.0, 1.0), min_side=MS_SSIM_MIN_SIDE),
+        "structure at five scales; 1 = identical",
+        needs_references=True,
+        differentiable=True,
+    ),
+    "gmsd": Entry(
+        partial(FullReference, gmsd, higher_is_better=False, bounds=(None, 0.0), min_side=GMSD_MIN_SIDE),
+        "evenness of edge errors; 0 = identical",
+        needs_references=True,
+        differentiable=True,
+    ),
+    "haarpsi": Entry(
+        partial(FullReference, haarpsi, higher_is_better=True, bounds=(0.0, 1.0), min_side=HAARPSI_MIN_SIDE),
+        "wavelet similarity, close to human ratings; 1 = identical",
+        needs_references=True,
+        differentiable=True,
+    ),
+    "piqe": Entry(
+        partial(NoReference, piqe, higher_is_better=False, bounds=(-100.0, 0.0), min_side=PIQE_MIN_SIDE),
+        "blockwise distortion, 0 = none; the default without downloads",
+        needs_references=False,
+        differentiable=False,
+    ),
+    "niqe": Entry(
+        partial(NoReference, niqe, higher_is_better=False, bounds=(None, 0.0), min_side=NIQE_MIN_SIDE),
+        "distance from natural statistics; for short sides >= 256",
+        needs_references=False,
+        differentiable=False,
+    ),
+}
+
+_TERM = re.compile(r"(?:(?P<weight>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<name>[A-Za-z]\S*)")
+_OPERATOR = re.compile(r"\s+([+-])\s+")
+
+
+def load(spec: str, *, device: torch.device | str | None = None, differentiable: bool = False) -> Reward:
+    """The reward behind a name, or behind a weighted sum of names.
+
+    Args:
+        spec: a name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, or a sum such as `"0.7*niqe + 0.3*ssim"`,
+            with spaces around the operators.
+        device: where rewards that have weights keep them; None = where the first images are. Others run where the
+            images are in any case.
+        differentiable: keep the graph from scores to pixels.
+
+    Returns:
+        A reward: `[B]` float32 scores, higher is better, NaN = not scored.
+
+    Raises:
+        ValueError: an unknown name (near ones are listed), or `differentiable` for a reward that cannot be.
+        ImportError: the reward needs an extra that is not installed.
+
+    Example:
+        >>> load("0.7*niqe + 0.3*ssim").name
+        '0.7*niqe + 0.3*ssim'
+        >>> load("nique")
+        Traceback (most recent call last):
+        ValueError: unknown reward 'nique'; near names: niqe, piqe. `iqareward list` shows all.
+    """
+    first, *rest = _OPERATOR.split(spec.strip())
+    signed = [("+", first), *zip(rest[::2], rest[1::2], strict=True)]
+    terms = []
+    for sign, text in signed:
+        match = _TERM.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(
+                f"{spec!r} is no reward: expected names or a sum such as '0.7*niqe + 0.3*ssim' "
+                f"(spaces around + and -), could not read {text.strip()!r}."
+            )
+        weight = float(match["weight"] or 1.0) * (1 if sign == "+" else -1)
+        terms.append((weight, _build(match["name"], device, differentiable), match["weight"]))
+    if len(terms) == 1 and terms[0][2] is None:
+        return terms[0][1]
+    return WeightedSum([(weight, reward) for weight, reward, _ in terms])
+
+
+def _build(name: str, device: torch.device | str | None, differentiable: bool) -> Reward:
+    entry = CATALOG.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, CATALOG, n=3)
+        hint = f"near names: {', '.join(near)}" if near else f"known names: {', '.join(CATALOG)}"
+        raise ValueError(f"unknown reward {name!r}; {hint}. `iqareward list` shows all.")
+    if differentiable and not entry.differentiable:
+        graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)
+        raise ValueError(f"{name} has no useful gradient to the pixels. Differentiable rewards: {graphs}.")
+    options: dict[str, object] = {"differentiable": True} if differentiable else {}
+    if entry.has_weights:
+        options["device"] = device
+    return entry.build(**options)

@@ -1,0 +1,121 @@
+"""Every reward with a name keeps the contract and tells the truth about itself; sums are parsed as written."""
+
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from iqareward import WeightedSum, check_reward, load
+from iqareward.rewards.catalog import CATALOG
+from tests.tolerances import EXACT, OTHER_PACKAGE
+
+CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.has_weights]
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_every_reward_keeps_the_contract(name: str, photographs: Tensor, degraded_photographs: Tensor) -> None:
+    """Each reward without weights passes the public check on photographs, direction included."""
+    near = (photographs + 0.02 * torch.randn(photographs.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    images, references = (near, photographs) if load(name).needs_references else (photographs, None)
+    for differentiable in {False, CATALOG[name].differentiable}:
+        reward = load(name, differentiable=differentiable)
+        check_reward(reward, images, references, degraded=degraded_photographs)
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_facts_of_the_table(name: str) -> None:
+    """What the table says of a reward is what the reward says of itself."""
+    reward = load(name)
+    assert reward.name == name
+    assert reward.needs_references == CATALOG[name].needs_references
+    assert not reward.differentiable
+    if CATALOG[name].differentiable:
+        assert load(name, differentiable=True).differentiable
+    else:
+        with pytest.raises(ValueError, match=f"{name} has no useful gradient"):
+            load(name, differentiable=True)
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_wrong_ranges_are_not_scored(name: str, photographs: Tensor) -> None:
+    """Images in [-1, 1] or [0, 255] get NaN, not a plausible number."""
+    batch = torch.stack([photographs[0], photographs[0] * 2 - 1, photographs[0] * 255])
+    scores = load(name)(batch, references=photographs[:3])
+    assert scores.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+@pytest.mark.parametrize("picture", ["black", "white", "gray", "ramp", "checker", "noise", "identical"])
+def test_special_pictures(name: str, picture: str, photographs: Tensor) -> None:
+    """Flat, extreme and identical images give a number or NaN, never inf, and never another image's score."""
+    rows, columns = torch.meshgrid(torch.arange(288), torch.arange(288), indexing="ij")
+    special = {
+        "black": torch.zeros(3, 288, 288),
+        "white": torch.ones(3, 288, 288),
+        "gray": torch.full((3, 288, 288), 0.5),
+        "ramp": (columns / 287).expand(3, -1, -1),
+        "checker": ((rows + columns) % 2).float().expand(3, -1, -1),
+        "noise": torch.rand(3, 288, 288, generator=torch.Generator().manual_seed(0)),
+        "identical": photographs[0],
+    }[picture]
+    reward = load(name)
+    for reference in (special, photographs[1]):
+        references = torch.stack([photographs[1], reference])
+        scores = reward(torch.stack([photographs[0], special]), references=references)
+        assert not scores.isinf().any()
+        torch.testing.assert_close(scores[:1], reward(photographs[:1], references=photographs[1:2]), **EXACT)
+    if CATALOG[name].needs_references:
+        torch.testing.assert_close(
+            reward(special[None], references=special[None]), torch.tensor([reward.bounds[1]]), **OTHER_PACKAGE
+        )
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 10, 11, 15, 16, 33, 64, 97, 161, 193])
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_every_size(name: str, side: int) -> None:
+    """Any size, also strips, gives a number or NaN, in a batch and in a mixed list."""
+    rng = torch.Generator().manual_seed(side)
+    images = [torch.rand(3, side, side + 7, generator=rng), torch.rand(3, 300, side, generator=rng)]
+    scores = load(name)(images, references=[image.flip(-1) for image in images])
+    assert scores.shape == (2,)
+    assert not scores.isinf().any()
+
+
+def test_a_long_strip() -> None:
+    """4096 pixels on a side, one on the other: not scored or scored, but never an error."""
+    for name in CLASSICAL:
+        for shape in ((1, 4096), (4096, 16), (4096, 200)):
+            image = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))
+            assert not load(name)(image, references=image).isinf().any()
+
+
+def test_sums(photographs: Tensor) -> None:
+    """A sum is read with weights, signs and scientific notation, and keeps its parts."""
+    reward = load("0.7*piqe - ssim + 1e-1 * psnr")
+    assert isinstance(reward, WeightedSum)
+    assert [(weight, part.name) for weight, part in reward.terms] == [(0.7, "piqe"), (-1.0, "ssim"), (0.1, "psnr")]
+    images = photographs[:2] * 0.9
+    parts = [load(name)(images, references=photographs[:2]) for name in ("piqe", "ssim", "psnr")]
+    expected = 0.7 * parts[0] - parts[1] + 0.1 * parts[2]
+    torch.testing.assert_close(reward(images, references=photographs[:2]), expected, **OTHER_PACKAGE)
+    assert isinstance(load("2*ssim"), WeightedSum)
+    assert pickle.loads(pickle.dumps(reward)).name == reward.name
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nique", "near names: niqe"),
+        ("zzz", "known names: psnr"),
+        ("", "could not read ''"),
+        ("0.7*niqe+0.3*ssim", "spaces around"),
+        ("0.7 niqe", "could not read"),
+        ("ssim + ssim", "unique names"),
+        ("0.5*piqe + 0.5*wrong", "unknown reward 'wrong'"),
+    ],
+)
+def test_what_cannot_be_loaded(spec: str, message: str) -> None:
+    """A name that does not exist lists near ones; a sum that cannot be read says how to write it."""
+    with pytest.raises(ValueError, match=message):
+        load(spec)
