@@ -4,7 +4,9 @@ import doctest
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,13 +30,14 @@ def name_of(page: Path) -> str:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run one after the other; a block marked `<!-- not run: why -->` at least compiles."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    module = ModuleType("documentation_page")  # a module of its own, so that what a page defines can be pickled
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     text = page.read_text()
     for block in BLOCK.finditer(text):
         line = text[: block.start("code")].count("\n") + 1
         code = compile("\n" * (line - 1) + block["code"], name_of(page), "exec")
         if block["note"] is None:
-            exec(code, namespace)
+            exec(code, vars(module))
     assert text.count("```python") == len(BLOCK.findall(text))
 
 

@@ -9,6 +9,12 @@ from typing import NamedTuple
 import torch
 
 from iqareward.functional import gmsd, haarpsi, ms_ssim, niqe, piqe, psnr, ssim
+from iqareward.functional.gmsd import MIN_SIDE as GMSD_MIN_SIDE
+from iqareward.functional.haarpsi import MIN_SIDE as HAARPSI_MIN_SIDE
+from iqareward.functional.ms_ssim import MIN_SIDE as MS_SSIM_MIN_SIDE
+from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
+from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
+from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
 from iqareward.rewards.compose import WeightedSum
 from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.types import Reward
@@ -81,7 +87,8 @@ CATALOG: dict[str, Entry] = {
     ),
 }
 
-_TERM = re.compile(r"(?:(?P<weight>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<name>[A-Za-z]\S*)")
+# names may hold + and -, so operators need spaces around them
+_TERM = re.compile(r"(?:(?P<weight>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<name>[A-Za-z][^\s*]*)")
 _OPERATOR = re.compile(r"\s+([+-])\s+")
 
 
@@ -131,7 +138,8 @@ def _build(name: str, device: torch.device | str | None, differentiable: bool) -
     if entry is None:
         near = difflib.get_close_matches(name, CATALOG, n=3)
         hint = f"near names: {', '.join(near)}" if near else f"known names: {', '.join(CATALOG)}"
-        raise ValueError(f"unknown reward {name!r}; {hint}. `iqareward list` shows all.")
+        spaces = " Sums need spaces around + and -." if "+" in name else ""
+        raise ValueError(f"unknown reward {name!r}; {hint}. `iqareward list` shows all.{spaces}")
     if differentiable and not entry.differentiable:
         graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)
         raise ValueError(f"{name} has no useful gradient to the pixels. Differentiable rewards: {graphs}.")

@@ -175,9 +175,11 @@ class Chunked:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored."""
         starts = range(0, max(1, len(images)), self.batch_size)  # an empty batch is still one call
-        parts = [self._score_rows(slice(s, s + self.batch_size), images, references, prompts) for s in starts]
-        with reward_mode(parts[0].device.type, differentiable=self.differentiable):
-            return torch.cat(parts)
+        # slices and the concatenation are part of the graph; the reward sets its own modes for its own devices
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
+            return torch.cat(
+                [self._score_rows(slice(s, s + self.batch_size), images, references, prompts) for s in starts]
+            )
 
     def _score_rows(
         self, rows: slice, images: Images, references: Images | None, prompts: Sequence[str] | None
