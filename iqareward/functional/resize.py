@@ -1,0 +1,173 @@
+"""Bicubic resizing that returns what Pillow returns, on any device, batched and differentiable."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iqareward.functional._checks import check_images
+
+CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
+CUBIC_SUPPORT = 2.0
+COEFFICIENT_BITS = 22  # Pillow stores kernel weights as integers in units of 2**-22
+DIGIT_BITS = 8
+# Three signed 8-bit digits hold a 22-bit coefficient. Pixel times digit is exact in every matmul mode (float32, TF32,
+# bf16 passes), and sums over up to 512 taps stay below 2**24, where float32 still counts every integer.
+NUM_DIGITS = 3
+MAX_TAPS = 512
+BAND_COLUMNS = 64  # output columns per matmul: the kernel is a narrow band, so a dense matrix would be mostly zeros
+
+
+class Band(NamedTuple):
+    """Weights of consecutive output columns, which read input columns `start:stop` only."""
+
+    start: int
+    stop: int
+    digits: Tensor  # [stop - start, NUM_DIGITS * columns], most significant digit first, integer valued
+    weights: Tensor  # [stop - start, columns], the same coefficients as plain numbers, for the gradient
+
+
+def pillow_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """What `PIL.Image.resize(size, Image.Resampling.BICUBIC)` gives for the 8-bit version of each image, bit for bit.
+
+    Pillow filters rows, rounds and clips to 8 bits, then filters columns and rounds again (or columns first, where
+    that is cheaper); the difference from a float resize reaches tens of grey levels at sharp edges. Rounding passes
+    gradients straight through; clipping stops them.
+
+    Args:
+        images: `[B, 3, H, W]` in [0, 1]; rounded to 8 bits first.
+        size: (height, width) of the result.
+
+    Returns:
+        `[B, 3, height, width]` in [0, 1], multiples of 1/255.
+
+    Raises:
+        ValueError: wrong shape of `images`, a side of `size` is not positive, or a side shrinks more than 127 fold.
+
+    Example:
+        >>> pillow_resize(torch.full((1, 3, 10, 20), 0.5), (4, 5)).shape
+        torch.Size([1, 3, 4, 5])
+
+    References:
+        Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981,
+        https://doi.org/10.1109/TASSP.1981.1163711
+    """
+    images = check_images("pillow_resize", images)
+    return resize_levels(to_levels(images), size) / 255
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """8-bit levels 0..255, as floats, of images in [0, 1]: rounded, not truncated, with a straight-through gradient."""
+    scaled = (images * 255).clamp(0, 255)
+    return _StraightThrough.apply(scaled, scaled.detach().round())  # pyright: ignore[reportReturnType]
+
+
+def resize_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
+    """`pillow_resize` for integer levels 0..255 held as floats `[B, C, H, W]`; returns the same."""
+    if min(size) < 1:
+        raise ValueError(f"pillow_resize expected a positive (height, width), got {size}.")
+    height, width = size
+    lost_rows, lost_columns = levels.shape[-2] - height, levels.shape[-1] - width
+    with torch.autocast(levels.device.type, enabled=False):
+        # Pillow 13's rule, found by comparing both orders with its output; earlier releases always filter rows first.
+        # The order shows only through the rounding in between, and squares are resized the same way by every release.
+        if lost_rows > max(0, 2 * lost_columns):
+            levels = _resize_last(levels.mT, height).mT
+            return _resize_last(levels, width)
+        levels = _resize_last(levels, width)
+        return _resize_last(levels.mT, height).mT
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of `rounded` with the gradient of `smooth`."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, smooth: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _resize_last(levels: Tensor, out_size: int) -> Tensor:
+    if levels.shape[-1] == out_size:  # Pillow skips a pass that changes nothing
+        return levels
+    bands = _bands(levels.shape[-1], out_size, levels.dtype, levels.device)
+    with torch.no_grad():
+        exact = torch.cat([_exact_band(levels[..., b.start : b.stop], b.digits) for b in bands], dim=-1)
+    if not (torch.is_grad_enabled() and levels.requires_grad):
+        return exact
+    smooth = torch.cat([levels[..., b.start : b.stop] @ b.weights for b in bands], dim=-1).clamp(0, 255)
+    return _StraightThrough.apply(smooth, exact)  # pyright: ignore[reportReturnType]
+
+
+def _exact_band(levels: Tensor, digits: Tensor) -> Tensor:
+    """`round(levels @ coefficients)` clipped to 0..255 in integer arithmetic carried by floats."""
+    high, middle, low = (levels @ digits).chunk(NUM_DIGITS, dim=-1)
+    base = 2.0**DIGIT_BITS
+    carry = middle + (low / base).floor()
+    carry = high + (carry / base).floor()
+    unit = 2.0 ** (COEFFICIENT_BITS - 2 * DIGIT_BITS)
+    return ((carry + unit / 2) / unit).floor().clamp_(0, 255)
+
+
+@lru_cache(maxsize=64)
+def _bands(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Band, ...]:
+    coefficients = bicubic_coefficients(in_size, out_size)
+    bands = []
+    # Cached tensors must be ordinary even if the first caller is in inference mode: later callers may want gradients.
+    with torch.inference_mode(False), torch.no_grad():
+        for first in range(0, out_size, BAND_COLUMNS):
+            block = coefficients[:, first : first + BAND_COLUMNS]
+            rows = np.flatnonzero(block.any(axis=1))
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            block = block[start:stop]
+            digits = torch.tensor(_digits(block), dtype=dtype, device=device)
+            weights = torch.tensor(block / 2.0**COEFFICIENT_BITS, dtype=dtype, device=device)
+            bands.append(Band(start, stop, digits, weights))
+    return tuple(bands)
+
+
+def _digits(coefficients: np.ndarray) -> np.ndarray:
+    """Split integers into balanced base-256 digits, most significant first, side by side."""
+    half, base = 1 << (DIGIT_BITS - 1), 1 << DIGIT_BITS
+    digits = []
+    for _ in range(NUM_DIGITS - 1):
+        digit = (coefficients + half) % base - half
+        digits.append(digit)
+        coefficients = (coefficients - digit) // base
+    return np.concatenate([coefficients, *reversed(digits)], axis=1)
+
+
+def bicubic_coefficients(in_size: int, out_size: int) -> np.ndarray:
+    """Pillow's integer kernel weights `[in_size, out_size]` in units of 2**-22: antialiased bicubic along one axis."""
+    scale = in_size / out_size
+    stretch = max(scale, 1.0)
+    support = CUBIC_SUPPORT * stretch
+    if 2 * math.ceil(support) + 1 > MAX_TAPS:
+        raise ValueError(
+            f"pillow_resize expected a side to shrink at most 127 fold, got {in_size} -> {out_size}. Use two steps."
+        )
+    center = (np.arange(out_size) + 0.5) * scale
+    first = np.maximum(np.trunc(center - support + 0.5), 0).astype(np.int64)
+    last = np.minimum(np.trunc(center + support + 0.5), in_size).astype(np.int64)
+    taps = np.arange(int((last - first).max()))
+    position = first[:, None] + taps  # [out, taps]
+    weight = _cubic((position - center[:, None] + 0.5) / stretch)
+    weight[position >= last[:, None]] = 0.0
+    weight /= np.cumsum(weight, axis=1)[:, -1:]  # cumsum adds left to right, as Pillow's loop does
+    fixed = np.trunc(weight * 2.0**COEFFICIENT_BITS + np.copysign(0.5, weight)).astype(np.int64)
+    matrix = np.zeros((in_size, out_size), dtype=np.int64)
+    np.add.at(matrix, (np.minimum(position, in_size - 1), np.arange(out_size)[:, None]), fixed)
+    return matrix
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    d = np.abs(distance)
+    near = ((CUBIC_A + 2.0) * d - (CUBIC_A + 3.0)) * d * d + 1
+    far = (((d - 5) * d + 8) * d - 4) * CUBIC_A
+    return np.where(d < 1.0, near, np.where(d < CUBIC_SUPPORT, far, 0.0))
