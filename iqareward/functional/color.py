@@ -1,0 +1,61 @@
+"""Colour planes that the classical metrics compare, in their published weights."""
+
+from typing import Literal
+
+from torch import Tensor
+
+LumaColor = Literal["luma", "luma8"]
+Color = Literal["luma", "luma8", "rgb"]
+"""What a metric compares: luma, luma rounded to 256 levels, or the three channels, averaged.
+
+Published figures come from MATLAB, whose `rgb2gray` rounds the luma of an 8-bit image to 8 bits again; `"luma8"` does
+too. Rounding has gradient 0 and moves SSIM by up to 1e-3, so nothing rounds unless asked to.
+"""
+
+# First row of the inverse of the NTSC matrix, as MATLAB's rgb2gray has it: 0.299, 0.587, 0.114 before rounding.
+LUMA = (0.298936021293775, 0.587043074451121, 0.114020904255103)
+# The YIQ matrix as the authors of HaarPSI round it.
+YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+
+
+def weighted_channels(images: Tensor, weights: tuple[float, float, float]) -> Tensor:
+    """One plane `[B, H, W]` from the channels of `images` `[B, 3, H, W]`.
+
+    Three scaled additions rather than a matrix product: trainers switch TF32 or bfloat16 on for products, and its 8 to
+    11 significant bits would show in every variance computed from the plane.
+    """
+    red, green, blue = images.unbind(1)
+    return (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])
+
+
+def luma(images: Tensor) -> Tensor:
+    """Full-range BT.601 luma `[B, H, W]` in [0, 1] of RGB `images` `[B, 3, H, W]` in [0, 1], not rounded to 8 bits.
+
+    Example:
+        >>> import torch
+        >>> luma(torch.tensor([1.0, 0.0, 0.0]).reshape(1, 3, 1, 1))
+        tensor([[[0.2989]]])
+
+    References:
+        Studio encoding parameters of digital television, Recommendation ITU-R BT.601-7, 2011,
+        https://www.itu.int/rec/R-REC-BT.601
+    """
+    return weighted_channels(images, LUMA)
+
+
+def luma_plane(metric: str, images: Tensor, color: LumaColor) -> Tensor:
+    """Luma `[B, H, W]` as `color` says; `metric` is named in the error for any other value."""
+    if color == "luma":
+        return luma(images)
+    if color == "luma8":
+        return (luma(images) * 255).round() / 255
+    raise ValueError(f'{metric} expected `color` to be "luma" or "luma8", got {color!r}.')
+
+
+def color_planes(metric: str, images: Tensor, color: Color) -> Tensor:
+    """The planes `[B, C, H, W]` that `metric` compares: one of luma, or the three channels."""
+    if color == "rgb":
+        return images
+    if color == "luma" or color == "luma8":
+        return luma_plane(metric, images, color).unsqueeze(1)
+    raise ValueError(f'{metric} expected `color` to be "rgb", "luma" or "luma8", got {color!r}.')

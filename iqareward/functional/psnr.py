@@ -1,0 +1,49 @@
+"""Peak signal-to-noise ratio."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iqareward.functional._checks import check_pair
+from iqareward.functional._chunks import map_chunks
+from iqareward.functional.color import Color, color_planes
+from iqareward.functional.filters import mean_of_map
+
+MIN_MSE = 1e-10  # finer than any 8- or 16-bit difference; identical images score 100 dB instead of inf
+
+
+def psnr(images: Tensor, references: Tensor, *, color: Color = "rgb") -> Tensor:
+    """Peak signal-to-noise ratio in dB, one value per image; identical images score 100.
+
+    Papers that measure the Y plane of MATLAB's `rgb2ycbcr` (range 16 to 235) as if its range were 255 report
+    20 log10(255 / 219) = 1.32 dB more than `color="luma"`.
+
+    Args:
+        images: `[B, 3, H, W]` RGB in [0, 1].
+        references: `[B, 3, H, W]` RGB in [0, 1].
+        color: `"rgb"` pools the squared error of the three channels; `"luma"` takes that of BT.601 luma, `"luma8"`
+            of luma rounded to 8 bits.
+
+    Returns:
+        `[B]` dB, at most 100, higher is better; NaN for images with non-finite pixels.
+
+    Raises:
+        ValueError: shapes or devices differ, or `color` is unknown.
+        TypeError: the images are not floating point.
+
+    Example:
+        >>> psnr(torch.full((1, 3, 8, 8), 1.0), torch.full((1, 3, 8, 8), 0.5))
+        tensor([6.0206])
+
+    References:
+        Scope of validity of PSNR in image/video quality assessment, 2008, https://doi.org/10.1049/el:20080522
+    """
+    images, references = check_pair("psnr", images, references)
+
+    def score(images: Tensor, references: Tensor) -> Tensor:
+        planes = color_planes("psnr", images, color), color_planes("psnr", references, color)
+        mse = mean_of_map(F.mse_loss(*planes, reduction="none"))
+        decibels = -10 * torch.log10(mse.clamp(min=MIN_MSE))
+        return decibels.masked_fill(mse.isinf(), torch.nan)  # an infinite pixel: not scored, rather than -inf
+
+    return map_chunks(score, images, references)
