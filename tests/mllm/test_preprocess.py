@@ -25,8 +25,8 @@ def pillow_pixels(image: np.ndarray, size: int = 448) -> np.ndarray:
     return ((levels / np.float32(255) - mean) / std).transpose(2, 0, 1)
 
 
-@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 99))
-@settings(deadline=None, max_examples=12, derandomize=True)
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 99))
+@settings(deadline=None, max_examples=6, derandomize=True)
 def test_equals_pillow_and_numpy(height: int, width: int, seed: int) -> None:
     """Any size, fp32: the network sees the same pixels, to the last bit."""
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
