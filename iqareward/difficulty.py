@@ -175,3 +175,67 @@ def _per_input(values: Tensor, groups: Groups | None) -> Tensor:
 
 def _finite_or_nan(values: Tensor) -> Tensor:
     return torch.where(values.isfinite(), values, torch.nan)
+
+
+class DifficultyMemory:
+    """A running difficulty per input, across epochs, that trusts an entry less the longer ago it was seen.
+
+    An entry's trust is 0.5^(age / half_life), its age counted in updates. A new value d makes the entry
+    k * entry + (1 - k) * d with k = decay * trust; it is recalled as trust * entry + (1 - trust) * m, m being the mean
+    of all entries weighted by their trust. In a distributed run give it the rows of `iqareward.groups.gather_rows`.
+
+    Args:
+        num_inputs: ids are integers in [0, num_inputs), e.g. the index in the dataset.
+        decay: weight of a fresh entry against a new value, in [0, 1).
+        half_life: updates after which an entry counts half; an epoch or two.
+
+    Example:
+        >>> memory = DifficultyMemory(100, half_life=50)
+        >>> memory.update(torch.tensor([0.2]), torch.tensor([7]))
+        >>> memory.recall(torch.tensor([7, 8]))
+        tensor([0.2000,    nan])
+    """
+
+    def __init__(self, num_inputs: int, *, half_life: float, decay: float = 0.5) -> None:
+        if not (0 <= decay < 1 and half_life > 0):
+            raise ValueError(
+                f"DifficultyMemory expected decay in [0, 1) and half_life > 0, got {decay} and {half_life}."
+            )
+        self.decay, self.half_life, self._step = decay, half_life, 0
+        self._values = torch.full((num_inputs,), torch.nan, dtype=torch.float32, device="cpu")
+        self._seen = torch.zeros(num_inputs, dtype=torch.int64, device="cpu")
+
+    def update(self, difficulty: Tensor, groups: Groups) -> None:
+        """Take in the difficulties `[B]` of the inputs `groups` `[B]`; rows that are not finite change nothing."""
+        self._step += 1
+        new = self._prepare(difficulty, groups)
+        old, keep = self._values[groups], self.decay * self._trust()[groups]
+        blended = torch.where(old.isnan(), new, keep * old + (1 - keep) * new)
+        self._values[groups] = torch.where(new.isnan(), old, blended)
+        self._seen[groups] = torch.where(new.isnan(), self._seen[groups], self._step)
+
+    def recall(self, groups: Groups) -> Tensor:
+        """The difficulty `[B]` of the inputs `groups` `[B]`, stale ones drawn to the mean; NaN if never seen."""
+        self._values, self._seen = self._values.to(groups.device), self._seen.to(groups.device)
+        trust = torch.where(self._values.isnan(), 0.0, self._trust())
+        typical = (trust * self._values.nan_to_num()).sum() / trust.sum()
+        return torch.lerp(typical.expand(groups.shape), self._values[groups], trust[groups])
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all entries and their ages."""
+        return {"values": self._values.clone(), "seen": self._seen.clone(), "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict()` was taken; ValueError if it holds another number of inputs."""
+        if state["values"].shape != self._values.shape:
+            got = f"{len(state['values'])}. Build the memory with the num_inputs of the saved one."
+            raise ValueError(f"DifficultyMemory expected a state of {len(self._values)} inputs, got {got}")
+        self._values, self._seen, self._step = state["values"].clone(), state["seen"].clone(), state["step"]
+
+    def _prepare(self, difficulty: Tensor, groups: Groups) -> Tensor:
+        difficulty = check_rows("DifficultyMemory", difficulty, groups)
+        self._values, self._seen = self._values.to(groups.device), self._seen.to(groups.device)
+        return group_statistics(difficulty, groups).mean.to(self._values.dtype)
+
+    def _trust(self) -> Tensor:
+        return torch.exp2((self._seen - self._step).float() / self.half_life)

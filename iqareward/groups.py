@@ -70,6 +70,31 @@ def group_sum(values: Tensor, index: Tensor) -> Tensor:
     return torch.zeros_like(values).scatter_add_(0, index, values).gather(0, index)
 
 
+def group_min(values: Tensor, index: Tensor) -> Tensor:
+    """The smallest value of each row's group, given to every row of it; `[B]`, with `index` from `group_index`."""
+    high = torch.full_like(values, torch.inf)
+    return high.scatter_reduce(0, index, values, "amin").gather(0, index)
+
+
+def place_in_group(index: Tensor, order: Tensor | None = None) -> Tensor:
+    """Each row's place among the rows of its group, counted along `order`; `[B]` int64, 0 for the first.
+
+    Args:
+        index: `[B]` from `group_index`.
+        order: `[B]` permutation that lists the rows; in their own order if not given.
+
+    Example:
+        >>> place_in_group(group_index(torch.tensor([70, 7, 70, 70]))).tolist()
+        [0, 0, 1, 2]
+    """
+    counter = torch.arange(index.shape[0], dtype=torch.int64, device=index.device)
+    order = counter if order is None else order
+    order = order[torch.argsort(index[order], stable=True)]
+    place = torch.empty_like(counter).scatter_(0, order, counter)
+    first = torch.full_like(place, index.shape[0]).scatter_reduce(0, index, place, "amin")
+    return place - first.gather(0, index)
+
+
 def group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
     """Count, mean and standard deviation of each row's input over its rollouts; rows that are not finite do not count.
 
@@ -91,8 +116,7 @@ def group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
     index = group_index(groups)
     finite = values.isfinite()
     # Measured from the group's smallest value, equal values have a spread of exactly 0: a mean of three 0.1 is not 0.1.
-    high = torch.full_like(values, torch.inf)
-    low = high.scatter_reduce(0, index, torch.where(finite, values, torch.inf), "amin").gather(0, index)
+    low = group_min(torch.where(finite, values, torch.inf), index)
     offset = torch.where(finite, values - low, 0.0)
     count = group_sum(finite.to(values.dtype), index)
     mean_offset = group_sum(offset, index) / count

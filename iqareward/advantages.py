@@ -1,0 +1,250 @@
+"""How much better a rollout is than others of its input: `[B]`, detached, 0 where nothing can be said."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from iqareward.groups import GroupStatistics, check_rows, group_index, group_statistics, group_sum, place_in_group
+from iqareward.types import Groups, Scores
+
+# TRL's and DDPO's, added to the standard deviation, outside the root.
+STD_EPSILON, MEMORY_EPSILON = 1e-4, 1e-6
+
+
+class Advantages(NamedTuple):
+    """`values` `[B]`, 0 for rows without a score and groups without spread; `active` `[B]` bool, False for both."""
+
+    values: Tensor
+    active: Tensor
+
+
+def group_advantages(
+    rewards: Scores,
+    groups: Groups,
+    *,
+    scale: Literal["group", "batch", "none"] = "batch",
+    std_floor: float = 0.0,
+) -> Advantages:
+    """Reward minus the mean of its input's rollouts, over a standard deviation + 1e-4 (GRPO).
+
+    With "group" the sum of squares is the same for every input, so a spread of 0.001 MOS counts as much as one of 1.0:
+    set `std_floor` to the judge's test-retest noise. "batch", the default, keeps the size of the differences.
+
+    Args:
+        rewards: `[B]`, higher is better; rows that are not finite are left out and get 0.
+        groups: `[B]` integer ids of the inputs.
+        scale: divide by the standard deviation of the group, of the whole batch, or by nothing.
+        std_floor: groups whose rewards spread no more than this get 0 and are not active.
+
+    Returns:
+        `Advantages` of `[B]`. In a distributed run gather the rows first, with `iqareward.groups.gather_rows`.
+
+    Raises:
+        ValueError: `scale` is unknown, or shapes do not fit.
+
+    Example:
+        >>> rewards, groups = torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1])
+        >>> group_advantages(rewards, groups, scale="none").values.tolist()
+        [-1.0, 1.0, 0.0, 0.0]
+
+    References:
+        Shao et al., DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models, 2024,
+        https://arxiv.org/abs/2402.03300. Epsilon, Bessel's correction and the three scales as in TRL's GRPOTrainer.
+    """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"group_advantages expected scale 'group', 'batch' or 'none', got {scale!r}.")
+    rewards = check_rows("group_advantages", rewards, groups)
+    statistics = group_statistics(rewards, groups)
+    divisor = torch.ones_like(rewards)
+    if scale == "group":
+        divisor = statistics.std + STD_EPSILON
+    elif scale == "batch":
+        divisor = _batch_statistics(rewards).std + STD_EPSILON
+    active = rewards.isfinite() & (statistics.std > std_floor)
+    return _where_active((rewards - statistics.mean) / divisor, active)
+
+
+def leave_one_out_advantages(rewards: Scores, groups: Groups, *, std_floor: float = 0.0) -> Advantages:
+    """Reward minus the mean of the *other* rollouts of its input (RLOO): an unbiased baseline, in units of the reward.
+
+    Args:
+        rewards: `[B]`, higher is better; rows that are not finite are left out and get 0.
+        groups: `[B]` integer ids of the inputs.
+        std_floor: groups whose rewards spread no more than this get 0 and are not active.
+
+    Example:
+        >>> leave_one_out_advantages(torch.tensor([1.0, 3.0]), torch.tensor([0, 0])).values.tolist()
+        [-2.0, 2.0]
+
+    References:
+        Ahmadian et al., Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+        LLMs, 2024, https://arxiv.org/abs/2402.14740
+    """
+    rewards = check_rows("leave_one_out_advantages", rewards, groups)
+    num_scored, mean, std = group_statistics(rewards, groups)
+    active = rewards.isfinite() & (std > std_floor)
+    return _where_active((rewards - mean) * num_scored / (num_scored - 1), active)
+
+
+def rank_advantages(rewards: Scores, groups: Groups, *, std_floor: float = 0.0) -> Advantages:
+    """Rank of a rollout among those of its input, from -1 (worst) to 1 (best), ties at their mean rank.
+
+    How far a hacked reward is ahead does not matter, only that it is; the spacing of honest rewards is lost too.
+
+    Args:
+        rewards: `[B]`, higher is better; rows that are not finite are left out and get 0.
+        groups: `[B]` integer ids of the inputs.
+        std_floor: groups whose rewards spread no more than this get 0 and are not active.
+
+    Example:
+        >>> rank_advantages(torch.tensor([0.1, 99.0, 0.2]), torch.tensor([5, 5, 5])).values.tolist()
+        [-1.0, 1.0, 0.0]
+    """
+    rewards = check_rows("rank_advantages", rewards, groups)
+    num_scored, _, std = group_statistics(rewards, groups)
+    finite = rewards.isfinite()
+    index = group_index(groups)
+    # Rows without a score go last, so that they leave the places of the others alone.
+    order = torch.argsort(torch.where(finite, rewards, torch.inf), stable=True)
+    place = place_in_group(index, order).to(rewards.dtype)
+    # Ties share their mean place: they are the groups of (group, distinct reward).
+    tie = group_index(index * rewards.shape[0] + group_index(rewards))
+    rank = group_sum(place, tie) / group_sum(torch.ones_like(place), tie)
+    return _where_active(2 * rank / (num_scored - 1) - 1, finite & (std > std_floor))
+
+
+def combine_advantages(
+    rewards: Tensor,
+    groups: Groups,
+    *,
+    weights: Sequence[float],
+    order: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum",
+    scale: Literal["group", "batch", "none"] = "group",
+    std_floor: float = 0.0,
+) -> Advantages:
+    """One advantage from several rewards, each normalised before they are added (GDPO) or only their sum.
+
+    Normalising first makes weights mean the same for a 5-point and a 100-point judge. It also gives a nearly constant
+    reward its full say: floor it with `std_floor`.
+
+    Args:
+        rewards: `[B, N]`, one column per reward, higher is better; NaN = not scored by that judge.
+        groups: `[B]` integer ids of the inputs.
+        weights: one number per column; a judge that gave no score adds nothing.
+        order: "normalize_then_sum": sum of weight * group advantage, then standardised over the batch;
+            "sum_then_normalize": `group_advantages` of the weighted sum.
+        scale: as in `group_advantages`.
+        std_floor: as in `group_advantages`; per reward with "normalize_then_sum".
+
+    Returns:
+        `Advantages` of `[B]`; rows that no judge scored get 0 and are not active.
+
+    Raises:
+        ValueError: the number of weights is not that of columns, or an option is unknown.
+
+    Example:
+        >>> mos = torch.tensor([[1.0, 10.0], [3.0, 10.0], [1.0, 10.0], [3.0, 30.0]])
+        >>> combine_advantages(mos, torch.tensor([0, 0, 1, 1]), weights=[1.0, 1.0]).values
+        tensor([-0.5477,  0.5477, -1.0954,  1.0954])
+
+    References:
+        GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization, 2026,
+        https://arxiv.org/abs/2601.05242. Formulas as in TRL's GRPOTrainer.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] != len(weights):
+        got = list(rewards.shape)
+        raise ValueError(f"combine_advantages expected `rewards` [B, {len(weights)}], a column per weight, got {got}.")
+    if order not in ("normalize_then_sum", "sum_then_normalize"):
+        raise ValueError(f"combine_advantages expected one of the two orders in its documentation, got {order!r}.")
+    options: dict[str, Any] = {"scale": scale, "std_floor": std_floor}
+    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+    columns = list(zip(weights, rewards.unbind(1), strict=True))
+    scored = rewards.isfinite().any(1)
+    if order == "sum_then_normalize":
+        total = sum(torch.where(column.isfinite(), weight * column, 0.0) for weight, column in columns)
+        return group_advantages(torch.where(scored, total, torch.nan), groups, **options)
+    parts = [(weight, group_advantages(column, groups, **options)) for weight, column in columns]
+    total = torch.where(scored, torch.stack([weight * part.values for weight, part in parts]).sum(0), torch.nan)
+    _, mean, std = _batch_statistics(total)
+    return _where_active((total - mean) / (std + STD_EPSILON), torch.stack([p.active for _, p in parts]).any(0))
+
+
+class RewardMemory:
+    """The last rewards of each input, across epochs: advantages against the input's own history (DDPO).
+
+    Inputs with fewer than `length` rewards so far are measured against the batch. Update first, then ask: the history
+    includes the rewards at hand. In a distributed run give it the rows of `iqareward.groups.gather_rows`.
+
+    Args:
+        num_inputs: ids are integers in [0, num_inputs), e.g. the index in the dataset.
+        length: rewards remembered per input.
+        clip: largest absolute advantage.
+        std_floor: histories that spread no more than this give 0.
+
+    Example:
+        >>> memory = RewardMemory(100, length=2)
+        >>> rewards, inputs = torch.tensor([1.0, 3.0]), torch.tensor([42, 42])
+        >>> memory.update(rewards, inputs)
+        >>> memory.advantages(rewards, inputs).values
+        tensor([-1.0000,  1.0000])
+
+    References:
+        Black et al., Training Diffusion Models with Reinforcement Learning, 2023, https://arxiv.org/abs/2305.13301
+        (statistics per prompt). arXiv 2511.01645 draws such a memory per input; the details are ours.
+    """
+
+    def __init__(self, num_inputs: int, *, length: int = 16, clip: float = 5.0, std_floor: float = 0.0) -> None:
+        self.length, self.clip, self.std_floor = length, clip, std_floor
+        # The last row takes what is not to be remembered, so that shapes do not depend on values.
+        self._rewards = torch.full((num_inputs + 1, length), torch.nan, dtype=torch.float32, device="cpu")
+        self._counts = torch.zeros(num_inputs + 1, dtype=torch.int64, device="cpu")
+
+    def update(self, rewards: Scores, groups: Groups) -> None:
+        """Remember `rewards` `[B]` of the inputs `groups` `[B]`; rows that are not finite are forgotten."""
+        rewards = self._prepare(rewards, groups)
+        inputs = torch.where(rewards.isfinite(), groups, self._counts.shape[0] - 1)
+        index = group_index(inputs)
+        place, ones = place_in_group(index), torch.ones_like(index)
+        # Of more rollouts than there are slots the last ones stay.
+        kept = place >= group_sum(ones, index) - self.length
+        slots = (self._counts[inputs] + place) % self.length
+        self._rewards[torch.where(kept, inputs, self._counts.shape[0] - 1), slots] = rewards.float()
+        self._counts.index_add_(0, inputs, ones)
+
+    def advantages(self, rewards: Scores, groups: Groups) -> Advantages:
+        """`(reward - mean) / (std + 1e-6)` of the input's history, clipped; `Advantages` of `[B]`."""
+        rewards = self._prepare(rewards, groups)
+        first = self._rewards[groups, 0]
+        history = self._rewards[groups] - first[:, None]  # differences, so that equal rewards have no spread at all
+        full = self._counts[groups] >= self.length
+        num_scored, batch_mean, batch_std = _batch_statistics(rewards)
+        mean = torch.where(full, first + history.mean(1), batch_mean)
+        std = torch.where(full, history.std(1, correction=0), batch_std * (1 - 1 / num_scored).sqrt())
+        values = ((rewards - mean) / (std + MEMORY_EPSILON)).clamp(-self.clip, self.clip)
+        return _where_active(values, rewards.isfinite() & (std > self.std_floor))
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the histories."""
+        return {"rewards": self._rewards.clone(), "counts": self._counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict()` was taken; ValueError if sizes differ."""
+        if state["rewards"].shape != self._rewards.shape:
+            got = f"{list(state['rewards'].shape)}. Build the memory with the options of the saved one."
+            raise ValueError(f"RewardMemory expected rewards of shape {list(self._rewards.shape)}, got {got}")
+        self._rewards, self._counts = state["rewards"].clone(), state["counts"].clone()
+
+    def _prepare(self, rewards: Scores, groups: Groups) -> Tensor:
+        rewards = check_rows("RewardMemory", rewards, groups)
+        self._rewards, self._counts = self._rewards.to(rewards.device), self._counts.to(rewards.device)
+        return rewards
+
+
+def _batch_statistics(values: Tensor) -> GroupStatistics:
+    return group_statistics(values, torch.zeros_like(values, dtype=torch.int64))
+
+
+def _where_active(values: Tensor, active: Tensor) -> Advantages:
+    return Advantages(torch.where(active, values, 0.0), active)
