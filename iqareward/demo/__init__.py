@@ -1,0 +1,104 @@
+"""`iqareward demo`: damage photographs, score them with the built-in rewards, weigh them, show it all on one page."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from iqareward.demo.experiment import Experiment
+from iqareward.optional import require
+
+REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "niqe", "piqe")
+
+
+class Demo(NamedTuple):
+    """What a run left behind: the page, all files (the page among them), and the figures of `results.json`."""
+
+    report: Path
+    files: tuple[Path, ...]
+    results: dict[str, Any]
+
+
+def run(
+    output: Path,
+    console: Console,
+    *,
+    rewards: Sequence[str] = REWARDS,
+    num_photographs: int = 4,
+    short_side: int = 384,
+    num_levels: int = 5,
+) -> Demo:
+    """Run the demo and write `report.html`, `results.json`, `scores.csv` and four PNG figures.
+
+    Everything but the duration and the versions is the same in every run on one machine.
+
+    Args:
+        output: folder, made if it is missing; files of an earlier run are replaced.
+        console: where progress, results and the list of files are printed.
+        rewards: names for `iqareward.load`.
+        num_photographs: how many of the four.
+        short_side: larger photographs are shrunk to this many pixels on the shorter side.
+        num_levels: strengths of each degradation, 1 to 5.
+
+    Raises:
+        ImportError: scikit-image or matplotlib is missing.
+    """
+    started = time.perf_counter()
+    for module in ("skimage", "matplotlib"):
+        require(module, extra="demo", purpose="iqareward demo")
+    from iqareward.demo.figures import save_figures
+    from iqareward.demo.files import write_results, write_scores
+    from iqareward.demo.report import render
+    from iqareward.demo.summary import environment, summarise
+    from iqareward.demo.terminal import print_results
+
+    experiment = measure(
+        console, rewards=rewards, num_photographs=num_photographs, short_side=short_side, num_levels=num_levels
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    report, table, document = output / "report.html", output / "scores.csv", output / "results.json"
+    with console.status("Drawing figures and writing the report"):
+        curves, ten, weights, handover = save_figures(experiment, output)
+        results = summarise(experiment)
+        results["environment"] = environment(time.perf_counter() - started)
+        report.write_text(render(experiment, results), encoding="utf-8")
+        write_results(results, document)
+        write_scores(experiment, table)
+    files = {
+        report: "open this in a browser: pictures, scores, weights",
+        table: "every score, difficulty and weight, a row per picture",
+        document: "the figures of the report, settings, versions",
+        curves: "score against damage",
+        ten: "ten samples from easy to hard, and their weights",
+        weights: "RL weight against difficulty",
+        handover: "RL share as errors shrink",
+    }
+    print_results(console, results, files)
+    return Demo(report, tuple(files), results)
+
+
+def measure(
+    console: Console, *, rewards: Sequence[str], num_photographs: int, short_side: int, num_levels: int
+) -> Experiment:
+    """Damage, score and weigh, with a progress bar; arguments as for `run`."""
+    from iqareward.demo.degradations import DEGRADATIONS
+    from iqareward.demo.experiment import damage, difficulty_of, score, weigh
+    from iqareward.demo.photographs import PHOTOGRAPHS
+    from iqareward.rewards.catalog import load
+
+    loaded = tuple(load(name) for name in rewards)
+    photographs = PHOTOGRAPHS[:num_photographs]
+    share = TextColumn("{task.percentage:>3.0f}%")
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), share, TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("Damaging photographs", total=len(photographs) * len(DEGRADATIONS))
+        pictures = damage(photographs, DEGRADATIONS, short_side=short_side, num_levels=num_levels)
+        progress.update(task, description=f"Scoring pictures with {len(loaded)} rewards")
+        scores = score(loaded, pictures, advance=lambda: progress.advance(task))
+    difficulty = difficulty_of(pictures)
+    rl, sft, handover = weigh(difficulty)
+    return Experiment(photographs, DEGRADATIONS, loaded, pictures, scores, difficulty, rl, sft, handover)

@@ -1,0 +1,134 @@
+"""The measurement behind the report: damage, scores, difficulty and weights, and nothing about how they are shown."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iqareward.demo.degradations import Degradation, degrade
+from iqareward.demo.photographs import Photograph, load_photograph
+from iqareward.difficulty import reference_distance
+from iqareward.rewards.compose import evaluate
+from iqareward.types import Reward
+from iqareward.weighting import AdaptiveWeighter
+
+SEED = 0
+NUM_SAMPLES = 10
+ERROR_FACTORS = (1.0, 0.8, 0.5, 0.2)
+"""What remains of every sample's error as the model improves, for the handover."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything measured; P photographs, D degradations, L levels of damage.
+
+    Attributes:
+        photographs: P of them.
+        degradations: D of them.
+        rewards: R of them.
+        pictures: one per photograph, `[D, L + 1, 3, H, W]`, the original first.
+        scores: name of the reward -> `[P, D, L + 1]`.
+        difficulty: `[P, D, L]` root mean squared error to the original.
+        rl: `[P, D, L]` RL weight of each damaged picture; its SFT weight is the rest to one.
+        sft: `[P, D, L]`.
+        handover: factor on all errors -> `[P, D, L]` RL weights then.
+    """
+
+    photographs: tuple[Photograph, ...]
+    degradations: tuple[Degradation, ...]
+    rewards: tuple[Reward, ...]
+    pictures: tuple[Tensor, ...]
+    scores: dict[str, Tensor]
+    difficulty: Tensor
+    rl: Tensor
+    sft: Tensor
+    handover: dict[float, Tensor]
+
+    @property
+    def num_levels(self) -> int:
+        """L, without the original."""
+        return self.difficulty.shape[2]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A damaged picture with its difficulty (RMSE in [0, 1]) and its RL weight.
+
+    Attributes:
+        title: degradation and strength.
+        picture: `[3, H, W]`.
+        focus: middle of the part to show.
+        difficulty: root mean squared error to the original.
+        rl: weight of reinforcement learning.
+    """
+
+    title: str
+    picture: Tensor
+    focus: tuple[float, float]
+    difficulty: float
+    rl: float
+
+
+def samples(experiment: Experiment, num_samples: int) -> list[Sample]:
+    """Damaged pictures from the easiest to the hardest, at equal distances in rank."""
+    difficulty = experiment.difficulty
+    order = difficulty.flatten().argsort(stable=True)
+    picks = torch.linspace(0, len(order) - 1, min(num_samples, len(order))).round().long()
+    chosen = []
+    for index in order[picks]:
+        p, d, level = (int(place) for place in torch.unravel_index(index, difficulty.shape))
+        degradation = experiment.degradations[d]
+        chosen.append(
+            Sample(
+                f"{degradation.name} {degradation.written(level + 1)}",
+                experiment.pictures[p][d, level + 1],
+                experiment.photographs[p].focus,
+                float(difficulty[p, d, level]),
+                float(experiment.rl[p, d, level]),
+            )
+        )
+    return chosen
+
+
+def damage(
+    photographs: Sequence[Photograph], degradations: Sequence[Degradation], *, short_side: int, num_levels: int
+) -> tuple[Tensor, ...]:
+    """Every photograph in every condition, `[D, L + 1, 3, H, W]` each, the original first."""
+    photos = [load_photograph(photograph, short_side) for photograph in photographs]
+    return tuple(
+        torch.stack([degrade(photo, degradation, num_levels, SEED + index) for degradation in degradations])
+        for index, photo in enumerate(photos)
+    )
+
+
+def score(rewards: Sequence[Reward], pictures: Sequence[Tensor], *, advance: Callable[[], None]) -> dict[str, Tensor]:
+    """Every reward's score of every picture, `[P, D, L + 1]` by name; `advance()` is called P * D times."""
+    rows: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
+    for photo in pictures:
+        for versions in photo:
+            for name, scores in evaluate(rewards, versions, references=versions[:1].expand_as(versions)).items():
+                rows[name].append(scores)
+            advance()
+    shape = (len(pictures), pictures[0].shape[0], pictures[0].shape[1])
+    return {name: torch.stack(scores).reshape(shape) for name, scores in rows.items()}
+
+
+def difficulty_of(pictures: Sequence[Tensor]) -> Tensor:
+    """Distance of each damaged picture to its original as training would measure it; `[P, D, L]` RMSE in [0, 1]."""
+    rows = []
+    for photo in pictures:
+        damaged = photo[:, 1:]
+        originals = photo[:, :1].expand_as(damaged)
+        rows.append(reference_distance(damaged.flatten(0, 1), originals.flatten(0, 1)).reshape(damaged.shape[:2]))
+    return torch.stack(rows)
+
+
+def weigh(difficulty: Tensor) -> tuple[Tensor, Tensor, dict[float, Tensor]]:
+    """RL weights, SFT weights and the handover of samples whose errors shrink, all of the shape of `difficulty`."""
+    rows = difficulty.flatten()
+    weighter = AdaptiveWeighter()
+    weighter.calibrate(rows)
+    weights = weighter(rows)
+    handover = {factor: weighter(rows * factor).rl.view_as(difficulty) for factor in ERROR_FACTORS}
+    return weights.rl.view_as(difficulty), weights.sft.view_as(difficulty), handover

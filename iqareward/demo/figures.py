@@ -1,0 +1,140 @@
+"""Panels as files: whole figures as PNG for slides, single panels as SVG for the page."""
+
+# ruff: noqa: RUF001  typographic signs are meant
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from iqareward.demo.degradations import to_pil
+from iqareward.demo.experiment import NUM_SAMPLES, Experiment, samples
+from iqareward.demo.palette import DAY, Palette
+from iqareward.demo.panels import draw_curves, draw_share, draw_weights
+from iqareward.demo.photographs import DETAIL_SIDE, detail
+from iqareward.demo.wording import label, percent
+from iqareward.optional import require
+
+DPI = 200
+
+
+def save_figures(experiment: Experiment, folder: Path) -> tuple[Path, ...]:
+    """Write `curves.png`, `samples.png`, `weights.png` and `handover.png` into `folder`, and return their paths."""
+    figures = {"curves.png": _curves, "samples.png": _samples, "weights.png": _weights, "handover.png": _handover}
+    paths = []
+    for name, build in figures.items():
+        with style(DAY):
+            figure = build(experiment)
+            figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.02, hspace=0.04)
+            figure.savefig(folder / name, dpi=DPI, metadata={"Software": "iqareward demo"})
+        paths.append(folder / name)
+    return tuple(paths)
+
+
+def panel_svg(draw: Callable[[Any], None], size: tuple[float, float], palette: Palette) -> bytes:
+    """One panel as an SVG document with a transparent ground.
+
+    Args:
+        draw: `draw(axes)`.
+        size: width and height in inches; a browser shows 96 pixels per inch.
+        palette: colours of axes and text.
+    """
+    stream = io.BytesIO()
+    with style(palette):
+        figure = new_figure(size)
+        draw(figure.add_subplot())
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return stream.getvalue()
+
+
+def style(palette: Palette) -> Any:
+    """Context in which matplotlib draws in this palette, with quiet axes."""
+    matplotlib: Any = require("matplotlib", extra="demo", purpose="iqareward demo")
+    return matplotlib.rc_context(
+        {
+            "figure.titlesize": 13,
+            "figure.titleweight": "bold",
+            "figure.facecolor": palette.paper,
+            "savefig.facecolor": palette.paper,
+            "axes.facecolor": "none",
+            "axes.edgecolor": palette.line,
+            "axes.labelcolor": palette.muted,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "axes.titlecolor": palette.ink,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 10.5,
+            "axes.titleweight": "bold",
+            "axes.labelsize": 9,
+            "axes.axisbelow": True,
+            "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+            "font.size": 9,
+            "grid.color": palette.line,
+            "grid.linewidth": 0.7,
+            "svg.hashsalt": "iqareward",
+            "text.color": palette.ink,
+            "xtick.color": palette.muted,
+            "ytick.color": palette.muted,
+            "xtick.major.size": 0,
+            "ytick.major.size": 0,
+        }
+    )
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure that lays itself out; made without pyplot, which would keep it and choose a window system."""
+    figures: Any = require("matplotlib.figure", extra="demo", purpose="iqareward demo")
+    return figures.Figure(figsize=size, layout="constrained")
+
+
+def _curves(experiment: Experiment) -> Any:
+    figure = new_figure((13, 6.4))
+    figure.suptitle(
+        "Score against damage: bold for the mean over photographs, thin for each photograph", x=0.01, ha="left"
+    )
+    grid = figure.subplots(2, (len(experiment.scores) + 1) // 2, squeeze=False).flatten()
+    for axes, reward in zip(grid, experiment.scores, strict=False):
+        draw_curves(axes, experiment=experiment, reward=reward, palette=DAY)
+        axes.set_title(label(reward).title)
+        axes.set_xlabel("level of damage, 0 = original")
+    for axes in grid[len(experiment.scores) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _samples(experiment: Experiment) -> Any:
+    chosen = samples(experiment, NUM_SAMPLES)
+    figure = new_figure((13, 3.9))
+    figure.suptitle("Hard samples get reinforcement learning (dark), easy ones fine-tuning (pale)", x=0.01, ha="left")
+    bars, pictures = figure.subplots(2, len(chosen), squeeze=False, height_ratios=(1.2, 1))
+    for bar, axes, sample in zip(bars, pictures, chosen, strict=True):
+        bar.bar([0, 0], [1, sample.rl], width=1, color=[DAY.sft, DAY.rl])
+        bar.set(xlim=(-0.5, 0.5), ylim=(0, 1))
+        bar.axis("off")
+        bar.set_title(f"{percent(sample.rl)} RL")
+        axes.imshow(to_pil(detail(sample.picture, sample.focus, DETAIL_SIDE)))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(f"{sample.title}\nerror {255 * sample.difficulty:.1f}", loc="left")
+    return figure
+
+
+def _weights(experiment: Experiment) -> Any:
+    figure = new_figure((8, 4.6))
+    axes = figure.add_subplot()
+    draw_weights(axes, experiment=experiment, palette=DAY)
+    axes.set_title("The harder the sample, the more reinforcement learning")
+    return figure
+
+
+def _handover(experiment: Experiment) -> Any:
+    figure = new_figure((11, 3.2))
+    figure.suptitle("As errors shrink, samples hand over from RL (dark) to SFT (pale)", x=0.01, ha="left")
+    for axes, (factor, rl) in zip(
+        figure.subplots(1, len(experiment.handover)), experiment.handover.items(), strict=True
+    ):
+        draw_share(axes, rl=rl, palette=DAY)
+        axes.set_title(f"errors × {factor:g}: {percent(float(rl.mean()))} RL")
+    return figure

@@ -1,0 +1,173 @@
+"""A small run of the whole demo: its files, and that page, table and data say the same."""
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from iqareward.demo import Demo, measure, run
+from iqareward.demo.files import write_scores
+from iqareward.demo.summary import summarise
+from iqareward.demo.wording import label, percent, signed
+
+pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+pytest.importorskip("matplotlib", reason="the figures need matplotlib")
+
+REWARDS = ("ssim", "gmsd", "piqe")
+SMALL: dict[str, Any] = {"rewards": REWARDS, "num_photographs": 2, "short_side": 64, "num_levels": 2}
+ENTRIES = {"report.html", "scores.csv", "results.json", "curves.png", "samples.png", "weights.png", "handover.png"}
+
+
+def small_run(folder: Path) -> tuple[Demo, str]:
+    """Two photographs of 64 pixels at two levels, and what was printed on 80 columns."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=80)
+    return run(folder, console, **SMALL), stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, str]:
+    """One run for all tests that only look."""
+    return small_run(tmp_path_factory.mktemp("demo") / "new" / "folder")
+
+
+class Page(HTMLParser):
+    """Collects what the page loads, its table cells, and tags that were never closed."""
+
+    VOID = frozenset({"meta", "img", "source", "input", "br", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.resources: list[str] = []
+        self.links: list[str] = []
+        self.cells: dict[str, list[tuple[str, str]]] = {}
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "a":
+            self.links.append(values["href"] or "")
+        self.resources += [values[name] or "" for name in ("src", "srcset", "data", "poster") if name in values]
+        if tag in ("script", "link", "iframe"):
+            self.resources.append(tag)
+        if tag == "tr":
+            self.reward = values.get("data-reward")
+        if tag == "td":
+            self.cells.setdefault(self.reward or "", []).append((values["data-value"] or "", ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "td":
+            number, text = self.cells[self.reward or ""][-1]
+            self.cells[self.reward or ""][-1] = (number, text + data)
+
+
+@pytest.fixture(scope="module")
+def page(demo: tuple[Demo, str]) -> Page:
+    return Page(demo[0].report.read_text(encoding="utf-8"))
+
+
+def test_all_files_are_written(demo: tuple[Demo, str]) -> None:
+    """Every file that is returned exists, is not empty, and is named in the printed list."""
+    files, printed = demo[0].files, demo[1].replace("\n", "")
+    assert {path.name for path in files} == ENTRIES
+    for path in files:
+        assert path.stat().st_size > 500
+        assert path.name in printed
+
+
+def test_page_is_self_contained(demo: tuple[Demo, str], page: Page) -> None:
+    """Everything the page loads is inside it; the only addresses are links to papers."""
+    assert page.resources
+    assert all(resource.startswith("data:image/") for resource in page.resources)
+    assert all(link.startswith("https://arxiv.org/") for link in page.links)
+    style = re.findall(r"url\(|@import", demo[0].report.read_text(encoding="utf-8"))
+    assert not style
+    assert not page.open, "a tag was not closed"
+
+
+def test_page_shows_the_figures_of_the_data_file(demo: tuple[Demo, str], page: Page) -> None:
+    """Each cell of the table holds the number of results.json, and shows it rounded."""
+    results = json.loads((demo[0].report.parent / "results.json").read_text(encoding="utf-8"))
+    assert results == json.loads(json.dumps(demo[0].results))
+    assert set(page.cells) == set(REWARDS)
+    for reward, cells in page.cells.items():
+        means = [cell["mean"] for cell in results["rank_correlation"][reward]["by_degradation"].values()]
+        share = results["mistakes"][reward]["above_original_share"]
+        assert [float(number) if number else None for number, _ in cells] == [*means, share]
+        assert [text for _, text in cells] == [*(signed(mean) for mean in means), percent(share)]
+
+
+def test_terminal_shows_every_figure(demo: tuple[Demo, str]) -> None:
+    """The table fits on 80 columns with nothing cut off, and has the same figures."""
+    results, printed = demo[0].results, demo[1]
+    assert "…" not in printed
+    for reward in REWARDS:
+        line = next(line for line in printed.splitlines() if line.startswith(label(reward).title + " "))
+        for cell in results["rank_correlation"][reward]["by_degradation"].values():
+            assert signed(cell["mean"]) in line
+    for row in results["handover"]:
+        assert percent(row["mean_rl"]) in printed
+
+
+def test_scores_are_complete(demo: tuple[Demo, str]) -> None:
+    """A row for each picture and level; weights add up to one; originals have scores and no weights."""
+    with demo[0].files[1].open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2 * 4 * 3
+    for row in rows:
+        assert all(row[reward] for reward in REWARDS)
+        if row["level"] == "0":
+            assert row["ssim"] == "1.0"
+            assert row["w_rl"] == row["w_sft"] == row["rmse"] == ""
+        else:
+            assert float(row["w_rl"]) + float(row["w_sft"]) == pytest.approx(1, abs=2e-5)
+
+
+def test_weights_follow_difficulty(demo: tuple[Demo, str]) -> None:
+    """The farther from the original, the more RL; as errors shrink, SFT takes over."""
+    with demo[0].files[1].open(encoding="utf-8", newline="") as stream:
+        pairs = sorted((float(row["rmse"]), float(row["w_rl"])) for row in csv.DictReader(stream) if row["rmse"])
+    weights = [weight for _, weight in pairs]
+    assert weights == sorted(weights)
+    assert weights[0] < 0.2 < 0.8 < weights[-1]
+    shares = [row["mean_rl"] for row in demo[0].results["handover"]]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == pytest.approx(0.5, abs=0.1)
+    assert shares[-1] < 0.1
+
+
+def without_environment(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if name != "environment"}
+
+
+def test_two_runs_give_the_same_numbers(demo: tuple[Demo, str], tmp_path: Path) -> None:
+    """Everything but duration and versions repeats, to the byte in the table of scores."""
+    again = measure(Console(file=io.StringIO()), **SMALL)
+    write_scores(again, tmp_path / "scores.csv")
+    assert json.dumps(summarise(again)) == json.dumps(without_environment(demo[0].results))
+    assert (tmp_path / "scores.csv").read_text() == demo[0].files[1].read_text()
+
+
+def test_a_reward_that_cannot_score_leaves_gaps(tmp_path: Path) -> None:
+    """Pictures too small for MS-SSIM give empty cells and a note, never a number."""
+    console = Console(file=io.StringIO(), width=80)
+    result = run(tmp_path, console, rewards=("psnr", "ms_ssim"), num_photographs=1, short_side=48, num_levels=2)
+    correlations = result.results["rank_correlation"]
+    assert all(cell["mean"] is None for cell in correlations["ms_ssim"]["by_degradation"].values())
+    assert correlations["psnr"]["by_degradation"]["blur"]["mean"] == pytest.approx(-1)
+    assert result.results["mistakes"]["ms_ssim"]["not_scored"] == 8
+    assert "got no score" in result.report.read_text(encoding="utf-8")
+    with result.files[1].open(encoding="utf-8", newline="") as stream:
+        assert all(row["ms_ssim"] == "" for row in csv.DictReader(stream))
