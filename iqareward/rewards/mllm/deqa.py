@@ -1,0 +1,114 @@
+"""DeQA-Score: mPLUG-Owl2 trained to predict the distribution of human scores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.mllm.levels import LevelScorer
+from iqareward.rewards.mllm.owl2 import Owl2
+from iqareward.rewards.mllm.prompts import prompt_ids
+from iqareward.rewards.mllm.readout import SCALES, LevelDistribution, expected_level, level_distribution
+from iqareward.types import Bounds, Images, Scores
+
+
+@final
+class DeQAReward:
+    """How good DeQA-Score finds each image, in process: no second environment and no HTTP server.
+
+    Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
+
+    Args:
+        model: hub id or folder of full weights or of a LoRA adapter (`zhiyuanyou/DeQA-Score-LoRA-Mix3`, merged while
+            loading), or an `Owl2` network, which is frozen.
+        scale: `"unit"` is [0, 1]; `"mos"` is [1, 5]; `"flow_grpo"` is [0.2, 1], as Flow-GRPO's reward server answers
+            (without its JPEG compression of the images).
+        device: None = CUDA if there is one, else the CPU.
+        dtype: None = bfloat16 on CUDA, float32 on the CPU.
+        differentiable: keep the graph to the pixels at their original size.
+        batch_size: images per run of the network.
+        compile: one static compiled graph (a CUDA graph on CUDA); smaller batches are padded to `batch_size`.
+        quant: `"int8"` = decoder weights in int8, through the extra `quant`.
+
+    Example:
+        >>> reward = DeQAReward(scale="flow_grpo")  # nothing is loaded yet
+        >>> reward.bounds
+        (0.2, 1.0)
+
+    References:
+        You et al., "Teaching Large Language Models to Regress Accurate Image Quality Scores using Score Distribution",
+        2025, https://arxiv.org/abs/2501.11561
+    """
+
+    name: ClassVar[str] = "deqa"
+    needs_references: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: str | Path | Owl2 = "zhiyuanyou/DeQA-Score-Mix3",
+        scale: Literal["unit", "mos", "flow_grpo"] = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        differentiable: bool = False,
+        batch_size: int = 32,
+        compile: bool = False,
+        *,
+        quant: Literal["int8"] | None = None,
+    ) -> None:
+        if scale not in SCALES:
+            raise ValueError(f"DeQAReward expected `scale` one of {sorted(SCALES)}, got {scale!r}.")
+        self.scale, self.differentiable = scale, differentiable
+        self.bounds: Bounds = (min(SCALES[scale]), max(SCALES[scale]))
+        self._scorer = LevelScorer(
+            self.name,
+            model,
+            (prompt_ids("quality"),),
+            device=device,
+            dtype=dtype,
+            differentiable=differentiable,
+            batch_size=batch_size,
+            compile=compile,
+            quant=quant,
+        )
+
+    @property
+    def model(self) -> Owl2:
+        """The network; loads it if need be."""
+        return self._scorer.load().model
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
+        with self._scorer.mode():
+            return expected_level(self.logits(images), SCALES[self.scale])
+
+    def logits(self, images: Images) -> Tensor:
+        """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32."""
+        with self._scorer.mode():
+            return self._scorer.logits(images)[:, 0]
+
+    def distribution(self, images: Images) -> LevelDistribution:
+        """Level probabilities of each image, and the mean and standard deviation in levels of [1, 5]."""
+        with self._scorer.mode():
+            return level_distribution(self.logits(images))
+
+    def to(self, device: torch.device | str) -> "DeQAReward":
+        """Move the weights, or choose where they will be loaded; returns the reward itself."""
+        self._scorer.move(device)
+        return self
+
+    def offload(self) -> None:
+        """Move the weights to host memory, for example while the trained model is being updated."""
+        self._scorer.offload()
+
+    def onload(self) -> None:
+        """Move the weights back to where they were before `offload`."""
+        self._scorer.onload()

@@ -1,0 +1,247 @@
+"""From images of any sizes to the logits of level words: what the mPLUG-Owl2 rewards have in common."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.batches import Buckets, shape_buckets
+from iqareward.rewards.mllm.loading import load_owl2, quantize_decoder
+from iqareward.rewards.mllm.owl2 import Owl2
+from iqareward.rewards.mllm.owl2.model import PromptState
+from iqareward.rewards.mllm.owl2.static import StaticForward
+from iqareward.rewards.mllm.preprocess import preprocess
+from iqareward.rewards.mllm.prompts import LEVEL_IDS, Prompt
+from iqareward.rewards.scoring import reward_mode, sanitize
+from iqareward.types import Images
+
+
+@dataclass
+class _Loaded:
+    """Everything that lives on the device; dropped and rebuilt when the weights move."""
+
+    model: Owl2
+    prompts: dict[Prompt, PromptState] = field(default_factory=dict)
+    static: StaticForward | None = None
+    offloaded: bool = False
+
+    def prompt(self, prompt: Prompt) -> PromptState:
+        """The prompt's shared part, computed once."""
+        if prompt not in self.prompts:  # two threads may both compute it; they get the same numbers
+            self.prompts[prompt] = self.model.prepare_prompt(*prompt, LEVEL_IDS)
+        return self.prompts[prompt]
+
+
+@final
+class LevelScorer:
+    """Level logits of images under fixed prompts, by a network that is loaded at the first call.
+
+    Args:
+        name: of the reward, for error messages.
+        source: hub id or folder of a checkpoint, or a network, which is used as it is and frozen.
+        prompts: what to ask about each image.
+        device: None = CUDA if there is one, else the CPU (a network given stays where it is).
+        dtype: None = bfloat16 on CUDA, float32 elsewhere (a network given keeps its own).
+        differentiable: keep the graph to the pixels; layers are recomputed in the backward pass.
+        batch_size: images per run of the network.
+        compile: run one static compiled graph, captured as a CUDA graph on CUDA; smaller batches are padded.
+        quant: "int8" = hold the decoder's weights in int8.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str | Path | Owl2,
+        prompts: tuple[Prompt, ...],
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        differentiable: bool,
+        batch_size: int,
+        compile: bool,
+        quant: Literal["int8"] | None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"{name} expected `batch_size` >= 1, got {batch_size}.")
+        if differentiable and compile:
+            raise ValueError(
+                f"{name} expected at most one of `differentiable` and `compile`: the graph is for scoring."
+            )
+        if quant not in (None, "int8"):
+            raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
+        self.name, self.source, self.prompts = name, source, prompts
+        self.device = None if device is None else torch.device(device)
+        self.dtype, self.quant = dtype, quant
+        self.differentiable, self.batch_size, self.compile = differentiable, batch_size, compile
+        self._home = torch.device("cpu")
+        self._loaded: _Loaded | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what was loaded: a copy in another process loads its own weights."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_loaded", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _loaded=None, _lock=threading.Lock())
+
+    def load(self) -> _Loaded:
+        """The network on its device, loaded by the first thread that asks."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._loaded is None:
+                self._loaded = _Loaded(self._load_model())
+            return self._loaded
+
+    def _load_model(self) -> Owl2:
+        if isinstance(self.source, Owl2):
+            model = self.source.requires_grad_(False).eval().to(device=self.device, dtype=self.dtype)
+        else:
+            device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+            model = load_owl2(self.source, device=device, dtype=dtype)
+        if self.quant is not None:
+            quantize_decoder(model)
+        return model
+
+    def move(self, device: torch.device | str) -> None:
+        """Move the weights, now if they are loaded, else when they will be."""
+        self.device = torch.device(device)
+        self._place(self.device)
+
+    def offload(self) -> None:
+        """Move the weights to host memory and forget what was computed from them."""
+        if self._loaded is not None and not self._loaded.offloaded:
+            self._home = _device_of(self._loaded.model)
+            self._place(torch.device("cpu"), offloaded=True)
+
+    def onload(self) -> None:
+        """Undo `offload`."""
+        if self._loaded is not None and self._loaded.offloaded:
+            self._place(self._home)
+
+    def _place(self, device: torch.device, *, offloaded: bool = False) -> None:
+        with self._lock, torch.inference_mode(False):
+            if self._loaded is not None:
+                self._loaded = _Loaded(self._loaded.model.to(device), offloaded=offloaded)
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Grad mode and autocast of a reward, on every kind of device."""
+        with ExitStack() as stack:
+            for device_type in ("cpu", "cuda"):
+                stack.enter_context(reward_mode(device_type, differentiable=self.differentiable))
+            yield
+
+    def clip_logits(self, clips: Sequence[Tensor], prompts: tuple[Prompt, ...]) -> Tensor:
+        """`[clips, prompts, 5]` float32 of clips `[F, 3, H, W]`: all frames of one in place of one image token."""
+        counts = [_num_frames(self.name, index, clip) for index, clip in enumerate(clips)]
+        if not counts:
+            return torch.zeros(0, len(prompts), len(LEVEL_IDS), dtype=torch.float32)
+        with self.mode():
+            buckets, order = shape_buckets(self.name, [frame for clip in clips for frame in clip], None)
+            loaded = self._ready()
+            states = [loaded.prompt(prompt) for prompt in prompts]
+            rows, valid = self._map(buckets, order, loaded.model, loaded.model.encode_images)
+            clip_rows = [frames.flatten(0, 1) for frames in rows.split(counts)]
+            # Clips of different lengths never share a batch: each is read at its own last position, without padding.
+            logits: dict[int, Tensor] = {}
+            for members in _same_length(counts, self.batch_size):
+                batch = torch.stack([clip_rows[index] for index in members])
+                found = torch.stack([loaded.model.level_logits(batch, state) for state in states], dim=1)
+                logits.update(zip(members, found.unbind(0), strict=True))
+            whole = torch.stack([frames.all() for frames in valid.split(counts)])
+            return _masked(torch.stack([logits[index] for index in range(len(counts))]), whole, clips[0].device)
+
+    def logits(self, images: Images) -> Tensor:
+        """`[B, prompts, 5]` float32 on the images' device; NaN for images that cannot be scored."""
+        with self.mode():
+            buckets, order = shape_buckets(self.name, images, None)
+            if not buckets:
+                device = images.device if isinstance(images, Tensor) else None
+                return torch.zeros(0, len(self.prompts), len(LEVEL_IDS), dtype=torch.float32, device=device)
+            loaded = self._ready()
+            values, valid = self._map(buckets, order, loaded.model, self._network(loaded))
+            return _masked(values, valid, buckets[0][0].device)
+
+    def _network(self, loaded: _Loaded) -> Callable[[Tensor], Tensor]:
+        states = tuple(loaded.prompt(prompt) for prompt in self.prompts)
+        if not self.compile:
+            return partial(loaded.model, states=states)
+        with self._lock:
+            if loaded.static is None:
+                loaded.static = StaticForward(loaded.model, states, self.batch_size)
+            return loaded.static
+
+    def _map(
+        self, buckets: Buckets, order: list[int] | None, model: Owl2, network: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of the network, and whether each image may be scored, in the order of the images."""
+        valid: list[Tensor] = []
+        pixels = _pixels(buckets, model, self.batch_size, valid)
+        outputs = torch.cat([network(batch) for batch in _regroup(pixels, self.batch_size)])
+        intact = torch.cat(valid)
+        if order is None:
+            return outputs, intact
+        rows, flags = outputs.unbind(0), intact.unbind(0)  # views: restoring the order copies no index to the device
+        return torch.stack([rows[i] for i in order]), torch.stack([flags[i] for i in order])
+
+    def _ready(self) -> _Loaded:
+        loaded = self.load()
+        if loaded.offloaded:
+            raise RuntimeError(f"{self.name} is offloaded; call .onload() before scoring.")
+        return loaded
+
+
+def _device_of(model: Owl2) -> torch.device:
+    return model.model.norm.weight.device
+
+
+def _pixels(buckets: Buckets, model: Owl2, batch_size: int, valid: list[Tensor]) -> Iterator[Tensor]:
+    """Preprocessed pixels in the network's dtype, one piece of a bucket at a time; appends to `valid` on the way."""
+    weight = model.model.norm.weight
+    for (bucket,) in buckets:
+        for piece in bucket.split(batch_size):
+            clean, intact = sanitize(piece.to(weight.device))
+            valid.append(intact)
+            yield preprocess(clean, model.config.image_size).to(weight.dtype)
+
+
+def _regroup(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """The same rows in batches of `size`, the last one shorter, so that images of different sizes share a batch."""
+    held: list[Tensor] = []
+    for piece in pieces:
+        held.append(piece)
+        while sum(rows.shape[0] for rows in held) >= size:
+            rows = torch.cat(held)
+            yield rows[:size]
+            held = [rows[size:]]
+    rows = torch.cat(held)
+    if rows.shape[0]:
+        yield rows
+
+
+def _same_length(counts: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices of clips with equally many frames, at most `size` at a time."""
+    members: dict[int, list[int]] = {}
+    for index, count in enumerate(counts):
+        members.setdefault(count, []).append(index)
+    for indices in members.values():
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _masked(logits: Tensor, valid: Tensor, device: torch.device) -> Tensor:
+    """NaN where an image could not be scored or the network overflowed, on the caller's device."""
+    intact = valid & logits.isfinite().flatten(1).all(1)
+    return torch.where(intact[:, None, None], logits.float(), torch.nan).to(device)
+
+
+def _num_frames(name: str, index: int, clip: Tensor) -> int:
+    if not isinstance(clip, Tensor) or clip.ndim != 4 or clip.shape[1] != 3 or clip.shape[0] < 1:
+        found = list(clip.shape) if isinstance(clip, Tensor) else type(clip).__name__
+        raise ValueError(f"{name} expected clips[{index}] as a tensor [F, 3, H, W] with F >= 1, got {found}.")
+    return clip.shape[0]

@@ -1,0 +1,135 @@
+"""Q-Align (OneAlign): a 7B multimodal model that rates quality or aesthetics with level words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.mllm.levels import LevelScorer
+from iqareward.rewards.mllm.owl2 import Owl2
+from iqareward.rewards.mllm.prompts import Task, Variant, prompt_ids
+from iqareward.rewards.mllm.readout import SCALES, expected_level
+from iqareward.types import Bounds, Images, Scores
+
+
+@final
+class QAlignReward:
+    """How good a large multimodal model finds each image: its expected level between "bad" and "excellent".
+
+    Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
+
+    Args:
+        model: hub id or folder of a Q-Align checkpoint, or an `Owl2` network, which is frozen.
+        task: what is rated. With both, the score is their mean, and the vision tower runs once.
+        scale: `"unit"` is [0, 1]; `"mos"` is [1, 5], as the model cards report.
+        device: None = CUDA if there is one, else the CPU.
+        dtype: None = bfloat16 on CUDA, float32 on the CPU.
+        differentiable: keep the graph to the pixels at their original size.
+        batch_size: images per run of the network.
+        compile: one static compiled graph (a CUDA graph on CUDA); smaller batches are padded to `batch_size`.
+        prompt: `"hub"` = as published scores; `"paper"` = the evaluation script's wording.
+        quant: `"int8"` = decoder weights in int8, through the extra `quant`.
+
+    Example:
+        >>> reward = QAlignReward(scale="mos")  # nothing is loaded yet
+        >>> reward.bounds
+        (1.0, 5.0)
+
+    References:
+        Wu et al., "Q-Align: Teaching LMMs for Visual Scoring via Discrete Text-Defined Levels", 2024,
+        https://arxiv.org/abs/2312.17090
+    """
+
+    needs_references: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: str | Path | Owl2 = "q-future/one-align",
+        task: Task | tuple[Task, ...] = "quality",
+        scale: Literal["unit", "mos"] = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        differentiable: bool = False,
+        batch_size: int = 32,
+        compile: bool = False,
+        *,
+        prompt: Variant = "hub",
+        quant: Literal["int8"] | None = None,
+    ) -> None:
+        if scale not in ("unit", "mos"):
+            raise ValueError(f'QAlignReward expected `scale` "unit" or "mos", got {scale!r}.')
+        self.tasks: tuple[Task, ...] = (task,) if isinstance(task, str) else tuple(task)
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"QAlignReward expected one or two different tasks, got {task!r}.")
+        self.scale, self.differentiable = scale, differentiable
+        self.name = f"qalign_{'_'.join(self.tasks)}"
+        self.bounds: Bounds = (min(SCALES[scale]), max(SCALES[scale]))
+        self._video_prompts = tuple(prompt_ids(task, variant=prompt, video=True) for task in self.tasks)
+        self._scorer = LevelScorer(
+            self.name,
+            model,
+            tuple(prompt_ids(task, variant=prompt) for task in self.tasks),
+            device=device,
+            dtype=dtype,
+            differentiable=differentiable,
+            batch_size=batch_size,
+            compile=compile,
+            quant=quant,
+        )
+
+    @property
+    def model(self) -> Owl2:
+        """The network; loads it if need be."""
+        return self._scorer.load().model
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
+        with self._scorer.mode():
+            return self.scores_per_task(images).mean(dim=1)
+
+    def scores_per_task(self, images: Images) -> Tensor:
+        """`[B, tasks]` scores in the order of `task`."""
+        with self._scorer.mode():
+            return expected_level(self._scorer.logits(images), SCALES[self.scale])
+
+    def logits(self, images: Images) -> Tensor:
+        """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32; `[B, tasks, 5]` for several tasks."""
+        with self._scorer.mode():
+            logits = self._scorer.logits(images)
+            return logits[:, 0] if len(self.tasks) == 1 else logits
+
+    def video(self, clips: Sequence[Tensor]) -> Scores:
+        """Score clips as a whole; a clip's score does not depend on the lengths of the others.
+
+        Args:
+            clips: each `[F, 3, H, W]` in [0, 1], about one frame per second; F may differ. The network was trained with
+                a context of 2048 positions, that is 31 frames.
+
+        Returns:
+            `[clips]` float32, on the scale of the reward; NaN for clips with a frame that cannot be scored.
+        """
+        with self._scorer.mode():
+            logits = self._scorer.clip_logits(clips, self._video_prompts)
+            return expected_level(logits, SCALES[self.scale]).mean(dim=1)
+
+    def to(self, device: torch.device | str) -> "QAlignReward":
+        """Move the weights, or choose where they will be loaded; returns the reward itself."""
+        self._scorer.move(device)
+        return self
+
+    def offload(self) -> None:
+        """Move the weights to host memory, for example while the trained model is being updated."""
+        self._scorer.offload()
+
+    def onload(self) -> None:
+        """Move the weights back to where they were before `offload`."""
+        self._scorer.onload()
