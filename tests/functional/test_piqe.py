@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import correlate1d
 
+from iqareward.functional.color import LUMA
 from iqareward.functional.piqe import MIN_SIDE, piqe
 from tests.tolerances import EXACT, FORMULA_FP32, OTHER_PACKAGE
 
@@ -35,7 +36,7 @@ def load(path):
 
 def piqe_block_by_block(image):
     """The published algorithm for one [3, H, W] float64 image, one block and one segment at a time."""
-    luma = np.tensordot(np.array([0.299, 0.587, 0.114]), image.numpy(), 1)
+    luma = np.tensordot(np.array(LUMA), image.numpy(), 1)
     luma = np.round(255 * luma / luma.max())
     luma = np.pad(luma, ((0, -luma.shape[0] % 16), (0, -luma.shape[1] % 16)), mode="edge")
     window = np.exp(-0.5 * (np.arange(-3, 4) / (7 / 6)) ** 2)
