@@ -39,7 +39,7 @@ class AdaptiveWeighter:
         w_min: RL share of the easiest rows, and of rows whose difficulty is NaN, infinite or negative.
         w_max: RL share of the hardest rows.
         direction: "hard_to_rl", or "hard_to_sft", the habit of recipes for language models.
-        mode: "convex" (rl = w, sft = 1 - w) or "additive" (rl = 1, sft = 1 - w).
+        mode: "additive" (rl = 1, sft = 1 - w: SFT joins RL as samples come near) or "convex" (rl = w, sft = 1 - w).
         floor: smallest difficulty told apart, so that its logarithm exists.
         s_min: smallest scale, so that noise does not tell equally hard rows apart.
         ema: decay of (m, s) per optimiser step.
@@ -52,8 +52,8 @@ class AdaptiveWeighter:
     Example:
         >>> weighter = AdaptiveWeighter()
         >>> weighter.calibrate(torch.tensor([0.05, 0.1, 0.2]))
-        >>> weighter(torch.tensor([0.05, 0.1, 0.2])).rl
-        tensor([0.1192, 0.5000, 0.8808])
+        >>> weighter(torch.tensor([0.05, 0.1, 0.2])).sft
+        tensor([0.8808, 0.5000, 0.1192])
 
     References:
         Xu et al., Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement Learning with IQA
@@ -65,7 +65,7 @@ class AdaptiveWeighter:
     w_min: float = 0.0
     w_max: float = 1.0
     direction: Literal["hard_to_rl", "hard_to_sft"] = "hard_to_rl"
-    mode: Literal["convex", "additive"] = "convex"
+    mode: Literal["additive", "convex"] = "additive"
     floor: float = 1e-6
     s_min: float = 0.05
     ema: float = 0.98

@@ -17,8 +17,8 @@ class TargetTracking:
     """A sigmoid in log-difficulty whose centre moves so that the mean RL share stays at a target (after AdaRFT).
 
     w = sigmoid(kappa * (log d - centre)), and after each step
-    centre <- clip(centre + eta * tanh(alpha * (mean w - target)), low, high). AdaRFT moves a target difficulty like this
-    and trains on the samples nearest to it; the soft share of RL is ours. It never hands over to SFT.
+    centre <- clip(centre + eta * tanh(alpha * (mean w - target)), low, high). AdaRFT moves a target difficulty so and
+    trains on the samples nearest to it; the soft share of RL is ours. It never hands over to SFT.
 
     Args:
         centre: first centre, a log-difficulty.
