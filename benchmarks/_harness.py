@@ -1,0 +1,99 @@
+"""What every benchmark shares: interleaved medians, a record of the machine, and one JSON document at the end."""
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def hardware() -> str:
+    """The processor and the threads in use, or the GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions; a package that is missing is named as missing."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def commit() -> str:
+    """The commit that ran, marked if the working tree differed from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return described.stdout.strip() or "unknown"
+
+
+def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int, slow: float = 2.0) -> dict[str, float]:
+    """Median seconds of each call, taken in turns so that a busy moment hits all of them.
+
+    Args:
+        calls: by name; each is called once to warm up.
+        rounds: timed calls of each.
+        slow: a call whose warm-up takes longer than this many seconds is timed once more only.
+    """
+    warm_up = {name: _seconds(call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, call in calls.items():
+            if turn == 0 or warm_up[name] < slow:
+                times[name].append(_seconds(call))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def document(
+    theme: str, rows: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]], packages: Sequence[str]
+) -> dict[str, Any]:
+    """The record of a run: where, when, what, the rows and how they stand against the targets."""
+    return {
+        "theme": theme,
+        "hardware": hardware(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "versions": versions(["iqareward", "torch", "numpy", *packages]),
+        "rows": list(rows),
+        "targets": list(targets),
+    }
+
+
+def target(name: str, value: float, bound: float, better: str = "higher") -> dict[str, Any]:
+    """A line of `targets`: whether a measured value reaches its bound."""
+    ok = value >= bound if better == "higher" else value <= bound
+    return {"name": name, "value": round(value, 3), "target": bound, "better": better, "ok": ok}
+
+
+def finish(record: Mapping[str, Any], path: Path | None) -> None:
+    """Write the record to `path` if given, and print it as the last line of standard output."""
+    line = json.dumps(record)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    print(line, flush=True)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,179 @@
+"""Images per second and peak memory of every classical metric against every other library, in one run.
+
+    python -m benchmarks.bench_classical              # about ten minutes
+    python -m benchmarks.bench_classical --quick      # smoke run
+
+Photographs, degraded; calls are taken in turns and medians reported. `ratio` compares with the fastest peer that
+computes the same definition. The last line of standard output is one JSON document.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks._classical_peers import PEERS, Peer
+from benchmarks._harness import document, finish, medians, target
+from benchmarks._peak_memory import peak_megabytes
+from iqareward import functional as F
+from iqareward import load, to_images
+
+OURS: dict[str, Callable[..., Tensor]] = {
+    "psnr": F.psnr,
+    "ssim": F.ssim,
+    "ssim_rgb": lambda images, references: F.ssim(images, references, color="rgb"),
+    "ms_ssim": F.ms_ssim,
+    "gmsd": F.gmsd,
+    "haarpsi": F.haarpsi,
+    "piqe": F.piqe,
+    "niqe": F.niqe,
+}
+NO_REFERENCE = {"piqe", "niqe"}
+PACKAGES = ["pyiqa", "piq", "torchmetrics", "kornia", "scikit-image", "pytorch-msssim", "piqa"]
+# What the project promises beyond "not slower than the fastest peer of the same definition".
+PROMISES = [("ssim", "pyiqa", 20.0), ("ms_ssim", "pyiqa", 6.0), ("niqe", "pyiqa", 2.6)]
+
+
+def photographs(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """`[count, 3, size, size]` crops of bundled photographs with noise, and the clean ones."""
+    from skimage import data
+
+    sources = to_images([data.astronaut(), data.astronaut()[::-1].copy()])
+    pixels = torch.nn.functional.interpolate(sources[:, :, :size, :size], size=(size, size), mode="bilinear")
+    references = torch.stack([pixels[i % 2].roll((7 * i, 13 * i), (1, 2)) for i in range(count)]).contiguous()
+    noise = torch.randn(references.shape, generator=torch.Generator().manual_seed(0))
+    return (references + 0.05 * noise).clamp(0, 1), references
+
+
+def build_peers(name: str) -> tuple[dict[str, tuple[Peer, Callable[..., Tensor]]], list[str]]:
+    """The peers that are installed, and the names of those that are not."""
+    built, missing = {}, []
+    for peer in PEERS[name]:
+        try:
+            built[peer.library] = (peer, peer.make())
+        except ImportError:
+            missing.append(peer.library)
+    return built, missing
+
+
+def measure(name: str, size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """One row per library for one metric, size and batch."""
+    images, references = photographs(batch, size)
+    arguments = (images,) if name in NO_REFERENCE else (images, references)
+    peers, missing = build_peers(name)
+    functions = {"iqareward": OURS[name], **{library: metric for library, (_, metric) in peers.items()}}
+    if name != "ssim_rgb":
+        reward = load(name)
+        functions["iqareward reward"] = lambda images, references=None: reward(images, references=references)
+    with torch.no_grad():
+        expected = OURS[name](*arguments).double()
+        seconds = medians({key: lambda f=f: f(*arguments) for key, f in functions.items()}, rounds=rounds)
+        rows = []
+        for library, metric in functions.items():
+            scores = torch.as_tensor(metric(*arguments[:2])).detach().double().reshape(-1)
+            difference = (scores.abs() - expected.abs()).abs().max().item() if len(scores) == batch else None
+            peer = peers[library][0] if library in peers else None
+            rows.append({"metric": name, "size": size, "batch": batch, "library": library,
+                         "images_per_second": batch / seconds[library], "same": peer is None or peer.same,
+                         "max_difference": difference, "note": peer.note if peer else ""})  # fmt: skip
+    absent = {"metric": name, "size": size, "batch": batch, "missing": True}
+    return rows + [{**absent, "library": library} for library in missing]
+
+
+def compare(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Ratios of ours to the fastest peer of the same definition per setting, and the targets."""
+    ratios, targets = [], []
+    settings = dict.fromkeys((row["metric"], row["size"], row["batch"]) for row in rows)
+    for metric, size, batch in settings:
+        setting = (metric, size, batch)
+        here = {row["library"]: row for row in rows if (row["metric"], row["size"], row["batch"]) == setting}
+        ours = here["iqareward"]["images_per_second"]
+        peers = {
+            library: row["images_per_second"]
+            for library, row in here.items()
+            if not library.startswith("iqareward") and row.get("same") and not row.get("missing")
+        }
+        if not peers:
+            continue
+        fastest = max(peers, key=lambda library: peers[library])
+        ratio = ours / peers[fastest]
+        ratios.append({"metric": metric, "size": size, "batch": batch, "fastest_peer": fastest, "ratio": ratio})
+        targets.append(target(f"{metric} {size} b{batch} vs {fastest}", ratio, 1.0))
+        for promised, library, bound in PROMISES:
+            if promised == metric and library in peers:
+                targets.append(target(f"{metric} {size} b{batch} vs {library}", ours / peers[library], bound))
+    return ratios, targets
+
+
+def memory_rows(names: list[str], size: int, batch: int) -> list[dict[str, Any]]:
+    """Peak memory above the inputs, each in a process of its own."""
+    jobs = [(name, library) for name in names for library in ("iqareward", *(peer.library for peer in PEERS[name]))]
+    rows = []
+    for name, library in track(jobs, "peak memory", console=Console(stderr=True), transient=True):
+        peak = peak_megabytes(name, library, size, batch)
+        rows.append({"metric": name, "library": library, "size": size, "batch": batch, "peak_mb": peak})
+    return rows
+
+
+def memory_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours against the smallest peer of the same definition."""
+    targets = []
+    for name in dict.fromkeys(row["metric"] for row in rows):
+        same = {"iqareward", *(peer.library for peer in PEERS[name] if peer.same)}
+        peaks = {row["library"]: row["peak_mb"] for row in rows
+                 if row["metric"] == name and row["library"] in same and row["peak_mb"] is not None}  # fmt: skip
+        ours = peaks.pop("iqareward")
+        if peaks:
+            least = min(peaks, key=lambda library: peaks[library])
+            targets.append(target(f"{name} peak MB vs {least}", ours, round(peaks[least], 1), better="lower"))
+    return targets
+
+
+def show(rows: list[dict[str, Any]], ratios: list[dict[str, Any]], console: Console) -> None:
+    """A table per metric: settings across, libraries down."""
+    for name in dict.fromkeys(row["metric"] for row in rows):
+        table = Table(title=f"{name}: images per second", title_justify="left")
+        settings = list(dict.fromkeys((row["size"], row["batch"]) for row in rows if row["metric"] == name))
+        for column in ("library", *(f"{size} b{batch}" for size, batch in settings), "max difference", "note"):
+            table.add_column(column, justify="left" if column in ("library", "note") else "right")
+        for library in dict.fromkeys(row["library"] for row in rows if row["metric"] == name):
+            cells = [row for row in rows if row["metric"] == name and row["library"] == library]
+            if cells[0].get("missing"):
+                table.add_row(library, *["missing"] * len(settings), "", "")
+                continue
+            difference = max(
+                (row["max_difference"] for row in cells if row["max_difference"] is not None), default=None
+            )
+            table.add_row(library, *(f"{row['images_per_second']:.1f}" for row in cells),
+                          "" if difference is None else f"{difference:.1e}", cells[0]["note"])  # fmt: skip
+        ours = [f"{row['ratio']:.2f}" for row in ratios if row["metric"] == name]
+        table.add_row("[bold]ratio to fastest same", *ours, "", "")
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
+    parser.add_argument("--json", type=Path, help="also write the document here")
+    arguments = parser.parse_args()
+    names = ["psnr", "ssim", "piqe"] if arguments.quick else list(OURS)
+    settings = [(64, 2)] if arguments.quick else [(size, batch) for size in (256, 512) for batch in (1, 8, 32)]
+    jobs = [(name, size, batch) for name in names for size, batch in settings]
+    rows: list[dict[str, Any]] = []
+    for name, size, batch in track(jobs, "timing", console=Console(stderr=True), transient=True):
+        rows += measure(name, size, batch, rounds=2 if arguments.quick else 7)
+    ratios, targets = compare(rows)
+    peaks = [] if arguments.quick else memory_rows(names, size=512, batch=8)
+    show(rows, ratios, Console(width=150))
+    record = document("classical", [*rows, *ratios, *peaks], targets + memory_targets(peaks), PACKAGES)
+    finish(record, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
