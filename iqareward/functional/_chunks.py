@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Intermediates of one piece should fit in a core's L2 cache. Measured by benchmarks/bench_classical.py: at 32 x 512 x 512
-# one call over the whole batch is 2-4 times slower per image than pieces of this size.
-CPU_PIXELS_PER_CHUNK = 256 * 256
+# Intermediates of one piece should stay in cache, and one piece should be worth waking the threads for. Measured with
+# pieces of 64 Ki to 1 Mi pixels on a core with 0.5 MB of L2 and 32 MB of L3: smaller ones pay for calls, larger ones are
+# up to twice as slow.
+CPU_PIXELS_PER_CHUNK = 512 * 512
 
 
 def map_chunks(formula: Callable[..., Tensor], *batches: Tensor) -> Tensor:

@@ -40,10 +40,10 @@ def psnr(images: Tensor, references: Tensor, *, color: Color = "rgb") -> Tensor:
     """
     images, references = check_pair("psnr", images, references)
 
-    def score(images: Tensor, references: Tensor) -> Tensor:
+    def mean_squared_error(images: Tensor, references: Tensor) -> Tensor:
         planes = color_planes("psnr", images, color), color_planes("psnr", references, color)
-        mse = mean_of_map(F.mse_loss(*planes, reduction="none"))
-        decibels = -10 * torch.log10(mse.clamp(min=MIN_MSE))
-        return decibels.masked_fill(mse.isinf(), torch.nan)  # an infinite pixel: not scored, rather than -inf
+        return mean_of_map(F.mse_loss(*planes, reduction="none"))
 
-    return map_chunks(score, images, references)
+    mse = map_chunks(mean_squared_error, images, references)
+    # 0 * mse is NaN for an infinite pixel, which is "not scored" rather than -inf dB
+    return torch.add(0 * mse, torch.log10(mse.clamp(min=MIN_MSE)), alpha=-10)
