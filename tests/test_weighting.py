@@ -23,9 +23,14 @@ def difficulties(seed: int, num_rows: int = 32, spread: float = 0.8) -> Tensor:
     return torch.exp(spread * torch.randn(num_rows, generator=torch.Generator().manual_seed(seed)) - 2.5)
 
 
+def convex(**options) -> AdaptiveWeighter:
+    """A weighter whose `rl` is the share w itself."""
+    return AdaptiveWeighter(**{"mode": "convex"} | options)
+
+
 def calibrated(seed: int = 0, **options) -> AdaptiveWeighter:
-    """A weighter anchored on 64 difficulties."""
-    weighter = AdaptiveWeighter(**options)
+    """A convex weighter anchored on 64 difficulties."""
+    weighter = convex(**options)
     weighter.calibrate(difficulties(seed, 64))
     return weighter
 
@@ -35,7 +40,7 @@ def calibrated(seed: int = 0, **options) -> AdaptiveWeighter:
 def test_weight_is_the_documented_formula(seed, kappa, rho):
     """rl is the logistic function of the standardised log-difficulty, written out here in fp64."""
     anchor, rows = difficulties(seed, 64), difficulties(seed + 1)
-    weighter = AdaptiveWeighter(kappa=kappa, rho=rho)
+    weighter = convex(kappa=kappa, rho=rho)
     weighter.calibrate(anchor)
     logs = anchor.double().log()
     expected = 1 / (1 + torch.exp(-kappa * (rows.double().log() - logs.mean()) / logs.std()))
@@ -75,7 +80,7 @@ def test_weights_follow_their_rows(seed):
     """Permuting rows permutes weights, bit for bit, with buckets too."""
     rows, bucket = difficulties(seed), torch.arange(32) % 4
     order = torch.randperm(32, generator=torch.Generator().manual_seed(seed))
-    weighter = AdaptiveWeighter(num_buckets=4)
+    weighter = convex(num_buckets=4)
     weighter.calibrate(rows, bucket)
     torch.testing.assert_close(
         weighter(rows[order], bucket=bucket[order]).rl, weighter(rows, bucket=bucket).rl[order], **EXACT
@@ -87,7 +92,7 @@ def test_weights_follow_their_rows(seed):
 def test_unit_of_difficulty_does_not_matter(seed, unit):
     """Scaling rows and calibration together (0..255 instead of 0..1) changes no weight."""
     rows, anchor = difficulties(seed).double(), difficulties(seed + 1).double()
-    plain, scaled = AdaptiveWeighter(), AdaptiveWeighter()
+    plain, scaled = convex(), convex()
     plain.calibrate(anchor)
     scaled.calibrate(anchor * unit)
     torch.testing.assert_close(scaled(rows * unit).rl, plain(rows).rl, **FORMULA_FP32)
@@ -115,7 +120,7 @@ def test_sft_takes_over_as_errors_shrink(seed, shrink):
 def test_handover_has_the_size_that_was_derived():
     """Mean RL share .50 -> .39 -> .19 -> .02 as log-normal errors with spread .6 shrink x1, .8, .5, .2."""
     rows = difficulties(3, 4096, spread=0.6)
-    weighter = AdaptiveWeighter()
+    weighter = convex()
     weighter.calibrate(rows)
     means = torch.stack([weighter(factor * rows).rl.mean() for factor in (1.0, 0.8, 0.5, 0.2)])
     torch.testing.assert_close(means, torch.tensor([0.50, 0.39, 0.19, 0.02]), rtol=0.0, atol=0.015)
@@ -133,7 +138,7 @@ def test_controls_are_special_cases(seed):
         (1e9, 0.0, 1.0): (rows.log() > anchor.log().mean()).float(),
     }
     for (kappa, low, high), share in expected.items():
-        weighter = AdaptiveWeighter(kappa=kappa, w_min=low, w_max=high)
+        weighter = convex(kappa=kappa, w_min=low, w_max=high)
         weighter.calibrate(anchor)
         torch.testing.assert_close(weighter(rows).rl, share, **EXACT)
 
@@ -242,7 +247,7 @@ def test_running_variance_is_right_for_batches_of_one():
 
 def test_buckets_have_their_own_scale():
     """The same difficulty is hard in a bucket of easy rows and easy in a bucket of hard ones."""
-    weighter = AdaptiveWeighter(num_buckets=2)
+    weighter = convex(num_buckets=2)
     anchor = difficulties(0, 64)
     weighter.calibrate(torch.cat([anchor, 100 * anchor]), torch.arange(128) // 64)
     rl = weighter(anchor.mean().repeat(2), bucket=torch.tensor([0, 1], dtype=torch.uint8)).rl
@@ -301,7 +306,7 @@ def test_use_before_calibration_is_an_error():
     for use in (AdaptiveWeighter().update, AdaptiveWeighter()):
         with pytest.raises(RuntimeError, match=r"calibrate\(difficulty\).*calibrate_on_first=True"):
             use(rows)
-    for weighter in (AdaptiveWeighter(calibrate_on_first=True), AdaptiveWeighter(rho=0.0)):
+    for weighter in (convex(calibrate_on_first=True), convex(rho=0.0)):
         assert weighter(rows).rl.mean().item() == pytest.approx(0.5, abs=0.1)
 
 
@@ -339,6 +344,18 @@ def test_wrong_rows_are_refused():
         AdaptiveWeighter(num_buckets=2).calibrate(torch.rand(4), torch.tensor([0, 0, 0, 1]))
     with pytest.raises(ValueError, match="options"):
         AdaptiveWeighter().load_state_dict(AdaptiveWeighter(kappa=3.0).state_dict())
+
+
+@properties
+@given(seed=seeds, kappa=kappas)
+def test_additive_keeps_rl_and_fades_sft_in(seed, kappa):
+    """The default gives rl = 1 everywhere, and the SFT weight of convex mode, which grows as errors shrink."""
+    rows = difficulties(seed)
+    rl, sft = calibrated(kappa=kappa, mode="additive")(rows)
+    torch.testing.assert_close(rl, torch.ones(32), **EXACT)
+    torch.testing.assert_close(sft, calibrated(kappa=kappa)(rows).sft, **EXACT)
+    assert (calibrated(kappa=kappa, mode="additive")(0.5 * rows).sft >= sft).all()
+    assert AdaptiveWeighter().mode == "additive"
 
 
 def test_mix_in_both_modes():

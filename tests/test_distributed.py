@@ -1,0 +1,104 @@
+"""Two processes see what one process with all rows would see."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from iqareward.groups import distributed_group_statistics, gather_rows, group_statistics
+from iqareward.schedules import TargetTracking
+from iqareward.weighting import AdaptiveWeighter
+from tests.tolerances import EXACT, FORMULA_FP32
+
+# Processes get unequal shares of the rows, as the last batch of an epoch does.
+CUTS = (0, 5, 16)
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Difficulties, ids whose groups cross the processes, and buckets."""
+    difficulty = torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.05
+    difficulty[3] = torch.nan
+    return difficulty, torch.arange(16) % 3, torch.arange(16) % 2
+
+
+def work(rank: int, folder: str) -> None:
+    """One of two processes: everything that talks to the other, on its own rows."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        own = slice(CUTS[rank], CUTS[rank + 1])
+        difficulty, groups, bucket = (tensor[own] for tensor in rows())
+        (everything,), mine = gather_rows(difficulty)
+        weighter, tracker = AdaptiveWeighter(rho=0.5, num_buckets=2, mode="convex"), TargetTracking(centre=-1.0)
+        weighter.calibrate(difficulty, bucket)
+        before = weighter(difficulty, bucket=bucket).rl
+        weighter.update(2 * difficulty, bucket)
+        tracker.update(difficulty)
+        result = {
+            "statistics": tuple(distributed_group_statistics(difficulty, groups)),
+            "gathered": everything,
+            "mine": everything[mine],
+            "before": before,
+            "after": weighter(difficulty, bucket=bucket).rl,
+            "history": weighter.history,
+            "state": weighter.state_dict()["statistics"],
+            "centre": tracker.centre,
+        }
+        torch.save(result, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What both processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_statistics_are_those_of_the_whole_batch(results):
+    """Each process gets its own rows of the statistics over both, groups crossing the border included."""
+    difficulty, groups, _ = rows()
+    for field, expected in enumerate(group_statistics(difficulty, groups)):
+        found = torch.cat([result["statistics"][field] for result in results])
+        torch.testing.assert_close(found, expected, equal_nan=True, **FORMULA_FP32)
+
+
+@pytest.mark.slow
+def test_gathered_rows_are_all_rows_in_order(results):
+    """Both processes hold all rows; their slice of them is what they gave."""
+    difficulty, _, _ = rows()
+    for result in results:
+        torch.testing.assert_close(result["gathered"], difficulty, equal_nan=True, **EXACT)
+    torch.testing.assert_close(torch.cat([r["mine"] for r in results]), difficulty, equal_nan=True, **EXACT)
+
+
+@pytest.mark.slow
+def test_weights_do_not_depend_on_the_number_of_processes(results):
+    """Calibration, weights, update and history of two processes are those of one; both hold the same state."""
+    difficulty, _, bucket = rows()
+    alone = AdaptiveWeighter(rho=0.5, num_buckets=2, mode="convex")
+    alone.calibrate(difficulty, bucket)
+    before = alone(difficulty, bucket=bucket).rl
+    alone.update(2 * difficulty, bucket)
+    after = alone(difficulty, bucket=bucket).rl
+    torch.testing.assert_close(torch.cat([r["before"] for r in results]), before, **FORMULA_FP32)
+    torch.testing.assert_close(torch.cat([r["after"] for r in results]), after, **FORMULA_FP32)
+    torch.testing.assert_close(results[0]["state"], results[1]["state"], **EXACT)
+    for result in results:
+        assert result["history"]["difficulty"] == pytest.approx(alone.history["difficulty"], rel=1e-5)
+        assert result["history"]["rl_share"] == pytest.approx(alone.history["rl_share"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_target_tracking_moves_alike_everywhere(results):
+    """Both processes move the centre by the mean share of all rows."""
+    alone = TargetTracking(centre=-1.0)
+    alone.update(rows()[0])
+    for result in results:
+        torch.testing.assert_close(result["centre"], alone.centre, **FORMULA_FP32)

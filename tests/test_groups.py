@@ -1,0 +1,118 @@
+"""Statistics per input id: right, NaN-aware, indifferent to order, and exact where spreads are zero."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iqareward.groups import check_rows, gather_rows, group_index, group_statistics, place_in_group
+from tests.tolerances import EXACT, FORMULA_FP32
+
+properties = settings(deadline=None, max_examples=25, derandomize=True)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def ragged(seed: int, num_rows: int = 40):
+    """Values with a few NaN, under ids that are large, negative and of unequal frequency."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 50 + torch.randn(num_rows, generator=generator)
+    values[torch.rand(num_rows, generator=generator) < 0.2] = torch.nan
+    ids = torch.tensor([-7, 0, 3, 10**12, 99])
+    return values, ids[(torch.rand(num_rows, generator=generator) ** 2 * 5).long()]
+
+
+@properties
+@given(seed=seeds)
+def test_statistics_are_those_of_a_loop_over_ids(seed):
+    """Count, mean and Bessel-corrected std equal torch's on each id's finite values, in fp64."""
+    values, groups = ragged(seed)
+    result = group_statistics(values, groups)
+    for row, group in enumerate(groups):
+        own = values[(groups == group) & values.isfinite()].double()
+        assert result.num_scored[row] == len(own)
+        mean = own.mean() if len(own) else torch.tensor(torch.nan, dtype=torch.float64)
+        std = own.std() if len(own) > 1 else torch.tensor(torch.nan, dtype=torch.float64)
+        torch.testing.assert_close(result.mean[row].double(), mean, equal_nan=True, **FORMULA_FP32)
+        torch.testing.assert_close(result.std[row].double(), std, equal_nan=True, **FORMULA_FP32)
+
+
+@properties
+@given(seed=seeds)
+def test_statistics_follow_their_rows(seed):
+    """Permuting the rows permutes the statistics."""
+    values, groups = ragged(seed)
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))
+    for there, here in zip(
+        group_statistics(values[order], groups[order]), group_statistics(values, groups), strict=True
+    ):
+        torch.testing.assert_close(there, here[order], equal_nan=True, **FORMULA_FP32)
+
+
+@properties
+@given(value=st.floats(-1e3, 1e3, width=32), size=st.integers(2, 9))
+def test_equal_values_have_no_spread_at_all(value, size):
+    """The std of equal values is exactly 0 and their mean exactly the value, although sum / n would round."""
+    values = torch.full((size,), value)
+    result = group_statistics(values, torch.zeros(size, dtype=torch.int64))
+    torch.testing.assert_close(result.std, torch.zeros(size), **EXACT)
+    torch.testing.assert_close(result.mean, values, **EXACT)
+
+
+def test_infinite_values_are_not_scored():
+    """+-inf count as little as NaN."""
+    values = torch.tensor([1.0, torch.inf, -torch.inf, torch.nan, 3.0])
+    result = group_statistics(values, torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(result.mean, torch.full((5,), 2.0), **EXACT)
+    assert result.num_scored.tolist() == [2] * 5
+
+
+def test_no_rows_and_integer_rewards():
+    """B = 0 gives B = 0; integers are computed in fp32, fp64 stays."""
+    empty = group_statistics(torch.empty(0), torch.empty(0, dtype=torch.int64))
+    assert empty.mean.shape == (0,)
+    groups = torch.tensor([1, 1])
+    assert group_statistics(torch.tensor([1, 2]), groups).mean.tolist() == [1.5, 1.5]
+    assert group_statistics(torch.rand(2, dtype=torch.float64), groups).std.dtype == torch.float64
+
+
+def test_index_and_places():
+    """Ids become numbers below B; places count along the given order within each id."""
+    groups = torch.tensor([5, -1, 5, 5, -1])
+    index = group_index(groups)
+    assert index.tolist() == [1, 0, 1, 1, 0]
+    assert place_in_group(index, torch.arange(5).flip(0)).tolist() == [2, 1, 1, 0, 0]
+
+
+def test_gather_without_a_process_group_is_the_identity():
+    """A single process gets its own rows back, detached, and the slice of all of them."""
+    rows = torch.rand(3, requires_grad=True)
+    (gathered,), mine = gather_rows(rows)
+    torch.testing.assert_close(gathered[mine], rows.detach(), **EXACT)
+    assert not gathered.requires_grad
+    with pytest.raises(ValueError, match="one number of rows"):
+        gather_rows(torch.rand(3), torch.rand(2))
+
+
+@pytest.mark.parametrize(
+    ("values", "groups"),
+    [(torch.rand(4, 1), None), ([0.1, 0.2], None), (torch.rand(4), torch.zeros(3)), (torch.rand(3), torch.rand(3))],
+)
+def test_rows_that_do_not_fit_are_refused(values, groups):
+    """The message names the caller and the expected shape or dtype."""
+    with pytest.raises(ValueError, match="somebody expected"):
+        check_rows("somebody", values, groups)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_statistics_never_wait_for_the_device():
+    """No call in group_statistics makes the host wait for the GPU, and the numbers are those of the CPU."""
+    values, groups = ragged(0)
+    on_gpu = values.cuda(), groups.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = group_statistics(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(result.std.cpu(), group_statistics(values, groups).std, equal_nan=True, **FORMULA_FP32)
