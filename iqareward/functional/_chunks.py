@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # Intermediates of one piece should stay in cache, and one piece should be worth waking the threads for. Measured with
-# pieces of 64 Ki to 1 Mi pixels on a core with 0.5 MB of L2 and 32 MB of L3: smaller ones pay for calls, larger ones are
-# up to twice as slow.
+# pieces of 64 Ki to 1 Mi pixels on a core with 0.5 MB of L2 and 32 MB of L3: smaller ones pay for calls, larger ones
+# are up to twice as slow.
 CPU_PIXELS_PER_CHUNK = 512 * 512
 
 

@@ -5,15 +5,18 @@ from typing import Literal
 from torch import Tensor
 
 LumaColor = Literal["luma", "luma8"]
-Color = Literal["luma", "luma8", "rgb"]
-"""What a metric compares: luma, luma rounded to 256 levels, or the three channels, averaged.
+Color = Literal["luma", "luma8", "y", "rgb"]
+"""What a metric compares: luma, luma rounded to 256 levels, the Y of YCbCr, or the three channels, averaged.
 
 Published figures come from MATLAB, whose `rgb2gray` rounds the luma of an 8-bit image to 8 bits again; `"luma8"` does
-too. Rounding has gradient 0 and moves SSIM by up to 1e-3, so nothing rounds unless asked to.
+too. Rounding has gradient 0 and moves SSIM by up to 1e-3, so nothing rounds unless asked to. Restoration papers compare
+the Y of MATLAB's `rgb2ycbcr`, which spans 16 to 235, as if it spanned 0 to 255: `"y"`.
 """
 
 # First row of the inverse of the NTSC matrix, as MATLAB's rgb2gray has it: 0.299, 0.587, 0.114 before rounding.
 LUMA = (0.298936021293775, 0.587043074451121, 0.114020904255103)
+# MATLAB's rgb2ycbcr for levels 0 to 255: Y = 16 + 65.481 R + 128.553 G + 24.966 B.
+STUDIO_LUMA, STUDIO_BLACK = (65.481 / 255, 128.553 / 255, 24.966 / 255), 16 / 255
 # The YIQ matrix as the authors of HaarPSI round it.
 YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
@@ -56,6 +59,8 @@ def color_planes(metric: str, images: Tensor, color: Color) -> Tensor:
     """The planes `[B, C, H, W]` that `metric` compares: one of luma, or the three channels."""
     if color == "rgb":
         return images
+    if color == "y":
+        return (weighted_channels(images, STUDIO_LUMA) + STUDIO_BLACK).unsqueeze(1)
     if color == "luma" or color == "luma8":
         return luma_plane(metric, images, color).unsqueeze(1)
-    raise ValueError(f'{metric} expected `color` to be "rgb", "luma" or "luma8", got {color!r}.')
+    raise ValueError(f'{metric} expected `color` to be "rgb", "luma", "luma8" or "y", got {color!r}.')

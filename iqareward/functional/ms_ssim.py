@@ -40,8 +40,8 @@ def ms_ssim(
     Args:
         images: `[B, 3, H, W]` RGB in [0, 1], H and W at least `16 * (window_size - 1) + 1` (161 by default).
         references: `[B, 3, H, W]` RGB in [0, 1].
-        color: `"luma"` as the authors do, `"luma8"` rounded to 8 bits as in published figures, or `"rgb"` for the mean
-            of the three channels' scores.
+        color: `"luma"` as the authors do, `"luma8"` rounded as in published figures, `"y"` of YCbCr, or `"rgb"` for
+            the mean of the three channels' scores.
         window_size: side of the Gaussian window in pixels, at every scale.
         sigma: its standard deviation in pixels.
 

@@ -15,14 +15,14 @@ MIN_MSE = 1e-10  # finer than any 8- or 16-bit difference; identical images scor
 def psnr(images: Tensor, references: Tensor, *, color: Color = "rgb") -> Tensor:
     """Peak signal-to-noise ratio in dB, one value per image; identical images score 100.
 
-    Papers that measure the Y plane of MATLAB's `rgb2ycbcr` (range 16 to 235) as if its range were 255 report
-    20 log10(255 / 219) = 1.32 dB more than `color="luma"`.
+    Restoration papers report `color="y"`, the Y of MATLAB's `rgb2ycbcr`, whose range of 16 to 235 they take for 0 to
+    255: 20 log10(255 / 219) = 1.32 dB more than `color="luma"`.
 
     Args:
         images: `[B, 3, H, W]` RGB in [0, 1].
         references: `[B, 3, H, W]` RGB in [0, 1].
         color: `"rgb"` pools the squared error of the three channels; `"luma"` takes that of BT.601 luma, `"luma8"`
-            of luma rounded to 8 bits.
+            of luma rounded to 8 bits, `"y"` that of the Y of YCbCr.
 
     Returns:
         `[B]` dB, at most 100, higher is better; NaN for images with non-finite pixels.

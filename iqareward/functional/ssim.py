@@ -54,8 +54,8 @@ def ssim(
     Args:
         images: `[B, 3, H, W]` RGB in [0, 1], H and W at least `window_size`.
         references: `[B, 3, H, W]` RGB in [0, 1].
-        color: `"luma"` as the authors do, `"luma8"` rounded to 8 bits as in published figures, or `"rgb"` for the mean
-            over channels.
+        color: `"luma"` as the authors do, `"luma8"` rounded as in published figures, `"y"` of YCbCr, or `"rgb"` for
+            the mean over channels.
         window_size: side of the Gaussian window in pixels.
         sigma: its standard deviation in pixels.
 

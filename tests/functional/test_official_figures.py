@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from iqareward import functional as F
+from tests.tolerances import FORMULA_FP32
 
 PAIRS = ("I03", "I06", "I08")
 ROUNDED = "half a unit of the last published digit"
@@ -61,3 +62,13 @@ def test_what_rounding_luma_changes(metric, difference: float, calibration) -> N
     images, references = (torch.cat(side) for side in zip(*calibration[1].values(), strict=True))
     moved = (metric(images, references) - metric(images, references, color="luma8")).abs()
     assert 1e-6 < moved.max().item() < difference
+
+
+def test_psnr_of_y_is_that_of_restoration_papers() -> None:
+    """The Y of MATLAB's rgb2ycbcr, written out in NumPy on 0 to 255: the figure that restoration papers report."""
+    levels = np.random.default_rng(0).integers(0, 256, (2, 3, 24, 24)).astype(np.float64)
+    red, green, blue = levels.transpose(1, 0, 2, 3)
+    y = 16 + (65.481 * red + 128.553 * green + 24.966 * blue) / 255
+    expected = torch.tensor([10 * np.log10(255**2 / np.mean((y[0] - y[1]) ** 2))])
+    images, references = torch.from_numpy(levels / 255).split(1)
+    torch.testing.assert_close(F.psnr(images, references, color="y"), expected, **FORMULA_FP32)
