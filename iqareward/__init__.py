@@ -8,7 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iqareward.advantages import RewardMemory as RewardMemory
+    from iqareward.advantages import combine_advantages as combine_advantages
+    from iqareward.advantages import group_advantages as group_advantages
+    from iqareward.difficulty import DifficultyMemory as DifficultyMemory
+    from iqareward.difficulty import reference_distance as reference_distance
     from iqareward.images import to_images as to_images
+    from iqareward.losses import LossWeights as LossWeights
+    from iqareward.losses import mixed_loss as mixed_loss
     from iqareward.rewards.calibration import AffineMap as AffineMap
     from iqareward.rewards.calibration import Calibrated as Calibrated
     from iqareward.rewards.calibration import CDFMap as CDFMap
@@ -21,15 +28,29 @@ if TYPE_CHECKING:
     from iqareward.rewards.compose import WeightedSum as WeightedSum
     from iqareward.rewards.compose import evaluate as evaluate
     from iqareward.rewards.fidelity import FidelityFloor as FidelityFloor
+    from iqareward.rewards.lpips_dists import DISTSReward as DISTSReward
+    from iqareward.rewards.lpips_dists import LPIPSReward as LPIPSReward
     from iqareward.rewards.metric import FullReference as FullReference
     from iqareward.rewards.metric import NoReference as NoReference
+    from iqareward.rewards.mllm.deqa import DeQAReward as DeQAReward
+    from iqareward.rewards.mllm.qalign import QAlignReward as QAlignReward
+    from iqareward.rewards.piq_metrics import PIQReward as PIQReward
+    from iqareward.rewards.pyiqa import PyIQAReward as PyIQAReward
     from iqareward.testing import check_reward as check_reward
     from iqareward.types import Reward as Reward
+    from iqareward.weighting import AdaptiveWeighter as AdaptiveWeighter
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DifficultyMemory": "difficulty",
+    "reference_distance": "difficulty",
+    "RewardMemory": "advantages",
+    "combine_advantages": "advantages",
+    "group_advantages": "advantages",
     "to_images": "images",
+    "LossWeights": "losses",
+    "mixed_loss": "losses",
     "AffineMap": "rewards.calibration",
     "Calibrated": "rewards.calibration",
     "CDFMap": "rewards.calibration",
@@ -42,10 +63,17 @@ _HOME = {
     "WeightedSum": "rewards.compose",
     "evaluate": "rewards.compose",
     "FidelityFloor": "rewards.fidelity",
+    "DISTSReward": "rewards.lpips_dists",
+    "LPIPSReward": "rewards.lpips_dists",
     "FullReference": "rewards.metric",
     "NoReference": "rewards.metric",
+    "DeQAReward": "rewards.mllm.deqa",
+    "QAlignReward": "rewards.mllm.qalign",
+    "PIQReward": "rewards.piq_metrics",
+    "PyIQAReward": "rewards.pyiqa",
     "check_reward": "testing",
     "Reward": "types",
+    "AdaptiveWeighter": "weighting",
 }
 
 __all__ = ["__version__", *_HOME]

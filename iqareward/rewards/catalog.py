@@ -16,7 +16,12 @@ from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
 from iqareward.rewards.compose import WeightedSum
+from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference, NoReference
+from iqareward.rewards.mllm.deqa import DeQAReward
+from iqareward.rewards.mllm.qalign import QAlignReward
+from iqareward.rewards.piq_metrics import PIQReward
+from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.types import Reward
 
 
@@ -28,8 +33,8 @@ class Entry(NamedTuple):
         summary: what a score says.
         needs_references: whether it compares with references.
         differentiable: whether `differentiable=True` can be asked for.
-        has_weights: whether it has a model that lives on a device.
-        licence: of the metric's code and weights as used here.
+        has_weights: whether it has a model that lives on a device, and may have to be downloaded.
+        licence: of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
     """
 
@@ -42,50 +47,52 @@ class Entry(NamedTuple):
     extra: str = ""
 
 
+_similarity = partial(FullReference, higher_is_better=True)
+_distance = partial(FullReference, higher_is_better=False)
+_flaws = partial(NoReference, higher_is_better=False)
+
+# fmt: off
 CATALOG: dict[str, Entry] = {
-    "psnr": Entry(
-        partial(FullReference, psnr, higher_is_better=True, bounds=(None, 100.0)),
-        "pixel error in dB; 100 = identical",
-        needs_references=True,
-        differentiable=True,
-    ),
-    "ssim": Entry(
-        partial(FullReference, ssim, higher_is_better=True, bounds=(-1.0, 1.0), min_side=SSIM_MIN_SIDE),
-        "local structure of luma; 1 = identical",
-        needs_references=True,
-        differentiable=True,
-    ),
-    "ms_ssim": Entry(
-        partial(FullReference, ms_ssim, higher_is_better=True, bounds=(0.0, 1.0), min_side=MS_SSIM_MIN_SIDE),
-        "structure at five scales; 1 = identical",
-        needs_references=True,
-        differentiable=True,
-    ),
-    "gmsd": Entry(
-        partial(FullReference, gmsd, higher_is_better=False, bounds=(None, 0.0), min_side=GMSD_MIN_SIDE),
-        "evenness of edge errors; 0 = identical",
-        needs_references=True,
-        differentiable=True,
-    ),
-    "haarpsi": Entry(
-        partial(FullReference, haarpsi, higher_is_better=True, bounds=(0.0, 1.0), min_side=HAARPSI_MIN_SIDE),
-        "wavelet similarity, close to human ratings; 1 = identical",
-        needs_references=True,
-        differentiable=True,
-    ),
-    "piqe": Entry(
-        partial(NoReference, piqe, higher_is_better=False, bounds=(-100.0, 0.0), min_side=PIQE_MIN_SIDE),
-        "blockwise distortion, 0 = none; the default without downloads",
-        needs_references=False,
-        differentiable=False,
-    ),
-    "niqe": Entry(
-        partial(NoReference, niqe, higher_is_better=False, bounds=(None, 0.0), min_side=NIQE_MIN_SIDE),
-        "distance from natural statistics; for short sides >= 256",
-        needs_references=False,
-        differentiable=False,
-    ),
+    # name           reward, what a score says, needs references, can be differentiable
+    "psnr": Entry(partial(_similarity, psnr, bounds=(None, 100.0)),
+                  "pixel error in dB; 100 = identical", True, True),
+    "psnr_y": Entry(partial(_similarity, partial(psnr, color="y"), name="psnr_y", bounds=(None, 100.0)),
+                    "pixel error of Y as restoration papers report it", True, True),
+    "ssim": Entry(partial(_similarity, ssim, bounds=(-1.0, 1.0), min_side=SSIM_MIN_SIDE),
+                  "local structure of luma; 1 = identical", True, True),
+    "ms_ssim": Entry(partial(_similarity, ms_ssim, bounds=(0.0, 1.0), min_side=MS_SSIM_MIN_SIDE),
+                     "structure at five scales; 1 = identical", True, True),
+    "gmsd": Entry(partial(_distance, gmsd, bounds=(None, 0.0), min_side=GMSD_MIN_SIDE),
+                  "evenness of edge errors; 0 = identical", True, True),
+    "haarpsi": Entry(partial(_similarity, haarpsi, bounds=(0.0, 1.0), min_side=HAARPSI_MIN_SIDE),
+                     "wavelet similarity in colour; 1 = identical", True, True),
+    "piqe": Entry(partial(_flaws, piqe, bounds=(-100.0, 0.0), min_side=PIQE_MIN_SIDE),
+                  "blockwise distortion; 0 = none", False, False),
+    "niqe": Entry(partial(_flaws, niqe, bounds=(None, 0.0), min_side=NIQE_MIN_SIDE),
+                  "distance from natural statistics; sides >= 256", False, False),
+    "qalign": Entry(QAlignReward, "quality level by one-align, in [0, 1]", False, True, True, "MIT, LLaMA-2"),
+    "deqa": Entry(DeQAReward, "quality level by DeQA-Score, in [0, 1]", False, True, True, "MIT, LLaMA-2"),
+    "lpips": Entry(partial(LPIPSReward, "alex"), "AlexNet feature distance; 0 = identical",
+                   True, True, True, "BSD-2", "perceptual"),
+    "lpips_vgg": Entry(partial(LPIPSReward, "vgg"), "VGG feature distance; 0 = identical",
+                       True, True, True, "BSD-2", "perceptual"),
+    "dists": Entry(DISTSReward, "structure and texture distance; 0 = identical",
+                   True, True, True, "MIT", "perceptual"),
+    "fsim": Entry(partial(PIQReward, "fsim"), "phase and gradient similarity; 1 = identical",
+                  True, False, extra="perceptual"),
+    "vsi": Entry(partial(PIQReward, "vsi"), "saliency-weighted similarity; 1 = identical",
+                 True, False, extra="perceptual"),
+    "mdsi": Entry(partial(PIQReward, "mdsi"), "gradient and chroma deviation; 0 = identical",
+                  True, False, extra="perceptual"),
+    "srsim": Entry(partial(PIQReward, "srsim"), "spectral-residual similarity; 1 = identical",
+                   True, False, extra="perceptual"),
+    "dss": Entry(partial(PIQReward, "dss"), "DCT subband similarity; 1 = identical",
+                 True, False, extra="perceptual"),
+    "iwssim": Entry(partial(PIQReward, "iwssim"), "information-weighted structure; 1 = identical",
+                    True, False, extra="perceptual"),
 }
+# fmt: on
+PYIQA_PREFIX = "pyiqa:"
 
 # names may hold + and -, so operators need spaces around them
 _TERM = re.compile(r"(?:(?P<weight>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<name>[A-Za-z][^\s*]*)")
@@ -98,8 +105,7 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
     Args:
         spec: a name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, or a sum such as `"0.7*niqe + 0.3*ssim"`,
             with spaces around the operators.
-        device: where rewards that have weights keep them; None = where the first images are. Others run where the
-            images are in any case.
+        device: where rewards that have weights keep them; None = their default. Others run where the images are.
         differentiable: keep the graph from scores to pixels.
 
     Returns:
@@ -134,6 +140,8 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
 
 
 def _build(name: str, device: torch.device | str | None, differentiable: bool) -> Reward:
+    if name.startswith(PYIQA_PREFIX):
+        return PyIQAReward(name.removeprefix(PYIQA_PREFIX), device=device, differentiable=differentiable)
     entry = CATALOG.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, CATALOG, n=3)

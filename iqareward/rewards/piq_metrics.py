@@ -1,0 +1,128 @@
+"""Full-reference metrics of the piq package, with direction, batching and undefined cases settled."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from iqareward.optional import require
+from iqareward.rewards.loading import plain_defaults
+from iqareward.rewards.scoring import score_images
+from iqareward.types import Bounds, Images, Scores
+
+
+class _Metric(NamedTuple):
+    function: str  # in piq
+    higher_is_better: bool
+    min_side: int
+    one_by_one: bool = False
+
+
+# min_side: SR-SIM, DSS and IW-SSIM raise or divide by zero below; the others stay defined down to a pixel, but their
+# smallest filters (wavelength 6, Prewitt and Scharr kernels after a down-scaling) then see hardly anything but border.
+_METRICS = {
+    "fsim": _Metric("fsim", True, 8),
+    "vsi": _Metric("vsi", True, 8),
+    "mdsi": _Metric("mdsi", False, 8),
+    # piq normalises SR-SIM's saliency by the extremes of the whole batch, so a score depends on its neighbours (0.016)
+    "srsim": _Metric("srsim", True, 40, one_by_one=True),
+    "dss": _Metric("dss", True, 32),
+    "iwssim": _Metric("information_weighted_ssim", True, 161),
+}
+
+
+@final
+class PIQReward:
+    """Closeness to the reference by a metric of the piq package: fsim, vsi, mdsi, srsim, dss or iwssim.
+
+    Scores are NaN where the reference is one flat colour, because these metrics compare structure and would call a
+    black and a white image the same, and where the metric has no value, as for IW-SSIM on nearly empty images.
+    Scores carry no gradient: piq's is non-finite on many ordinary photographs (FSIM 16 of 30, VSI 18 of 30).
+
+    Args:
+        metric: `"fsim"`, `"vsi"`, `"srsim"`, `"dss"`, `"iwssim"`: similarity, 1 = identical; `"mdsi"`: minus the
+            deviation, 0 = identical.
+        differentiable: only False.
+        batch_size: images per call of piq; None = chosen by pixels. SR-SIM is always computed one image at a time.
+
+    Raises:
+        ValueError: an unknown metric, or `differentiable=True`.
+        ImportError: piq is not installed.
+
+    Example:
+        >>> import torch
+        >>> reward = PIQReward("vsi")
+        >>> images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> reward(images, references=images)
+        tensor([1., 1.])
+
+    References:
+        Zhang et al., "FSIM: A Feature Similarity Index for Image Quality Assessment", 2011,
+        https://doi.org/10.1109/TIP.2011.2109730
+        Zhang et al., "VSI: A Visual Saliency-Induced Index for Perceptual Image Quality Assessment", 2014,
+        https://doi.org/10.1109/TIP.2014.2346028
+        Nafchi et al., "Mean Deviation Similarity Index", 2016, https://arxiv.org/abs/1608.07433
+        Zhang and Li, "SR-SIM: A fast and high performance IQA index based on spectral residual", 2012,
+        https://doi.org/10.1109/ICIP.2012.6467149
+        Balanov et al., "Image quality assessment based on DCT subband similarity", 2015,
+        https://doi.org/10.1109/ICIP.2015.7351172
+        Wang and Li, "Information Content Weighting for Perceptual Image Quality Assessment", 2011,
+        https://doi.org/10.1109/TIP.2010.2092435
+    """
+
+    needs_references: ClassVar[bool] = True
+    needs_prompts: ClassVar[bool] = False
+
+    def __init__(self, metric: str, *, differentiable: bool = False, batch_size: int | None = None) -> None:
+        if metric not in _METRICS:
+            raise ValueError(f"PIQReward expected `metric` to be one of {', '.join(_METRICS)}, got {metric!r}.")
+        if differentiable:
+            raise ValueError(
+                f"PIQReward({metric!r}) expected differentiable=False, got True: piq's gradient has NaN on ordinary "
+                "images. Differentiable alternatives: ssim, ms_ssim, gmsd, haarpsi, LPIPSReward, DISTSReward."
+            )
+        require("piq", extra="perceptual", purpose=f"PIQReward({metric!r})")
+        self.name = metric
+        self.differentiable = False
+        self.batch_size = 1 if _METRICS[metric].one_by_one else batch_size
+        self.bounds: Bounds = (0.0, 1.0) if _METRICS[metric].higher_is_better else (None, 0.0)
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image against its reference; `[B]` float32, higher is better, NaN = not scored."""
+        return score_images(
+            self._score_batch,
+            images,
+            references,
+            name=self.name,
+            needs_references=True,
+            differentiable=False,
+            min_side=_METRICS[self.name].min_side,
+            batch_size=self.batch_size,
+        )
+
+    def _score_batch(self, images: Tensor, references: Tensor) -> Tensor:
+        with plain_defaults(f"PIQReward({self.name!r})"):
+            values = self._measure(images, references)
+        # similarities overshoot 1 by a rounding error on identical images
+        scores = values.clamp(0, 1) if _METRICS[self.name].higher_is_better else torch.neg(values.clamp(min=0))
+        flat = (references.amax((2, 3)) == references.amin((2, 3))).all(1)
+        return torch.where(flat, torch.nan, scores)
+
+    def _measure(self, images: Tensor, references: Tensor) -> Tensor:
+        """piq's values; where it fails on an image that has too little content, NaN for that image alone."""
+        piq = require("piq", extra="perceptual", purpose=f"PIQReward({self.name!r})")
+        try:
+            return getattr(piq, _METRICS[self.name].function)(images, references, data_range=1.0, reduction="none")
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            # IW-SSIM inverts a covariance that is singular for images with too little content
+            if images.shape[0] == 1:
+                return images.new_full((1,), torch.nan)
+            pairs = zip(images.split(1), references.split(1), strict=True)
+            return torch.cat([self._measure(*pair) for pair in pairs])

@@ -1,0 +1,205 @@
+"""Any metric of the pyiqa package as a reward that survives training."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from iqareward.rewards.loading import LazyModel, computing_on, plain_defaults
+from iqareward.rewards.pyiqa_build import build_metric, check_request, network_of
+from iqareward.rewards.pyiqa_facts import (
+    FLAT_REFERENCE_UNDEFINED,
+    HARD_RANGE,
+    METRICS,
+    MIN_SIDE,
+    NEEDS_FACE,
+    ONE_IMAGE_PER_CALL,
+    PAD_TO_MULTIPLE,
+)
+from iqareward.rewards.scoring import score_images
+from iqareward.types import Bounds, Images, Scores
+
+_LOGGER = logging.getLogger(__name__)
+_PROBE_SIDE = 256
+# what metrics raise on images that they cannot score; LinAlgError is one of these in torch and in numpy
+_IMAGE_ERRORS = (RuntimeError, AssertionError, ValueError, IndexError, ArithmeticError)
+
+
+@final
+class PyIQAReward:
+    """A metric of pyiqa 0.1.16 by its name there, higher is better, one score per image whatever the batch holds.
+
+    pyiqa's code and weights are under PolyForm Noncommercial 1.0.0 and similar terms: not for commercial use. The
+    first use in a process logs this as a warning (through `logging`, because no change to the caller's code would
+    avoid it).
+
+    pyiqa unpickles its downloads, which can run code, and checks no hash: use `weights` with a file that you trust,
+    which is refused unless it holds tensors only. The qrealign metrics change transformers for the whole process.
+
+    Args:
+        metric: pyiqa's name, e.g. `"musiq"`, `"topiq_nr"`, `"clipiqa+"`. Metrics of image sets are refused.
+        normalize: map scores to [0, 1], 1 = best: linear over the range that pyiqa states, and constant beyond it; for
+            a metric without a limit on one side, d / (d + half), d the distance from the limit that it has.
+        differentiable: keep the graph from scores to pixels. An image whose gradient is not finite gets a zero one.
+        device: where the weights live; None = where the first images are.
+        batch_size: images per run of the network; None = chosen by pixels.
+        weights: file with the metric's own weights, for metrics that can read one (pyiqa's `pretrained_model_path`).
+            Backbones may still be downloaded.
+        **options: of the metric in pyiqa, e.g. `test_y_channel=False` for ssim.
+
+    Raises:
+        ValueError: unknown or refused metric, an option that is not a metric's, or no gradient to be had.
+        ImportError: pyiqa or a package that a metric needs is not installed (at the first use).
+        OSError: weights cannot be downloaded (at the first use).
+
+    Example:
+        >>> reward = PyIQAReward("musiq", normalize=True)  # nothing is loaded yet
+        >>> reward.name, reward.needs_references, reward.bounds
+        ('pyiqa:musiq', False, (0.0, 1.0))
+    """
+
+    needs_prompts: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        metric: str,
+        *,
+        normalize: bool = False,
+        differentiable: bool = False,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+        weights: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        check_request(metric, differentiable, device, options)
+        self.metric = metric
+        self.name = f"pyiqa:{metric}"
+        self.normalize = normalize
+        self.needs_references = METRICS[metric].needs_references
+        self.differentiable = differentiable
+        self.batch_size = 1 if metric in ONE_IMAGE_PER_CALL else batch_size
+        self.bounds: Bounds = (0.0, 1.0) if normalize else _bounds(metric)
+        self._loader = LazyModel(partial(build_metric, metric, weights, options), device)
+        self._reported: set[str] = set()
+
+    @property
+    def model(self) -> nn.Module:
+        """pyiqa's metric object; loads it if need be."""
+        with plain_defaults(self.name):
+            return self._loader.get()
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32, higher is better, NaN = not scored."""
+        return score_images(
+            self._score_batch,
+            images,
+            references,
+            name=self.name,
+            needs_references=self.needs_references,
+            differentiable=self.differentiable,
+            min_side=MIN_SIDE.get(self.metric, 1),
+            batch_size=self.batch_size,
+        )
+
+    def to(self, device: torch.device | str) -> "PyIQAReward":
+        """Move the weights, or choose where they will be loaded; returns the reward itself."""
+        self._loader.to(device)
+        return self
+
+    def offload(self) -> None:
+        """Move the weights to host memory, for example while the trained model is being updated."""
+        self._loader.offload()
+
+    def onload(self) -> None:
+        """Move the weights back to where they were before `offload`."""
+        self._loader.onload()
+
+    def _score_batch(self, *batch: Tensor) -> Tensor:
+        images = batch[0]
+        if images.requires_grad:
+            images.register_hook(_drop_broken_gradients)
+        facts, multiple = METRICS[self.metric], PAD_TO_MULTIPLE.get(self.metric, 1)
+        padding = (0, -images.shape[3] % multiple, 0, -images.shape[2] % multiple)
+        if any(padding):
+            batch = tuple(nn.functional.pad(tensor, padding, mode="replicate") for tensor in batch)
+        with plain_defaults(self.name), self._loader.lock:  # metrics keep state between layers (PIQE: wrong scores)
+            model = self._loader.get(images)
+            with computing_on(self._loader.device):
+                values = self._measure(model, *(tensor.to(self._loader.device) for tensor in batch)).to(images.device)
+        signed = values if facts.higher_is_better else torch.neg(values)
+        scores = facts.normalized(values) if self.normalize else signed
+        if self.metric in FLAT_REFERENCE_UNDEFINED:
+            flat = (batch[1].amax((2, 3)) == batch[1].amin((2, 3))).all(1)
+            scores = torch.where(flat, torch.nan, scores)
+        return scores
+
+    def _measure(self, model: nn.Module, *batch: Tensor) -> Tensor:
+        """The metric's values; where it fails on an image but not on an ordinary one, NaN for that image alone."""
+        count = batch[0].shape[0]
+        try:
+            return _per_image(self.name, network_of(model)(*batch), count)
+        except torch.OutOfMemoryError:
+            raise
+        except _IMAGE_ERRORS as error:
+            if self.metric not in NEEDS_FACE and not self._works(model, *batch):
+                raise
+            if count == 1:
+                self._report(error, batch[0])
+                return batch[0].new_full((1,), torch.nan)
+        rows = zip(*(tensor.split(1) for tensor in batch), strict=True)
+        return torch.cat([self._measure(model, *row) for row in rows])
+
+    def _works(self, model: nn.Module, *batch: Tensor) -> bool:
+        """Whether the metric scores an ordinary image, so that a failure is the image's own."""
+        side, rng = _PROBE_SIDE, torch.Generator(device="cpu").manual_seed(0)
+        coarse = torch.rand(1, 3, side // 8, side // 8, generator=rng, dtype=torch.float32, device="cpu")
+        noise = torch.rand(1, 3, side, side, generator=rng, dtype=torch.float32, device="cpu")
+        image = (0.8 * nn.functional.interpolate(coarse, size=(side, side)) + 0.2 * noise).to(batch[0].device)
+        try:
+            with torch.no_grad():
+                return bool(_per_image(self.name, network_of(model)(*[image] * len(batch)), 1).isfinite())
+        except _IMAGE_ERRORS:
+            return False
+
+    def _report(self, error: Exception, image: Tensor) -> None:
+        if type(error).__name__ not in self._reported:
+            self._reported.add(type(error).__name__)
+            _LOGGER.warning(
+                "%s could not score an image of %d x %d pixels and answers NaN: %s: %s (further ones are not logged)",
+                self.name, *image.shape[2:], type(error).__name__, error,
+            )  # fmt: skip
+
+
+def _bounds(metric: str) -> Bounds:
+    """What a raw score cannot leave, after the sign."""
+    low, high = HARD_RANGE.get(metric, (None, None))
+    if METRICS[metric].higher_is_better:
+        return (low, high)
+    return (None if high is None else 0.0 - high, None if low is None else 0.0 - low)
+
+
+def _per_image(name: str, output: Any, count: int) -> Tensor:
+    """`[count]` float32 from (B,), (B, 1), (B, 1, 1, 1), a 0-d tensor, a float, or a tuple that starts with one."""
+    first = output[0] if isinstance(output, tuple | list) else output
+    values = torch.as_tensor(first)
+    if values.numel() != count:
+        raise RuntimeError(
+            f"{name} expected one number per image from pyiqa ({count}), got shape {list(values.shape)}."
+        )
+    return values.reshape(count).float()
+
+
+def _drop_broken_gradients(gradient: Tensor) -> Tensor:
+    """Zero the gradient of images where it is not finite (FSIM on a constant image), so that it spoils no weights."""
+    finite = gradient.isfinite().flatten(1).all(1)
+    return torch.where(finite[:, None, None, None], gradient, 0.0)

@@ -1,0 +1,444 @@
+"""Metrics of piq, LPIPS and DISTS as rewards: the packages' figures, without their traps."""
+
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from iqareward import to_images
+from iqareward.rewards.backbones import BACKBONES, FeatureTrunk, packaged_weights
+from iqareward.rewards.loading import LazyModel
+from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
+from iqareward.rewards.piq_metrics import PIQReward
+from iqareward.testing import check_reward
+from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
+
+piq = pytest.importorskip("piq", reason="the extra `perceptual` is not installed")
+
+MIN_SIDE = {"fsim": 8, "vsi": 8, "mdsi": 8, "srsim": 40, "dss": 32, "iwssim": 161}
+FUNCTION = {name: getattr(piq, "information_weighted_ssim" if name == "iwssim" else name) for name in MIN_SIDE}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small images are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def textures(count: int, side: int, seed: int = 0) -> Tensor:
+    """Smooth colour patches `[count, 3, side, side]`."""
+    rng = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, side // 8, side // 8, generator=rng)
+    return nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
+
+
+def noisy(images: Tensor, strength: float = 0.05) -> Tensor:
+    rng = torch.Generator().manual_seed(7)
+    return (images + strength * torch.randn(images.shape, generator=rng)).clamp(0, 1)
+
+
+# ---- piq
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["fsim", "mdsi", "srsim", "dss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vsi", "iwssim"))],
+)
+def test_piq_contract(metric: str) -> None:
+    """Every piq metric keeps the whole contract of a reward."""
+    references = textures(3, MIN_SIDE[metric] if metric == "iwssim" else 48)
+    check_reward(PIQReward(metric), noisy(references), references, degraded=noisy(references, 0.2))
+
+
+@pytest.mark.parametrize("metric", MIN_SIDE)
+def test_piq_figures(metric: str) -> None:
+    """A score is what piq gives for the image alone, up to the sign."""
+    references = textures(2, max(64, MIN_SIDE[metric]))
+    images = noisy(references)
+    pairs = zip(images.split(1), references.split(1), strict=True)
+    values = torch.cat([FUNCTION[metric](*pair, reduction="none") for pair in pairs])
+    expected = -values if metric == "mdsi" else values
+    torch.testing.assert_close(PIQReward(metric)(images, references=references), expected, **OTHER_PACKAGE)
+
+
+@pytest.mark.parametrize("metric", MIN_SIDE)
+def test_piq_identical(metric: str) -> None:
+    """Identical images get the best score, and no rounding error lifts it above the bound."""
+    images = noisy(textures(2, max(48, MIN_SIDE[metric])))
+    scores = PIQReward(metric)(images, references=images)
+    best = 0.0 if metric == "mdsi" else 1.0
+    assert bool((scores <= best).all())
+    torch.testing.assert_close(scores, torch.full((2,), best), **OTHER_PACKAGE)
+
+
+@pytest.mark.parametrize("metric", MIN_SIDE)
+def test_piq_flat_reference(metric: str) -> None:
+    """A flat reference costs its image the score, also where piq raises for the batch, and no other image."""
+    references = textures(3, max(48, MIN_SIDE[metric]))
+    images = noisy(references)
+    alone = PIQReward(metric)(images, references=references)
+    for colour in (0.0, 0.5, 1.0):
+        flat = references.clone()
+        flat[1] = colour
+        scores = PIQReward(metric, batch_size=3)(images, references=flat)
+        assert scores[1].isnan()
+        torch.testing.assert_close(scores[[0, 2]], alone[[0, 2]], **NETWORK_BATCH)
+
+
+@pytest.mark.parametrize("metric", MIN_SIDE)
+def test_piq_black_image(metric: str) -> None:
+    """A black image gets a low score or none, never an infinite one."""
+    references = textures(1, max(48, MIN_SIDE[metric]))
+    scores = PIQReward(metric)(torch.zeros_like(references), references=references)
+    good = PIQReward(metric)(noisy(references), references=references)
+    assert scores.isnan() or scores < good
+
+
+@pytest.mark.parametrize("metric", MIN_SIDE)
+def test_piq_small_images(metric: str) -> None:
+    """Below the smallest side the score is NaN; at it there is one."""
+    side = MIN_SIDE[metric]
+    rng = torch.Generator().manual_seed(0)
+    references = torch.rand(1, 3, side, side, generator=rng)
+    images = noisy(references)
+    assert PIQReward(metric)(images, references=references).isfinite()
+    assert PIQReward(metric)(images[..., 1:], references=references[..., 1:]).isnan()
+
+
+def test_srsim_does_not_see_its_neighbours() -> None:
+    """piq normalises SR-SIM by the extremes of the batch; the reward's score stays the same in any batch."""
+    references = textures(4, 64) * torch.tensor([0.1, 0.4, 0.7, 1.0]).view(4, 1, 1, 1)
+    images = noisy(references)
+    together = PIQReward("srsim", batch_size=4)(images, references=references)
+    alone = [PIQReward("srsim")(images[i : i + 1], references=references[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), **EXACT)
+    assert (piq.srsim(images, references, reduction="none") - together).abs().max() > 1e-3
+
+
+def test_fsim_official(fixtures_dir: Path) -> None:
+    """FSIM agrees with the figures of the authors' MATLAB code."""
+    folder = fixtures_dir / "calibration"
+    rows = dict(line.split(",", 1) for line in (folder / "official.csv").read_text().splitlines())
+    expected = dict(zip(rows["Method"].split(","), map(float, rows["fsim"].split(",")), strict=True))
+    for name, value in expected.items():
+        pair = [next((folder / kind).glob(f"{name}*")) for kind in ("dist", "ref")]
+        image, reference = (to_images(Image.open(path)) for path in pair)
+        score = PIQReward("fsim")(image, references=reference)
+        # published with four digits
+        torch.testing.assert_close(score, torch.tensor([value]), rtol=0, atol=1.5e-4)
+
+
+def test_piq_refuses() -> None:
+    """Unknown metrics, gradients and a foreign default dtype are refused in words."""
+    with pytest.raises(ValueError, match="fsim, vsi, mdsi, srsim, dss, iwssim, got 'psnr'"):
+        PIQReward("psnr")
+    with pytest.raises(ValueError, match="NaN on ordinary images"):
+        PIQReward("fsim", differentiable=True)
+    images = textures(1, 48)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.raises(RuntimeError, match="expected float32 as torch's default dtype"):
+            PIQReward("dss")(images, references=images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_default_device_does_not_matter() -> None:
+    """A trainer's default device changes nothing."""
+    references = textures(1, 48)
+    images = noisy(references)
+    expected = PIQReward("dss")(images, references=references)
+    with torch.device("meta"):
+        scores = PIQReward("dss")(images, references=references)
+    torch.testing.assert_close(scores, expected, **EXACT)
+
+
+# ---- LPIPS and DISTS
+
+
+@pytest.fixture(scope="module")
+def backbone_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Weight files of the three backbones, seeded."""
+    models = pytest.importorskip("torchvision.models")
+    rng, folder, files = torch.Generator().manual_seed(0), tmp_path_factory.mktemp("weights"), {}
+    for net, backbone in BACKBONES.items():
+        with torch.device("meta"):
+            features = getattr(models, backbone.function)(weights=None).features
+        weights = {}
+        for key, shape in ((f"features.{key}", value.shape) for key, value in features.state_dict().items()):
+            scale = (2 / shape[1:].numel()) ** 0.5 if len(shape) > 1 else 0.05  # keeps the size of activations
+            weights[key] = scale * torch.randn(shape, generator=rng)
+        files[net] = folder / f"{net}.pth"
+        torch.save(weights, files[net])
+    return files
+
+
+def pretend_download(net: str, files: dict[str, Path], patch: pytest.MonkeyPatch) -> None:
+    """Have torchvision's constructor return the weights of our file, as packages call it to download theirs."""
+    models = pytest.importorskip("torchvision.models")
+    weights = {key.removeprefix("features."): value for key, value in torch.load(files[net]).items()}
+    with torch.device("meta"):
+        features = getattr(models, BACKBONES[net].function)(weights=None).features
+    features.load_state_dict(weights, assign=True)
+    patch.setattr(models, BACKBONES[net].function, lambda pretrained: SimpleNamespace(features=features))
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_lpips_package(net: str, backbone_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """LPIPS is the lpips package's on [-1, 1], with equal weights, also when its own module is passed."""
+    lpips = pytest.importorskip("lpips")
+    references = textures(2, 48)
+    images = noisy(references)
+    with monkeypatch.context() as patch:
+        pretend_download(net, backbone_files, patch)
+        package = lpips.LPIPS(net=net, verbose=False)
+    with torch.no_grad():
+        expected = -package(2 * images - 1, 2 * references - 1).flatten()
+    for reward in (LPIPSReward(net, weights=backbone_files[net]), LPIPSReward(net, model=package)):
+        torch.testing.assert_close(reward(images, references=references), expected, **OTHER_PACKAGE)
+    assert not package.training
+    assert not any(parameter.requires_grad for parameter in package.parameters())
+
+
+def test_dists_package(backbone_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """DISTS is the DISTS-pytorch package's, with equal weights."""
+    package = pytest.importorskip("DISTS_pytorch")
+    with monkeypatch.context() as patch:
+        pretend_download("vgg", backbone_files, patch)
+        network = package.DISTS(load_weights=False)  # it looks for its weights where this build does not put them
+    learned = packaged_weights("DISTS_pytorch", "weights.pt", purpose="this test")
+    network.alpha.data, network.beta.data = learned["alpha"], learned["beta"]
+    references = textures(2, 48)
+    images = noisy(references)
+    scores = DISTSReward(weights=backbone_files["vgg"])(images, references=references)
+    torch.testing.assert_close(scores, -network(images, references).detach(), **OTHER_PACKAGE)
+
+
+class Difference(nn.Module):
+    """Mean absolute difference as `[B, 1, 1, 1]`, shaped like LPIPS."""
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        return (images - references).abs().mean((1, 2, 3), keepdim=True)
+
+
+def test_ranges() -> None:
+    """LPIPS networks are fed [-1, 1], DISTS networks [0, 1]."""
+    images, references = torch.full((2, 3, 32, 32), 0.5), torch.zeros(2, 3, 32, 32)
+    torch.testing.assert_close(LPIPSReward(model=Difference())(images, references), torch.full((2,), -1.0))
+    torch.testing.assert_close(DISTSReward(model=Difference())(images, references), torch.full((2,), -0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "differentiable"), [("lpips_alex", False), ("lpips_alex", True), ("lpips_squeeze", True), ("dists", True)]
+)
+def test_contract(name: str, differentiable: bool, backbone_files: dict[str, Path]) -> None:
+    """LPIPS and DISTS keep the whole contract of a reward."""
+    if name == "dists":
+        reward = DISTSReward(weights=backbone_files["vgg"], differentiable=differentiable)
+    else:
+        net = name.removeprefix("lpips_")
+        reward = LPIPSReward(net, weights=backbone_files[net], differentiable=differentiable)
+    assert reward.name == name
+    references = textures(3, 16 if name == "dists" else 40)
+    check_reward(reward, noisy(references), references, degraded=noisy(references, 0.2))
+
+
+def test_identical(backbone_files: dict[str, Path]) -> None:
+    """Identical images, black ones included, are at distance 0 and not beyond the bound."""
+    images = torch.cat([noisy(textures(2, 40)), torch.zeros(1, 3, 40, 40)])
+    for reward in (LPIPSReward("alex", weights=backbone_files["alex"]), DISTSReward(weights=backbone_files["vgg"])):
+        scores = reward(images, references=images)
+        assert bool((scores <= 0).all())
+        torch.testing.assert_close(scores, torch.zeros(3), **OTHER_PACKAGE)
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_small_images(net: str, backbone_files: dict[str, Path]) -> None:
+    """Below the smallest side the score is NaN; at it there is one."""
+    side = BACKBONES[net].min_side
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    reward = LPIPSReward(net, weights=backbone_files[net])
+    assert reward(images[:1], references=images[1:]).isfinite()
+    assert reward(images[:1, :, 1:], references=images[1:, :, 1:]).isnan()
+
+
+def test_defaults_of_the_trainer(backbone_files: dict[str, Path]) -> None:
+    """Building and scoring do not depend on torch's default dtype or device, nor use its random numbers."""
+    references = textures(1, 40)
+    images = noisy(references)
+    expected = LPIPSReward("alex", weights=backbone_files["alex"])(images, references=references)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            scores = LPIPSReward("alex", weights=backbone_files["alex"])(images, references=references)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(scores, expected, **EXACT)
+    torch.testing.assert_close(torch.get_rng_state(), state, **EXACT)
+
+
+def test_offline_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the error says which file belongs where; with the file there, the network is not needed."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    images = textures(1, 40)
+    with pytest.raises(OSError, match=r"alexnet-owt-.*pth elsewhere and put it at .*checkpoints.*weights=") as caught:
+        LPIPSReward("alex")(images, references=images)
+    assert "no route to host" in str(caught.value)
+    with pytest.raises(OSError, match="DISTSReward needs the ImageNet weights of vgg16"):
+        DISTSReward()(images, references=images)
+
+
+def test_weights_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone_files: dict[str, Path]
+) -> None:
+    """A file in torch's cache is used without a network."""
+    from torchvision.models import AlexNet_Weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(backbone_files["alex"].read_bytes())
+    references = textures(1, 40)
+    images = noisy(references)
+    expected = LPIPSReward("alex", weights=backbone_files["alex"])(images, references=references)
+    torch.testing.assert_close(LPIPSReward("alex")(images, references=references), expected, **EXACT)
+
+
+class Bomb:
+    """Pickles as code that writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.target,))
+
+
+def test_weight_files(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
+    """Safetensors work; another network's file, code in a pickle, and a missing file are errors in words."""
+    images = textures(1, 40)
+    save_file(torch.load(backbone_files["alex"]), tmp_path / "alex.safetensors")
+    assert LPIPSReward("alex", weights=tmp_path / "alex.safetensors")(images, references=images) == 0
+    with pytest.raises(ValueError, match="expected torchvision's weights of alexnet"):
+        LPIPSReward("alex", weights=backbone_files["vgg"])(images, references=images)
+    torch.save({"features.0.weight": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pth")
+    with pytest.raises(ValueError, match="tensors only"):
+        LPIPSReward("alex", weights=tmp_path / "bomb.pth")(images, references=images)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        LPIPSReward("alex", weights=tmp_path / "nowhere.pth")(images, references=images)
+
+
+def test_refusals() -> None:
+    """Unknown networks and contradicting arguments are refused before anything is loaded."""
+    with pytest.raises(ValueError, match="alex, vgg, squeeze, got 'resnet'"):
+        LPIPSReward("resnet")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="either `weights` or `model`"):
+        DISTSReward(weights="vgg.pth", model=Difference())
+    with pytest.raises(ImportError, match=r"iqareward\[perceptual\]"):
+        packaged_weights("a_package_that_is_not_there", "weights.pt", purpose="this test")
+
+
+def test_trunk_reads_the_compared_layers(backbone_files: dict[str, Path]) -> None:
+    """Compared activations come from rectified layers and shrink with depth."""
+    trunk = FeatureTrunk("squeeze", torch.load(backbone_files["squeeze"]))
+    activations = trunk(torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)))
+    assert len(activations) == len(BACKBONES["squeeze"].taps)
+    assert all(bool((activation >= 0).all()) for activation in activations)
+    sides = [activation.shape[-1] for activation in activations]
+    assert sides == sorted(sides, reverse=True)
+
+
+# ---- loading
+
+
+class Recorder(nn.Module):
+    """Remembers where it was moved to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3))
+        self.moves: list[str] = []
+
+    def to(self, device: torch.device) -> "Recorder":
+        self.moves.append(str(device))
+        return self
+
+
+def build_recorder(device: torch.device) -> Recorder:
+    BUILDS.append(str(device))
+    return Recorder()
+
+
+BUILDS: list[str] = []
+
+
+def test_built_once_from_many_threads() -> None:
+    """However many threads ask first, one network is built, frozen, in eval mode, outside inference mode."""
+    BUILDS.clear()
+    loader = LazyModel(build_recorder)
+
+    def ask(_: int) -> nn.Module:
+        with torch.inference_mode():
+            return loader.get(torch.zeros(1))
+
+    with ThreadPoolExecutor(8) as pool:
+        models = list(pool.map(ask, range(32)))
+    assert BUILDS == ["cpu"]
+    assert all(model is models[0] for model in models)
+    weight = models[0].get_parameter("weight")
+    assert not models[0].training
+    assert not weight.requires_grad
+    assert not weight.is_inference()
+
+
+def test_pickle_leaves_the_network_behind() -> None:
+    """A copy of a used loader is small and builds its own network."""
+    loader = LazyModel(build_recorder, "cpu")
+    first = loader.get()
+    copy = pickle.loads(pickle.dumps(loader))
+    BUILDS.clear()
+    assert copy.get() is not first
+    assert BUILDS == ["cpu"]
+
+
+def test_offload_and_onload() -> None:
+    """Offloading moves to the CPU, onloading back, each once; `to` before loading decides where to build."""
+    BUILDS.clear()
+    loader = LazyModel(build_recorder)
+    loader.offload()  # nothing to move yet
+    loader.to("meta")
+    moves = loader.get().moves
+    assert BUILDS == ["meta"]
+    loader.offload()
+    loader.offload()
+    loader.onload()
+    loader.onload()
+    assert moves == ["cpu", "meta"]
+    assert loader.device.type == "meta"
+
+
+def test_moving_a_reward(backbone_files: dict[str, Path]) -> None:
+    """`to` returns the reward, and scores stay where the images are."""
+    reward = LPIPSReward("alex", weights=backbone_files["alex"]).to("cpu")
+    images = textures(1, 40)
+    assert reward(images, references=images).device == images.device
+    assert next(reward.model.parameters()).device.type == "cpu"
+    assert reward.model is reward.model
