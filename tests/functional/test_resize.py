@@ -30,7 +30,7 @@ def _by_pillow(image: np.ndarray, height: int, width: int) -> Tensor:
 
 
 @given(sides, sides, sides, sides, st.integers(0, 9), st.booleans())
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 def test_equals_pillow_for_any_sizes(
     height: int, width: int, new_height: int, new_width: int, seed: int, binary: bool
 ) -> None:

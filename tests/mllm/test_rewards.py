@@ -17,6 +17,8 @@ from tests.tolerances import EXACT, FORMULA_FP32, HALF_NETWORK, NETWORK_BATCH
 
 BOTH = ("quality", "aesthetics")
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 def _images(count: int, height: int = 40, width: int = 64, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
@@ -219,6 +221,7 @@ def test_bad_options_are_refused() -> None:
 
 
 @pytest.mark.gpu
+@needs_cuda
 def test_gpu_forward_does_not_synchronise() -> None:
     """CUDA's own debug mode raises on any wait in a warm call with images on the device."""
     for options in ({}, {"compile": True}):
@@ -234,6 +237,7 @@ def test_gpu_forward_does_not_synchronise() -> None:
 
 
 @pytest.mark.gpu
+@needs_cuda
 def test_gpu_graph_replays_from_other_threads() -> None:
     """A graph captured in one thread gives the same scores in eight others."""
     reward = _small(device="cuda", compile=True, batch_size=4)
