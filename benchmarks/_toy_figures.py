@@ -1,31 +1,39 @@
-"""The two figures of the toy experiment."""
+"""The two figures of the toy experiment.
 
+python benchmarks/_toy_figures.py result.json figure.png   # the front again, from a saved result
+"""
+
+import json
+import sys
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-from _toy_report import PSNR, REWARD, RMSE
 from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+MARKERS = "*XPsvD^<>hpd8"
 
-def draw_front(names: list[str], means: np.ndarray, num_fixed: int, path: Path) -> None:
-    """Mean reward against PSNR of every arm, over the front of fixed shares."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    panels = ((0, PSNR, "mean PSNR over all samples (dB)", 0, REWARD), (1, RMSE, "RMSE, easy third", 3, REWARD))
-    for axis, (part_x, metric_x, label, part_y, metric_y) in zip(axes, panels, strict=True):
-        x, y = means[:, part_x, metric_x], means[:, part_y, metric_y]
-        axis.plot(x[:num_fixed], y[:num_fixed], "o-", color="0.6", ms=4, label="fixed shares, 0 to 1")
-        for arm in range(num_fixed, len(x)):
-            bold = names[arm] == "adaptive"
-            axis.plot(x[arm], y[arm], "*" if bold else "x", ms=12 if bold else 6, color="C3" if bold else "C0")
-            axis.annotate(names[arm], (x[arm], y[arm]), fontsize=6, xytext=(4, 2), textcoords="offset points")
-        axis.set_xlabel(label)
-        axis.set_ylabel("mean reward, " + ("all samples" if part_y == 0 else "hard third"))
-    axes[1].invert_xaxis()
-    axes[0].legend(fontsize=7)
+
+def draw_front(rows: list[dict], path: Path) -> None:
+    """Mean reward against PSNR of every arm over the front of fixed shares; on the right what lies near its bend."""
+    fixed = [row for row in rows if row["arm"].startswith("fixed")]
+    others = [row for row in rows if not row["arm"].startswith("fixed")]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    for axis in axes:
+        axis.plot([row["all psnr"] for row in fixed], [row["all reward"] for row in fixed], "o-", color="0.6", ms=4)
+        axis.lines[0].set_label("fixed shares, 0 to 1")
+        for place, row in enumerate(others):
+            ours = row["arm"] == "adaptive"
+            style = {"ms": 14, "color": "C3", "zorder": 3} if ours else {"ms": 6, "color": f"C{place % 10}"}
+            axis.plot(row["all psnr"], row["all reward"], MARKERS[place % 13], ls="", label=row["arm"], **style)
+        axis.set_xlabel("mean PSNR over all samples (dB)")
+    bend = sorted(fixed, key=lambda row: row["all psnr"])[-6:]
+    axes[1].set_xlim(min(row["all psnr"] for row in bend) - 0.1, max(row["all psnr"] for row in rows) + 0.05)
+    axes[1].set_ylim(min(row["all reward"] for row in bend) - 0.01, max(row["all reward"] for row in rows) + 0.01)
+    axes[0].set_ylabel("mean reward over all samples")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -46,3 +54,7 @@ def draw_weights(panels: dict[str, Tensor], path: Path) -> None:
     axes[-1].legend(fontsize=6)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw_front(json.loads(Path(sys.argv[1]).read_text())["rows"], Path(sys.argv[2]))

@@ -1,7 +1,7 @@
 """Fit the natural-scene model that ships with the package, and check it on photographs outside the fit.
 
-    python benchmarks/fit_niqe.py --held-out DIR          # table only
-    python benchmarks/fit_niqe.py --held-out DIR --write  # also replace the model in iqareward/functional/data
+    python -m benchmarks.fit_niqe --held-out DIR          # table only
+    python -m benchmarks.fit_niqe --held-out DIR --write  # also replace the model in iqareward/functional/data
 
 Needs the `demo` extra (scikit-image, which brings the photographs and scipy). Each photograph of the fit is judged by a
 model refitted without it; photographs in DIR (png) by the model of all five. Spearman is between -NIQE and the level of
@@ -10,12 +10,11 @@ a degradation: -1 is perfect. "false" is the share of degraded copies that beat 
 
 import argparse
 import io
-import json
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -27,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 import iqareward
+from benchmarks._harness import document, finish, target
 from iqareward.functional.natural_model import PACKAGED, NaturalModel, fit_natural_model
 from iqareward.functional.niqe import niqe
 from iqareward.functional.piqe import piqe
@@ -126,7 +126,9 @@ def evaluate(
     return summarise([score(name, batch).numpy() for name, batch in images.items() if batch is not None])
 
 
-def evaluate_block(block_size: int, fitted: dict[str, Tensor], held_out: dict[str, Tensor]) -> list[dict[str, object]]:
+def evaluate_block(
+    block_size: int, fitted: dict[str, Tensor], held_out: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
     """One row per image size; every photograph is judged by a model that has not seen it."""
     everything = fit_natural_model(list(fitted.values()), block_size=block_size)
     without = {
@@ -134,7 +136,7 @@ def evaluate_block(block_size: int, fitted: dict[str, Tensor], held_out: dict[st
         for name in fitted
     }
     rows = []
-    for size in SIZES:
+    for size in sizes:
         if min(size) < 2 * block_size:
             continue
         row = evaluate(lambda name, batch: niqe(batch, model=without.get(name, everything)), fitted | held_out, size)
@@ -149,12 +151,13 @@ def write(model: NaturalModel) -> None:
         "source": f"scikit-image {version('scikit-image')} skimage.data",
         "options": "sharpness 0.75; scales 1, 0.75, 0.5; plain and mirrored; block offsets 0 and half; no randomness",
         "versions": f"iqareward {iqareward.__version__}, torch {torch.__version__}, numpy {np.__version__}",
-        "command": "python benchmarks/fit_niqe.py --write",
+        "command": "python -m benchmarks.fit_niqe --write",
         "date": date.today().isoformat(),
     }
     path = Path(iqareward.__file__).parent / "functional" / "data" / PACKAGED
     path.parent.mkdir(exist_ok=True)
     model.save(path, metadata)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def main() -> None:
@@ -162,12 +165,15 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, help="folder of png photographs that take no part in the fit")
     parser.add_argument("--blocks", type=int, nargs="+", default=[SHIPPED_BLOCK])
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="256x256 only")
+    parser.add_argument("--output", type=Path, help="also write the JSON document here")
     options = parser.parse_args()
     fitted, held_out = fit_photos(), held_out_photos(options.held_out)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
+    sizes = [(256, 256)] if options.quick else SIZES
     for block_size in options.blocks:
-        rows += evaluate_block(block_size, fitted, held_out)
-    for size in SIZES:
+        rows += evaluate_block(block_size, fitted, held_out, sizes)
+    for size in sizes:
         rows.append(
             {"metric": "piqe", "size": list(size), **evaluate(lambda _, batch: piqe(batch), fitted | held_out, size)}
         )
@@ -175,9 +181,12 @@ def main() -> None:
         print(*(f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
     if options.write:
         write(fit_natural_model(list(fitted.values()), block_size=SHIPPED_BLOCK))
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "scikit-image": version("scikit-image")}
-    hardware = platform.processor() or platform.machine()
-    print(json.dumps({"theme": "niqe_fit", "hardware": hardware, "versions": versions, "rows": rows, "targets": []}))
+    targets = [
+        target("false share at 256x256", row["false"], 0.11, "lower")
+        for row in rows
+        if row["metric"] == f"niqe block {SHIPPED_BLOCK}" and row["size"] == [256, 256]
+    ]
+    finish(document("niqe_fit", rows, targets, ["scikit-image", "scipy", "pillow"]), options.output)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Which weighting of RL and SFT wins, where? Hundreds of tiny restorers, every arm on the same data and noise.
 
-    python benchmarks/toy_weighting.py                     # the experiment: 24 seeds
-    python benchmarks/toy_weighting.py --search --first-seed 1000 --seeds 8
-    python benchmarks/toy_weighting.py --quick             # does it run?
+    python -m benchmarks.toy_weighting                     # the experiment: 24 seeds
+    python -m benchmarks.toy_weighting --search --first-seed 1000 --seeds 8
+    python -m benchmarks.toy_weighting --quick             # does it run?
 
-The last line of the output is one JSON document; `--out folder --figures folder` writes table and figures.
+The last line of standard output is one JSON document; `--out folder --figures folder` writes table and figures.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import _toy_figures as figures
-import _toy_report as report
-import _toy_world as world
 import torch
 from torch import Tensor
 
+from benchmarks import _toy_figures as figures
+from benchmarks import _toy_report as report
+from benchmarks import _toy_world as world
 from iqareward.losses import LossWeights
 from iqareward.schedules import (
     GradientNoise,
@@ -189,7 +189,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     report.publish(list(arms), scores, len(FIXED), options, seconds)
     if options.figures:
-        figures.draw_front(list(arms), scores.mean(1), len(FIXED), options.figures / "weighting_front.png")
+        found = report.rows(list(arms), scores, len(FIXED))
+        figures.draw_front(found, options.figures / "weighting_front.png")
         panels = {"SFT converged": sft_weights[:, [list(arms).index("adaptive")]]}
         panels["SFT stopped at a tenth"] = handover(seeds, *setting)
         figures.draw_weights(panels, options.figures / "weighting_over_training.png")

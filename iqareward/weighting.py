@@ -75,7 +75,9 @@ class AdaptiveWeighter:
     _statistics: Tensor | None = field(default=None, init=False, repr=False)
     # Centre and slope of the sigmoid per bucket; follows from the statistics.
     _line: tuple[Tensor, Tensor] = field(init=False, repr=False)
-    _history: deque[Tensor] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH), init=False, repr=False)
+    _history: deque[tuple[Tensor, Tensor]] = field(
+        default_factory=lambda: deque(maxlen=HISTORY_LENGTH), init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         requirements = {
@@ -115,7 +117,7 @@ class AdaptiveWeighter:
             RuntimeError: `calibrate` was not called.
         """
         log_difficulty = self._start(difficulty, bucket)
-        share = self._share(log_difficulty, bucket)
+        share = self._share(log_difficulty, bucket, unusable=self.w_min)
         return mix(share, active=active, valid=valid, additive=self.mode == "additive")
 
     def calibrate(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
@@ -133,7 +135,7 @@ class AdaptiveWeighter:
         log_difficulty = self._log(difficulty, bucket)
         negative = (difficulty < 0).to(log_difficulty.dtype)
         zero = log_difficulty.new_zeros(self.num_buckets)
-        count, first, _, negatives, _ = self._sums(log_difficulty, bucket, zero, negative)
+        count, first, _, negatives = self._sums(log_difficulty, bucket, zero, negative)
         if negatives.max().item() > 0:
             raise ValueError(
                 "AdaptiveWeighter.calibrate expected `difficulty` >= 0 with larger = harder, got negative values. "
@@ -154,22 +156,27 @@ class AdaptiveWeighter:
         log_difficulty = self._start(difficulty, bucket)
         assert self._statistics is not None, "_start calibrates or raises"
         mean0, var0, mean, var = self._statistics
-        shares = self._share(log_difficulty, bucket)
-        count, first, second, share, rows = self._sums(log_difficulty, bucket, mean, shares)
+        shares = self._share(log_difficulty, bucket, unusable=0.0)
+        sums = self._sums(log_difficulty, bucket, mean, shares)
         # The variance of a mixture of old and new, so that batches of one row are as good as large ones.
-        seen = count.clamp(min=1)
-        gain = (1 - self.ema) * (count > 0)
-        step = gain * first / seen
-        new_var = var + gain * (second / seen - var) - step.square()
-        self._follow(torch.stack([mean0, var0, mean + step, new_var]))
-        log_mean = (mean * count + first).sum() / count.sum()
-        self._history.append(torch.stack([log_mean, share.sum() / rows.sum()]))
+        seen, shift, square, _ = sums / sums[0].clamp(min=1)
+        gain = (1 - self.ema) * seen  # 0 in buckets without a row
+        step = gain * shift
+        new_var = torch.lerp(var, square, gain).addcmul(step, step, value=-1)
+        self._statistics = torch.stack([mean0, var0, mean + step, new_var])
+        if self.rho < 1:  # otherwise the line depends on the frozen half only
+            self._follow(self._statistics)
+        self._history.append((mean, sums))
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """Per update (the last 4096): geometric mean of the difficulty, and mean RL share; empty before the first."""
-        rows = torch.stack(tuple(self._history)).tolist() if self._history else []
-        return {"difficulty": [math.exp(row[0]) for row in rows], "rl_share": [row[1] for row in rows]}
+        """Per update (the last 4096): geometric mean of the difficulty and mean share w, of rows with a difficulty."""
+        if not self._history:
+            return {"difficulty": [], "rl_share": []}
+        mean, sums = (torch.stack(rows) for rows in zip(*self._history, strict=True))
+        count = sums[:, 0].sum(-1)
+        difficulty = ((mean * sums[:, 0] + sums[:, 1]).sum(-1) / count).exp()
+        return {"difficulty": difficulty.tolist(), "rl_share": (sums[:, 3].sum(-1) / count).tolist()}
 
     def state_dict(self) -> dict[str, Any]:
         """Configuration and statistics; without `history`, which only shows."""
@@ -224,25 +231,25 @@ class AdaptiveWeighter:
         slope = (self.kappa if self.direction == "hard_to_rl" else -self.kappa) / scale
         self._statistics, self._line = statistics, (centre, slope)
 
-    def _share(self, log_difficulty: Tensor, bucket: Groups | None) -> Tensor:
+    def _share(self, log_difficulty: Tensor, bucket: Groups | None, *, unusable: float) -> Tensor:
         centre, slope = (row if bucket is None else row[bucket.long()] for row in self._line)
         share = torch.sigmoid((log_difficulty - centre) * slope)
         if (self.w_min, self.w_max) != (0, 1):
             share = self.w_min + (self.w_max - self.w_min) * share
-        return torch.where(log_difficulty < torch.inf, share, self.w_min).to(log_difficulty.dtype)
+        return torch.where(log_difficulty < torch.inf, share, unusable).to(log_difficulty.dtype)
 
     def _sums(self, log_difficulty: Tensor, bucket: Groups | None, pivot: Tensor, extra: Tensor) -> Tensor:
-        """Per bucket, over all processes: number, sum and squares of finite `log - pivot`; sum and number of `extra`.
+        """Per bucket, over all processes: number, sum and squares of finite `log - pivot`, and sum of `extra`.
 
         Differences to a pivot near the mean, because squares of large logarithms would drown a small variance.
         """
         usable = log_difficulty < torch.inf
         offset = torch.where(usable, log_difficulty - (pivot if bucket is None else pivot[bucket.long()]), 0.0)
-        columns = torch.stack([usable.to(offset.dtype), offset, offset.square(), extra, torch.ones_like(offset)])
+        columns = torch.stack([usable.to(offset.dtype), offset, offset.square(), extra])
         if bucket is None:
             sums = columns.sum(1, keepdim=True)
         else:
-            sums = columns.new_zeros(5, self.num_buckets).index_add_(1, bucket.long(), columns)
+            sums = columns.new_zeros(4, self.num_buckets).index_add_(1, bucket.long(), columns)
         if is_distributed():
             dist.all_reduce(sums)
         return sums

@@ -35,6 +35,13 @@ def calibrated(seed: int = 0, **options) -> AdaptiveWeighter:
     return weighter
 
 
+def calibrated_on(rows: Tensor) -> AdaptiveWeighter:
+    """A convex weighter anchored on these rows."""
+    weighter = convex()
+    weighter.calibrate(rows)
+    return weighter
+
+
 @properties
 @given(seed=seeds, kappa=kappas, rho=st.floats(0.0, 1.0))
 def test_weight_is_the_documented_formula(seed, kappa, rho):
@@ -266,14 +273,27 @@ def test_update_leaves_empty_buckets_and_unusable_rows_alone():
 
 
 def test_history_tells_what_happened():
-    """One entry per update: geometric mean of the usable difficulties, and mean share of the rows."""
+    """One entry per update: geometric mean difficulty and mean share of the rows that have one; the last 4096."""
     weighter = calibrated()
     rows = torch.tensor([0.1, 0.4, torch.nan])
-    share = weighter(rows).rl
+    share = weighter(rows[:2]).rl
     weighter.update(rows)
     history = weighter.history
     assert history["difficulty"] == pytest.approx([0.2], rel=1e-4)
     assert history["rl_share"] == pytest.approx([share.mean().item()], rel=1e-5)
+    for _ in range(5000):
+        weighter.update(rows)
+    assert len(weighter.history["difficulty"]) == 4096
+    weighter.calibrate(difficulties(1))
+    assert weighter.history == {"difficulty": [], "rl_share": []}
+
+
+def test_calibrating_again_moves_the_anchor():
+    """A second calibration replaces the first one, also after updates."""
+    weighter, rows = calibrated(), difficulties(2)
+    weighter.update(rows)
+    weighter.calibrate(rows)
+    torch.testing.assert_close(weighter(rows).rl, calibrated_on(rows)(rows).rl, **EXACT)
 
 
 def test_batch_sizes_one_and_zero():

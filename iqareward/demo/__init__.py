@@ -59,11 +59,12 @@ def run(
         console, rewards=rewards, num_photographs=num_photographs, short_side=short_side, num_levels=num_levels
     )
     output.mkdir(parents=True, exist_ok=True)
+    seconds = time.perf_counter() - started
     report, table, document = output / "report.html", output / "scores.csv", output / "results.json"
     with console.status("Drawing figures and writing the report"):
         curves, ten, weights, handover = save_figures(experiment, output)
         results = summarise(experiment)
-        results["environment"] = environment(time.perf_counter() - started)
+        results["environment"] = environment(seconds)
         report.write_text(render(experiment, results), encoding="utf-8")
         write_results(results, document)
         write_scores(experiment, table)
@@ -73,10 +74,11 @@ def run(
         document: "the figures of the report, settings, versions",
         curves: "score against damage",
         ten: "ten samples from easy to hard, and their weights",
-        weights: "RL weight against difficulty",
-        handover: "RL share as errors shrink",
+        weights: "both weights against difficulty",
+        handover: "both weights as errors shrink",
     }
     print_results(console, results, files)
+    console.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
     return Demo(report, tuple(files), results)
 
 
@@ -85,20 +87,25 @@ def measure(
 ) -> Experiment:
     """Damage, score and weigh, with a progress bar; arguments as for `run`."""
     from iqareward.demo.degradations import DEGRADATIONS
-    from iqareward.demo.experiment import damage, difficulty_of, score, weigh
+    from iqareward.demo.experiment import damage, difficulty_of, one_thread, score, weigh
+    from iqareward.demo.held_out import held_out
     from iqareward.demo.photographs import PHOTOGRAPHS
     from iqareward.rewards.catalog import load
 
     loaded = tuple(load(name) for name in rewards)
     photographs = PHOTOGRAPHS[:num_photographs]
     share = TextColumn("{task.percentage:>3.0f}%")
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), share, TimeElapsedColumn(), console=console
-    ) as progress:
-        task = progress.add_task("Damaging photographs", total=len(photographs) * len(DEGRADATIONS))
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), share, TimeElapsedColumn(), console=console)
+    with bar, one_thread():
+        task = bar.add_task("Damaging photographs", total=len(photographs) * (1 + len(DEGRADATIONS)))
         pictures = damage(photographs, DEGRADATIONS, short_side=short_side, num_levels=num_levels)
-        progress.update(task, description=f"Scoring pictures with {len(loaded)} rewards")
-        scores = score(loaded, pictures, advance=lambda: progress.advance(task))
-    difficulty = difficulty_of(pictures)
-    rl, sft, handover = weigh(difficulty)
-    return Experiment(photographs, DEGRADATIONS, loaded, pictures, scores, difficulty, rl, sft, handover)
+        judges = []
+        for photograph in photographs:
+            bar.update(task, description=f"Preparing judges that have not seen {photograph.name}")
+            judges.append(held_out(loaded, photograph.name))
+            bar.advance(task)
+        bar.update(task, description=f"Scoring pictures with {len(loaded)} rewards")
+        scores = score(judges, pictures, advance=lambda: bar.advance(task))
+        difficulty = difficulty_of(pictures)
+        handover = weigh(difficulty)
+    return Experiment(photographs, DEGRADATIONS, loaded, pictures, scores, difficulty, handover)

@@ -2,8 +2,8 @@
 
 import base64
 import io
+import re
 from collections.abc import Callable
-from functools import partial
 from html import escape
 from typing import Any
 
@@ -30,29 +30,39 @@ def picture(pixels: Tensor, alt: str) -> str:
 
 
 def drawing(
-    draw: Callable[..., None], size: tuple[float, float], alt: str, *, narrow: tuple[float, float] | None = None
+    draw: Callable[[Any], None], size: tuple[float, float], alt: str, *, narrow: tuple[float, float] | None = None
 ) -> str:
     """A panel as a `<picture>` that follows the reader's light or dark mode.
 
     Args:
-        draw: called as `draw(axes, palette=palette)`.
+        draw: `draw(axes)`, in the colours of the day.
         size: width and height in inches of 96 pixels.
         alt: what the drawing shows, for readers who cannot see it.
         narrow: another size for telephones, where text in a shrunk drawing would be too small.
     """
-    sources = [(DARK, size, NIGHT)]
+    wide = panel_svg(draw, size)
+    sources = [(DARK, size, by_night(wide))]
     if narrow is not None:
-        sources = [(f"{NARROW} and {DARK}", narrow, NIGHT), (NARROW, narrow, DAY), *sources]
-    alternatives = [
-        f'<source media="{media}" {_sized("srcset", draw, inches, palette)}>' for media, inches, palette in sources
-    ]
-    return f'<picture>{"".join(alternatives)}<img {_sized("src", draw, size, DAY)} alt="{escape(alt)}"></picture>'
+        slim = panel_svg(draw, narrow)
+        sources = [(f"{NARROW} and {DARK}", narrow, by_night(slim)), (NARROW, narrow, slim), *sources]
+    alternatives = [f'<source media="{media}" {_sized("srcset", inches, svg)}>' for media, inches, svg in sources]
+    return f'<picture>{"".join(alternatives)}<img {_sized("src", size, wide)} alt="{escape(alt)}"></picture>'
 
 
-def _sized(attribute: str, draw: Callable[..., None], size: tuple[float, float], palette: Any) -> str:
+def by_night(svg: str) -> str:
+    """A drawing in the colours of the day in those of the night; cheaper than drawing it again.
+
+    Example:
+        >>> by_night(f"fill: {DAY.ink}") == f"fill: {NIGHT.ink}"
+        True
+    """
+    night = dict(zip(DAY.colours(), NIGHT.colours(), strict=True))
+    return re.sub("|".join(night), lambda match: night[match[0]], svg)
+
+
+def _sized(attribute: str, size: tuple[float, float], svg: str) -> str:
     width, height = (round(96 * inches) for inches in size)
-    source = _data_url("image/svg+xml", panel_svg(partial(draw, palette=palette), size, palette))
-    return f'{attribute}="{source}" width="{width}" height="{height}"'
+    return f'{attribute}="{_data_url("image/svg+xml", svg.encode())}" width="{width}" height="{height}"'
 
 
 def _data_url(mime: str, content: bytes) -> str:

@@ -1,6 +1,7 @@
 """The measurement behind the report: damage, scores, difficulty and weights, and nothing about how they are shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from iqareward.demo.degradations import Degradation, degrade
 from iqareward.demo.photographs import Photograph, load_photograph
 from iqareward.difficulty import reference_distance
+from iqareward.losses import LossWeights
 from iqareward.rewards.compose import evaluate
 from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter
@@ -30,9 +32,7 @@ class Experiment:
         pictures: one per photograph, `[D, L + 1, 3, H, W]`, the original first.
         scores: name of the reward -> `[P, D, L + 1]`.
         difficulty: `[P, D, L]` root mean squared error to the original.
-        rl: `[P, D, L]` RL weight of each damaged picture; its SFT weight is the rest to one.
-        sft: `[P, D, L]`.
-        handover: factor on all errors -> `[P, D, L]` RL weights then.
+        handover: factor on all errors -> the two weights, `[P, D, L]` each; factor 1 is now.
     """
 
     photographs: tuple[Photograph, ...]
@@ -41,9 +41,12 @@ class Experiment:
     pictures: tuple[Tensor, ...]
     scores: dict[str, Tensor]
     difficulty: Tensor
-    rl: Tensor
-    sft: Tensor
-    handover: dict[float, Tensor]
+    handover: dict[float, LossWeights]
+
+    @property
+    def weights(self) -> LossWeights:
+        """RL and SFT weight of each damaged picture, `[P, D, L]` each."""
+        return self.handover[1.0]
 
     @property
     def num_levels(self) -> int:
@@ -53,14 +56,15 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Sample:
-    """A damaged picture with its difficulty (RMSE in [0, 1]) and its RL weight.
+    """A damaged picture with its difficulty and weights.
 
     Attributes:
         title: degradation and strength.
         picture: `[3, H, W]`.
         focus: middle of the part to show.
-        difficulty: root mean squared error to the original.
+        difficulty: root mean squared error to the original, in [0, 1].
         rl: weight of reinforcement learning.
+        sft: weight of supervised fine-tuning.
     """
 
     title: str
@@ -68,6 +72,7 @@ class Sample:
     focus: tuple[float, float]
     difficulty: float
     rl: float
+    sft: float
 
 
 def samples(experiment: Experiment, num_samples: int) -> list[Sample]:
@@ -85,27 +90,54 @@ def samples(experiment: Experiment, num_samples: int) -> list[Sample]:
                 experiment.pictures[p][d, level + 1],
                 experiment.photographs[p].focus,
                 float(difficulty[p, d, level]),
-                float(experiment.rl[p, d, level]),
+                float(experiment.weights.rl[p, d, level]),
+                float(experiment.weights.sft[p, d, level]),
             )
         )
     return chosen
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread and give it back the others afterwards.
+
+    The batches are small. With two threads on two busy cores each of the many short operations waits for the other
+    thread to be scheduled: 12 to 25 seconds for what one thread does in 1 to 2.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def damage(
     photographs: Sequence[Photograph], degradations: Sequence[Degradation], *, short_side: int, num_levels: int
 ) -> tuple[Tensor, ...]:
     """Every photograph in every condition, `[D, L + 1, 3, H, W]` each, the original first."""
-    photos = [load_photograph(photograph, short_side) for photograph in photographs]
+    photos = [load_photograph(photograph.name, short_side) for photograph in photographs]
     return tuple(
         torch.stack([degrade(photo, degradation, num_levels, SEED + index) for degradation in degradations])
         for index, photo in enumerate(photos)
     )
 
 
-def score(rewards: Sequence[Reward], pictures: Sequence[Tensor], *, advance: Callable[[], None]) -> dict[str, Tensor]:
-    """Every reward's score of every picture, `[P, D, L + 1]` by name; `advance()` is called P * D times."""
-    rows: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
-    for photo in pictures:
+def score(
+    judges: Sequence[Sequence[Reward]], pictures: Sequence[Tensor], *, advance: Callable[[], None]
+) -> dict[str, Tensor]:
+    """Every reward's score of every picture.
+
+    Args:
+        judges: the rewards of each photograph, under the same names.
+        pictures: of each photograph, `[D, L + 1, 3, H, W]`.
+        advance: called after each of the P * D batches.
+
+    Returns:
+        name -> `[P, D, L + 1]`.
+    """
+    rows: dict[str, list[Tensor]] = {reward.name: [] for reward in judges[0]}
+    for rewards, photo in zip(judges, pictures, strict=True):
         for versions in photo:
             for name, scores in evaluate(rewards, versions, references=versions[:1].expand_as(versions)).items():
                 rows[name].append(scores)
@@ -124,11 +156,10 @@ def difficulty_of(pictures: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def weigh(difficulty: Tensor) -> tuple[Tensor, Tensor, dict[float, Tensor]]:
-    """RL weights, SFT weights and the handover of samples whose errors shrink, all of the shape of `difficulty`."""
+def weigh(difficulty: Tensor) -> dict[float, LossWeights]:
+    """Weights of the samples as they are and as all errors shrink, by the factor; of the shape of `difficulty`."""
     rows = difficulty.flatten()
     weighter = AdaptiveWeighter()
     weighter.calibrate(rows)
-    weights = weighter(rows)
-    handover = {factor: weighter(rows * factor).rl.view_as(difficulty) for factor in ERROR_FACTORS}
-    return weights.rl.view_as(difficulty), weights.sft.view_as(difficulty), handover
+    handover = {factor: weighter(rows * factor) for factor in ERROR_FACTORS}
+    return {factor: LossWeights(*(row.view_as(difficulty) for row in pair)) for factor, pair in handover.items()}

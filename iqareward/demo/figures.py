@@ -9,10 +9,10 @@ from typing import Any
 
 from iqareward.demo.degradations import to_pil
 from iqareward.demo.experiment import NUM_SAMPLES, Experiment, samples
-from iqareward.demo.palette import DAY, Palette
+from iqareward.demo.palette import DAY
 from iqareward.demo.panels import draw_curves, draw_share, draw_weights
 from iqareward.demo.photographs import DETAIL_SIDE, detail
-from iqareward.demo.wording import label, percent
+from iqareward.demo.wording import label
 from iqareward.optional import require
 
 DPI = 200
@@ -23,7 +23,7 @@ def save_figures(experiment: Experiment, folder: Path) -> tuple[Path, ...]:
     figures = {"curves.png": _curves, "samples.png": _samples, "weights.png": _weights, "handover.png": _handover}
     paths = []
     for name, build in figures.items():
-        with style(DAY):
+        with style():
             figure = build(experiment)
             figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.02, hspace=0.04)
             figure.savefig(folder / name, dpi=DPI, metadata={"Software": "iqareward demo"})
@@ -31,38 +31,37 @@ def save_figures(experiment: Experiment, folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def panel_svg(draw: Callable[[Any], None], size: tuple[float, float], palette: Palette) -> bytes:
-    """One panel as an SVG document with a transparent ground.
+def panel_svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+    """One panel as an SVG document with a transparent ground, in the colours of the day.
 
     Args:
         draw: `draw(axes)`.
         size: width and height in inches; a browser shows 96 pixels per inch.
-        palette: colours of axes and text.
     """
-    stream = io.BytesIO()
-    with style(palette):
+    stream = io.StringIO()
+    with style():
         figure = new_figure(size)
         draw(figure.add_subplot())
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     return stream.getvalue()
 
 
-def style(palette: Palette) -> Any:
-    """Context in which matplotlib draws in this palette, with quiet axes."""
+def style() -> Any:
+    """Context in which matplotlib draws with quiet axes and our colours."""
     matplotlib: Any = require("matplotlib", extra="demo", purpose="iqareward demo")
     return matplotlib.rc_context(
         {
             "figure.titlesize": 13,
             "figure.titleweight": "bold",
-            "figure.facecolor": palette.paper,
-            "savefig.facecolor": palette.paper,
+            "figure.facecolor": DAY.paper,
+            "savefig.facecolor": DAY.paper,
             "axes.facecolor": "none",
-            "axes.edgecolor": palette.line,
-            "axes.labelcolor": palette.muted,
+            "axes.edgecolor": DAY.line,
+            "axes.labelcolor": DAY.muted,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.spines.left": False,
-            "axes.titlecolor": palette.ink,
+            "axes.titlecolor": DAY.ink,
             "axes.titlelocation": "left",
             "axes.titlesize": 10.5,
             "axes.titleweight": "bold",
@@ -70,12 +69,12 @@ def style(palette: Palette) -> Any:
             "axes.axisbelow": True,
             "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
             "font.size": 9,
-            "grid.color": palette.line,
+            "grid.color": DAY.line,
             "grid.linewidth": 0.7,
             "svg.hashsalt": "iqareward",
-            "text.color": palette.ink,
-            "xtick.color": palette.muted,
-            "ytick.color": palette.muted,
+            "text.color": DAY.ink,
+            "xtick.color": DAY.muted,
+            "ytick.color": DAY.muted,
             "xtick.major.size": 0,
             "ytick.major.size": 0,
         }
@@ -95,7 +94,7 @@ def _curves(experiment: Experiment) -> Any:
     )
     grid = figure.subplots(2, (len(experiment.scores) + 1) // 2, squeeze=False).flatten()
     for axes, reward in zip(grid, experiment.scores, strict=False):
-        draw_curves(axes, experiment=experiment, reward=reward, palette=DAY)
+        draw_curves(axes, experiment=experiment, reward=reward)
         axes.set_title(label(reward).title)
         axes.set_xlabel("level of damage, 0 = original")
     for axes in grid[len(experiment.scores) :]:
@@ -106,13 +105,15 @@ def _curves(experiment: Experiment) -> Any:
 def _samples(experiment: Experiment) -> Any:
     chosen = samples(experiment, NUM_SAMPLES)
     figure = new_figure((13, 3.9))
-    figure.suptitle("Hard samples get reinforcement learning (dark), easy ones fine-tuning (pale)", x=0.01, ha="left")
+    figure.suptitle(
+        "From easy to hard: weights of reinforcement learning (violet) and fine-tuning (amber)", x=0.01, ha="left"
+    )
     bars, pictures = figure.subplots(2, len(chosen), squeeze=False, height_ratios=(1.2, 1))
     for bar, axes, sample in zip(bars, pictures, chosen, strict=True):
-        bar.bar([0, 0], [1, sample.rl], width=1, color=[DAY.sft, DAY.rl])
-        bar.set(xlim=(-0.5, 0.5), ylim=(0, 1))
+        bar.bar([0, 0], [sample.rl, sample.sft], bottom=[0, sample.rl], width=1, color=[DAY.rl, DAY.sft])
+        bar.set(xlim=(-0.5, 0.5), ylim=(0, 2))
         bar.axis("off")
-        bar.set_title(f"{percent(sample.rl)} RL")
+        bar.set_title(f"{sample.rl:.2f} + {sample.sft:.2f}")
         axes.imshow(to_pil(detail(sample.picture, sample.focus, DETAIL_SIDE)))
         axes.set_xticks([])
         axes.set_yticks([])
@@ -124,17 +125,19 @@ def _samples(experiment: Experiment) -> Any:
 def _weights(experiment: Experiment) -> Any:
     figure = new_figure((8, 4.6))
     axes = figure.add_subplot()
-    draw_weights(axes, experiment=experiment, palette=DAY)
-    axes.set_title("The harder the sample, the more reinforcement learning")
+    draw_weights(axes, experiment=experiment)
+    axes.set_title("The nearer a sample is to its ground truth, the more SFT")
     return figure
 
 
 def _handover(experiment: Experiment) -> Any:
     figure = new_figure((11, 3.2))
-    figure.suptitle("As errors shrink, samples hand over from RL (dark) to SFT (pale)", x=0.01, ha="left")
-    for axes, (factor, rl) in zip(
+    figure.suptitle(
+        "As errors shrink, SFT (amber, stacked on RL in violet) weighs more; numbers are means", x=0.01, ha="left"
+    )
+    for axes, (factor, weights) in zip(
         figure.subplots(1, len(experiment.handover)), experiment.handover.items(), strict=True
     ):
-        draw_share(axes, rl=rl, palette=DAY)
-        axes.set_title(f"errors × {factor:g}: {percent(float(rl.mean()))} RL")
+        draw_share(axes, weights=weights)
+        axes.set_title(f"errors × {factor:g}: SFT {float(weights.sft.mean()):.2f}")
     return figure

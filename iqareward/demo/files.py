@@ -24,7 +24,7 @@ def write_scores(experiment: Experiment, path: Path) -> None:
                 for level in range(experiment.num_levels + 1):
                     strength = degradation.strengths[level - 1] if level else ""
                     scores = [_cell(values[p, d, level], digits[name]) for name, values in experiment.scores.items()]
-                    weights = (experiment.difficulty, experiment.rl, experiment.sft)
+                    weights = (experiment.difficulty, *experiment.weights)
                     ours = [_cell(values[p, d, level - 1], DECIMALS) if level else "" for values in weights]
                     rows.writerow([photograph.name, degradation.name, level, strength, *scores, *ours])
 

@@ -39,6 +39,10 @@ class Palette:
         """One colour per degradation."""
         return self.series0, self.series1, self.series2, self.series3
 
+    def colours(self) -> tuple[str, ...]:
+        """All of them, in the same order for every palette."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
     def css(self) -> str:
         """The palette as CSS custom properties."""
         return " ".join(f"--{field.name}: {getattr(self, field.name)};" for field in fields(self))
@@ -55,7 +59,7 @@ DAY = Palette(
     good="#2f7fb8",
     bad="#d9661f",
     rl="#4a3fb0",
-    sft="#d9d3ea",
+    sft="#e9a93c",
     series0="#0068a6",
     series1="#b84c00",
     series2="#007a58",
@@ -70,7 +74,7 @@ NIGHT = Palette(
     good="#4e9fd6",
     bad="#e07f3c",
     rl="#9a8ff5",
-    sft="#3a3654",
+    sft="#d9a441",
     series0="#56b4e9",
     series1="#f08a4b",
     series2="#2dc79b",

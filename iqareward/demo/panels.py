@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from iqareward.demo.experiment import Experiment
-from iqareward.demo.palette import MARKERS, Palette
+from iqareward.demo.palette import DAY, MARKERS
+from iqareward.losses import LossWeights
 
 LABEL_HEIGHT = 0.16
 """Inches between two labels at the ends of lines, so that they do not touch."""
 
 
-def draw_curves(axes: Any, *, experiment: Experiment, reward: str, palette: Palette) -> None:
+def draw_curves(axes: Any, *, experiment: Experiment, reward: str) -> None:
     """A reward's score against the damage: the mean of the photographs bold, each photograph thin."""
     scores = experiment.scores[reward]
     # PSNR of a picture with itself is infinite by formula and a cap here; the curve starts at the first damage.
@@ -21,7 +22,7 @@ def draw_curves(axes: Any, *, experiment: Experiment, reward: str, palette: Pale
     levels = list(range(first, scores.shape[2]))
     ends = []
     for index, degradation in enumerate(experiment.degradations):
-        colour, marker = palette.series[index], MARKERS[index]
+        colour, marker = DAY.series[index], MARKERS[index]
         for row in scores[:, index, first:]:
             axes.plot(levels, row.tolist(), color=colour, linewidth=0.7, alpha=0.35, zorder=2)
         mean = scores[:, index, first:].mean(0).tolist()
@@ -62,60 +63,64 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return result
 
 
-def draw_weights(axes: Any, *, experiment: Experiment, palette: Palette) -> None:
-    """RL weight against difficulty, a dot per damaged picture."""
+def draw_weights(axes: Any, *, experiment: Experiment) -> None:
+    """Both weights against difficulty: a dot per damaged picture for SFT, a line for RL."""
     steps = experiment.difficulty * 255
-    order = steps.flatten().argsort()
-    axes.plot(steps.flatten()[order], experiment.rl.flatten()[order], color=palette.line, linewidth=3, zorder=1)
+    order = steps.flatten().argsort(stable=True)
+    sorted_steps = steps.flatten()[order]
+    for weights, colour in ((experiment.weights.sft, DAY.sft), (experiment.weights.rl, DAY.rl)):
+        axes.plot(sorted_steps, weights.flatten()[order], color=colour, linewidth=3, zorder=1)
     for index, degradation in enumerate(experiment.degradations):
         axes.scatter(
             steps[:, index].flatten(),
-            experiment.rl[:, index].flatten(),
-            color=palette.series[index],
+            experiment.weights.sft[:, index].flatten(),
+            color=DAY.series[index],
             marker=MARKERS[index],
             s=26,
             linewidths=0,
-            alpha=0.85,
             label=degradation.name,
             zorder=2,
         )
-    centre = float(steps.log().mean().exp())
-    axes.axvline(centre, color=palette.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    axes.text(
-        centre * 1.04,
-        0.02,
-        f"typical error {centre:.1f}: half and half",
-        color=palette.muted,
-        fontsize=8.5,
-        va="bottom",
-    )
+    for name, weights in zip(("SFT", "RL"), (experiment.weights.sft, experiment.weights.rl), strict=True):
+        last = float(weights.flatten()[order[-1]])
+        axes.annotate(
+            name, (float(sorted_steps[-1]), last), (8, 0), textcoords="offset points", va="center", fontweight="bold"
+        )
+    _difficulty_axis(axes, steps)
+    axes.set_ylim(-0.03, 1.06)
+    axes.set_yticks([0, 0.5, 1])
+    axes.set_ylabel("weight")
+    axes.grid(axis="y")
+    legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 0.03), frameon=False, handletextpad=0.2)
+    for text, colour in zip(legend.get_texts(), DAY.series, strict=False):
+        text.set_color(colour)
+        text.set_fontweight("bold")
+
+
+def _difficulty_axis(axes: Any, steps: Tensor) -> None:
+    """A logarithmic axis with round numbers, and a line at the typical difficulty."""
     axes.set_xscale("log")
     low, high = float(steps.min()), float(steps.max())
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if low * 0.8 <= tick <= high * 1.25]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_yticks([0, 0.5, 1], ["all SFT", "half", "all RL"])
-    axes.grid(axis="y")
     axes.set_xlabel("difficulty: RMSE to the original, in steps of 1/255")
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(0, 0.96), frameon=False, handletextpad=0.2)
-    for text, colour in zip(legend.get_texts(), palette.series, strict=False):
-        text.set_color(colour)
-        text.set_fontweight("bold")
+    centre = float(steps.log().mean().exp())
+    axes.axvline(centre, color=DAY.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.text(centre * 1.04, 0.9, f"typical error {centre:.1f}", color=DAY.muted, fontsize=8.5)
 
 
-def draw_share(axes: Any, *, rl: Tensor, palette: Palette) -> None:
-    """RL weights of all samples, sorted from easy to hard: the filled area is the share of RL."""
-    weights = rl.flatten().sort().values
-    edges = torch.linspace(0, 1, len(weights) + 1).tolist()
-    axes.fill_between([0, 1], 1, color=palette.sft, linewidth=0)
-    axes.stairs(weights.tolist(), edges, fill=True, color=palette.rl, linewidth=0)
+def draw_share(axes: Any, *, weights: LossWeights) -> None:
+    """Both weights of all samples, stacked and sorted from easy to hard: RL below, SFT above."""
+    order = weights.sft.flatten().argsort(descending=True, stable=True)  # SFT falls with difficulty
+    rl, sft = weights.rl.flatten()[order], weights.sft.flatten()[order]
+    edges = torch.linspace(0, 1, len(order) + 1).tolist()
+    axes.stairs((rl + sft).tolist(), edges, baseline=rl.tolist(), fill=True, color=DAY.sft, linewidth=0)
+    axes.stairs(rl.tolist(), edges, fill=True, color=DAY.rl, linewidth=0)
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 2)
     axes.set_xticks([0, 1], ["easy", "hard"])
     for tick, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
         tick.set_horizontalalignment(side)
-    axes.set_yticks([0, 1])
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_yticks([0, 1, 2])
+    axes.grid(axis="y")

@@ -38,21 +38,21 @@ DETAIL_SIDE = 176
 """Pixels of a detail: six of them side by side fill the page, so that a screen shows them at their own size."""
 
 
-def load_photograph(photograph: Photograph, short_side: int) -> Tensor:
-    """The photograph as `[3, H, W]` float RGB in [0, 1], never enlarged.
+def load_photograph(name: str, short_side: int | None = None) -> Tensor:
+    """A photograph of scikit-image as `[3, H, W]` float RGB in [0, 1].
 
     Args:
-        photograph: one of `PHOTOGRAPHS`.
-        short_side: shrink to this many pixels on the shorter side; smaller ones stay as they are.
+        name: of the function in `skimage.data`.
+        short_side: shrink larger ones to this many pixels on the shorter side; None = as it is.
 
     Raises:
         ImportError: scikit-image is missing.
     """
     data: Any = require("skimage.data", extra="demo", purpose="iqareward demo")
-    pixels: np.ndarray = getattr(data, photograph.name)()
+    pixels: np.ndarray = getattr(data, name)()
     image = Image.fromarray(pixels)
-    scale = short_side / min(image.size)
-    if scale < 1:
+    if short_side is not None and short_side < min(image.size):
+        scale = short_side / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
     return to_images(image)[0]

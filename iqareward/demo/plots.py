@@ -10,7 +10,7 @@ from iqareward.demo.experiment import NUM_SAMPLES, Experiment
 from iqareward.demo.experiment import samples as pick_samples
 from iqareward.demo.panels import draw_curves, draw_share, draw_weights
 from iqareward.demo.photographs import DETAIL_SIDE, detail
-from iqareward.demo.wording import label, percent
+from iqareward.demo.wording import label
 
 
 def curves(experiment: Experiment) -> str:
@@ -34,27 +34,29 @@ def series_key(experiment: Experiment) -> str:
 
 
 def samples(experiment: Experiment) -> str:
-    """Some samples from easy to hard, each with its two weights as a bar."""
+    """Some samples from easy to hard, each with its two weights stacked as a bar."""
     figures = []
     for sample in pick_samples(experiment, NUM_SAMPLES):
-        bar = f'<div class="bar" style="--rl-share: {sample.rl:.4f}"><i></i></div>'
+        bar = f'<div class="bar" style="--w-rl: {sample.rl:.4f}; --w-sft: {sample.sft:.4f}"><i></i><i></i></div>'
         image = picture(detail(sample.picture, sample.focus, DETAIL_SIDE), sample.title)
-        text = f"<b>{percent(sample.rl)} RL</b>{escape(sample.title)}<br>error {255 * sample.difficulty:.1f}"
+        text = f"<b>SFT {sample.sft:.2f}</b>{escape(sample.title)}<br>error {255 * sample.difficulty:.1f}"
         figures.append(f"<figure>{bar}{image}<figcaption>{text}</figcaption></figure>")
     return "".join(figures)
 
 
 def weights(experiment: Experiment) -> str:
-    """RL weight against difficulty."""
+    """Both weights against difficulty."""
     draw = partial(draw_weights, experiment=experiment)
-    return drawing(draw, (9.4, 3.6), "RL weight against difficulty of every sample", narrow=(3.9, 3.6))
+    return drawing(draw, (9.4, 3.6), "RL and SFT weight against difficulty", narrow=(3.9, 3.6))
 
 
 def handover(experiment: Experiment) -> str:
     """A panel per factor on the errors."""
     figures = []
-    for factor, rl in experiment.handover.items():
-        share = percent(float(rl.mean()))
-        image = drawing(partial(draw_share, rl=rl), (2.4, 1.8), f"errors times {factor:g}: {share} RL")
-        figures.append(f"<figure><h3>errors × {factor:g}</h3><b>{share} RL</b>{image}</figure>")
+    for factor, weights in experiment.handover.items():
+        rl, sft = (f"{float(row.mean()):.2f}" for row in (weights.rl, weights.sft))
+        image = drawing(
+            partial(draw_share, weights=weights), (2.4, 1.8), f"errors times {factor:g}: RL {rl}, SFT {sft}"
+        )
+        figures.append(f"<figure><h3>errors × {factor:g}</h3><b>SFT {sft}</b>{image}</figure>")
     return "".join(figures)

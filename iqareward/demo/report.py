@@ -34,6 +34,7 @@ def render(experiment: Experiment, summary: dict[str, Any]) -> str:
         series_key=plots.series_key(experiment),
         curves=plots.curves(experiment),
         damaged=summary["settings"]["damaged"],
+        mode=_mode(experiment),
         samples=plots.samples(experiment),
         weights=plots.weights(experiment),
         difficulty_note=_difficulty_note(summary),
@@ -68,6 +69,15 @@ def _lede(summary: dict[str, Any], with_original: dict[str, bool]) -> str:
     return " ".join(sentences)
 
 
+def _mode(experiment: Experiment) -> str:
+    """What the weighter's mode, which is the default of the library, does to RL."""
+    if bool((experiment.weights.rl == 1).all()):
+        return (
+            "RL keeps its full weight and SFT joins it; <code>mode='convex'</code> would take from RL what SFT gains."
+        )
+    return "What SFT gains, RL gives up; <code>mode='additive'</code> would leave RL its full weight."
+
+
 def _difficulty_note(summary: dict[str, Any]) -> str:
     means = summary["difficulty"]["mean_by_degradation"].items()
     listed = ", ".join(f"{escape(name)} {255 * value:.1f}" for name, value in means if value is not None)
@@ -96,8 +106,8 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         )
     if "niqe" in mistakes:
         notes.append(
-            "NIQE measures the distance to the statistics of a few clean photographs. Those shipped with the package "
-            "come from scikit-image too, these among them, which flatters NIQE on this page."
+            "NIQE measures the distance to the statistics of clean photographs. Those in the package come from five "
+            "photographs, these among them; here each is judged by the statistics of the other four."
         )
     missing = {label(name).title: row["not_scored"] for name, row in mistakes.items() if row["not_scored"]}
     if missing:
@@ -110,7 +120,7 @@ def _made(environment: dict[str, Any], seed: int) -> str:
     """How the page came about."""
     packages = ", ".join(f"{name} {escape(version)}" for name, version in environment["versions"].items())
     return (
-        f"Made by <code>iqareward demo</code> in {environment['seconds']:g} seconds on {environment['torch_threads']} "
-        f"thread(s) of {escape(environment['processor'])} ({escape(environment['system'])}); seed {seed}. Versions: "
+        f"Made by <code>iqareward demo</code>, which damaged and scored in {environment['seconds']:g} seconds on "
+        f"one thread of {escape(environment['processor'])} ({escape(environment['system'])}); seed {seed}. Versions: "
         f"{packages}. The numbers as data: <code>results.json</code> and <code>scores.csv</code> beside this page."
     )

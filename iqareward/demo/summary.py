@@ -39,8 +39,8 @@ def summarise(experiment: Experiment) -> dict[str, Any]:
             },
         },
         "handover": [
-            {"errors": factor, "mean_rl": _number(rl.mean()), "mean_sft": _number((1 - rl).mean())}
-            for factor, rl in experiment.handover.items()
+            {"errors": factor, "mean_rl": _number(weights.rl.mean()), "mean_sft": _number(weights.sft.mean())}
+            for factor, weights in experiment.handover.items()
         ],
     }
 
@@ -72,7 +72,7 @@ def _mistakes(scores: Tensor, reward: Any) -> dict[str, Any]:
 
 
 def environment(seconds: float) -> dict[str, Any]:
-    """Versions, hardware and duration of this run; the only part that differs between two runs."""
+    """Versions, hardware, and seconds spent on damage and scores; the only part that differs between two runs."""
     packages = ("torch", "numpy", "pillow", "scikit-image", "matplotlib")
     return {
         "versions": {
@@ -82,7 +82,7 @@ def environment(seconds: float) -> dict[str, Any]:
         },
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "torch_threads": torch.get_num_threads(),
+        "threads": 1,
         "seconds": round(seconds, 1),
     }
 

@@ -65,6 +65,8 @@ def _cell(cell: dict[str, Any]) -> Text:
 
 
 def handover_line(summary: dict[str, Any]) -> Text:
-    """The mean RL share as errors shrink, in one line."""
-    steps = " → ".join(f"{percent(row['mean_rl'])} (×{row['errors']:g})" for row in summary["handover"])
-    return Text.assemble(("Share of RL as all errors shrink, the rest is SFT: ", "dim"), steps)
+    """The mean weights as errors shrink."""
+    steps = ", ".join(
+        f"×{row['errors']:g}: {signed(row['mean_rl'])} + {signed(row['mean_sft'])}" for row in summary["handover"]
+    )
+    return Text.assemble(("Mean weights RL + SFT as all errors shrink:\n", "dim"), steps)

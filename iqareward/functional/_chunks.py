@@ -16,10 +16,10 @@ def map_chunks(formula: Callable[..., Tensor], *batches: Tensor) -> Tensor:
 
     Args:
         formula: treats images independently of each other.
-        batches: tensors `[B, C, H, W]` with one shape for H, W.
+        batches: tensors `[B, ..., H, W]` with one shape for H, W.
     """
     first = batches[0]
-    size = max(1, CPU_PIXELS_PER_CHUNK // max(1, first.shape[2] * first.shape[3]))
+    size = max(1, CPU_PIXELS_PER_CHUNK // max(1, first.shape[-2] * first.shape[-1]))
     if first.device.type != "cpu" or first.shape[0] <= size:
         return formula(*batches)
     pieces = zip(*(batch.split(size) for batch in batches), strict=True)

@@ -1,8 +1,11 @@
 """Colour planes that the classical metrics compare, in their published weights."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
+
+from iqareward.functional._chunks import map_chunks
 
 LumaColor = Literal["luma", "luma8"]
 Color = Literal["luma", "luma8", "y", "rgb"]
@@ -46,6 +49,11 @@ def luma(images: Tensor) -> Tensor:
     return weighted_channels(images, LUMA)
 
 
+def studio_luma(images: Tensor) -> Tensor:
+    """The Y `[B, H, W]` of YCbCr as MATLAB's `rgb2ycbcr` has it: 16/255 for black, 235/255 for white."""
+    return weighted_channels(images, STUDIO_LUMA).add_(STUDIO_BLACK)
+
+
 def luma_plane(metric: str, images: Tensor, color: LumaColor) -> Tensor:
     """Luma `[B, H, W]` as `color` says; `metric` is named in the error for any other value."""
     if color == "luma":
@@ -55,12 +63,18 @@ def luma_plane(metric: str, images: Tensor, color: LumaColor) -> Tensor:
     raise ValueError(f'{metric} expected `color` to be "luma" or "luma8", got {color!r}.')
 
 
-def color_planes(metric: str, images: Tensor, color: Color) -> Tensor:
-    """The planes `[B, C, H, W]` that `metric` compares: one of luma, or the three channels."""
+def map_planes(
+    metric: str, formula: Callable[[Tensor, Tensor], Tensor], images: Tensor, references: Tensor, color: Color
+) -> Tensor:
+    """Apply `formula(planes, reference_planes) -> [b]`, `[b, H, W]` each, to what `color` names; `[B]`.
+
+    Channels go through the formula as images of their own and are averaged at the end, so that a piece of work that
+    fits in the cache holds planes, not pixels of three.
+    """
     if color == "rgb":
-        return images
+        return map_chunks(formula, images.flatten(0, 1), references.flatten(0, 1)).view(-1, 3).mean(1)
     if color == "y":
-        return (weighted_channels(images, STUDIO_LUMA) + STUDIO_BLACK).unsqueeze(1)
+        return map_chunks(lambda *pair: formula(*(studio_luma(rgb) for rgb in pair)), images, references)
     if color == "luma" or color == "luma8":
-        return luma_plane(metric, images, color).unsqueeze(1)
+        return map_chunks(lambda *pair: formula(*(luma_plane(metric, rgb, color) for rgb in pair)), images, references)
     raise ValueError(f'{metric} expected `color` to be "rgb", "luma", "luma8" or "y", got {color!r}.')

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._checks import check_pair
-from iqareward.functional._chunks import map_chunks
-from iqareward.functional.color import Color, color_planes
-from iqareward.functional.filters import gaussian_taps, halve
+from iqareward.functional.color import Color, map_planes
+from iqareward.functional.filters import gaussian_taps, halve, mean_of_map
 from iqareward.functional.ssim import SIGMA, WINDOW_SIZE, similarity_maps, sum_and_difference
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the paper, finest scale first
@@ -65,16 +64,15 @@ def ms_ssim(
     images, references = check_pair("ms_ssim", images, references, min_side=min_side)
     taps = gaussian_taps(window_size, sigma)
 
-    def score(images: Tensor, references: Tensor) -> Tensor:
-        planes = color_planes("ms_ssim", images, color), color_planes("ms_ssim", references, color)
-        pair = sum_and_difference(*planes)
+    def score(planes: Tensor, reference_planes: Tensor) -> Tensor:
+        pair = sum_and_difference(planes, reference_planes)
         powers = []
         for scale, weight in enumerate(SCALE_WEIGHTS):
             pair = halve(pair, replicate=True) if scale else pair
             luminance, similarity = similarity_maps(pair, taps)
             if scale == len(SCALE_WEIGHTS) - 1:
                 similarity = luminance * similarity
-            powers.append(floored_power(similarity.mean(-1).mean(-1), weight))
-        return reduce(torch.mul, powers).mean(-1)
+            powers.append(floored_power(mean_of_map(similarity), weight))
+        return reduce(torch.mul, powers)
 
-    return map_chunks(score, images, references)
+    return map_planes("ms_ssim", score, images, references, color)

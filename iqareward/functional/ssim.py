@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._checks import check_pair
-from iqareward.functional._chunks import map_chunks
-from iqareward.functional.color import Color, color_planes
+from iqareward.functional.color import Color, map_planes
 from iqareward.functional.filters import blur_valid, gaussian_taps, mean_of_map
 
 WINDOW_SIZE = 11
@@ -78,9 +77,8 @@ def ssim(
     images, references = check_pair("ssim", images, references, min_side=window_size)
     taps = gaussian_taps(window_size, sigma)
 
-    def score(images: Tensor, references: Tensor) -> Tensor:
-        planes = color_planes("ssim", images, color), color_planes("ssim", references, color)
-        luminance, contrast_structure = similarity_maps(sum_and_difference(*planes), taps)
+    def score(planes: Tensor, reference_planes: Tensor) -> Tensor:
+        luminance, contrast_structure = similarity_maps(sum_and_difference(planes, reference_planes), taps)
         return mean_of_map(luminance * contrast_structure)
 
-    return map_chunks(score, images, references)
+    return map_planes("ssim", score, images, references, color)

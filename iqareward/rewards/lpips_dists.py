@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,9 @@ class LPIPSReward:
         https://arxiv.org/abs/1801.03924
     """
 
-    needs_references: ClassVar[bool] = True
-    needs_prompts: ClassVar[bool] = False
-    bounds: ClassVar[Bounds] = (None, 0.0)
+    needs_references = True
+    needs_prompts = False
+    bounds: Bounds = (None, 0.0)
 
     def __init__(
         self,
@@ -132,10 +132,10 @@ class DISTSReward:
         https://arxiv.org/abs/2004.07728
     """
 
-    name: ClassVar[str] = "dists"
-    needs_references: ClassVar[bool] = True
-    needs_prompts: ClassVar[bool] = False
-    bounds: ClassVar[Bounds] = (None, 0.0)
+    name = "dists"
+    needs_references = True
+    needs_prompts = False
+    bounds: Bounds = (None, 0.0)
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class FullReference:
     differentiable: bool = False
     batch_size: int | None = None
 
-    needs_references: ClassVar[bool] = True
-    needs_prompts: ClassVar[bool] = False
+    needs_references = True
+    needs_prompts = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or _metric_name(self.metric))
@@ -102,8 +102,8 @@ class NoReference:
     differentiable: bool = False
     batch_size: int | None = None
 
-    needs_references: ClassVar[bool] = False
-    needs_prompts: ClassVar[bool] = False
+    needs_references = False
+    needs_prompts = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or _metric_name(self.metric))

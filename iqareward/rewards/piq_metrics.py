@@ -1,7 +1,7 @@
 """Full-reference metrics of the piq package, with direction, batching and undefined cases settled."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ class PIQReward:
         https://doi.org/10.1109/TIP.2010.2092435
     """
 
-    needs_references: ClassVar[bool] = True
-    needs_prompts: ClassVar[bool] = False
+    needs_references = True
+    needs_prompts = False
 
     def __init__(self, metric: str, *, differentiable: bool = False, batch_size: int | None = None) -> None:
         if metric not in _METRICS:

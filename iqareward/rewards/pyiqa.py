@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class PyIQAReward:
         ('pyiqa:musiq', False, (0.0, 1.0))
     """
 
-    needs_prompts: ClassVar[bool] = False
+    needs_prompts = False
 
     def __init__(
         self,

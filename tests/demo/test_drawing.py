@@ -25,6 +25,11 @@ def test_text_can_be_read(palette: Palette) -> None:
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, colour
 
 
+def test_a_drawing_can_change_its_colours() -> None:
+    """No colour of the day stands for two things, so that each has one colour of the night."""
+    assert len(set(DAY.colours())) == len(DAY.colours())
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_labels_move_apart_in_order(places: list[float]) -> None:

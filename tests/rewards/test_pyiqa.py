@@ -386,16 +386,19 @@ def test_metrics_of_one_image(pretend: Callable[..., PyIQAReward]) -> None:
 
 
 def test_ieee_precision() -> None:
-    """`fp32_precision = "ieee"`, which transformers sets, does not disturb scoring."""
+    """`fp32_precision = "ieee"`, which transformers sets to switch TF32 off, does not disturb scoring."""
     references = textures(1, 48)
     images = noisy(references)
     expected = PyIQAReward("ssim")(images, references=references)
-    before = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "ieee"
+    settings = (torch.backends, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         scores = PyIQAReward("ssim")(images, references=references)
     finally:
-        torch.backends.fp32_precision = before
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
     torch.testing.assert_close(scores, expected, **EXACT)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -42,9 +42,9 @@ class DeQAReward:
         2025, https://arxiv.org/abs/2501.11561
     """
 
-    name: ClassVar[str] = "deqa"
-    needs_references: ClassVar[bool] = False
-    needs_prompts: ClassVar[bool] = False
+    name = "deqa"
+    needs_references = False
+    needs_prompts = False
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class QAlignReward:
         https://arxiv.org/abs/2312.17090
     """
 
-    needs_references: ClassVar[bool] = False
-    needs_prompts: ClassVar[bool] = False
+    needs_references = False
+    needs_prompts = False
 
     def __init__(
         self,
