@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -168,14 +169,14 @@ def threads(case: Case) -> str | None:
 
 def graph(case: Case) -> str | None:
     images = case.images.clone().requires_grad_()
-    for mode in (torch.enable_grad, torch.no_grad):
+    scores = torch.zeros(())
+    for mode, form in product((torch.enable_grad, torch.no_grad), (images, list(images))):
         with mode():
-            scores = case.score(images)
+            scores = case.score(form)
         if scores.requires_grad != case.reward.differentiable:
             wanted = "a graph to the pixels" if case.reward.differentiable else "no graph"
-            raise AssertionError(
-                f"differentiable={case.reward.differentiable} promises {wanted}, also under {mode.__name__}"
-            )
+            where = f"for a {type(form).__name__} under {mode.__name__}"
+            raise AssertionError(f"differentiable={case.reward.differentiable} promises {wanted}, also {where}")
     if not case.reward.differentiable:
         return None
     (gradient,) = torch.autograd.grad(scores.sum(), images)

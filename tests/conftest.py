@@ -11,6 +11,12 @@ import iqareward
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small operations spend more time waking threads than computing, and on a busy machine many times more."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
     """Folder of reference figures beside the checkout; they are not ours to distribute."""

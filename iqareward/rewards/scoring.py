@@ -88,7 +88,8 @@ def score_images(
     """
     if needs_references and references is None:
         raise ValueError(f"{name} expected `references` (it is a full-reference reward), got None. Pass references=...")
-    buckets, order = shape_buckets(name, images, references if needs_references else None)
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):  # stacking a list is part of the graph
+        buckets, order = shape_buckets(name, images, references if needs_references else None)
     if not buckets:
         device = images.device if isinstance(images, Tensor) else None
         return torch.zeros(0, dtype=torch.float32, device=device)
