@@ -116,8 +116,7 @@ class AdaptiveWeighter:
         Raises:
             RuntimeError: `calibrate` was not called.
         """
-        log_difficulty = self._start(difficulty, bucket)
-        share = self._share(log_difficulty, bucket, unusable=self.w_min)
+        share = self._share(*self._start(difficulty, bucket), bucket)
         return mix(share, active=active, valid=valid, additive=self.mode == "additive")
 
     def calibrate(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
@@ -132,34 +131,34 @@ class AdaptiveWeighter:
         Raises:
             ValueError: difficulties are negative, or a bucket has fewer than two of them.
         """
-        log_difficulty = self._log(difficulty, bucket)
+        log_difficulty, usable = self._log(difficulty, bucket)
         negative = (difficulty < 0).to(log_difficulty.dtype)
         zero = log_difficulty.new_zeros(self.num_buckets)
-        count, first, _, negatives = self._sums(log_difficulty, bucket, zero, negative)
+        count, first, _, negatives = self._sums(log_difficulty, usable, bucket, zero, negative)
         if negatives.max().item() > 0:
             raise ValueError(
                 "AdaptiveWeighter.calibrate expected `difficulty` >= 0 with larger = harder, got negative values. "
                 "Turn a score around first, e.g. with iqareward.difficulty.reference_distance(..., best=1.0)."
             )
         if count.min().item() < 2:
+            got = [int(n) for n in count.tolist()]
             raise ValueError(
-                "AdaptiveWeighter.calibrate expected at least two finite difficulties in each bucket, got "
-                f"{[int(n) for n in count.tolist()]}. Pass more rows, or fewer buckets."
+                f"AdaptiveWeighter.calibrate expected two finite difficulties per bucket, got {got}. Pass more rows."
             )
         mean = first / count
-        var = self._sums(log_difficulty, bucket, mean, negative)[2] / (count - 1)
+        var = self._sums(log_difficulty, usable, bucket, mean, negative)[2] / (count - 1)
         self._follow(torch.stack([mean, var, mean, var]))
         self._history.clear()
 
     def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
         """Let the running statistics follow; once per optimiser step, by every process, after the step's weights."""
-        log_difficulty = self._start(difficulty, bucket)
+        log_difficulty, usable = self._start(difficulty, bucket)
         assert self._statistics is not None, "_start calibrates or raises"
-        mean0, var0, mean, var = self._statistics
-        shares = self._share(log_difficulty, bucket, unusable=0.0)
-        sums = self._sums(log_difficulty, bucket, mean, shares)
+        mean0, var0, mean, var = self._statistics.unbind()
+        shares = usable * self._share(log_difficulty, usable, bucket)
+        sums = self._sums(log_difficulty, usable, bucket, mean, shares)
         # The variance of a mixture of old and new, so that batches of one row are as good as large ones.
-        seen, shift, square, _ = sums / sums[0].clamp(min=1)
+        seen, shift, square, _ = (sums / sums[0].clamp(min=1)).unbind()
         gain = (1 - self.ema) * seen  # 0 in buckets without a row
         step = gain * shift
         new_var = torch.lerp(var, square, gain).addcmul(step, step, value=-1)
@@ -184,11 +183,7 @@ class AdaptiveWeighter:
         return {"config": config, "statistics": self._statistics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict()` was taken.
-
-        Raises:
-            ValueError: it was taken from a weighter with other options.
-        """
+        """Continue exactly where `state_dict()` was taken; ValueError if that weighter had other options."""
         own = self.state_dict()["config"]
         if own != state["config"]:
             raise ValueError(
@@ -199,18 +194,19 @@ class AdaptiveWeighter:
         if state["statistics"] is not None:
             self._follow(state["statistics"])
 
-    def _log(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
-        """Log-difficulty; NaN or infinite where the difficulty is NaN, infinite or negative."""
+    def _log(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor]:
+        """Log-difficulty and 1, or 0 and 0 where the difficulty is NaN, infinite or negative."""
         difficulty = check_rows("AdaptiveWeighter", difficulty, bucket)
         if bucket is None and self.num_buckets > 1:
             raise ValueError(
                 f"AdaptiveWeighter expected `bucket`, integers [B] in [0, {self.num_buckets}), got None. "
                 "Name each row's bucket, or build the weighter with num_buckets=1."
             )
-        return difficulty.log().clamp(min=math.log(self.floor))
+        log_difficulty = difficulty.log().clamp(min=math.log(self.floor))
+        return log_difficulty.nan_to_num(nan=0.0, posinf=0.0), (log_difficulty < torch.inf).to(difficulty.dtype)
 
-    def _start(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
-        """Log-difficulty, with the statistics ready and on its device."""
+    def _start(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor]:
+        """`_log`, with the statistics ready and on its device."""
         if self._statistics is None:
             if self.rho > 0 and not self.calibrate_on_first:
                 raise RuntimeError(
@@ -219,33 +215,31 @@ class AdaptiveWeighter:
                     "with calibrate_on_first=True to take the first batch."
                 )
             self.calibrate(difficulty, bucket)
-        log_difficulty = self._log(difficulty, bucket)
-        if self._statistics is not None and self._statistics.device != log_difficulty.device:
-            self._follow(self._statistics.to(log_difficulty.device))
-        return log_difficulty
+        if self._statistics is not None and self._statistics.device != difficulty.device:
+            self._follow(self._statistics.to(difficulty.device))
+        return self._log(difficulty, bucket)
 
     def _follow(self, statistics: Tensor) -> None:
-        mean0, var0, mean, var = statistics
+        mean0, var0, mean, var = statistics.unbind()
         centre = self.rho * mean0 + (1 - self.rho) * mean
         scale = (self.rho * var0.sqrt() + (1 - self.rho) * var.sqrt()).clamp(min=self.s_min)
         slope = (self.kappa if self.direction == "hard_to_rl" else -self.kappa) / scale
         self._statistics, self._line = statistics, (centre, slope)
 
-    def _share(self, log_difficulty: Tensor, bucket: Groups | None, *, unusable: float) -> Tensor:
+    def _share(self, log_difficulty: Tensor, usable: Tensor, bucket: Groups | None) -> Tensor:
         centre, slope = (row if bucket is None else row[bucket.long()] for row in self._line)
-        share = torch.sigmoid((log_difficulty - centre) * slope)
-        if (self.w_min, self.w_max) != (0, 1):
-            share = self.w_min + (self.w_max - self.w_min) * share
-        return torch.where(log_difficulty < torch.inf, share, unusable).to(log_difficulty.dtype)
+        share = torch.sigmoid((log_difficulty - centre) * slope).to(usable.dtype) * usable
+        return share if (self.w_min, self.w_max) == (0, 1) else self.w_min + (self.w_max - self.w_min) * share
 
-    def _sums(self, log_difficulty: Tensor, bucket: Groups | None, pivot: Tensor, extra: Tensor) -> Tensor:
-        """Per bucket, over all processes: number, sum and squares of finite `log - pivot`, and sum of `extra`.
+    def _sums(
+        self, log_difficulty: Tensor, usable: Tensor, bucket: Groups | None, pivot: Tensor, extra: Tensor
+    ) -> Tensor:
+        """Per bucket, over all processes: number, sum and squares of usable `log - pivot`, and sum of `extra`.
 
         Differences to a pivot near the mean, because squares of large logarithms would drown a small variance.
         """
-        usable = log_difficulty < torch.inf
-        offset = torch.where(usable, log_difficulty - (pivot if bucket is None else pivot[bucket.long()]), 0.0)
-        columns = torch.stack([usable.to(offset.dtype), offset, offset.square(), extra])
+        offset = (log_difficulty - (pivot if bucket is None else pivot[bucket.long()])) * usable
+        columns = torch.stack([usable, offset, offset.square(), extra])
         if bucket is None:
             sums = columns.sum(1, keepdim=True)
         else:
