@@ -59,7 +59,7 @@ class LPIPSReward:
     ) -> None:
         if net not in BACKBONES:
             raise ValueError(f"LPIPSReward expected `net` to be one of {', '.join(BACKBONES)}, got {net!r}.")
-        self.name = f"lpips_{net}"
+        self.name = "lpips" if net == "alex" else f"lpips_{net}"
         self.differentiable = differentiable
         self.batch_size = batch_size
         self._min_side = BACKBONES[net].min_side

@@ -1,7 +1,6 @@
 """Metrics of piq, LPIPS and DISTS as rewards: the packages' figures, without their traps."""
 
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,15 +24,6 @@ piq = pytest.importorskip("piq", reason="the extra `perceptual` is not installed
 
 MIN_SIDE = {"fsim": 8, "vsi": 8, "mdsi": 8, "srsim": 40, "dss": 32, "iwssim": 161}
 FUNCTION = {name: getattr(piq, "information_weighted_ssim" if name == "iwssim" else name) for name in MIN_SIDE}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small images are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def textures(count: int, side: int, seed: int = 0) -> Tensor:
@@ -240,14 +230,14 @@ def test_ranges() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "differentiable"), [("lpips_alex", False), ("lpips_alex", True), ("lpips_squeeze", True), ("dists", True)]
+    ("name", "differentiable"), [("lpips", False), ("lpips", True), ("lpips_squeeze", True), ("dists", True)]
 )
 def test_contract(name: str, differentiable: bool, backbone_files: dict[str, Path]) -> None:
     """LPIPS and DISTS keep the whole contract of a reward."""
     if name == "dists":
         reward = DISTSReward(weights=backbone_files["vgg"], differentiable=differentiable)
     else:
-        net = name.removeprefix("lpips_")
+        net = "alex" if name == "lpips" else name.removeprefix("lpips_")
         reward = LPIPSReward(net, weights=backbone_files[net], differentiable=differentiable)
     assert reward.name == name
     references = textures(3, 16 if name == "dists" else 40)

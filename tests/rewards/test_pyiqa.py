@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import pickle
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,15 +33,6 @@ pytestmark = [
 QUICK = ["psnr", "psnry", "ssim", "gmsd", "fsim", "nlpd", "piqe", "entropy"]
 # MAD, the fourteenth metric that needs no weights, takes seconds per image
 TAKES_LONGER = ["ssimc", "ms_ssim", "cw_ssim", "vif", "vsi"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small images are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def textures(count: int, side: int, seed: int = 0) -> Tensor:
