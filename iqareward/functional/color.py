@@ -63,18 +63,25 @@ def luma_plane(metric: str, images: Tensor, color: LumaColor) -> Tensor:
     raise ValueError(f'{metric} expected `color` to be "luma" or "luma8", got {color!r}.')
 
 
+def color_planes(metric: str, images: Tensor, color: Color) -> Tensor:
+    """What `metric` compares: one plane `[B, H, W]`, or for `"rgb"` the images `[B, 3, H, W]` themselves."""
+    if color == "rgb":
+        return images
+    if color == "y":
+        return studio_luma(images)
+    if color == "luma" or color == "luma8":
+        return luma_plane(metric, images, color)
+    raise ValueError(f'{metric} expected `color` to be "rgb", "luma", "luma8" or "y", got {color!r}.')
+
+
 def map_planes(
     metric: str, formula: Callable[[Tensor, Tensor], Tensor], images: Tensor, references: Tensor, color: Color
 ) -> Tensor:
     """Apply `formula(planes, reference_planes) -> [b]`, `[b, H, W]` each, to what `color` names; `[B]`.
 
-    Channels go through the formula as images of their own and are averaged at the end, so that a piece of work that
-    fits in the cache holds planes, not pixels of three.
+    Channels go through the formula like images of their own and are averaged at the end: what has to fit in the cache
+    at a time is one plane rather than three.
     """
     if color == "rgb":
         return map_chunks(formula, images.flatten(0, 1), references.flatten(0, 1)).view(-1, 3).mean(1)
-    if color == "y":
-        return map_chunks(lambda *pair: formula(*(studio_luma(rgb) for rgb in pair)), images, references)
-    if color == "luma" or color == "luma8":
-        return map_chunks(lambda *pair: formula(*(luma_plane(metric, rgb, color) for rgb in pair)), images, references)
-    raise ValueError(f'{metric} expected `color` to be "rgb", "luma", "luma8" or "y", got {color!r}.')
+    return map_chunks(lambda *pair: formula(*(color_planes(metric, rgb, color) for rgb in pair)), images, references)

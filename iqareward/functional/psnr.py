@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iqareward.functional._checks import check_pair
-from iqareward.functional.color import Color, map_planes
+from iqareward.functional._chunks import map_chunks
+from iqareward.functional.color import Color, color_planes
 from iqareward.functional.filters import mean_of_map
 
 MIN_MSE = 1e-10  # finer than any 8- or 16-bit difference; identical images score 100 dB instead of inf
@@ -39,9 +40,10 @@ def psnr(images: Tensor, references: Tensor, *, color: Color = "rgb") -> Tensor:
     """
     images, references = check_pair("psnr", images, references)
 
-    def mean_squared_error(planes: Tensor, reference_planes: Tensor) -> Tensor:
-        return mean_of_map(F.mse_loss(planes, reference_planes, reduction="none"))
+    def mean_squared_error(images: Tensor, references: Tensor) -> Tensor:
+        planes = color_planes("psnr", images, color), color_planes("psnr", references, color)
+        return mean_of_map(F.mse_loss(*planes, reduction="none"))
 
-    mse = map_planes("psnr", mean_squared_error, images, references, color)
+    mse = map_chunks(mean_squared_error, images, references)
     # 0 * mse is NaN for an infinite pixel, which is "not scored" rather than -inf dB
     return torch.add(0 * mse, torch.log10(mse.clamp(min=MIN_MSE)), alpha=-10)

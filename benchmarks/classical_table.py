@@ -1,0 +1,67 @@
+"""The documentation's tables from a result of `bench_classical`: `python -m benchmarks.classical_table FILE.json`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def ratios(document: dict[str, Any]) -> str:
+    """Ours against the fastest peer of the same definition, settings across."""
+    rows = [row for row in document["rows"] if "ratio" in row]
+    settings = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
+    lines = ["| metric | " + " | ".join(f"{size}² b{batch}" for size, batch in settings) + " |"]
+    lines.append("|---|" + "--:|" * len(settings))
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        cells = {(row["size"], row["batch"]): row for row in rows if row["metric"] == metric}
+        values = [f"{cells[key]['ratio']:.1f}x {cells[key]['fastest_peer']}" for key in settings]
+        lines.append(f"| `{metric}` | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def speeds(document: dict[str, Any]) -> str:
+    """Images per second of every library, and its largest difference from ours."""
+    rows = [row for row in document["rows"] if "images_per_second" in row]
+    settings = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
+    lines = ["| metric | library | " + " | ".join(f"{size}² b{batch}" for size, batch in settings) + " | difference |"]
+    lines.append("|---|---|" + "--:|" * (len(settings) + 1))
+    for metric, library in dict.fromkeys((row["metric"], row["library"]) for row in rows):
+        cells = [row for row in rows if (row["metric"], row["library"]) == (metric, library)]
+        gaps = [row["max_difference"] for row in cells if row["max_difference"] is not None]
+        gap = f"{max(gaps):.0e}" if gaps and not library.startswith("iqareward") else ""
+        label = library if cells[0]["same"] else f"{library} (other definition)"
+        values = " | ".join(f"{row['images_per_second']:.4g}" for row in cells)
+        lines.append(f"| `{metric}` | {label} | {values} | {gap} |")
+    return "\n".join(lines)
+
+
+def peaks(document: dict[str, Any]) -> str:
+    """Peak memory of one call."""
+    rows = [row for row in document["rows"] if row.get("peak_mb") is not None]
+    libraries = list(dict.fromkeys(row["library"] for row in rows))
+    lines = ["| metric | " + " | ".join(libraries) + " |", "|---|" + "--:|" * len(libraries)]
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        cells = {row["library"]: f"{row['peak_mb']:.0f}" for row in rows if row["metric"] == metric}
+        lines.append(f"| `{metric}` | " + " | ".join(cells.get(library, "") for library in libraries) + " |")
+    return "\n".join(lines)
+
+
+def page(document: dict[str, Any]) -> str:
+    """All tables of a result, with where they come from."""
+    missed = [f"{row['name']}: {row['value']} (target {row['target']})" for row in document["targets"] if not row["ok"]]
+    parts = [
+        f"`python -m benchmarks.bench_classical`, {document['hardware']}, {document['date']}, "
+        f"commit {document['commit']}, torch {document['versions']['torch']}.",
+        "Ratio of images per second to the fastest peer that computes the same definition:",
+        ratios(document),
+        "Images per second, and the largest difference from our value:",
+        speeds(document),
+        "Peak memory of one call on 8 images of 512², MB above its inputs:",
+        peaks(document),
+        "Targets missed: " + ("; ".join(missed) if missed else "none") + ".",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+if __name__ == "__main__":
+    print(page(json.loads(Path(sys.argv[1]).read_text())))
