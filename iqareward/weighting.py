@@ -71,8 +71,8 @@ class AdaptiveWeighter:
     ema: float = 0.98
     num_buckets: int = 1
     calibrate_on_first: bool = False
-    # Per bucket [4, num_buckets]: m0, s0^2, m, s^2; replaced as a whole, never written into.
-    _statistics: Tensor | None = field(default=None, init=False, repr=False)
+    # m0, s0^2, m, s^2, each [num_buckets]; replaced, never written into.
+    _statistics: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False)
     # Centre and slope of the sigmoid per bucket; follows from the statistics.
     _line: tuple[Tensor, Tensor] = field(init=False, repr=False)
     _history: deque[tuple[Tensor, Tensor]] = field(
@@ -116,7 +116,7 @@ class AdaptiveWeighter:
         Raises:
             RuntimeError: `calibrate` was not called.
         """
-        share = self._share(*self._start(difficulty, bucket), bucket)
+        share = self._share(self._start(difficulty, bucket), bucket).nan_to_num(nan=self.w_min)
         return mix(share, active=active, valid=valid, additive=self.mode == "additive")
 
     def calibrate(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
@@ -131,10 +131,10 @@ class AdaptiveWeighter:
         Raises:
             ValueError: difficulties are negative, or a bucket has fewer than two of them.
         """
-        log_difficulty, usable = self._log(difficulty, bucket)
+        log_difficulty = self._log(difficulty, bucket)
         negative = (difficulty < 0).to(log_difficulty.dtype)
         zero = log_difficulty.new_zeros(self.num_buckets)
-        count, first, _, negatives = self._sums(log_difficulty, usable, bucket, zero, negative)
+        count, first, _, negatives = self._sums(log_difficulty, bucket, zero, negative)
         if negatives.max().item() > 0:
             raise ValueError(
                 "AdaptiveWeighter.calibrate expected `difficulty` >= 0 with larger = harder, got negative values. "
@@ -146,23 +146,22 @@ class AdaptiveWeighter:
                 f"AdaptiveWeighter.calibrate expected two finite difficulties per bucket, got {got}. Pass more rows."
             )
         mean = first / count
-        var = self._sums(log_difficulty, usable, bucket, mean, negative)[2] / (count - 1)
-        self._follow(torch.stack([mean, var, mean, var]))
+        var = self._sums(log_difficulty, bucket, mean, negative)[2] / (count - 1)
+        self._follow((mean, var, mean, var))
         self._history.clear()
 
     def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
         """Let the running statistics follow; once per optimiser step, by every process, after the step's weights."""
-        log_difficulty, usable = self._start(difficulty, bucket)
+        log_difficulty = self._start(difficulty, bucket)
         assert self._statistics is not None, "_start calibrates or raises"
-        mean0, var0, mean, var = self._statistics.unbind()
-        shares = usable * self._share(log_difficulty, usable, bucket)
-        sums = self._sums(log_difficulty, usable, bucket, mean, shares)
+        mean0, var0, mean, var = self._statistics
+        sums = self._sums(log_difficulty, bucket, mean, self._share(log_difficulty, bucket))
         # The variance of a mixture of old and new, so that batches of one row are as good as large ones.
         seen, shift, square, _ = (sums / sums[0].clamp(min=1)).unbind()
         gain = (1 - self.ema) * seen  # 0 in buckets without a row
         step = gain * shift
         new_var = torch.lerp(var, square, gain).addcmul(step, step, value=-1)
-        self._statistics = torch.stack([mean0, var0, mean + step, new_var])
+        self._statistics = (mean0, var0, mean + step, new_var)
         if self.rho < 1:  # otherwise the line depends on the frozen half only
             self._follow(self._statistics)
         self._history.append((mean, sums))
@@ -180,7 +179,7 @@ class AdaptiveWeighter:
     def state_dict(self) -> dict[str, Any]:
         """Configuration and statistics; without `history`, which only shows."""
         config = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
-        return {"config": config, "statistics": self._statistics}
+        return {"config": config, "statistics": self._statistics and torch.stack(self._statistics)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict()` was taken; ValueError if that weighter had other options."""
@@ -192,20 +191,19 @@ class AdaptiveWeighter:
             )
         self._statistics = None
         if state["statistics"] is not None:
-            self._follow(state["statistics"])
+            self._follow(state["statistics"].unbind())
 
-    def _log(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor]:
-        """Log-difficulty and 1, or 0 and 0 where the difficulty is NaN, infinite or negative."""
+    def _log(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
+        """Log-difficulty; NaN where the difficulty is NaN, infinite or negative."""
         difficulty = check_rows("AdaptiveWeighter", difficulty, bucket)
         if bucket is None and self.num_buckets > 1:
             raise ValueError(
                 f"AdaptiveWeighter expected `bucket`, integers [B] in [0, {self.num_buckets}), got None. "
                 "Name each row's bucket, or build the weighter with num_buckets=1."
             )
-        log_difficulty = difficulty.log().clamp(min=math.log(self.floor))
-        return log_difficulty.nan_to_num(nan=0.0, posinf=0.0), (log_difficulty < torch.inf).to(difficulty.dtype)
+        return difficulty.log().clamp(min=math.log(self.floor)).nan_to_num(nan=torch.nan, posinf=torch.nan)
 
-    def _start(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor]:
+    def _start(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
         """`_log`, with the statistics ready and on its device."""
         if self._statistics is None:
             if self.rho > 0 and not self.calibrate_on_first:
@@ -215,31 +213,29 @@ class AdaptiveWeighter:
                     "with calibrate_on_first=True to take the first batch."
                 )
             self.calibrate(difficulty, bucket)
-        if self._statistics is not None and self._statistics.device != difficulty.device:
-            self._follow(self._statistics.to(difficulty.device))
+        if self._statistics is not None and self._statistics[0].device != difficulty.device:
+            self._follow(tuple(rows.to(difficulty.device) for rows in self._statistics))
         return self._log(difficulty, bucket)
 
-    def _follow(self, statistics: Tensor) -> None:
-        mean0, var0, mean, var = statistics.unbind()
+    def _follow(self, statistics: tuple[Tensor, ...]) -> None:
+        mean0, var0, mean, var = statistics
         centre = self.rho * mean0 + (1 - self.rho) * mean
         scale = (self.rho * var0.sqrt() + (1 - self.rho) * var.sqrt()).clamp(min=self.s_min)
         slope = (self.kappa if self.direction == "hard_to_rl" else -self.kappa) / scale
         self._statistics, self._line = statistics, (centre, slope)
 
-    def _share(self, log_difficulty: Tensor, usable: Tensor, bucket: Groups | None) -> Tensor:
-        centre, slope = (row if bucket is None else row[bucket.long()] for row in self._line)
-        share = torch.sigmoid((log_difficulty - centre) * slope).to(usable.dtype) * usable
+    def _share(self, log_difficulty: Tensor, bucket: Groups | None) -> Tensor:
+        centre, slope = self._line if bucket is None else (row[bucket.long()] for row in self._line)
+        share = torch.sigmoid((log_difficulty - centre) * slope).to(log_difficulty.dtype)
         return share if (self.w_min, self.w_max) == (0, 1) else self.w_min + (self.w_max - self.w_min) * share
 
-    def _sums(
-        self, log_difficulty: Tensor, usable: Tensor, bucket: Groups | None, pivot: Tensor, extra: Tensor
-    ) -> Tensor:
-        """Per bucket, over all processes: number, sum and squares of usable `log - pivot`, and sum of `extra`.
+    def _sums(self, log_difficulty: Tensor, bucket: Groups | None, pivot: Tensor, extra: Tensor) -> Tensor:
+        """Per bucket, over all processes: number, sum and squares of `log - pivot`, and sum of `extra`, without NaN.
 
         Differences to a pivot near the mean, because squares of large logarithms would drown a small variance.
         """
-        offset = (log_difficulty - (pivot if bucket is None else pivot[bucket.long()])) * usable
-        columns = torch.stack([usable, offset, offset.square(), extra])
+        offset = log_difficulty - (pivot if bucket is None else pivot[bucket.long()])
+        columns = torch.stack([offset * 0 + 1, offset, offset.square(), extra]).nan_to_num(nan=0.0)
         if bucket is None:
             sums = columns.sum(1, keepdim=True)
         else:
