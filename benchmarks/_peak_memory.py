@@ -1,15 +1,26 @@
 """Peak memory of one metric of one library, in a process of its own (`python -m benchmarks._peak_memory`)."""
 
 import ctypes
+import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REPEATS = 3
 
 
 def peak_megabytes(metric: str, library: str, size: int, batch: int) -> float | None:
     """What one call adds to the resident memory at its height, in MB; None where the library is missing or failed."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks._peak_memory", metric, library, str(size), str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors leave at once: no fragments counted
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1], env=environment
+    )
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
@@ -21,23 +32,31 @@ def _status(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}; peak memory is measured on Linux only.")
 
 
+def _arguments(metric: str, count: int, size: int) -> tuple["Tensor", ...]:
+    from benchmarks.bench_classical import NO_REFERENCE, photographs
+
+    images, references = photographs(count, size)
+    return (images,) if metric in NO_REFERENCE else (images, references)
+
+
 def _main(metric: str, library: str, size: int, batch: int) -> None:
     import torch
 
-    from benchmarks.bench_classical import NO_REFERENCE, OURS, build_peers, photographs
+    from benchmarks.bench_classical import OURS, build_peers
 
     torch.set_num_threads(2)
     function = OURS[metric] if library == "iqareward" else build_peers(metric)[0][library][1]
 
-    for count, side in ((1, 256), (batch, size)):  # the first pays for imports, kernels and thread pools
-        images, references = photographs(count, side)
-        arguments = (images,) if metric in NO_REFERENCE else (images, references)
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed must not hide what this one takes
-        Path("/proc/self/clear_refs").write_text("5")  # forget the height reached so far
-        before = _status("VmRSS")
-        with torch.no_grad():
+    with torch.no_grad():
+        function(*_arguments(metric, 1, 256))  # pays for imports, kernels and thread pools
+        arguments, peaks = _arguments(metric, batch, size), []
+        for _ in range(REPEATS):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed must not hide what this one takes
+            Path("/proc/self/clear_refs").write_text("5")  # forget the height reached so far
+            before = _status("VmRSS")
             function(*arguments)
-    print(_status("VmHWM") - before)
+            peaks.append(_status("VmHWM") - before)
+    print(statistics.median(peaks))
 
 
 if __name__ == "__main__":

@@ -108,8 +108,8 @@ def gradient_noise(rl_gradients: Tensor, sft_gradients: Tensor) -> GradientNoise
 
     Example:
         >>> noise = gradient_noise(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 5.0], [0.0, 5.0]]))
-        >>> [value.item() for value in noise]
-        [2.0, 0.0, 28.0]
+        >>> tuple(value.item() for value in noise)
+        (2.0, 0.0, 28.0)
     """
     shapes = rl_gradients.shape, sft_gradients.shape
     if any(len(shape) != 2 or shape[0] < 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:

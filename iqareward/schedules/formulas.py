@@ -45,8 +45,8 @@ def cosine(
 
     Example:
         >>> options = dict(peak=0.8, valley=0.2, warmup_steps=10, decay_steps=10)
-        >>> [round(cosine(torch.zeros(1), step=t, **options).sft.item(), 2) for t in (0, 5, 10, 15, 99)]
-        [0.0, 0.4, 0.8, 0.5, 0.2]
+        >>> tuple(round(cosine(torch.zeros(1), step=t, **options).sft.item(), 2) for t in (0, 5, 10, 15, 99))
+        (0.0, 0.4, 0.8, 0.5, 0.2)
 
     References:
         Zhang et al., On-Policy RL Meets Off-Policy Experts: Harmonizing Supervised Fine-Tuning and Reinforcement

@@ -1,0 +1,1 @@
+"""Rewards from multimodal language models: token ids, exact preprocessing, read-out; `owl2/` is the network itself."""
