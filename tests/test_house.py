@@ -80,7 +80,7 @@ def test_heavy_packages_are_imported_where_they_are_used(file: Path) -> None:
 
 
 def test_import_is_instant_and_light() -> None:
-    """`import iqareward` takes under 100 ms of processor time and loads neither torch nor numpy nor any optional package."""
+    """`import iqareward` takes under 100 ms of processor time, and loads no torch, numpy or optional package."""
     script = (
         "import sys, time; start = time.process_time(); import iqareward; seconds = time.process_time() - start;"
         f"print(seconds, *({HEAVY | {'torch', 'numpy', 'PIL', 'typer', 'rich'}} & set(sys.modules)))"
