@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from iqareward.groups import GroupStatistics, check_rows, group_index, group_statistics, group_sum, place_in_group
+from iqareward.groups import batch_statistics, check_rows, group_index, group_statistics, group_sum, place_in_group
 from iqareward.types import Groups, Scores
 
 # TRL's and DDPO's, added to the standard deviation, outside the root.
@@ -61,7 +61,7 @@ def group_advantages(
     if scale == "group":
         divisor = statistics.std + STD_EPSILON
     elif scale == "batch":
-        divisor = _batch_statistics(rewards).std + STD_EPSILON
+        divisor = batch_statistics(rewards).std + STD_EPSILON
     active = rewards.isfinite() & (statistics.std > std_floor)
     return _where_active((rewards - statistics.mean) / divisor, active)
 
@@ -167,7 +167,7 @@ def combine_advantages(
         return group_advantages(torch.where(scored, total, torch.nan), groups, **options)
     parts = [(weight, group_advantages(column, groups, **options)) for weight, column in columns]
     total = torch.where(scored, torch.stack([weight * part.values for weight, part in parts]).sum(0), torch.nan)
-    _, mean, std = _batch_statistics(total)
+    _, mean, std = batch_statistics(total)
     return _where_active((total - mean) / (std + STD_EPSILON), torch.stack([p.active for _, p in parts]).any(0))
 
 
@@ -219,7 +219,7 @@ class RewardMemory:
         first = self._rewards[groups, 0]
         history = self._rewards[groups] - first[:, None]  # differences, so that equal rewards have no spread at all
         full = self._counts[groups] >= self.length
-        num_scored, batch_mean, batch_std = _batch_statistics(rewards)
+        num_scored, batch_mean, batch_std = batch_statistics(rewards)
         mean = torch.where(full, first + history.mean(1), batch_mean)
         std = torch.where(full, history.std(1, correction=0), batch_std * (1 - 1 / num_scored).sqrt())
         values = ((rewards - mean) / (std + MEMORY_EPSILON)).clamp(-self.clip, self.clip)
@@ -240,10 +240,6 @@ class RewardMemory:
         rewards = check_rows("RewardMemory", rewards, groups)
         self._rewards, self._counts = self._rewards.to(rewards.device), self._counts.to(rewards.device)
         return rewards
-
-
-def _batch_statistics(values: Tensor) -> GroupStatistics:
-    return group_statistics(values, torch.zeros_like(values, dtype=torch.int64))
 
 
 def _where_active(values: Tensor, active: Tensor) -> Advantages:

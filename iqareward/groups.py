@@ -128,6 +128,28 @@ def group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
     )
 
 
+def batch_statistics(values: Tensor) -> GroupStatistics:
+    """`group_statistics` with all rows in one group: scalars, and no sorting of ids.
+
+    Args:
+        values: `[B]` floating point; NaN = not scored.
+
+    Example:
+        >>> batch_statistics(torch.tensor([1.0, 3.0, float("nan")])).mean
+        tensor(2.)
+    """
+    if values.shape[0] == 0:
+        nan = values.new_full((), torch.nan)
+        return GroupStatistics(torch.zeros_like(nan, dtype=torch.int64), nan, nan)
+    finite = values.isfinite()
+    count = finite.sum()
+    low = torch.where(finite, values, torch.inf).amin()
+    offset = torch.where(finite, values - low, 0.0)
+    mean = offset.sum() / count
+    squares = torch.where(finite, (offset - mean).square(), 0.0).sum()
+    return GroupStatistics(count, low + mean, torch.where(count > 1, (squares / (count - 1)).sqrt(), torch.nan))
+
+
 def is_distributed() -> bool:
     """Whether this process talks to others through `torch.distributed`."""
     return dist.is_available() and dist.is_initialized()
