@@ -1,0 +1,1 @@
+"""Reference loop: difficulty-adaptive reinforcement learning for restoration models in diffusers."""
