@@ -1,0 +1,186 @@
+"""What a policy did and what it was worth: rollouts, scored, compared with each other and with the ground truth."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iqareward.advantages import RewardMemory, group_advantages
+from iqareward.difficulty import reference_distance
+from iqareward.diffusion.policy import Condition, Policy, select
+from iqareward.diffusion.rollout import Trajectory, rollout
+from iqareward.groups import gather_rows
+from iqareward.types import Reward
+
+
+@dataclass(frozen=True)
+class Experience:
+    """B inputs of one process with K rollouts each, N = B * K rows, the rollouts of an input side by side.
+
+    Attributes:
+        ids: B ids of the inputs.
+        references: `[B, 3, H, W]` ground truth.
+        condition: of the B inputs.
+        trajectory: of the N rollouts.
+        rewards: `[S, N]` fp32, NaN = not scored; one row per scored step, the sample last.
+        difficulty: `[B]` >= 0, distance to the ground truth, averaged over the rollouts of an input.
+        advantages: `[S, N]`, 0 where nothing can be said.
+        active: `[B]` whether the rewards of an input differ at all.
+    """
+
+    ids: tuple[int, ...]
+    references: Tensor
+    condition: Condition
+    trajectory: Trajectory
+    rewards: Tensor
+    difficulty: Tensor
+    advantages: Tensor
+    active: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, inputs: slice) -> "Experience":
+        """These inputs only."""
+        size = self.trajectory.group_size
+        rollouts = slice(inputs.start * size, inputs.stop * size)
+        return replace(
+            self,
+            ids=self.ids[inputs],
+            references=self.references[inputs],
+            condition=select(self.condition, inputs),
+            trajectory=self.trajectory.rows(inputs),
+            rewards=self.rewards[:, rollouts],
+            difficulty=self.difficulty[inputs],
+            advantages=self.advantages[:, rollouts],
+            active=self.active[inputs],
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How inputs are restored during training.
+
+    Args:
+        group_size: rollouts per input.
+        num_steps: sampling steps.
+        eta: noise of each step, as the policy's process takes it.
+        window: the steps that are stochastic; all if not given.
+        reward_steps: steps whose predicted clean image is scored as well; only the sample if empty.
+        inputs_at_once: inputs sampled and scored together; all if not given.
+    """
+
+    group_size: int = 8
+    num_steps: int = 10
+    eta: float = 1.0
+    window: range | None = None
+    reward_steps: tuple[int, ...] = ()
+    inputs_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1 or self.num_steps < 1 or list(self.reward_steps) != sorted(set(self.reward_steps)):
+            raise ValueError(
+                "Sampling expected group_size >= 1, num_steps >= 1 and reward_steps in rising order, got "
+                f"{self.group_size}, {self.num_steps} and {self.reward_steps}."
+            )
+
+
+def images_of(policy: Policy, latents: Tensor) -> Tensor:
+    """Images `[N, 3, H, W]` fp32 in [0, 1] of clean latents."""
+    return policy.decode(latents).float().clamp(0, 1)
+
+
+@torch.no_grad()
+def collect(
+    policy: Policy,
+    reward: Reward,
+    degraded: Tensor,
+    references: Tensor,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    seed: int,
+    metric: Callable[..., Tensor],
+    executor: Executor | None = None,
+) -> tuple[Trajectory, Condition, Tensor, Tensor]:
+    """Sample the inputs part by part, each part scored while the next is sampled if there is an `executor`.
+
+    Args:
+        policy: the model.
+        reward: scores each image.
+        degraded: `[B, 3, H, W]` in [0, 1].
+        references: of the same shape.
+        ids: B ids.
+        sampling: how.
+        seed: of the noise.
+        metric: distance of an image to its reference, `metric(images, references) -> [N]`.
+        executor: runs `reward`; without it scoring waits.
+
+    Returns:
+        The trajectory, the condition, rewards `[S, N]` and difficulty `[B]`.
+    """
+    condition = policy.condition(degraded)
+    size = sampling.inputs_at_once or len(ids)
+    trajectories, distances, pending = [], [], []
+    for start in range(0, len(ids), size):
+        part = slice(start, min(start + size, len(ids)))
+        trajectory = rollout(
+            policy,
+            degraded[part],
+            ids=ids[part],
+            group_size=sampling.group_size,
+            num_steps=sampling.num_steps,
+            eta=sampling.eta,
+            seed=seed,
+            window=sampling.window,
+            keep_clean=sampling.reward_steps,
+            condition=select(condition, part),
+        )
+        scored = [trajectory.clean[step] for step in sampling.reward_steps] + [trajectory.sample]
+        images = images_of(policy, torch.cat(scored))
+        side_by_side = references[part].repeat_interleave(sampling.group_size, 0)
+        pending.append(_submit(executor, reward, images, side_by_side.repeat(len(scored), 1, 1, 1)))
+        last = images[-side_by_side.shape[0] :]
+        groups = torch.arange(len(ids[part]), device=images.device).repeat_interleave(sampling.group_size)
+        distances.append(reference_distance(last, side_by_side, metric, groups=groups)[:: sampling.group_size])
+        trajectories.append(trajectory)
+    rewards = torch.cat([part().to(degraded.device).view(len(sampling.reward_steps) + 1, -1) for part in pending], 1)
+    return _joined(trajectories), condition, rewards, torch.cat(distances)
+
+
+def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: RewardMemory | None) -> tuple[Tensor, Tensor]:
+    """Advantages `[S, N]` and whether each row's input is active `[N]`, with the statistics of all processes.
+
+    Each scored step is compared with the same step of the other rollouts only.
+
+    Args:
+        rewards: `[S, N]` of this process.
+        groups: `[N]` ids of the inputs, with one meaning on all processes.
+        std_floor: rewards of an input that spread no more than this say nothing.
+        memory: compares the sample with the input's own history instead; it is updated.
+    """
+    gathered, mine = gather_rows(rewards.T.contiguous(), groups)
+    all_rewards, all_groups = gathered
+    parts = [group_advantages(step, all_groups, std_floor=std_floor) for step in all_rewards.unbind(1)]
+    if memory is not None:
+        memory.update(all_rewards[:, -1], all_groups)
+        parts[-1] = memory.advantages(all_rewards[:, -1], all_groups)
+    values = torch.stack([part.values for part in parts])
+    return values[:, mine], parts[-1].active[mine]
+
+
+def _submit(executor: Executor | None, reward: Reward, images: Tensor, references: Tensor) -> Callable[[], Tensor]:
+    if executor is None:
+        scores = reward(images, references)
+        return lambda: scores
+    future: Future[Any] = executor.submit(reward, images, references)
+    return future.result
+
+
+def _joined(parts: Sequence[Trajectory]) -> Trajectory:
+    latents, log_probs = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("latents", "log_probs"))
+    clean = {step: torch.cat([part.clean[step] for part in parts]) for step in parts[0].clean}
+    return replace(parts[0], latents=latents, log_probs=log_probs, clean=clean)

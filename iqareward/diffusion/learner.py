@@ -1,0 +1,182 @@
+"""The weights of the model and how one optimiser step moves them."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iqareward.diffusion.checkpoint import load_trained_weights, trained_weights
+from iqareward.diffusion.experience import Experience
+from iqareward.diffusion.forward_process import draw_times
+from iqareward.diffusion.noise import noise_per_input, sub_seed
+from iqareward.diffusion.policy import Policy, unwrapped
+from iqareward.diffusion.policy_gradient import Objective, RLTerm
+from iqareward.losses import GradientBalance, LossWeights, gradient_norm, mixed_loss
+
+OBJECTIVE, SFT = 1, 2  # purposes of random numbers
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights of the model follow the losses.
+
+    Args:
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        max_grad_norm: longer gradients are shortened to this.
+        inputs_per_update: inputs of one optimiser step, over all processes.
+        micro_batch: inputs per backward pass; fewer take less memory and give the same step.
+        kl_beta: weight of the divergence from the policy before RL.
+        sft_scale: factor of the SFT loss; "balanced" makes both gradients equally long (see `GradientBalance`).
+        balance_every: updates between two measurements of the gradients.
+        std_floor: rewards of an input that spread no more than this say nothing: the judge's test-retest noise.
+        ema_decay: decay of the averaged weights that validation uses; 0 uses the weights themselves.
+
+    Raises:
+        ValueError: `sft_scale` is another word.
+    """
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    inputs_per_update: int = 8
+    micro_batch: int | None = None
+    kl_beta: float = 0.0
+    sft_scale: float | str = 1.0
+    balance_every: int = 10
+    std_floor: float = 0.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sft_scale, str) and self.sft_scale != "balanced":
+            raise ValueError(f"Optimization expected sft_scale as a number or 'balanced', got {self.sft_scale!r}.")
+
+
+class Learner:
+    """One optimiser step from an experience and its weights.
+
+    Args:
+        policy: the model; its module is replaced by the one that accelerate prepares.
+        objective: how rewards become a loss.
+        optimization: see there.
+        accelerator: of accelerate.
+    """
+
+    def __init__(self, policy: Policy, objective: Objective, optimization: Optimization, accelerator: Any) -> None:
+        self.policy, self.objective, self.options, self.accelerator = policy, objective, optimization, accelerator
+        adapters = hasattr(policy.model, "disable_adapter")
+        frozen = copy.deepcopy(policy.model).requires_grad_(False) if optimization.kl_beta and not adapters else None
+        self.frozen = None if frozen is None else accelerator.prepare_model(frozen, evaluation_mode=True)
+        weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+        rate, decay = optimization.learning_rate, optimization.weight_decay
+        optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+        policy.model, self.optimizer = accelerator.prepare(policy.model, optimizer)
+        self.weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+        self.balance = GradientBalance() if optimization.sft_scale == "balanced" else None
+        self.ema = _average(self.weights, optimization.ema_decay) if optimization.ema_decay else None
+
+    def step(self, experience: Experience, weights: LossWeights, *, update: int, seed: int) -> dict[str, float]:
+        """Go through the terms of the loss part by part, then move the weights once.
+
+        Args:
+            experience: the inputs of this process.
+            weights: `[B]` each.
+            update: number of the optimiser step.
+            seed: of the noise of both losses.
+
+        Returns:
+            Means over the inputs: `rl_loss`, `sft_loss`, `kl`; and `grad_norm` before clipping.
+        """
+        terms, size = list(self.objective.terms(experience)), self.options.micro_batch or len(experience)
+        parts = [slice(start, min(start + size, len(experience))) for start in range(0, len(experience), size)]
+        work = [(part, term) for part in parts for term in terms]
+        totals = torch.zeros(3, device=weights.rl.device)
+        measure = self.balance is not None and update % self.options.balance_every == 0
+        for number, (part, term) in enumerate(work):
+            whole = number == len(work) - 1
+            with nullcontext() if whole else self.accelerator.no_sync(self.policy.model):
+                rows = experience.rows(part)
+                rl, sft = self._losses(rows, term, seed)
+                if measure and number == 0:
+                    self._balance(rl.loss.mean(), sft.mean())
+                share = len(rows) / len(experience) / len(terms)
+                loss = self._mixed(rl, sft, LossWeights(weights.rl[part], weights.sft[part]))
+                self.accelerator.backward(loss * share)
+            totals += share * torch.stack([rl.loss.mean(), sft.mean(), rl.kl.mean()]).detach()
+        norm = self.accelerator.clip_grad_norm_(self.weights, self.options.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.weights)
+        names = ("rl_loss", "sft_loss", "kl", "grad_norm")
+        return dict(zip(names, [*totals.tolist(), float(norm)], strict=True))
+
+    def _losses(self, experience: Experience, term: int, seed: int) -> tuple[RLTerm, Tensor]:
+        """The RL term and the SFT loss, per input; both with fresh noise for every term."""
+        kl = self.options.kl_beta > 0
+        rl = self.objective(self.policy, experience, term, seed=sub_seed(seed, OBJECTIVE), frozen=self.frozen, kl=kl)
+        ids, references, noise_seed = experience.ids, experience.references, sub_seed(seed, SFT)
+        shape, device = self.policy.latent_shape(references), references.device
+        noise = noise_per_input(ids, 1, shape, seed=noise_seed, step=term, device=device)
+        times = draw_times(self.policy, ids, 1, seed=noise_seed, term=term, device=device)
+        return rl, self.policy.sft_loss(references, experience.condition, noise, times)
+
+    def _mixed(self, rl: RLTerm, sft: Tensor, weights: LossWeights) -> Tensor:
+        scale = self.options.sft_scale if self.balance is None else self.balance.sft_scale
+        assert not isinstance(scale, str), "'balanced' has a balance"
+        return mixed_loss(rl.loss, sft, weights, rl.kl, beta=self.options.kl_beta, sft_scale=scale)
+
+    def _balance(self, rl_loss: Tensor, sft_loss: Tensor) -> None:
+        assert self.balance is not None, "only called to balance"
+        norms = torch.stack([gradient_norm(loss, self.weights) for loss in (rl_loss, sft_loss)])
+        rl_norm, sft_norm = self.accelerator.reduce(norms, "mean").unbind()
+        self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has its averaged weights, if it keeps any."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.weights)
+        self.ema.copy_to(self.weights)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": trained_weights(unwrapped(self.policy.model)),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "balance": None if self.balance is None else self.balance.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict()` was taken."""
+        load_trained_weights(unwrapped(self.policy.model), state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, own in (("balance", self.balance), ("ema", self.ema), ("scaler", self.accelerator.scaler)):
+            if own is not None and state[name] is not None:
+                own.load_state_dict(state[name])
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+        if self.balance is not None and self.balance.rl_norm is not None and self.balance.sft_norm is not None:
+            device = self.accelerator.device
+            self.balance.rl_norm, self.balance.sft_norm = (
+                norm.to(device) for norm in (self.balance.rl_norm, self.balance.sft_norm)
+            )
+
+
+def _average(weights: Sequence[Tensor], decay: float) -> Any:
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(weights, decay=decay)  # pyright: ignore[reportArgumentType]

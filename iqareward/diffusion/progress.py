@@ -1,0 +1,33 @@
+"""The bar that a run shows: how far it is and the figures that matter."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+FIGURES = ("reward", "difficulty", "rl_share", "active")
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *, done: int = 0, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar on the error stream; call what it yields with the record of each update.
+
+    Args:
+        description: what is running.
+        total: updates in all.
+        done: updates done before, after a resume.
+        shown: False draws nothing, e.g. on all processes but one.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True), disable=not shown
+    ) as bar:
+        task = bar.add_task(description, total=total, completed=done, figures="")
+
+        def advance(record: dict[str, Any]) -> None:
+            figures = "  ".join(f"{name} {record[name]:.3g}" for name in FIGURES if name in record)
+            bar.update(task, advance=1, figures=figures)
+
+        yield advance
