@@ -1,0 +1,177 @@
+"""Known damage of known strength: blur, lost resolution, noise and JPEG, from hardly visible to severe."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iqareward.diffusion.data.jpeg import jpeg
+from iqareward.diffusion.data.seeds import id_list, normal
+from iqareward.functional._checks import check_images
+from iqareward.functional.resize import pillow_resize
+
+TASKS = ("blur", "resize", "noise", "jpeg")
+# The mildest setting of each task; the strongest are options.
+MIN_SIGMA, MIN_FACTOR, MIN_NOISE, MAX_QUALITY = 0.5, 1.0, 2.0, 95.0
+TAPS_PER_SIGMA = 3  # beyond it a Gaussian is below 1 % of its peak
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """Damages images, one task after the other, each image as much as its severity says.
+
+    At severity u in [0, 1] every task has the share u of its way from mild to strong: blur of 0.5 to `max_sigma`
+    pixels, resolution lost 1 to `max_factor` times, noise of 2 to `max_noise` steps of 1/255, JPEG quality 95 down to
+    `min_quality`. A single task gives deblurring, super-resolution, denoising or artifact removal.
+
+    Args:
+        tasks: any of "blur", "resize", "noise", "jpeg", in the order in which they are applied.
+        max_sigma: blur at severity 1 in pixels, at least 0.5.
+        max_factor: loss of resolution at severity 1, at least 1.
+        max_noise: noise at severity 1 in steps of 1/255, at least 2.
+        min_quality: JPEG quality at severity 1, in [1, 95].
+
+    Raises:
+        ValueError: an unknown or repeated task, or an option out of its range.
+
+    Example:
+        >>> grey = torch.full((2, 3, 32, 32), 0.5)
+        >>> noisy = Degradation(tasks=("noise",))(grey, torch.tensor([0.0, 1.0]), [0, 1])
+        >>> (noisy - grey).std((1, 2, 3)).mul(255).round()
+        tensor([ 2., 30.])
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    max_sigma: float = 3.0
+    max_factor: float = 4.0
+    max_noise: float = 30.0
+    min_quality: float = 25.0
+
+    def __post_init__(self) -> None:
+        requirements = {
+            f"tasks as a tuple of different names out of {TASKS}": isinstance(self.tasks, tuple)
+            and 0 < len(set(self.tasks)) == len(self.tasks)
+            and set(self.tasks) <= set(TASKS),
+            f"max_sigma >= {MIN_SIGMA:g}": self.max_sigma >= MIN_SIGMA,
+            f"max_factor >= {MIN_FACTOR:g}": self.max_factor >= MIN_FACTOR,
+            f"max_noise >= {MIN_NOISE:g}": self.max_noise >= MIN_NOISE,
+            f"min_quality in [1, {MAX_QUALITY:g}]": 1 <= self.min_quality <= MAX_QUALITY,
+        }
+        for requirement, met in requirements.items():
+            if not met:
+                raise ValueError(f"Degradation expected {requirement}, got {self}. Change that option.")
+
+    def __call__(self, images: Tensor, severity: Tensor, ids: Sequence[int] | Tensor, *, seed: int = 0) -> Tensor:
+        """The damaged images; a row depends on its own image, severity and id, never on its batch.
+
+        Args:
+            images: `[B, 3, H, W]` in [0, 1].
+            severity: `[B]`; clamped to [0, 1].
+            ids: `[B]` integers >= 0; an id has the same noise pattern at every severity.
+            seed: integer >= 0, of the noise.
+
+        Returns:
+            `[B, 3, H, W]` float32 in [0, 1], on the device of the images.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        images, ids = check_images("Degradation", images).detach().float(), id_list("Degradation", ids)
+        if severity.shape != images.shape[:1] or len(ids) != len(images):
+            raise ValueError(
+                f"Degradation expected one severity and one id for each of {len(images)} images, got "
+                f"{list(severity.shape)} and {len(ids)}. Use torch.full for one severity."
+            )
+        share = severity.to(images.device).float().clamp(0, 1)
+        steps: dict[str, Callable[[Tensor], Tensor]] = {
+            "blur": lambda rows: blur(rows, MIN_SIGMA + (self.max_sigma - MIN_SIGMA) * share),
+            "resize": lambda rows: lower_resolution(rows, MIN_FACTOR + (self.max_factor - MIN_FACTOR) * share),
+            "noise": lambda rows: add_noise(rows, MIN_NOISE + (self.max_noise - MIN_NOISE) * share, ids, seed=seed),
+            "jpeg": lambda rows: jpeg(rows, MAX_QUALITY - (MAX_QUALITY - self.min_quality) * share),
+        }
+        for task in self.tasks:
+            images = steps[task](images)
+        return images.clamp(0, 1)
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with a width of its own for each image; the border is repeated outwards.
+
+    Args:
+        images: `[B, 3, H, W]`.
+        sigma: `[B]` in pixels, > 0.
+
+    Returns:
+        `[B, 3, H, W]`.
+
+    Example:
+        >>> step = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(1, 3, 4, 4)
+        >>> blur(step, torch.tensor([0.5]))[0, 0, 0].mul(100).round()
+        tensor([  0.,  11.,  89., 100.])
+    """
+    radius = math.ceil(TAPS_PER_SIGMA * float(sigma.max()))
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device=sigma.device)
+    sigma = sigma.double()[:, None]
+    # Cut at each image's own width, so that the widest blur of the batch changes no other. In double precision, because
+    # the last digit of an exponential may depend on the place in the batch, and is rounded away here.
+    inside = offsets.abs() <= (TAPS_PER_SIGMA * sigma).ceil()
+    taps = torch.where(inside, torch.exp(-0.5 * (offsets / sigma).square()), 0.0)
+    taps = (taps / taps.sum(1, keepdim=True)).float()[:, :, None, None, None]
+    for dim in (2, 3):
+        length = images.shape[dim]
+        padding = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
+        padded = F.pad(images, padding, mode="replicate")
+        images = padded.narrow(dim, 0, length) * taps[:, 0]
+        for place in range(1, 2 * radius + 1):
+            images = images + padded.narrow(dim, place, length) * taps[:, place]
+    return images
+
+
+def lower_resolution(images: Tensor, factor: Tensor) -> Tensor:
+    """Shrink each image by a factor of its own and enlarge it again, bicubic in 8 bits, as Pillow resizes files.
+
+    Args:
+        images: `[B, 3, H, W]` in [0, 1]; rounded to 8 bits.
+        factor: `[B]` >= 1; the small image has round(H / factor) x round(W / factor) pixels.
+
+    Returns:
+        `[B, 3, H, W]` in [0, 1], multiples of 1/255.
+
+    Example:
+        >>> fine = torch.tensor([0.0, 1.0]).repeat(4).expand(1, 3, 8, 8)
+        >>> lower_resolution(fine, torch.tensor([4.0])).std() < 0.1 * fine.std()
+        tensor(True)
+    """
+    height, width = images.shape[2:]
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    for row, by in enumerate(factor.tolist()):
+        small = (max(1, round(height / by)), max(1, round(width / by)))
+        rows_of.setdefault(small, []).append(row)
+    degraded = torch.empty_like(images)
+    for small, rows in rows_of.items():  # images of one small size are resized together
+        degraded[rows] = pillow_resize(pillow_resize(images[rows], small), (height, width))
+    return degraded
+
+
+def add_noise(images: Tensor, sigma: Tensor, ids: Sequence[int], *, seed: int = 0) -> Tensor:
+    """Add white Gaussian noise, independent per colour, of a strength of its own for each image; not clamped.
+
+    Args:
+        images: `[B, 3, H, W]`.
+        sigma: `[B]` standard deviations in steps of 1/255.
+        ids: `[B]` integers >= 0, which choose the pattern.
+        seed: integer >= 0, which chooses it too.
+
+    Returns:
+        `[B, 3, H, W]`.
+
+    Example:
+        >>> grey = torch.full((1, 3, 64, 64), 0.5)
+        >>> (add_noise(grey, torch.tensor([5.0]), [7]) - grey).std().mul(255).round()
+        tensor(5.)
+    """
+    pattern = normal(ids, *images.shape[1:], seed=seed, purpose="noise").to(images.device)
+    return images + pattern * (sigma / 255)[:, None, None, None]

@@ -1,0 +1,191 @@
+"""Where training reads its inputs: pairs of a degraded image and its reference, by id."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from iqareward.diffusion.data.degradations import Degradation
+from iqareward.diffusion.data.seeds import id_list, uniform
+from iqareward.diffusion.data.textures import synthetic_images
+from iqareward.images import to_images
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+READERS = 8  # threads that read a batch; Pillow decodes outside the interpreter lock
+
+
+class Pairs(Protocol):
+    """What a trainer needs to know of its data: how many inputs there are, and the two images of each.
+
+    An id always gives the same pair. Difficulty and reward histories are kept per id.
+    """
+
+    def __len__(self) -> int:
+        """Number of inputs; ids are 0 to this number - 1."""
+        ...
+
+    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(degraded, references), both `[B, 3, H, W]` float32 in [0, 1] on the CPU, in the order of `ids`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SyntheticPairs:
+    """Pairs made on the spot, with a known severity each: experiments without a download.
+
+    Args:
+        num_inputs: ids are 0 to this number - 1.
+        size: side in pixels.
+        degradation: what damages the images.
+        seed: integer >= 0; another seed is another data set, for instance a held-out one.
+
+    Raises:
+        ValueError: there would be no input or no pixel.
+
+    Example:
+        >>> pairs = SyntheticPairs(100, size=32)
+        >>> degraded, references = pairs.batch([4, 7])
+        >>> degraded.shape, pairs.severities([4, 7]).shape
+        (torch.Size([2, 3, 32, 32]), torch.Size([2]))
+    """
+
+    num_inputs: int
+    size: int = 32
+    degradation: Degradation = field(default_factory=Degradation)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_inputs < 1 or self.size < 1:
+            raise ValueError(f"SyntheticPairs expected num_inputs >= 1 and size >= 1, got {self}.")
+
+    def __len__(self) -> int:
+        return self.num_inputs
+
+    def severities(self, ids: Sequence[int]) -> Tensor:
+        """How damaged each input is, `[B]` uniform in [0, 1), larger = worse: a difficulty known without a model."""
+        return _severities(_checked_ids("SyntheticPairs", ids, len(self)), self.seed)
+
+    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(degraded, references), both `[B, 3, size, size]` float32 in [0, 1] on the CPU, in the order of `ids`."""
+        ids = _checked_ids("SyntheticPairs", ids, len(self))
+        references = synthetic_images(ids, size=self.size, seed=self.seed)
+        return self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed), references
+
+
+@dataclass(frozen=True)
+class FolderPairs:
+    """Pairs from the images of a folder, damaged on the spot, or from two folders that hold the same scenes.
+
+    Files are read when they are asked for. Each id is one file, in the order of the names, and has one random crop.
+
+    Args:
+        folder: the references, searched with all folders inside.
+        size: side of the crop in pixels.
+        degradation: what damages the crops; not used with `degraded_folder`.
+        seed: integer >= 0, of crops, severities and noise.
+        degraded_folder: the degraded images, of the same relative names and sizes as the references.
+
+    Raises:
+        ValueError: a folder is missing or holds no image, or a degraded image is missing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (40, 30), "red").save(f"{folder}/red.png")
+        ...     degraded, references = FolderPairs(folder, size=16).batch([0])
+        >>> references.amax((2, 3))
+        tensor([[1., 0., 0.]])
+    """
+
+    folder: str | Path
+    size: int
+    degradation: Degradation = field(default_factory=Degradation)
+    seed: int = 0
+    degraded_folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"FolderPairs expected size >= 1, got {self.size}.")
+        names = self.names
+        if self.degraded_folder is None:
+            return
+        missing = [name for name in names if not (Path(self.degraded_folder) / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"FolderPairs expected {self.degraded_folder} to hold an image of each name in {self.folder}, but "
+                f"{len(missing)} of {len(names)} are missing, the first being {missing[0]}."
+            )
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The files relative to the folder, sorted; the place in this list is the id."""
+        folder = Path(self.folder)
+        if not folder.is_dir():
+            raise ValueError(f"FolderPairs expected a folder of images, got {folder}, which is none.")
+        files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        names = sorted(path.relative_to(folder).as_posix() for path in files)
+        if not names:
+            raise ValueError(f"FolderPairs found no image in {folder}. Suffixes known are {sorted(SUFFIXES)}.")
+        return names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(degraded, references), both `[B, 3, size, size]` float32 in [0, 1] on the CPU, in the order of `ids`.
+
+        Raises:
+            ValueError: a file cannot be read, is smaller than the crop, or its pair differs in size; it is named.
+        """
+        ids = _checked_ids("FolderPairs", ids, len(self))
+        corners = uniform(ids, 2, seed=self.seed, purpose="crop").tolist()
+        with ThreadPoolExecutor(READERS) as readers:
+            rows = list(readers.map(self._crops, ids, corners))
+        references = torch.stack([row[0] for row in rows])
+        if self.degraded_folder is not None:
+            return torch.stack([row[1] for row in rows]), references
+        return self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed), references
+
+    def _crops(self, input_id: int, corner: tuple[float, float]) -> list[Tensor]:
+        """The reference `[3, size, size]`, followed by the degraded image if it is a file."""
+        folders = [folder for folder in (self.folder, self.degraded_folder) if folder is not None]
+        paths = [Path(folder) / self.names[input_id] for folder in folders]
+        images = [_read(path) for path in paths]
+        height, width = images[0].shape[1:]
+        if images[0].shape != images[-1].shape:
+            raise ValueError(
+                f"FolderPairs expected {paths[1]} in the size of its reference, {width} x {height}, got "
+                f"{images[1].shape[2]} x {images[1].shape[1]}. Resize it."
+            )
+        if min(height, width) < self.size:
+            raise ValueError(
+                f"FolderPairs expected images of at least {self.size} x {self.size}, got {paths[0]} of "
+                f"{width} x {height}. Lower `size` or remove the file."
+            )
+        top, left = (int(at * (side - self.size + 1)) for at, side in zip(corner, (height, width), strict=True))
+        return [image[:, top : top + self.size, left : left + self.size] for image in images]
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return to_images(path)[0]
+    # What Pillow and to_images raise for files that are broken, too large or of an unclear range.
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"FolderPairs could not read {path}: {error}. Repair or remove the file.") from error
+
+
+def _severities(ids: list[int], seed: int) -> Tensor:
+    return uniform(ids, seed=seed, purpose="severity")
+
+
+def _checked_ids(caller: str, ids: Sequence[int], num_inputs: int) -> list[int]:
+    rows = id_list(caller, ids)
+    if max(rows) >= num_inputs:
+        raise ValueError(f"{caller} expected ids in [0, {num_inputs}), got {max(rows)}.")
+    return rows

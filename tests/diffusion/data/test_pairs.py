@@ -1,0 +1,124 @@
+"""Pairs: an id always gives the same pair, files are cropped and matched by name, and bad files are named."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from iqareward.difficulty import rmse
+from iqareward.diffusion.data.degradations import Degradation
+from iqareward.diffusion.data.pairs import FolderPairs, Pairs, SyntheticPairs
+from iqareward.diffusion.data.textures import synthetic_images
+from tests.tolerances import EXACT
+
+NAMES = ("a.png", "b.PNG", "inner/c.png", "inner/deeper/d.bmp")
+
+
+def save(image: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((image * 255).round().to(torch.uint8).movedim(0, -1).numpy()).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four images of 40 x 30 in folders, and a file that is no image."""
+    for image, name in zip(synthetic_images(range(4), size=40), NAMES):
+        save(image[:, :30], tmp_path / "clean" / name)
+    (tmp_path / "clean" / "notes.txt").write_text("no image")
+    return tmp_path / "clean"
+
+
+def check_batches(pairs: Pairs) -> None:
+    """The promises of the protocol."""
+    degraded, references = pairs.batch([0, 1, 2, 3])
+    assert degraded.shape == references.shape
+    for images in (degraded, references):
+        assert images.dtype == torch.float32
+        assert images.amin() >= 0
+        assert images.amax() <= 1
+    for copy in (pairs, pickle.loads(pickle.dumps(pairs))):
+        for rows in ([3, 1], [2]):
+            again = copy.batch(rows)
+            torch.testing.assert_close(again[0], degraded[rows], **EXACT)
+            torch.testing.assert_close(again[1], references[rows], **EXACT)
+    with pytest.raises(ValueError, match="ids in"):
+        pairs.batch([0, len(pairs)])
+
+
+def test_pairs_do_not_depend_on_their_batch(folder):
+    """Both kinds keep the promises of the protocol, also as a pickled copy."""
+    check_batches(SyntheticPairs(10, size=24))
+    check_batches(FolderPairs(folder, size=24))
+    check_batches(FolderPairs(folder, size=24, degraded_folder=folder))
+
+
+def test_severity_tells_the_damage():
+    """Severities are uniform, and are what the degradation was given."""
+    pairs = SyntheticPairs(256, size=32)
+    severities = pairs.severities(range(256))
+    torch.testing.assert_close(severities.sort().values, torch.linspace(0, 1, 256), rtol=0, atol=0.1)
+    degraded, references = pairs.batch(range(32))
+    torch.testing.assert_close(Degradation()(references, severities[:32], range(32)), degraded, **EXACT)
+    ranks = torch.stack([rmse(degraded, references), severities[:32]]).argsort(1).argsort(1).double()
+    assert torch.corrcoef(ranks)[0, 1] > 0.7
+
+
+def test_seeds_are_other_data_sets():
+    """No image or severity of one seed is in the other."""
+    first, other = SyntheticPairs(8, size=16), SyntheticPairs(8, size=16, seed=1)
+    assert len(first) == 8
+    assert (rmse(first.batch(range(8))[1], other.batch(range(8))[1]) > 0.02).all()
+    assert not (first.severities(range(8)) == other.severities(range(8))).any()
+
+
+def test_folder_is_sorted_and_cropped(folder):
+    """Ids follow the sorted names, other files are left out, and a crop is a part of its image."""
+    pairs = FolderPairs(folder, size=16, degradation=Degradation(("noise",)))
+    assert pairs.names == list(NAMES)
+    assert len(pairs) == 4
+    crop = pairs.batch([2])[1][0]
+    whole = (synthetic_images([2], size=40)[0, :, :30] * 255).round() / 255
+    windows = whole.unfold(1, 16, 1).unfold(2, 16, 1).movedim(0, 2)
+    assert (windows == crop).all(-1).all(-1).all(-1).sum() == 1
+    other_crops = [FolderPairs(folder, size=16, seed=seed).batch([2])[1][0] for seed in range(1, 4)]
+    assert not all(other.equal(crop) for other in other_crops)
+
+
+def test_real_pairs_are_cropped_alike(folder, tmp_path):
+    """With a second folder both crops show the same place, and nothing else is done to them."""
+    for image, name in zip(synthetic_images(range(4), size=40), NAMES):
+        save(1 - (image[:, :30] * 255).round() / 255, tmp_path / "negative" / name)
+    degraded, references = FolderPairs(folder, size=20, degraded_folder=tmp_path / "negative").batch(range(4))
+    torch.testing.assert_close((degraded * 255).round(), ((1 - references) * 255).round(), **EXACT)
+
+
+def test_bad_files_are_named(folder, tmp_path):
+    """A file that is broken, too small, missing or of another size is in the message."""
+    with pytest.raises(ValueError, match=r"at least 31 x 31, got \S*a\.png of 40 x 30"):
+        FolderPairs(folder, size=31).batch([0])
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"could not read \S*a\.png"):
+        FolderPairs(folder, size=16).batch([1, 0])
+    save(torch.zeros(3, 30, 40), tmp_path / "degraded" / "a.png")
+    with pytest.raises(ValueError, match=r"3 of 4 are missing, the first being b\.PNG"):
+        FolderPairs(folder, size=16, degraded_folder=tmp_path / "degraded")
+    for name in NAMES:
+        save(torch.zeros(3, 15, 20), tmp_path / "degraded" / name)
+    with pytest.raises(ValueError, match=r"degraded/b\.PNG in the size of its reference, 40 x 30, got 20 x 15"):
+        FolderPairs(folder, size=10, degraded_folder=tmp_path / "degraded").batch([1])
+
+
+def test_nothing_to_read_is_refused(tmp_path):
+    """Missing and empty folders, and sizes and numbers below 1, are errors at construction."""
+    with pytest.raises(ValueError, match="which is none"):
+        FolderPairs(tmp_path / "absent", size=16)
+    with pytest.raises(ValueError, match="found no image"):
+        FolderPairs(tmp_path, size=16)
+    for options in ({"num_inputs": 0}, {"num_inputs": 4, "size": 0}):
+        with pytest.raises(ValueError, match="SyntheticPairs expected"):
+            SyntheticPairs(**options)
+    with pytest.raises(ValueError, match="size >= 1"):
+        FolderPairs(tmp_path, size=0)
