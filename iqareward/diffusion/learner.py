@@ -31,7 +31,8 @@ class Optimization:
         inputs_per_update: inputs of one optimiser step, over all processes.
         micro_batch: inputs per backward pass; fewer take less memory and give the same step.
         kl_beta: weight of the divergence from the policy before RL.
-        sft_scale: factor of the SFT loss; "balanced" makes both gradients equally long (see `GradientBalance`).
+        sft_scale: factor of the SFT loss; "balanced" makes both gradients equally long (see `GradientBalance`), measured
+            on the first part of the update, so it depends on `micro_batch` and the number of processes.
         balance_every: updates between two measurements of the gradients.
         std_floor: rewards of an input that spread no more than this say nothing: the judge's test-retest noise.
         ema_decay: decay of the averaged weights that validation uses; 0 uses the weights themselves.
@@ -89,7 +90,7 @@ class Learner:
             seed: of the noise of both losses.
 
         Returns:
-            Means over the inputs: `rl_loss`, `sft_loss`, `kl`; and `grad_norm` before clipping.
+            Means over the inputs of all processes: `rl_loss`, `sft_loss`, `kl`; and `grad_norm` before clipping.
         """
         terms, size = list(self.objective.terms(experience)), self.options.micro_batch or len(experience)
         parts = [slice(start, min(start + size, len(experience))) for start in range(0, len(experience), size)]
@@ -112,6 +113,7 @@ class Learner:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.step(self.weights)
+        totals = self.accelerator.reduce(totals, "mean")
         names = ("rl_loss", "sft_loss", "kl", "grad_norm")
         return dict(zip(names, [*totals.tolist(), float(norm)], strict=True))
 

@@ -1,0 +1,191 @@
+"""The loop as a whole: it learns what it is told to, resumes exactly, and does the same on two processes as on one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from iqareward.diffusion.batches import InputOrder
+from iqareward.diffusion.checkpoint import load_state, trained_weights
+from iqareward.diffusion.experience import Sampling
+from iqareward.diffusion.learner import Optimization
+from iqareward.diffusion.policy import add_lora
+from iqareward.schedules import Schedule
+from iqareward.schedules.formulas import constant
+from tests.diffusion.tiny import SIZE, pixel_policy
+from tests.diffusion.train_tiny import trainer
+
+EXACT = {"rtol": 0.0, "atol": 0.0}
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, updates: int, *more: str, **environment: str) -> subprocess.Popen:
+    """The program `train_tiny` in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.diffusion.train_tiny", str(folder), str(updates), *more]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment)
+
+
+def weights_of(run) -> dict[str, torch.Tensor]:
+    """What the run trained."""
+    return trained_weights(run.policy.model)
+
+
+def test_history_has_a_line_per_update(tmp_path):
+    """Numbers of losses, rewards, weights; validations before the first update and after the last; grids on disk."""
+    run = trainer(tmp_path)
+    history = run.train(3, save_every=2, validate_every=2)
+    assert [line["update"] for line in history] == [0, 1, 2, 3]
+    for line in history[1:]:
+        assert {"rl_loss", "sft_loss", "kl", "grad_norm", "reward", "difficulty", "rl_share", "active"} <= line.keys()
+        assert all(torch.tensor(value).isfinite() for name, value in line.items() if name not in ("update", "alarms"))
+    assert ["validation/psnr" in line for line in history] == [True, False, True, True]
+    with Image.open(tmp_path / "samples-000003.png") as grid:
+        assert grid.size == (4 * SIZE, 3 * SIZE)
+    assert load_state(tmp_path / "checkpoint.pt")["updates"] == 3
+
+
+def test_resumed_run_ends_with_the_same_weights(tmp_path):
+    """Killed without warning in the middle of an update, again and again, it ends where an unbroken run does."""
+    unbroken = trainer(tmp_path / "unbroken", sft_scale="balanced")
+    unbroken.train(4, save_every=1, validate_every=2)
+    folder, kills = tmp_path / "broken", 0
+    for wanted in (1, 2):
+        process = start(folder, 4, "--wait", "0.15", "--balanced")
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoint.pt").exists() or load_state(folder / "checkpoint.pt")["updates"] < wanted:
+            assert time.monotonic() < deadline, "the run made no checkpoint"
+            time.sleep(0.02)
+        time.sleep(0.1 * wanted)  # into the next update
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills == 2, "the run was over before it could be killed"
+    resumed = trainer(folder, sft_scale="balanced")
+    history = resumed.train(4, save_every=1, validate_every=2, resume=True)
+    assert history == unbroken.history
+    for name, weight in weights_of(unbroken).items():
+        torch.testing.assert_close(weights_of(resumed)[name], weight, **EXACT)
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    """The same inputs in all, shared out by accelerate, end in the same weights up to rounding."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    folder = tmp_path / "two"
+    ranks = [
+        start(folder, 2, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **shared)
+        for rank in range(2)
+    ]
+    one = trainer(tmp_path / "one")
+    one.train(2, save_every=1, validate_every=2)
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    found = torch.load(folder / "final.pt", weights_only=True)
+    for name, weight in weights_of(one).items():
+        # AdamW's first steps are +-1e-3 whatever the gradient's size: rounding shows where the gradient is near 0.
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-5)
+    both = load_state(folder / "checkpoint.pt")["history"]
+    for line, expected in zip(both, one.history, strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            assert line[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)), name
+
+
+def test_micro_batches_and_overlap_change_nothing(tmp_path):
+    """Neither the number of inputs per backward pass nor scoring in another thread changes the step."""
+    runs = []
+    for size, overlap in ((4, False), (1, True)):
+        optimization = Optimization(learning_rate=1e-3, inputs_per_update=4, micro_batch=size)
+        run = trainer(tmp_path / str(size), optimization=optimization, overlap=overlap, validation=None)
+        run.train(1)
+        runs.append(run)
+    for name, weight in weights_of(runs[0]).items():
+        torch.testing.assert_close(weights_of(runs[1])[name], weight, rtol=1e-3, atol=2e-5)
+    assert runs[0].history[1]["reward"] == pytest.approx(runs[1].history[1]["reward"], rel=1e-5)
+
+
+def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):
+    """Against the frozen copy of a whole model, and against a LoRA model with its adapters off."""
+    for name, policy in (("whole", pixel_policy()), ("lora", pixel_policy())):
+        optimization = Optimization(learning_rate=1e-3, inputs_per_update=4, kl_beta=0.1)
+        run = trainer(tmp_path / name, optimization=optimization, validation=None)
+        if name == "lora":
+            policy.model = add_lora(policy.model, rank=2)
+            run = type(run)(
+                policy,
+                run.reward,
+                run.pairs,
+                output_dir=tmp_path / name,
+                optimization=optimization,
+                sampling=run.sampling,
+                accelerator=run.accelerator,
+                show_progress=False,
+            )
+        history = run.train(2)
+        assert history[1]["kl"] == 0
+        assert history[2]["kl"] > 0
+        assert ("lora" in next(iter(weights_of(run)))) == (name == "lora")
+
+
+def test_sft_alone_approaches_the_ground_truth_and_rl_alone_the_reward(tmp_path):
+    """With a share of 0 the SFT loss falls; with a share of 1 the reward, contrast, rises."""
+    from functools import partial
+
+    for share, name, better in ((0.0, "sft_loss", -1), (1.0, "reward", 1)):
+        run = trainer(
+            tmp_path / name,
+            weighter=Schedule(partial(constant, share=share)),
+            optimization=Optimization(learning_rate=3e-3, inputs_per_update=8),
+            sampling=Sampling(group_size=4, num_steps=3),
+            validation=None,
+            memory=None,
+        )
+        values = torch.tensor([line[name] for line in run.train(16)[1:]])
+        assert better * (values[-4:].mean() - values[:4].mean()) > 0, (name, values)
+
+
+def test_validation_stops_a_run_that_gets_worse(tmp_path):
+    """Once the held-out judge has had no new best for `patience` validations; the best weights are kept."""
+    run = trainer(tmp_path)
+    assert run.validation is not None
+    run.validation.stop_on, run.validation.patience = "psnr", 2
+    run.validation.judges = {"psnr": lambda images, references: torch.full((len(images),), -float(run.updates))}
+    history = run.train(50, validate_every=1)
+    assert len(history) == 3
+    assert (tmp_path / "best.safetensors").exists()
+
+
+def test_other_runs_checkpoints_are_refused(tmp_path):
+    """Another seed or other trained weights: a clear error, and nothing is changed."""
+    trainer(tmp_path).train(1, save_every=1)
+    with pytest.raises(ValueError, match="seed"):
+        trainer(tmp_path, seed=1).train(2, resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="unreadable"):
+        trainer(tmp_path).train(2, resume=True)
+
+
+def test_input_order_visits_all_inputs_once_per_epoch():
+    """Any number of processes see the same batches."""
+    order = InputOrder(10, 4, seed=3)
+    assert len(set(order.ids(0) + order.ids(1))) == 8
+    assert order.ids(2) != order.ids(0)
+    assert order.ids(5, rank=0, world=2) + order.ids(5, rank=1, world=2) == order.ids(5)
+    with pytest.raises(ValueError, match="batch_size"):
+        InputOrder(3, 4, seed=0)
+
+
+def test_options_that_cannot_work_are_refused(tmp_path):
+    """Unknown words and sizes that do not divide."""
+    with pytest.raises(ValueError, match="balanced"):
+        Optimization(sft_scale="auto")
+    with pytest.raises(ValueError, match="rising order"):
+        Sampling(reward_steps=(3, 1))
