@@ -26,10 +26,9 @@ class FlowCPS(FlowPath):
     Example:
         >>> import diffusers, torch
         >>> process = FlowCPS(diffusers.FlowMatchEulerDiscreteScheduler())
-        >>> first, last = process.schedule(2)
         >>> latents = torch.zeros(1, 4, 8, 8)
-        >>> round(process.transition(latents, latents, first, eta=1.0).std, 4), last.then
-        (0.001, 0.0)
+        >>> [round(process.transition(latents, latents, step, eta=1.0).std, 3) for step in process.schedule(4)]
+        [0.667, 0.334, 0.001, 0.0]
 
     References:
         Wang, Yu, Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching, 2025,

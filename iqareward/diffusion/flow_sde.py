@@ -27,10 +27,9 @@ class FlowSDE(FlowPath):
     Example:
         >>> import diffusers, torch
         >>> process = FlowSDE(diffusers.FlowMatchEulerDiscreteScheduler())
-        >>> first, last = process.schedule(2)
         >>> latents = torch.zeros(1, 4, 8, 8)
-        >>> round(process.transition(latents, latents, first, eta=0.7).std, 4)
-        0.0221
+        >>> [round(process.transition(latents, latents, step, eta=0.7).std, 2) for step in process.schedule(4)]
+        [0.7, 0.57, 0.29, 0.0]
 
     References:
         Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, 2025, https://arxiv.org/abs/2505.05470

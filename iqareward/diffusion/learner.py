@@ -31,8 +31,8 @@ class Optimization:
         inputs_per_update: inputs of one optimiser step, over all processes.
         micro_batch: inputs per backward pass; fewer take less memory and give the same step.
         kl_beta: weight of the divergence from the policy before RL.
-        sft_scale: factor of the SFT loss; "balanced" makes both gradients equally long (see `GradientBalance`), measured
-            on the first part of the update, so it depends on `micro_batch` and the number of processes.
+        sft_scale: factor of the SFT loss; "balanced" makes both gradients equally long (`GradientBalance`), measured on
+            the first part of the update, so it depends on `micro_batch` and the number of processes.
         balance_every: updates between two measurements of the gradients.
         std_floor: rewards of an input that spread no more than this say nothing: the judge's test-retest noise.
         ema_decay: decay of the averaged weights that validation uses; 0 uses the weights themselves.

@@ -117,6 +117,8 @@ class DifficultyAdaptiveTrainer:
         if not (resume and self.load()):
             self.calibrate()
             self.history.append({"update": 0} | self.validate())
+        if self.accelerator.log_with and not self.accelerator.trackers:
+            self.accelerator.init_trackers("iqareward")
         shown = self.show_progress and self.accelerator.is_main_process
         with progress_bar("training", num_updates, done=self.updates, shown=shown) as advance:
             while self.updates < num_updates and not (self.validation and self.validation.stopped):
