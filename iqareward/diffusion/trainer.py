@@ -134,10 +134,11 @@ class DifficultyAdaptiveTrainer:
         return self.history
 
     def calibrate(self) -> None:
-        """Tell the weighter how hard inputs are for the model before RL; schedules need no such anchor."""
-        if isinstance(self.weighter, AdaptiveWeighter):
+        """Tell the weighter how hard inputs are for the model before RL; most schedules have no such anchor."""
+        anchor = getattr(self.weighter, "calibrate", None)
+        if anchor is not None:
             batches = range(min(CALIBRATION_UPDATES, len(self.pairs) // self.options.inputs_per_update))
-            self.weighter.calibrate(torch.cat([self.experience(batch, CALIBRATION).difficulty for batch in batches]))
+            anchor(torch.cat([self.experience(batch, CALIBRATION).difficulty for batch in batches]))
 
     def update(self) -> dict[str, Any]:
         """One optimiser step: restore and score, weigh, learn. Returns the numbers to log."""
