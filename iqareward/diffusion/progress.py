@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-FIGURES = ("reward", "difficulty", "rl_share", "active")
+FIGURES = ("sft_loss", "reward", "difficulty", "rl_share", "active")
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def progress_bar(description: str, total: int, *, done: int = 0, shown: bool = T
 
         def advance(record: dict[str, Any]) -> None:
             figures = "  ".join(f"{name} {record[name]:.3g}" for name in FIGURES if name in record)
-            bar.update(task, advance=1, figures=figures)
+            bar.update(task, advance=1, **({"figures": figures} if figures else {}))
             if record.get("alarms"):
                 bar.console.print(f"update {record.get('update')}: {record['alarms']}", markup=False)
 

@@ -1,0 +1,93 @@
+"""Supervised fine-tuning: what a model goes through before RL, and the baseline that RL has to beat."""
+
+from typing import Any
+
+import torch
+
+from iqareward.diffusion.batches import InputOrder
+from iqareward.diffusion.data.pairs import Pairs
+from iqareward.diffusion.forward_process import draw_times
+from iqareward.diffusion.noise import noise_per_input, sub_seed
+from iqareward.diffusion.policy import Policy
+from iqareward.diffusion.progress import progress_bar
+
+ORDER, NOISE = range(2)  # purposes of random numbers
+
+
+def supervised(
+    policy: Policy,
+    pairs: Pairs,
+    *,
+    num_updates: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float = 1e-4,
+    max_grad_norm: float = 1.0,
+    ema_decay: float = 0.0,
+    accelerator: Any = None,
+    show_progress: bool = True,
+    seed: int = 0,
+) -> list[float]:
+    """Train the policy's model on its own supervised loss, with AdamW and a cosine decay of the learning rate.
+
+    The random numbers of an update follow from the seed, its number and the inputs' ids. `policy.model` is the bare
+    module again when this returns, ready for `DifficultyAdaptiveTrainer`.
+
+    Args:
+        policy: the model; weights that do not require a gradient stay.
+        pairs: degraded images and their ground truth.
+        num_updates: optimiser steps.
+        batch_size: inputs per update, over all processes.
+        learning_rate: at the start; it falls to 0.
+        weight_decay: of AdamW.
+        max_grad_norm: longer gradients are shortened to this.
+        ema_decay: above 0, the model ends with the running average of its weights.
+        accelerator: of accelerate; a default one if not given.
+        show_progress: draw a progress bar.
+        seed: of everything random.
+
+    Returns:
+        The mean loss of each update, over the inputs of this process.
+
+    Raises:
+        ValueError: there are fewer pairs than `batch_size`.
+
+    References:
+        Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2017, https://arxiv.org/abs/1711.05101
+    """
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    accelerator = Accelerator() if accelerator is None else accelerator
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    order = InputOrder(len(pairs), batch_size, sub_seed(seed, ORDER))
+    weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay)
+    policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, max(num_updates, 1))
+    average = EMAModel(weights, decay=ema_decay, use_ema_warmup=True) if ema_decay else None
+    losses = []
+    with progress_bar("SFT", num_updates, shown=show_progress and accelerator.is_main_process) as advance:
+        for update in range(num_updates):
+            ids = order.ids(update, rank=rank, world=world)
+            degraded, references = (images.to(device) for images in pairs.batch(ids))
+            noise_seed = sub_seed(seed, NOISE, update)
+            shape = policy.latent_shape(references)
+            noise = noise_per_input(ids, 1, shape, seed=noise_seed, step=0, device=device)
+            times = draw_times(policy, ids, 1, seed=noise_seed, term=0, device=device)
+            with torch.no_grad():
+                condition = policy.condition(degraded)
+            loss = policy.sft_loss(references, condition, noise, times).mean()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(weights, max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if average is not None:
+                average.step(weights)
+            losses.append(loss.detach())
+            advance({"sft_loss": loss.detach()} if update % 10 == 0 else {})
+    if average is not None:
+        average.copy_to(weights)
+    policy.model = accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
+    return torch.stack(losses).tolist() if losses else []
