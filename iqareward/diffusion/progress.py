@@ -28,7 +28,9 @@ def progress_bar(description: str, total: int, *, done: int = 0, shown: bool = T
 
         def advance(record: dict[str, Any]) -> None:
             figures = "  ".join(f"{name} {record[name]:.3g}" for name in FIGURES if name in record)
-            bar.update(task, advance=1, **({"figures": figures} if figures else {}))
+            bar.advance(task)
+            if figures:
+                bar.update(task, figures=figures)
             if record.get("alarms"):
                 bar.console.print(f"update {record.get('update')}: {record['alarms']}", markup=False)
 

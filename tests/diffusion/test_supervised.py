@@ -17,9 +17,9 @@ def train(policy, updates=40, **options):
 
 
 def test_loss_falls():
-    """Over 40 updates of a tiny model, by a third at least."""
-    losses = torch.tensor(train(pixel_policy("v_prediction")))
-    assert losses[-8:].mean() < 2 / 3 * losses[:4].mean()
+    """Over 40 updates of a tiny model that predicts the clean image, to half at least."""
+    losses = torch.tensor(train(pixel_policy("sample")))
+    assert losses[-8:].mean() < losses[:8].mean() / 2
 
 
 def test_runs_can_be_repeated():
