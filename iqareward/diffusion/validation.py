@@ -3,20 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from iqareward.diffusion.experience import images_of
+from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.policy import Policy
 from iqareward.diffusion.rollout import rollout
 from iqareward.groups import gather_rows
 from iqareward.types import Reward
-
-if TYPE_CHECKING:
-    from iqareward.diffusion.monitor import HackingMonitor
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Validation:
     references: Tensor
     judges: Mapping[str, Callable[..., Tensor]]
     num_steps: int = 10
-    monitor: "HackingMonitor | None" = None
+    monitor: HackingMonitor | None = None
     stop_on: str | None = None
     patience: int | None = None
     inputs_at_once: int = 16
