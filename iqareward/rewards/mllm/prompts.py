@@ -2,8 +2,8 @@
 
 Ids are those of the LLaMA sentencepiece vocabulary with BOS (1). The hub variant's image prompts are what the scorers'
 own code produced under transformers 4.36; the paper's variant and the video prompts are put together from the same pieces
-and were not run through a tokenizer. Later tokenizers may drop BOS or split the text after the image differently, which
-moves scores.
+and were not run through a tokenizer. Later tokenizers may drop BOS or split the text after the image differently, and
+so move scores.
 """
 
 from typing import Literal, NamedTuple
