@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from iqareward.diffusion.batches import InputOrder
@@ -110,6 +111,20 @@ def test_micro_batches_and_overlap_change_nothing(tmp_path):
     for name, weight in weights_of(runs[0]).items():
         torch.testing.assert_close(weights_of(runs[1])[name], weight, rtol=1e-3, atol=2e-5)
     assert runs[0].history[1]["reward"] == pytest.approx(runs[1].history[1]["reward"], rel=1e-5)
+
+
+def test_mixed_precision_and_trackers(tmp_path):
+    """In bf16 it trains to finite numbers, fp32 outside of the network; a tracker gets the figures of every update."""
+    pytest.importorskip("tensorboard")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", log_with="tensorboard", project_dir=tmp_path / "logs")
+    run = trainer(tmp_path, accelerator=accelerator)
+    history = run.train(2)
+    accelerator.end_training()
+    assert all(
+        torch.tensor([line["rl_loss"], line["sft_loss"], line["grad_norm"]]).isfinite().all() for line in history[1:]
+    )
+    assert all(weight.dtype == torch.float32 for weight in run.policy.model.parameters())
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
 
 def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):

@@ -1,9 +1,9 @@
 """The prompts of the mPLUG-Owl2 scorers as token ids: no tokenizer, so no tokenizer version can change a score.
 
 Ids are those of the LLaMA sentencepiece vocabulary with BOS (1). The hub variant's image prompts are what the scorers'
-own code produced under transformers 4.36; the paper's variant and the video prompts are put together from the same pieces
-and were not run through a tokenizer. Later tokenizers may drop BOS or split the text after the image differently, and
-so move scores.
+own code produced under transformers 4.36; the paper's variant and the video prompts are put together from the same
+pieces and were not run through a tokenizer. Later tokenizers may drop BOS or split the text after the image
+differently, which moves scores.
 """
 
 from typing import Literal, NamedTuple
