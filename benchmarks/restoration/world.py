@@ -38,7 +38,7 @@ class Scale:
 
 
 QUICK = Scale("quick", 16, (8, 8), 1, 4, 4, 3, 2, 4, 2, 3, 9, 32)
-CPU = Scale("cpu", 32, (16, 32), 1, 1500, 32, 400, 60, 8, 6, 5, 96, 4096)
+CPU = Scale("cpu", 32, (16, 32, 32), 1, 1500, 32, 400, 60, 8, 6, 5, 96, 4096)
 GPU = Scale("gpu", 64, (32, 64, 128), 1, 8000, 64, 3000, 150, 32, 8, 6, 384, 100_000)
 SCALES = {scale.name: scale for scale in (QUICK, CPU, GPU)}
 
