@@ -41,6 +41,8 @@ class ForwardProcess:
     num_terms: int = 2
     clip: float = 5.0
 
+    relative = True
+
     def terms(self, experience: Experience) -> Sequence[int]:
         """One per time drawn."""
         return range(self.num_terms)

@@ -25,7 +25,14 @@ class Objective(Protocol):
 
     A loss has several terms, e.g. one per denoising step, so that the trainer can go through them one by one without
     holding the activations of all.
+
+    Attributes:
+        relative: whether it learns from differences between the rollouts of an input, so that an input whose rewards
+            are all the same has nothing to teach.
     """
+
+    @property
+    def relative(self) -> bool: ...
 
     def terms(self, experience: Experience) -> Sequence[int]:
         """Numbers of the terms; their mean is the loss."""
@@ -80,6 +87,8 @@ class PolicyGradient:
 
     clip: float = 1e-4
     every: int = 1
+
+    relative = True
 
     def terms(self, experience: Experience) -> Sequence[int]:
         """The stochastic steps."""

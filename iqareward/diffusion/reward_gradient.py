@@ -43,6 +43,8 @@ class RewardGradient:
     last_steps: int = 1
     checkpointed: bool = True
 
+    relative = False
+
     def __post_init__(self) -> None:
         if not self.reward.differentiable:
             raise ValueError(

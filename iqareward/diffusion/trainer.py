@@ -143,7 +143,8 @@ class DifficultyAdaptiveTrainer:
     def update(self) -> dict[str, Any]:
         """One optimiser step: restore and score, weigh, learn. Returns the numbers to log."""
         experience = self.experience(self.updates, ROLLOUT)
-        weights = self.weighter(experience.difficulty, active=experience.active)
+        active = experience.active if self.learner.objective.relative else None
+        weights = self.weighter(experience.difficulty, active=active)
         seed = sub_seed(self.seed, LEARNING, self.updates)
         record = self.learner.step(experience, weights, update=self.updates, seed=seed)
         self.weighter.update(experience.difficulty)

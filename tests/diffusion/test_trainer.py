@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ from PIL import Image
 from iqareward.diffusion.batches import InputOrder
 from iqareward.diffusion.checkpoint import load_state, trained_weights
 from iqareward.diffusion.experience import Sampling
+from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.learner import Optimization
 from iqareward.diffusion.policy import add_lora
+from iqareward.diffusion.reward_gradient import RewardGradient
+from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule
 from iqareward.schedules.formulas import constant
 from tests.diffusion.tiny import SIZE, pixel_policy
-from tests.diffusion.train_tiny import trainer
+from tests.diffusion.train_tiny import contrast, trainer
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROOT = Path(__file__).parents[2]
@@ -152,19 +156,39 @@ def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):
 
 def test_sft_alone_approaches_the_ground_truth_and_rl_alone_the_reward(tmp_path):
     """With a share of 0 the SFT loss falls; with a share of 1 the reward, contrast, rises."""
-    from functools import partial
-
     for share, name, better in ((0.0, "sft_loss", -1), (1.0, "reward", 1)):
         run = trainer(
             tmp_path / name,
             weighter=Schedule(partial(constant, share=share)),
             optimization=Optimization(learning_rate=3e-3, inputs_per_update=8),
             sampling=Sampling(group_size=4, num_steps=3),
+            policy=pixel_policy("sample"),
             validation=None,
             memory=None,
         )
         values = torch.tensor([line[name] for line in run.train(16)[1:]])
         assert better * (values[-4:].mean() - values[:4].mean()) > 0, (name, values)
+
+
+@pytest.mark.parametrize("objective", [ForwardProcess(num_terms=1), "gradient"])
+def test_other_objectives_raise_the_reward(tmp_path, objective):
+    """DiffusionNFT, and DRaFT with a single rollout per input, which has no spread and needs none."""
+    judge = NoReference(contrast, name="contrast", higher_is_better=True, differentiable=True)
+    group_size = 1 if objective == "gradient" else 4
+    run = trainer(
+        tmp_path,
+        objective=RewardGradient(judge) if objective == "gradient" else objective,
+        weighter=Schedule(partial(constant, share=1.0)),
+        optimization=Optimization(learning_rate=3e-3, inputs_per_update=8),
+        sampling=Sampling(group_size=group_size, num_steps=3),
+        policy=pixel_policy("sample"),
+        validation=None,
+        memory=None,
+    )
+    history = run.train(12)[1:]
+    assert history[0]["reward"] < 0.4  # 0.5 is all there is
+    assert all(line["rl_share"] == 1 for line in history)
+    assert history[-1]["reward"] > 1.2 * history[0]["reward"]
 
 
 def test_validation_stops_a_run_that_gets_worse(tmp_path):

@@ -46,7 +46,8 @@ def trainer(folder, wait=0.0, seed=0, sft_scale=1.0, **options) -> DifficultyAda
         "seed": seed,
     }
     judged = NoReference(reward, name="contrast", higher_is_better=True)
-    return DifficultyAdaptiveTrainer(pixel_policy(), judged, pairs, output_dir=folder, **(defaults | options))
+    policy = options.pop("policy", None) or pixel_policy()
+    return DifficultyAdaptiveTrainer(policy, judged, pairs, output_dir=folder, **(defaults | options))
 
 
 def main() -> None:
