@@ -6,12 +6,12 @@ from typing import Any
 
 import diffusers
 import torch
-from iqareward.diffusion.sft import supervised
 from safetensors.torch import load_file, save_file
 
 from iqareward.diffusion import DDIM, PixelPolicy
 from iqareward.diffusion.data.degradations import Degradation
 from iqareward.diffusion.data.pairs import SyntheticPairs
+from iqareward.diffusion.sft import supervised
 
 TASKS = {"super-resolution": ("resize",), "denoising": ("noise",), "deblurring": ("blur",)}
 # Seeds of data sets that must not share a scene; the seed of a run is added times 100.
