@@ -200,13 +200,7 @@ class DifficultyAdaptiveTrainer:
 
     def save(self) -> None:
         """Write the checkpoint of this moment over the last one; only the main process writes."""
-        parts = {
-            "learner": self.learner,
-            "weighter": self.weighter,
-            "memory": self.memory,
-            "validation": self.validation,
-        }
-        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         if self.accelerator.is_main_process:
             save_state(self.checkpoint, state | {"updates": self.updates, "history": self.history, "seed": self.seed})
         self.accelerator.wait_for_everyone()
@@ -222,15 +216,8 @@ class DifficultyAdaptiveTrainer:
         state = load_state(self.checkpoint)
         if state["seed"] != self.seed:
             raise ValueError(f"{self.checkpoint} is of a run with seed {state['seed']}, got seed {self.seed}.")
-        parts = {
-            "learner": self.learner,
-            "weighter": self.weighter,
-            "memory": self.memory,
-            "validation": self.validation,
-        }
-        for name, part in parts.items():
-            if part is not None:
-                part.load_state_dict(state[name])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self.updates, self.history = state["updates"], state["history"]
         return True
 
