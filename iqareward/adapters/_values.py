@@ -1,0 +1,127 @@
+"""What all adapters do alike: find the reward, convert pixels, score, and settle what an unscored image becomes."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from iqareward.images import ImageLike, to_images
+from iqareward.rewards.catalog import load
+from iqareward.types import Reward, Scores
+
+_LOGGER = logging.getLogger(__name__)
+
+ValueRange: TypeAlias = tuple[float, float]
+"""(black, white) of floating-point pixels."""
+
+OnNan: TypeAlias = Literal["raise", "mean", "worst", "nan"] | float
+"""What a trainer receives for an image that was not scored (NaN). Everything but "raise" and "nan" is logged.
+
+"raise": a ValueError that names the images, so that training stops; the default everywhere.
+"mean": the mean of the images scored in the same call: close to no advantage.
+"worst": the lowest score of the same call: unscored images are to be avoided.
+"nan": NaN, for trainers that leave such rows out themselves.
+a number: that number.
+"""
+
+
+def find_reward(
+    reward: str | Reward, *, device: torch.device | str | None = None, references: object = None, who: str
+) -> Reward:
+    """The reward of a name or sum of the catalogue, or the object itself; refuses one whose references never arrive.
+
+    Args:
+        reward: `"niqe"`, `"0.7*niqe + 0.3*ssim"`, or an object with the reward contract.
+        device: for weights of rewards that are loaded by name.
+        references: the adapter's setting that says where references come from; None = nowhere.
+        who: the adapter, for the message.
+
+    Raises:
+        ValueError: the reward needs references and the adapter has none.
+    """
+    found = load(reward, device=device) if isinstance(reward, str) else reward
+    if found.needs_references and references is None:
+        raise ValueError(
+            f"{who} got reward {found.name!r}, which compares with references, and no `references`. "
+            "Say where they come from with references=..., or choose a no-reference reward (`iqareward list`)."
+        )
+    return found
+
+
+def score(
+    reward: Reward,
+    images: ImageLike,
+    *,
+    value_range: ValueRange | None,
+    references: ImageLike | None = None,
+    prompts: Sequence[str] | None = None,
+    on_nan: OnNan = "raise",
+) -> Scores:
+    """Scores `[B]` of whatever a trainer hands over.
+
+    Args:
+        reward: with the contract of this library.
+        images: anything that `iqareward.to_images` takes.
+        value_range: (black, white) of floating-point images and references; None refuses floats.
+        references: as images, one per image.
+        prompts: one per image.
+        on_nan: what becomes of images that were not scored.
+    """
+    converted = to_images(images, value_range=value_range)
+    device = converted.device if isinstance(converted, Tensor) else converted[0].device
+    if references is not None:
+        references = to_images(references, value_range=value_range, device=device)
+    scores = reward(converted, references=references, prompts=prompts)
+    return settle(scores, on_nan, name=reward.name)
+
+
+def settle(scores: Scores, on_nan: OnNan, *, name: str) -> Scores:
+    """Replace every score that is not finite by what `on_nan` says.
+
+    Args:
+        scores: `[B]`, NaN = not scored.
+        on_nan: see `OnNan`.
+        name: of the reward, for messages.
+
+    Raises:
+        ValueError: with "raise", for any image without a score; with "mean" and "worst", if no image has one.
+
+    Example:
+        >>> settle(torch.tensor([1.0, float("nan"), 3.0]), "mean", name="niqe")
+        tensor([1., 2., 3.])
+    """
+    if on_nan == "nan":
+        return torch.where(scores.isfinite(), scores, torch.nan)
+    scored = scores.detach().isfinite()
+    missing = torch.nonzero(~scored).flatten().tolist()
+    if not missing:
+        return scores
+    what = f"{name} could not score images {missing} of {scores.shape[0]}"
+    if on_nan == "raise" or (on_nan in ("mean", "worst") and len(missing) == scores.shape[0]):
+        raise ValueError(
+            f"{what}: non-finite pixels, pixels far outside the expected range, or sides too small for the metric. "
+            f"Mend the images, or choose what they count as with on_nan= (now {on_nan!r})."
+        )
+    _LOGGER.warning("%s; on_nan=%r", what, on_nan)
+    return torch.where(scored, scores, _substitute(scores.detach()[scored], on_nan))
+
+
+def check_on_nan(on_nan: Any, *, allowed: Sequence[str], who: str) -> None:
+    """Refuse, before training starts, a word that `settle` or this trainer does not know.
+
+    Raises:
+        ValueError: `on_nan` is neither one of `allowed` nor a finite number.
+    """
+    number = isinstance(on_nan, int | float) and abs(on_nan) < float("inf")  # NaN fails the comparison too
+    if not number and on_nan not in allowed:
+        raise ValueError(f"{who} expected on_nan {', '.join(map(repr, allowed))} or a finite number, got {on_nan!r}.")
+
+
+def _substitute(scored: Scores, on_nan: OnNan) -> Tensor:
+    if on_nan == "mean":
+        return scored.mean()
+    if on_nan == "worst":
+        return scored.amin()
+    return scored.new_tensor(float(on_nan))
