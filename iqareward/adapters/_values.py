@@ -1,13 +1,16 @@
 """What all adapters do alike: find the reward, convert pixels, score, and settle what an unscored image becomes."""
 
+import importlib
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from iqareward.images import ImageLike, to_images
+from iqareward.losses import LossWeights
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward, Scores
 
@@ -28,24 +31,34 @@ a number: that number.
 
 
 def find_reward(
-    reward: str | Reward, *, device: torch.device | str | None = None, references: object = None, who: str
+    reward: str | Reward,
+    *,
+    who: str,
+    references: object = None,
+    device: torch.device | str | None = None,
+    differentiable: bool = False,
 ) -> Reward:
-    """The reward of a name or sum of the catalogue, or the object itself; refuses one whose references never arrive.
+    """The reward of a name or sum of the catalogue, or the object itself; refuses one that cannot work here.
 
     Args:
         reward: `"niqe"`, `"0.7*niqe + 0.3*ssim"`, or an object with the reward contract.
-        device: for weights of rewards that are loaded by name.
+        who: the adapter, for messages.
         references: the adapter's setting that says where references come from; None = nowhere.
-        who: the adapter, for the message.
+        device: for weights of rewards that are loaded by name.
+        differentiable: whether scores must carry a graph.
 
     Raises:
-        ValueError: the reward needs references and the adapter has none.
+        ValueError: the reward needs references and the adapter has none, or has no gradient where one is needed.
     """
-    found = load(reward, device=device) if isinstance(reward, str) else reward
+    found = load(reward, device=device, differentiable=differentiable) if isinstance(reward, str) else reward
     if found.needs_references and references is None:
         raise ValueError(
             f"{who} got reward {found.name!r}, which compares with references, and no `references`. "
             "Say where they come from with references=..., or choose a no-reference reward (`iqareward list`)."
+        )
+    if differentiable and not found.differentiable:
+        raise ValueError(
+            f"{who} expected a differentiable reward, got {found.name!r}. Build it with differentiable=True."
         )
     return found
 
@@ -117,6 +130,41 @@ def check_on_nan(on_nan: Any, *, allowed: Sequence[str], who: str) -> None:
     number = isinstance(on_nan, int | float) and abs(on_nan) < float("inf")  # NaN fails the comparison too
     if not number and on_nan not in allowed:
         raise ValueError(f"{who} expected on_nan {', '.join(map(repr, allowed))} or a finite number, got {on_nan!r}.")
+
+
+def weigh_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
+    """Advantages times the RL weight of their row, in the shape, dtype and device of the advantages.
+
+    Args:
+        advantages: `[B]` or `[B, ...]`, e.g. one per timestep.
+        weights: of the B rows.
+
+    Raises:
+        ValueError: the number of rows differs.
+
+    Example:
+        >>> weights = LossWeights(rl=torch.tensor([1.0, 0.5]), sft=torch.tensor([0.0, 0.5]))
+        >>> weigh_advantages(torch.ones(2, 3), weights).sum(1)
+        tensor([3.0000, 1.5000])
+    """
+    if advantages.ndim == 0 or advantages.shape[0] != weights.rl.shape[0]:
+        raise ValueError(
+            f"weigh_advantages expected one weight per row of `advantages` {list(advantages.shape)}, "
+            f"got {weights.rl.shape[0]}. Compute the weights from the same rows, in the same order."
+        )
+    rl = weights.rl.to(advantages.device, advantages.dtype)
+    return advantages * rl.view(-1, *[1] * (advantages.ndim - 1))
+
+
+def framework(module: str, *, who: str, home: str) -> ModuleType:
+    """Import a module of a trainer that the user brings along; ImportError says which and where it comes from."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{who} builds on `{module}`, which cannot be imported here ({error}). "
+            f"It belongs to the trainer that uses this adapter; install that from {home}."
+        ) from error
 
 
 def _substitute(scored: Scores, on_nan: OnNan) -> Tensor:

@@ -1,0 +1,233 @@
+"""Rewards for ddpo-pytorch, flow_grpo and its children: DiffusionNFT, DiffusionOPSD, Edit-R1, BFR_RL, old TRL.
+
+- Read: ddpo-pytorch 1958463, flow_grpo ac4c86e and 74db691, DiffusionNFT 24af555, Edit-R1 4217f25, BFR_RL ee5a624,
+  TRL's DDPO and AlignProp trainers as of 0.23.
+- Range: float NCHW in [0, 1] (BFR_RL: [-1, 1]), or uint8 NHWC arrays.
+- References: a key of each sample's metadata, or the source images of the edit scripts (`"ref_images"`).
+- Failure: `on_nan="raise"`; "mean", "worst" or a number on request. NaN is never passed on: with a global standard
+  deviation one NaN makes every advantage NaN.
+
+flow_grpo keeps its rewards in a local variable, so that there is nothing to register with. Replace the function, before
+the training script looks it up, and leave in `config.reward_fn` only what you want besides (`{}` for nothing):
+
+```python
+import flow_grpo.rewards
+from iqareward.adapters.flow_grpo import install
+
+install(flow_grpo.rewards, {"niqe": 0.5, "ssim": 0.5}, references="gt_path", groups="input_id")
+```
+
+Their tracker groups by prompt text, and in restoration all prompts are alike. `groups` passes each sample's input id
+along as one more component; change the trainer's `stat_tracker.update(prompts, ...)` to
+`stat_tracker.update(gathered_rewards["groups"], ...)`.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iqareward.adapters._values import (
+    OnNan,
+    ValueRange,
+    check_on_nan,
+    find_reward,
+    score,
+    settle,
+    weigh_advantages,
+)
+from iqareward.losses import LossWeights
+from iqareward.types import Reward
+
+REF_IMAGES = "ref_images"
+# their trainers send every component through float32
+LARGEST_ID = 2**24
+
+
+def reward_function(
+    reward: str | Reward,
+    *,
+    references: str | None = None,
+    value_range: ValueRange = (0.0, 1.0),
+    on_nan: OnNan = "raise",
+    device: torch.device | str | None = None,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """A plain `fn(images, prompts, metadata) -> (scores, {})`, safe in their thread pools.
+
+    Calls from several threads take turns, so that a pool of eight does not hold eight batches on the device.
+
+    Args:
+        reward: name or sum of the catalogue, or a reward.
+        references: the key of `metadata` that holds each sample's reference (path, PIL image, array or tensor), or
+            `"ref_images"` for the fourth argument of the edit scripts.
+        value_range: of floating-point images and references.
+        on_nan: what an image without a score becomes: "raise" (default: training stops), "mean", "worst", a number.
+        device: for weights of rewards that are loaded by name.
+
+    Returns:
+        The function; its scores are a float32 array `(N,)`, or a tensor with its graph if the reward is differentiable.
+
+    Example:
+        >>> fn = reward_function("piqe")
+        >>> scores, info = fn(torch.full((2, 3, 32, 32), 0.5), ["", ""], [{}, {}])
+        >>> scores.dtype, scores.shape
+        (dtype('float32'), (2,))
+    """
+    check_on_nan(on_nan, allowed=("raise", "mean", "worst"), who="reward_function")
+    judge = find_reward(reward, who="reward_function", references=references, device=device)
+    lock = threading.Lock()
+
+    def fn(
+        images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True
+    ) -> tuple[Any, dict[str, Any]]:
+        found = None if references is None else _references(references, metadata, ref_images)
+        with lock:
+            scores = score(judge, images, value_range=value_range, references=found, prompts=prompts, on_nan=on_nan)
+        return (scores if judge.differentiable else scores.cpu().numpy()), {}
+
+    return fn
+
+
+def edit_reward_function(reward: str | Reward, **options: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`reward_function` with the arguments as Edit-R1 orders them: `fn(ref_images, images, prompts, metadatas)`.
+
+    Args:
+        reward: name or sum of the catalogue, or a reward.
+        options: as in `reward_function`.
+
+    Returns:
+        The function, `-> (float32 (N,), {})`.
+    """
+    ordered = reward_function(reward, **options)
+
+    def fn(ref_images: Any, images: Any, prompts: Any, metadatas: Any) -> tuple[Any, dict[str, Any]]:
+        return ordered(images, prompts, metadatas, ref_images)
+
+    return fn
+
+
+def install(
+    module: Any,
+    rewards: Mapping[str, float] | Sequence[tuple[float, str | Reward]],
+    *,
+    references: str | None = None,
+    groups: str | None = None,
+    value_range: ValueRange = (0.0, 1.0),
+    on_nan: OnNan = "raise",
+) -> None:
+    """Replace `module.multi_score` by one that adds our rewards to those of the trainer's `config.reward_fn`.
+
+    Every reward stays a component of its own, unweighted; `avg` is the weighted sum of theirs and ours, without NaN.
+
+    Args:
+        module: `flow_grpo.rewards` or what a child calls it; call `install` before the script reads `multi_score`.
+        rewards: name -> weight, or (weight, name or reward) pairs.
+        references: as in `reward_function`.
+        groups: the key of `metadata` that holds each sample's input id, an integer below 2**24; passed on as component
+            `groups`.
+        value_range: of floating-point images and references.
+        on_nan: as in `reward_function`; also for a NaN in `avg` that comes from their rewards.
+
+    Raises:
+        ValueError: the module has no `multi_score`, an option is unknown, or two rewards have one name.
+    """
+    original = getattr(module, "multi_score", None)
+    if original is None:
+        raise ValueError(f"install expected a module with `multi_score`, got {module!r}. Pass e.g. flow_grpo.rewards.")
+    check_on_nan(on_nan, allowed=("raise", "mean", "worst"), who="install")
+    pairs = [(weight, name) for name, weight in rewards.items()] if isinstance(rewards, Mapping) else list(rewards)
+
+    def multi_score(device: Any, score_dict: Mapping[str, float]) -> Callable[..., tuple[dict[str, Any], dict]]:
+        theirs = original(device, score_dict) if len(score_dict) else None
+        ours: dict[str, tuple[float, Callable[..., tuple[Any, dict]]]] = {}
+        for weight, reward in pairs:
+            judge = find_reward(reward, who="install", references=references, device=device)
+            if judge.name in ours or judge.name in score_dict:
+                raise ValueError(f"install expected rewards with unique names, got {judge.name!r} twice.")
+            options: dict[str, Any] = {"references": references, "value_range": value_range, "on_nan": on_nan}
+            ours[judge.name] = (float(weight), reward_function(judge, **options))
+
+        def fn(
+            images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True
+        ) -> tuple[dict[str, Any], dict]:
+            more = () if ref_images is None else (ref_images,)  # older versions have no fourth argument
+            call = (images, prompts, metadata, *more)
+            details: dict[str, Any] = dict(theirs(*call, only_strict=only_strict)[0]) if theirs else {}
+            components = {name: one(*call)[0] for name, (_, one) in ours.items()}
+            parts = [details["avg"]] if theirs else []
+            parts += [weight * torch.as_tensor(components[name]) for name, (weight, _) in ours.items()]
+            avg = torch.stack([_flat(part) for part in parts]).sum(0)
+            if groups is not None:
+                details["groups"] = _ids(_column(groups, metadata))
+            return {**details, **components, "avg": settle(avg, on_nan, name="avg").numpy()}, {}
+
+        return fn
+
+    module.multi_score = multi_score
+
+
+def weighted_samples(advantages: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+    """What to `samples.update(...)` after the advantages are known, for training with a weight per sample.
+
+    Their loop masks, permutes and splits every tensor of `samples`, so that `sample["sft_weight"]` reaches the inner
+    loop, to multiply a supervised loss there. Keep rows with an SFT weight out of its filter
+    `mask = advantages.abs().sum(1) != 0`, which drops every row without RL. DiffusionNFT takes r in place of
+    advantages: `iqareward.losses.optimality_probability`.
+
+    Args:
+        advantages: `samples["advantages"]`, `(N, T)` or `(N,)` (ddpo-pytorch).
+        weights: from a weighter, for the N rows.
+
+    Returns:
+        `{"advantages": as given, times the RL weight, "sft_weight": (N,)}`.
+
+    Example:
+        >>> weights = LossWeights(rl=torch.tensor([1.0, 0.5]), sft=torch.tensor([0.0, 0.5]))
+        >>> weighted_samples(torch.ones(2, 3), weights)["advantages"][1]
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    return {
+        "advantages": weigh_advantages(advantages, weights),
+        "sft_weight": weights.sft.to(advantages.device, advantages.dtype),
+    }
+
+
+def _references(source: str, metadata: Any, ref_images: Any) -> Any:
+    if source != REF_IMAGES:
+        return _column(source, metadata)
+    if ref_images is None:
+        raise ValueError(
+            "reward_function expected the source images as its fourth argument (references='ref_images'), got none. "
+            "Only the edit and Kontext scripts pass them; name a key of the metadata instead."
+        )
+    return ref_images
+
+
+def _column(key: str, metadata: Any) -> Any:
+    """The entry `key` of every sample; BFR_RL passes one mapping of batches instead of a mapping per sample."""
+    try:
+        return metadata[key] if isinstance(metadata, Mapping) else [row[key] for row in metadata]
+    except KeyError as error:
+        first = metadata if isinstance(metadata, Mapping) else next(iter(metadata), {})
+        raise ValueError(
+            f"expected {key!r} in the metadata of every sample, got keys {sorted(first)}. "
+            "Put it there in the dataset, next to the prompt."
+        ) from error
+
+
+def _flat(values: Any) -> Tensor:
+    """One float32 number per sample on the CPU, from a list, array or tensor `(N,)` or `(N, 1)`."""
+    return torch.as_tensor(values).detach().to("cpu", torch.float32).reshape(-1)
+
+
+def _ids(ids: Any) -> np.ndarray:
+    array = np.asarray([int(i) for i in ids], dtype=np.int64)
+    if array.size and (array.min() < 0 or array.max() >= LARGEST_ID):
+        raise ValueError(
+            f"expected input ids in [0, 2**24), which float32 can tell apart, got {array.min()} to {array.max()}. "
+            "Number the inputs of the dataset from 0."
+        )
+    return array.astype(np.float32)
