@@ -132,11 +132,16 @@ def install(
         on_nan: as in `reward_function`; also for a NaN in `avg` that comes from their rewards.
 
     Raises:
-        ValueError: the module has no `multi_score`, an option is unknown, or two rewards have one name.
+        ValueError: the module has no `multi_score` of its own, or an option is unknown; when the script builds its
+            rewards: two have one name, or one needs references and there are none.
     """
     original = getattr(module, "multi_score", None)
-    if original is None:
-        raise ValueError(f"install expected a module with `multi_score`, got {module!r}. Pass e.g. flow_grpo.rewards.")
+    if original is None or original.__module__ == __name__:
+        found = "none" if original is None else "ours, from an earlier call"
+        raise ValueError(
+            f"install expected a module with its own `multi_score` (e.g. flow_grpo.rewards), found {found}. "
+            "Call it once, with all rewards."
+        )
     check_on_nan(on_nan, allowed=("raise", "mean", "worst"), who="install")
     pairs = [(weight, name) for name, weight in rewards.items()] if isinstance(rewards, Mapping) else list(rewards)
 
