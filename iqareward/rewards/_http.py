@@ -1,0 +1,150 @@
+"""The HTTP client of what scores over a network: bounded, retrying where it is safe, with a total deadline."""
+
+import asyncio
+import random
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar, final
+
+from iqareward.rewards._http_loop import AttemptFailed, HttpLoop, RemoteError, start_loop
+from iqareward.rewards._per_process import PerProcess
+
+__all__ = ["HttpClient", "RemoteError"]
+
+T = TypeVar("T")
+
+_JITTER = random.Random()  # not the module's, whose seed and sequence are the caller's
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between attempts, before jitter
+
+
+@final
+class HttpClient:
+    """Sends requests to one of several equal servers, from any thread, any event loop, and after pickling or a fork.
+
+    The connections live on one event loop in a thread of their own, one per process, started by the first request.
+
+    Args:
+        urls: base addresses of servers that answer alike; requests go round, and past servers that are down.
+        purpose: what needs httpx, for the error message if it is missing.
+        max_in_flight: requests at the same time; more wait.
+        attempts: how often a request is sent at most, in all.
+        hedge_after: seconds after which an unanswered request is sent once more, the first answer being taken; None
+            for never.
+        token_variable: environment variable that holds a bearer token; None = no token.
+
+    Raises:
+        ValueError: no URL, one that is not http(s), or a bound below 1.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        purpose: str,
+        max_in_flight: int = 8,
+        attempts: int = 4,
+        hedge_after: float | None = None,
+        token_variable: str | None = None,
+    ) -> None:
+        if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
+            raise ValueError(f"{purpose} expected one or more URLs that start with http:// or https://, got {urls}.")
+        if max_in_flight < 1 or attempts < 1:
+            raise ValueError(f"{purpose} expected max_in_flight and attempts >= 1, got {max_in_flight} and {attempts}.")
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self.attempts, self.hedge_after = attempts, hedge_after
+        self._here = PerProcess(partial(start_loop, purpose, max_in_flight, token_variable, len(self.urls)))
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine that uses `request` on this client's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._here.get().loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The same, from a thread that waits; an interrupt cancels what is under way."""
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The same, awaited on any other loop; cancelling it cancels what is under way."""
+        return await asyncio.wrap_future(self.submit(coroutine))
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        deadline: float,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """The body of a 200 answer; to be run by `run`, `arun` or `submit`.
+
+        Args:
+            method: GET or POST.
+            path: below the base address, from its slash on.
+            deadline: on this loop's clock (`asyncio.get_running_loop().time()`); waiting for a slot counts.
+            content: the body.
+            headers: beside the token.
+
+        Raises:
+            RemoteError: no such answer by the deadline or within the attempts.
+        """
+        here = self._here.get()
+        failures: list[RemoteError] = []
+        send = partial(self._attempts, here, method, path, content, dict(headers or {}), failures)
+        try:
+            async with asyncio.timeout_at(deadline), here.slots:
+                return await self._hedged(send)
+        except TimeoutError:
+            why = f" The last attempt: {failures[-1]}" if failures else ""
+            raise RemoteError("deadline_exceeded", f"no answer from {self.urls} in time.{why}") from None
+
+    def close(self) -> None:
+        """End the connections of this process; a later request opens new ones."""
+        here, self._here = self._here.existing(), PerProcess(self._here._make)
+        if here is not None:
+            here.stop()
+
+    async def _hedged(self, send: Any) -> bytes:
+        """The first answer of one request or, when it is late, of two."""
+        tasks = {asyncio.create_task(send())}
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=self.hedge_after)
+            if not done:
+                tasks.add(asyncio.create_task(send()))
+            while True:
+                done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                good = [task for task in done if task.exception() is None]
+                if good or not waiting:
+                    return (good or list(done))[0].result()
+                tasks = waiting
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _attempts(
+        self, here: HttpLoop, method: str, path: str, content: bytes | None, headers: dict[str, str], failures: list
+    ) -> bytes:
+        for attempt in range(self.attempts):
+            server = here.next_server()
+            try:
+                return await here.once(method, self.urls[server] + path, content, headers)
+            except AttemptFailed as failure:
+                failures.append(failure.error)
+                if failure.error.status is None:
+                    here.rest(server)
+                if attempt + 1 < self.attempts:
+                    rounds = (attempt + 1) // len(self.urls)  # another server is asked at once, the same one later
+                    await asyncio.sleep(_pause(rounds, failure.pause))
+        raise failures[-1]
+
+
+def _pause(rounds: int, asked: float | None) -> float:
+    """Full jitter below a doubling bound, and never less than the server asks for."""
+    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (rounds - 1)) if rounds else 0.0
+    return (asked or 0.0) + _JITTER.uniform(0, longest)
