@@ -22,18 +22,36 @@ def shape_buckets(name: str, images: Images, references: Images | None) -> tuple
         One `(images,)` or `(images, references)` pair of `[b, 3, H, W]` per shape, in order of first appearance; and
         for each input image its row in the concatenation of the buckets, or None if that is the order already.
     """
+    rows = checked_rows(name, images, references)
+    if isinstance(rows, tuple):
+        return ([rows] if rows[0].shape[0] else []), None
+    members: dict[torch.Size, list[int]] = {}
+    for index, image in enumerate(rows[0]):
+        members.setdefault(image.shape, []).append(index)
+    buckets = [tuple(torch.stack([column[i] for i in indices]) for column in rows) for indices in members.values()]
+    position = {index: row for row, index in enumerate(i for indices in members.values() for i in indices)}
+    order = [position[index] for index in range(len(rows[0]))]
+    return buckets, None if order == list(range(len(order))) else order
+
+
+def checked_rows(name: str, images: Images, references: Images | None) -> tuple[Tensor, ...] | list[Sequence[Tensor]]:
+    """Images and references after all checks of shape, dtype and device: batches as they are, anything else as rows.
+
+    Raises:
+        TypeError: something is not a floating-point tensor.
+        ValueError: shapes or devices are wrong or do not match.
+    """
     if isinstance(images, Tensor) and (references is None or isinstance(references, Tensor)):
         batch = (images,) if references is None else (images, references)
         for argument, tensor in zip(("images", "references"), batch, strict=False):
             _check_tensor(name, argument, tensor, ndim=4)
         _check_match(name, *batch)
-        return ([batch] if images.shape[0] else []), None
+        return batch
     rows = [_as_rows(name, "images", images)]
     if references is not None:
         rows.append(_as_rows(name, "references", references))
         if len(rows[0]) != len(rows[1]):
             raise ValueError(f"{name} expected as many references as images ({len(rows[0])}), got {len(rows[1])}.")
-    members: dict[torch.Size, list[int]] = {}
     for index, row in enumerate(zip(*rows, strict=True)):
         _check_match(name, *row, index=index)
         if row[0].device != rows[0][0].device:
@@ -41,11 +59,7 @@ def shape_buckets(name: str, images: Images, references: Images | None) -> tuple
                 f"{name} expected all images on one device ({rows[0][0].device}), "
                 f"got images[{index}] on {row[0].device}."
             )
-        members.setdefault(row[0].shape, []).append(index)
-    buckets = [tuple(torch.stack([column[i] for i in indices]) for column in rows) for indices in members.values()]
-    position = {index: row for row, index in enumerate(i for indices in members.values() for i in indices)}
-    order = [position[index] for index in range(len(rows[0]))]
-    return buckets, None if order == list(range(len(order))) else order
+    return rows
 
 
 def _as_rows(name: str, argument: str, images: Images) -> Sequence[Tensor]:
