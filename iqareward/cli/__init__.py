@@ -1,4 +1,4 @@
-"""The command line: list, score, check, demo. `--help` on each says the rest."""
+"""The command line: list, score, check, demo, train. `--help` on each says the rest."""
 
 import json
 import sys
@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Image-quality rewards: list them, score files with them, check your own.",
+    help="Image-quality rewards: list them, score files with them, check your own, train with them.",
 )
 _messages = Console(stderr=True)
 
@@ -95,10 +96,26 @@ def check(
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
+) -> None:
+    """Say what works here, what does not, and the command that mends it. Exit code 1 if something is broken."""
+    from iqareward.cli.doctor import diagnose, show
+
+    with _messages.status("Importing every package, once"):
+        findings = diagnose()
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        show(findings, Console())
+    raise typer.Exit(1 if any(finding.state in ("broken", "old") for finding in findings) else 0)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the report, figures and tables.")] = Path("demo-output"),
 ) -> None:
-    """Degrade photographs, score them, weight them; draw a report. Offline, CPU, about a minute."""
+    """Score and weigh damaged photographs, train a small restorer, draw a report. Offline, CPU, a few minutes."""
     from iqareward.demo import run
 
     try:
@@ -107,7 +124,32 @@ def demo(
         raise _usage_error(error) from error
 
 
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Option(help="The settings, a TOML file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder `output`.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print a file with all settings, and do nothing.")] = False,
+) -> None:
+    """Train a restorer on a folder of images: SFT, then difficulty-adaptive RL with a reward of your choice."""
+    from iqareward.cli.train import EXAMPLE, run
+
+    if example:
+        typer.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
+        return
+    if config is None:
+        raise _usage_error(
+            ValueError("pass --config FILE; `iqareward train --example > FILE` writes one to start from.")
+        )
+    try:
+        run(config, _messages, resume=resume)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise _usage_error(error) from error
+    except KeyboardInterrupt as stop:
+        _messages.print("Stopped. With --resume the run goes on from its last checkpoint.")
+        raise typer.Exit(130) from stop
+
+
 def _usage_error(error: Exception) -> typer.Exit:
     """Show what was wrong without a traceback; exit code 2, as for a mistyped option."""
-    _messages.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+    _messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
     return typer.Exit(2)

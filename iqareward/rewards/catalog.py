@@ -33,7 +33,7 @@ class Entry(NamedTuple):
         summary: what a score says.
         needs_references: whether it compares with references.
         differentiable: whether `differentiable=True` can be asked for.
-        has_weights: whether it has a model that lives on a device, and may have to be downloaded.
+        weights: where its weights come from, a hub id or "torchvision:<backbone>"; "" = it has none.
         licence: of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
     """
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     summary: str
     needs_references: bool
     differentiable: bool
-    has_weights: bool = False
+    weights: str = ""
     licence: str = "Apache-2.0"
     extra: str = ""
 
@@ -70,14 +70,16 @@ CATALOG: dict[str, Entry] = {
                   "blockwise distortion; 0 = none", False, False),
     "niqe": Entry(partial(_flaws, niqe, bounds=(None, 0.0), min_side=NIQE_MIN_SIDE),
                   "distance from natural statistics; sides >= 256", False, False),
-    "qalign": Entry(QAlignReward, "quality level by one-align, in [0, 1]", False, True, True, "MIT, LLaMA-2"),
-    "deqa": Entry(DeQAReward, "quality level by DeQA-Score, in [0, 1]", False, True, True, "MIT, LLaMA-2"),
+    "qalign": Entry(QAlignReward, "quality level by one-align, in [0, 1]",
+                    False, True, "q-future/one-align", "MIT, LLaMA-2"),
+    "deqa": Entry(DeQAReward, "quality level by DeQA-Score, in [0, 1]",
+                  False, True, "zhiyuanyou/DeQA-Score-Mix3", "MIT, LLaMA-2"),
     "lpips": Entry(partial(LPIPSReward, "alex"), "AlexNet feature distance; 0 = identical",
-                   True, True, True, "BSD-2", "perceptual"),
+                   True, True, "torchvision:alex", "BSD-2", "perceptual"),
     "lpips_vgg": Entry(partial(LPIPSReward, "vgg"), "VGG feature distance; 0 = identical",
-                       True, True, True, "BSD-2", "perceptual"),
+                       True, True, "torchvision:vgg", "BSD-2", "perceptual"),
     "dists": Entry(DISTSReward, "structure and texture distance; 0 = identical",
-                   True, True, True, "MIT", "perceptual"),
+                   True, True, "torchvision:vgg", "MIT", "perceptual"),
     "fsim": Entry(partial(PIQReward, "fsim"), "phase and gradient similarity; 1 = identical",
                   True, False, extra="perceptual"),
     "vsi": Entry(partial(PIQReward, "vsi"), "saliency-weighted similarity; 1 = identical",
@@ -152,6 +154,6 @@ def _build(name: str, device: torch.device | str | None, differentiable: bool) -
         graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)
         raise ValueError(f"{name} has no useful gradient to the pixels. Differentiable rewards: {graphs}.")
     options: dict[str, object] = {"differentiable": True} if differentiable else {}
-    if entry.has_weights:
+    if entry.weights:
         options["device"] = device
     return entry.build(**options)

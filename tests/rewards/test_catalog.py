@@ -10,7 +10,7 @@ from iqareward import WeightedSum, check_reward, load
 from iqareward.rewards.catalog import CATALOG
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
-CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.has_weights]
+CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.weights]
 
 
 @pytest.mark.parametrize("name", CLASSICAL)
