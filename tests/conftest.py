@@ -1,5 +1,6 @@
 """Shared inputs of the tests: bundled photographs, seeded noise, and the folder of reference figures."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 import iqareward
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start, for the reason below
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
