@@ -47,9 +47,9 @@ def test_digits_and_means_are_those_of_the_enumerated_ratings(ratings) -> None:
 
 @pytest.mark.parametrize("ratings", RANGES, ids=str)
 def test_beginnings_that_no_rating_has_are_refused(ratings) -> None:
-    """All short strings over digits and the point that begin no rating raise, and no others."""
+    """Every string of up to three digits and points that begins no rating raises."""
     starts = {text[:length] for text in _all_ratings(ratings) for length in range(len(text) + 1)}
-    for length in range(1, 5):
+    for length in range(1, 4):
         for start in map("".join, itertools.product("0123456789.", repeat=length)):
             if start not in starts:
                 with pytest.raises(ValueError, match="begins with"):
