@@ -155,7 +155,7 @@ def test_requests_say_what_the_preset_says(double, make) -> None:
     assert [message["role"] for message in visual["messages"]] == ["user", "assistant"]
     assert [part["type"] for part in visual["messages"][0]["content"]] == ["image_url", "text"]
     assert visual["messages"][0]["content"][1]["text"] == VISUALQUALITY_R1.question
-    assert visual["chat_template_kwargs"] == {"add_vision_id": True}
+    assert visual["chat_template_kwargs"] == {"add_vision_id": True, "enable_thinking": False}
     assert level["chat_template_kwargs"] == {"enable_thinking": False}
     assert (level["max_tokens"], visual["max_tokens"]) == (1, 3)
     for request in double.requests:

@@ -75,7 +75,8 @@ class RatingPreset:
     Args:
         question: what the user says beside the image, for an answer without thinking.
         thinking_question: the same for an answer after thinking, as `mode="generate"` may ask.
-        answer_prefix: how an answer begins, up to the first digit.
+        answer_prefix: how an answer begins, up to the first digit. vLLM loses a space at its end where the chat
+            template trims messages (Qwen3.5, Gemma 3); the digits then have too little mass, and there is no score.
         answer_pattern: regular expression whose first group is the number in the text between `<answer>` tags.
         ratings: range and published number of decimals.
         sampling: of the published protocol.
@@ -152,7 +153,7 @@ VISUALQUALITY_R1 = RatingPreset(
     ratings=Ratings(1, 5, decimals=2),
     # The README's batch example; it names no temperature, and its script for vLLM uses 0.1.
     sampling=Sampling(temperature=1.0, top_k=50, top_p=1.0, max_new_tokens=512),
-    template={"add_vision_id": True},
+    template={"add_vision_id": True, **_NO_THINKING},  # the second for newer models; Qwen2.5-VL's template ignores it
     licence="MIT",
 )
 
@@ -173,5 +174,6 @@ Q_INSIGHT = RatingPreset(
         "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
         "respectively, i.e., <think> reasoning process here </think><answer> answer here </answer>"
     ),
+    template=_NO_THINKING,
     licence="Apache-2.0 (code)",
 )
