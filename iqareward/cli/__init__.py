@@ -96,6 +96,37 @@ def check(
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of results.")],
+    second: Annotated[Path, typer.Argument(help="Another, with the same file names.")],
+    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*niqe + 0.3*ssim"; may be repeated.')],
+    reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
+    output: Annotated[Path, typer.Option(help="Page with the pairs.")] = Path("comparison.html"),
+    pairs: Annotated[int, typer.Option(min=0, help="Pairs on the page.")] = 24,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    device: Annotated[str, typer.Option(help="Where to score, e.g. cuda.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
+) -> None:
+    """Compare two folders of results: paired differences with intervals, and a page of pairs to look at."""
+    from iqareward.cli.compare import Scoring, show
+    from iqareward.cli.compare import compare as run_comparison
+    from iqareward.cli.compare_page import render
+
+    try:
+        found = run_comparison(first, second, Scoring(reward, reference, device, batch_size, _messages))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(render(found, reference=reference, num_pairs=pairs), encoding="utf-8")
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise _usage_error(error) from error
+    if as_json:
+        typer.echo(json.dumps(found.document(), indent=2))
+    else:
+        show(found, Console())
+    _messages.print(f"Pairs to look at: {output}", soft_wrap=True, highlight=False)
+    raise typer.Exit(1 if found.unreadable else 0)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
 ) -> None:
@@ -147,6 +178,40 @@ def train(
     except KeyboardInterrupt as stop:
         _messages.print("Stopped. With --resume the run goes on from its last checkpoint.")
         raise typer.Exit(130) from stop
+
+
+@app.command()
+def serve(
+    rewards: Annotated[list[str], typer.Argument(help='Names or sums, e.g. qalign or "0.7*niqe + 0.3*ssim".')],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 = all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, or auto; default: one of its own.")
+    ] = None,
+    replicas: Annotated[str, typer.Option(help="Processes of each reward, or auto.")] = "auto",
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a process; 0.5 = two share one, 0 = CPU.")] = 0,
+    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a process, and its threads.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long an image waits for company.")] = 5,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request.")] = 256,
+    max_images: Annotated[int, typer.Option(min=1, help="Images in a request.")] = 1024,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 120,
+    jpeg: Annotated[str, typer.Option(help="Take JPEG: never, legacy (from foreign clients) or always.")] = "legacy",
+    token_env: Annotated[
+        str, typer.Option(help="Environment variable with the token that clients must send, if it is set.")
+    ] = "IQAREWARD_TOKEN",
+) -> None:
+    """Serve rewards over HTTP with Ray Serve, until Ctrl-C. With --address, deploy them there and return."""
+    from iqareward.cli.serve import Job, run
+
+    job = Job(
+        rewards, host, port, address, replicas, num_gpus, num_cpus, max_batch, max_wait_ms, max_body_mib, max_images,
+        deadline, jpeg, token_env,
+    )  # fmt: skip
+    try:
+        run(job, _messages)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        raise _usage_error(error) from error
 
 
 def _usage_error(error: Exception) -> typer.Exit:
