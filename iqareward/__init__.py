@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from iqareward.images import to_images as to_images
     from iqareward.losses import LossWeights as LossWeights
     from iqareward.losses import mixed_loss as mixed_loss
+    from iqareward.rewards.batching import MicroBatched as MicroBatched
     from iqareward.rewards.calibration import AffineMap as AffineMap
     from iqareward.rewards.calibration import Calibrated as Calibrated
     from iqareward.rewards.calibration import CDFMap as CDFMap
@@ -51,6 +52,7 @@ _HOME = {
     "to_images": "images",
     "LossWeights": "losses",
     "mixed_loss": "losses",
+    "MicroBatched": "rewards.batching",
     "AffineMap": "rewards.calibration",
     "Calibrated": "rewards.calibration",
     "CDFMap": "rewards.calibration",

@@ -108,7 +108,7 @@ class HttpClient:
         """End the connections of this process; a later request opens new ones."""
         here, self._here = self._here.existing(), PerProcess(self._here._make)
         if here is not None:
-            here.stop()
+            here.close()
 
     async def _hedged(self, send: Any) -> bytes:
         """The first answer of one request or, when it is late, of two."""

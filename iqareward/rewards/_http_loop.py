@@ -61,7 +61,13 @@ class HttpLoop:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=_serve, args=(self.loop, http), name="iqareward-http", daemon=True)
         self.thread.start()
-        self.stop = weakref.finalize(self, _stop, self.loop, self.thread, os.getpid())
+        self._stop = weakref.finalize(self, _stop, self.loop, self.thread, os.getpid())
+
+    def close(self) -> None:
+        """Cancel what is under way, close the connections, end the thread."""
+        self._stop()
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
 
     def next_server(self) -> int:
         """Round and round, past servers that rest; if all do, the one that has rested longest."""
@@ -125,7 +131,7 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, process: in
     if os.getpid() != process or loop.is_closed():  # a forked child has the object but not the thread
         return
     loop.call_soon_threadsafe(loop.stop)
-    if threading.current_thread() is not thread:
+    if not threading.main_thread().is_alive():  # the interpreter exits; a mere collection must not wait
         thread.join(timeout=CONNECT_SECONDS)
 
 

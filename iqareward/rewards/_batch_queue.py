@@ -1,0 +1,124 @@
+"""Calls that wait to be merged into one batch: a bounded queue, first come, first served."""
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, final
+
+from iqareward.rewards._streams import mark
+from iqareward.rewards.calls import Call
+from iqareward.types import Scores
+
+
+@final
+class Waiting:
+    """A call on its way: its rows, and the future of its scores."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.marked = mark(call.device)
+        self.admitted: Future[None] = Future()
+        self.scores: Future[tuple[Scores, Any]] = Future()
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self.admitted.cancel()
+        self.scores.cancel()
+
+
+@final
+class BatchQueue:
+    """Callers put calls in, one worker takes batches out.
+
+    A free worker waits for company: until the batch is full, or as many calls have come as were around at the end of
+    the last batch (threads in a loop come back all at once, and a caller alone must not wait for nobody), but never
+    longer than `max_wait`.
+
+    Args:
+        max_batch: rows of a batch at most; no call may be larger.
+        max_wait: seconds that a free worker waits for more calls.
+        max_queue: rows that wait inside at most; a call beyond is admitted later.
+    """
+
+    def __init__(self, *, max_batch: int, max_wait: float, max_queue: int) -> None:
+        self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
+        # re-entrant: a garbage collection may close a queue while this thread holds its lock
+        self._changed = threading.Condition(threading.RLock())
+        self._inside: deque[Waiting] = deque()
+        self._outside: deque[Waiting] = deque()
+        self._rows = 0
+        self._company = 1
+        self._closed = False
+
+    def put(self, waiting: Waiting) -> None:
+        """Queue a call; its `admitted` is done when it has a place inside.
+
+        Raises:
+            RuntimeError: the queue is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("this MicroBatched is closed; make a new one.")
+            self._outside.append(waiting)
+            self._admit()
+            if len(self._inside) == 1 or self._enough():
+                self._changed.notify()
+
+    def take(self) -> list[Waiting]:
+        """The next batch; empty when the queue is closed and nothing is left."""
+        with self._changed:
+            while True:
+                while not self._inside and not self._closed:
+                    self._changed.wait()
+                self._wait_for_company()
+                batch, rows = [], 0
+                while self._inside and rows + len(self._inside[0].call) <= self._max_batch:
+                    waiting = self._inside.popleft()
+                    self._rows -= len(waiting.call)
+                    if waiting.scores.set_running_or_notify_cancel():
+                        rows += len(waiting.call)
+                        batch.append(waiting)
+                self._admit()
+                if batch or (self._closed and not self._inside):
+                    return batch
+
+    def finished(self, calls: int) -> None:
+        """That many calls are about to be answered; before they are, so that none is counted twice."""
+        with self._changed:
+            self._company = calls + len(self._inside)
+
+    def close(self, *, abandon: bool = False) -> None:
+        """Take nothing more; what is inside is still answered, or with `abandon` fails."""
+        error = RuntimeError("this MicroBatched was closed while the call was waiting.")
+        with self._changed:
+            self._closed = True
+            lost = [*self._inside, *self._outside] if abandon else [*self._outside]
+            self._outside.clear()
+            if abandon:
+                self._inside.clear()
+            self._changed.notify_all()
+        for waiting in lost:
+            for future in (waiting.admitted, waiting.scores):
+                if not future.done() and future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+
+    def _enough(self) -> bool:
+        return self._closed or self._rows >= self._max_batch or len(self._inside) >= self._company
+
+    def _wait_for_company(self) -> None:
+        until = time.monotonic() + self._max_wait
+        while self._inside and not self._enough():
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _admit(self) -> None:
+        """Let calls in while there is room; one is always let into an empty queue."""
+        while self._outside and (not self._inside or self._rows + len(self._outside[0].call) <= self._max_queue):
+            waiting = self._outside.popleft()
+            if waiting.admitted.set_running_or_notify_cancel():
+                self._inside.append(waiting)
+                self._rows += len(waiting.call)
+                waiting.admitted.set_result(None)

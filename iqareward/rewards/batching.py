@@ -1,0 +1,248 @@
+"""Merge the calls that threads and coroutines make at the same time into batches, without anyone noticing."""
+
+import asyncio
+import os
+import threading
+import uuid
+import weakref
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, final
+
+import torch
+
+from iqareward.rewards._batch_queue import BatchQueue, Waiting
+from iqareward.rewards._per_process import PerProcess
+from iqareward.rewards._streams import mark, take_over
+from iqareward.rewards.calls import Call, checked_call, merged
+from iqareward.types import Images, Reward, Scores
+
+_EXIT_SECONDS = 10.0  # how long an exiting interpreter waits for the batch under way
+
+
+@final
+class MicroBatched:
+    """The same reward for many callers at once: concurrent calls become batches, and each caller gets its own scores.
+
+    Trainers score one image at a time from many threads; a network is several times as fast on a batch. One worker
+    thread per process does the scoring, so the reward itself is never entered twice at the same time. It waits for more
+    calls only while callers that were there a moment ago are missing, so a single caller is not slowed down.
+
+    A call that is not valid fails at once and alone. If a batch fails, its calls are scored again one by one, and only
+    those that fail again get the error. Pickled copies in the same process share the worker (and its weights); in
+    another process, also after a fork, a copy starts its own.
+
+    Args:
+        reward: any reward that is not differentiable.
+        max_batch: images per call of the reward; larger calls are cut.
+        max_wait_ms: how long a free worker waits for more calls at most.
+        max_queue: images that wait for the worker at most; further callers wait for room.
+        key: rewards with the same key share one worker in each process; default: this object and its copies.
+
+    Raises:
+        ValueError: the reward is differentiable (one backward pass through a shared batch would free the graph of every
+            other caller, so gradients need the reward itself), or a bound is not positive.
+
+    Example:
+        >>> import torch, iqareward
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> with iqareward.MicroBatched(iqareward.load("piqe")) as reward, ThreadPoolExecutor(8) as threads:
+        ...     rows = list(threads.map(lambda image: reward(image[None]), images))
+        >>> torch.equal(torch.cat(rows), iqareward.load("piqe")(images))
+        True
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        max_batch: int = 32,
+        max_wait_ms: float = 5.0,
+        *,
+        max_queue: int = 1024,
+        key: str | None = None,
+    ) -> None:
+        if reward.differentiable:
+            raise ValueError(
+                f"MicroBatched expected a reward without gradients, got {reward.name} with differentiable=True: "
+                "callers would share one graph. Load it without, or call it directly."
+            )
+        if max_batch < 1 or max_queue < max_batch or not max_wait_ms >= 0:
+            raise ValueError(
+                "MicroBatched expected 1 <= max_batch <= max_queue and max_wait_ms >= 0, "
+                f"got {max_batch}, {max_queue} and {max_wait_ms}."
+            )
+        self.reward = reward
+        self.max_batch, self.max_wait_ms, self.max_queue = max_batch, max_wait_ms, max_queue
+        self.key = key or uuid.uuid4().hex
+        self.name, self.bounds = reward.name, reward.bounds
+        self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
+        self.differentiable = False
+        self._worker: _Worker | None = None
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image, together with whoever else is calling; `[B]` float32, higher is better, NaN = not scored.
+
+        Raises:
+            RuntimeError: it was closed.
+        """
+        call = checked_call(self.reward, images, references, prompts)
+        sent: list[Waiting] = []
+        try:
+            for waiting in self._sent(call, sent):
+                waiting.admitted.result()
+            return _gathered(call, [waiting.scores.result() for waiting in sent])
+        finally:
+            for waiting in sent:
+                waiting.cancel()  # of what is answered, nothing happens
+
+    async def ascore(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """The same without blocking the event loop; cancelling it takes its images out of the queue."""
+        call = checked_call(self.reward, images, references, prompts)
+        sent: list[Waiting] = []
+        try:
+            for waiting in self._sent(call, sent):
+                await asyncio.wrap_future(waiting.admitted)
+            return _gathered(call, [await asyncio.wrap_future(waiting.scores) for waiting in sent])
+        finally:
+            for waiting in sent:
+                waiting.cancel()
+
+    def close(self) -> None:
+        """Score what is in the queue, then end the worker of this process, for every copy; later calls fail."""
+        worker = self._running()
+        _WORKERS.get().forget(self.key)  # whoever comes later gets a new one
+        worker.queue.close()
+        worker.thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_worker": None}
+
+    def _sent(self, call: Call, sent: list[Waiting]) -> Iterator[Waiting]:
+        """Put the call into the queue in pieces, each when the one before has been admitted."""
+        queue = self._running().queue
+        for piece in call.pieces(self.max_batch) if len(call) else ():
+            waiting = Waiting(piece)
+            queue.put(waiting)
+            sent.append(waiting)
+            yield waiting
+
+    def _running(self) -> "_Worker":
+        worker = self._worker
+        if worker is None or worker.process != os.getpid():
+            worker = self._worker = _WORKERS.get().find(self)
+            self.reward = worker.reward  # one copy of the weights per process
+        return worker
+
+
+@final
+class _Worker:
+    """The queue of one key in one process, and the thread that empties it."""
+
+    def __init__(self, batched: MicroBatched) -> None:
+        self.process, self.reward = os.getpid(), batched.reward
+        self.settings = (batched.name, batched.max_batch, batched.max_wait_ms, batched.max_queue)
+        self.queue = BatchQueue(
+            max_batch=batched.max_batch, max_wait=batched.max_wait_ms / 1000, max_queue=batched.max_queue
+        )
+        # the thread knows the queue and the reward, not this object: without users it is collected, and the thread ends
+        arguments = (self.queue, self.reward)
+        self.thread = threading.Thread(target=_serve, args=arguments, name=f"iqareward-{batched.name}", daemon=True)
+        self.thread.start()
+        weakref.finalize(self, _abandon, self.queue, self.thread, self.process)
+
+
+@final
+class _Workers:
+    """The running workers of a process, by key; it keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a collection while it is held may end in the weak dictionary
+        self._by_key: weakref.WeakValueDictionary[str, _Worker] = weakref.WeakValueDictionary()
+
+    def find(self, batched: MicroBatched) -> _Worker:
+        with self._lock:
+            worker = self._by_key.get(batched.key)
+            if worker is None:
+                worker = self._by_key[batched.key] = _Worker(batched)
+        settings = (batched.name, batched.max_batch, batched.max_wait_ms, batched.max_queue)
+        if worker.settings != settings:
+            raise ValueError(f"MicroBatched key {batched.key!r} is in use for {worker.settings}, not for {settings}.")
+        return worker
+
+    def forget(self, key: str) -> None:
+        with self._lock:
+            self._by_key.pop(key, None)
+
+
+_WORKERS = PerProcess(_Workers)
+
+
+def _serve(queue: BatchQueue, reward: Reward) -> None:
+    while batch := queue.take():
+        outcomes = _outcomes(batch, reward)
+        queue.finished(len(batch))
+        for waiting, outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                waiting.scores.set_exception(outcome)
+            else:
+                waiting.scores.set_result(outcome)
+
+
+def _outcomes(batch: list[Waiting], reward: Reward) -> list[tuple[Waiting, Any]]:
+    """(scores and the mark of their stream) or an error for each call; calls that agree in columns and device merge."""
+    alike: dict[Any, list[Waiting]] = {}
+    for waiting in batch:
+        alike.setdefault((waiting.call.device, waiting.call.prompts is None), []).append(waiting)
+    return [outcome for group in alike.values() for outcome in _score(group, reward)]
+
+
+def _score(group: list[Waiting], reward: Reward) -> list[tuple[Waiting, Any]]:
+    try:
+        for waiting in group:
+            take_over(waiting.marked, waiting.call.tensors())
+        with torch.no_grad():  # a graph must not cross threads, not even one that the reward built unasked
+            scores = merged([waiting.call for waiting in group]).score(reward)
+        rows = [row.clone() for row in scores.split([len(waiting.call) for waiting in group])]  # nobody shares memory
+        return [(waiting, (row, mark(row.device))) for waiting, row in zip(group, rows, strict=True)]
+    except BaseException as error:  # the worker must live on, and the callers hear of it
+        if len(group) == 1:
+            return [(group[0], error)]
+        return [outcome for waiting in group for outcome in _score([waiting], reward)]
+
+
+def _gathered(call: Call, parts: list[tuple[Scores, Any]]) -> Scores:
+    """The scores of all pieces, on the stream of the caller."""
+    for scores, marked in parts:
+        take_over(marked, [scores])
+    if not parts:
+        return torch.zeros(0, device=call.device)
+    return torch.cat([scores for scores, _ in parts]) if len(parts) > 1 else parts[0][0]
+
+
+def _abandon(queue: BatchQueue, thread: threading.Thread, process: int) -> None:
+    if os.getpid() != process:  # a forked child has the objects but not the thread
+        return
+    queue.close(abandon=True)
+    if not threading.main_thread().is_alive():  # the interpreter exits; a mere collection must not wait
+        thread.join(_EXIT_SECONDS)

@@ -1,0 +1,117 @@
+"""One call of a reward as rows to check, cut, merge and score: what batching, caching and sending share."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.batches import checked_rows
+from iqareward.types import Images, Reward, Scores
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Images with what travels along with them, row by row."""
+
+    images: Images
+    references: Images | None = None
+    prompts: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the images are; None if there are none and no tensor says."""
+        if isinstance(self.images, Tensor):
+            return self.images.device
+        return self.images[0].device if len(self.images) else None
+
+    def rows(self, rows: slice | list[int]) -> "Call":
+        """Some of the rows."""
+        return Call(*(None if column is None else _rows(column, rows) for column in self._columns()))  # pyright: ignore
+
+    def pieces(self, size: int) -> Iterator["Call"]:
+        """Calls of at most `size` rows, in order; itself if it is small enough."""
+        if len(self) <= size:
+            yield self
+        else:
+            yield from (self.rows(slice(start, start + size)) for start in range(0, len(self), size))
+
+    def score(self, reward: Reward) -> Scores:
+        """The reward's scores, after a look at their number."""
+        scores = reward(self.images, references=self.references, prompts=self.prompts)
+        if scores.shape != (len(self),):
+            raise ValueError(f"{reward.name} was given {len(self)} images, and answered scores {list(scores.shape)}.")
+        return scores
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor in it."""
+        for column in (self.images, self.references):
+            if isinstance(column, Tensor):
+                yield column
+            elif column is not None:
+                yield from column
+
+    def _columns(self) -> tuple[Any, ...]:
+        return self.images, self.references, self.prompts
+
+
+def checked_call(
+    reward: Reward, images: Images, references: Images | None, prompts: Sequence[str] | None, *, name: str | None = None
+) -> Call:
+    """A call as the reward itself would accept it, so that a bad one fails where it is made.
+
+    Args:
+        reward: whose facts decide; it is not called.
+        images: as for any reward.
+        references: go along if the reward needs them, and are dropped otherwise.
+        prompts: go along if given.
+        name: for error messages; default: the reward's.
+
+    Raises:
+        TypeError: something is not a floating-point tensor.
+        ValueError: shapes or devices are wrong, or references or prompts are missing or do not match.
+    """
+    name = name or reward.name
+    if reward.needs_references and references is None:
+        raise ValueError(f"{name} expected `references` (it is a full-reference reward), got None. Pass references=...")
+    if reward.needs_prompts and prompts is None:
+        raise ValueError(f"{name} expected `prompts`, one per image, got None. Pass prompts=...")
+    references = references if reward.needs_references else None
+    checked_rows(name, images, references)
+    if prompts is not None and len(prompts) != len(images):
+        raise ValueError(f"{name} expected one prompt per image ({len(images)}), got {len(prompts)}.")
+    return Call(images, references, prompts)
+
+
+def merged(calls: Sequence[Call]) -> Call:
+    """One call of the rows of several, in order; they must be on one device and have the same columns."""
+    if len(calls) == 1:
+        return calls[0]
+    images, references = (_merge_images([getattr(c, name) for c in calls]) for name in ("images", "references"))
+    prompts = None if calls[0].prompts is None else [prompt for call in calls for prompt in call.prompts or ()]
+    assert images is not None
+    return Call(images, references, prompts)
+
+
+def _merge_images(columns: list[Images | None]) -> Images | None:
+    first = columns[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        same = [
+            c for c in columns if isinstance(c, Tensor) and c.shape[1:] == first.shape[1:] and c.dtype == first.dtype
+        ]
+        if len(same) == len(columns):
+            return torch.cat(same)
+    return [row for column in columns for row in column or ()]
+
+
+def _rows(column: Any, rows: slice | list[int]) -> Any:
+    if isinstance(rows, slice) or isinstance(column, Tensor):
+        return column[rows]
+    return [column[row] for row in rows]
