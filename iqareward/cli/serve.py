@@ -1,0 +1,81 @@
+"""Serve rewards over HTTP from the command line."""
+
+import os
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+
+from iqareward.optional import require
+from iqareward.rewards.wire import Limits
+
+
+class Job(NamedTuple):
+    """The arguments of `iqareward serve`."""
+
+    rewards: Sequence[str]
+    host: str
+    port: int
+    address: str | None
+    replicas: str
+    num_gpus: float
+    num_cpus: float
+    max_batch: int
+    max_wait_ms: float
+    max_body_mib: int
+    max_images: int
+    deadline: float
+    jpeg: str
+    token_env: str
+
+
+def run(job: Job, messages: Console) -> None:
+    """Serve until told to stop; with an address, deploy there and return."""
+    require("ray.serve", extra="serve", purpose="iqareward serve")
+    from iqareward.serving.application import Deployment, load_rewards
+    from iqareward.serving.run import cluster_ray, deploy, local_ray, wait_for_stop
+    from iqareward.serving.settings import Settings
+
+    secured = bool(os.environ.get(job.token_env))
+    deployment = Deployment(
+        replicas=_replicas(job.replicas),
+        num_gpus=job.num_gpus,
+        num_cpus=job.num_cpus,
+        max_batch=job.max_batch,
+        max_wait_ms=job.max_wait_ms,
+        token_env=job.token_env if secured else None,
+    )
+    limits = Limits(max_bytes=job.max_body_mib * 2**20, max_images=job.max_images)
+    settings = Settings(limits=limits, deadline=job.deadline, jpeg=job.jpeg)  # pyright: ignore[reportArgumentType]
+    rewards = load_rewards(job.rewards, job.num_gpus)
+    for warning in _warnings(job, secured):
+        messages.print(f"[yellow]warning:[/] {warning}", soft_wrap=True, highlight=False)
+    with local_ray() if job.address is None else cluster_ray(job.address):
+        deploy(rewards, deployment, settings, host=job.host, port=job.port, everywhere=job.address is not None)
+        names = ", ".join(job.rewards)
+        messages.print(f"{names}: http://{job.host}:{job.port}/v1/score", soft_wrap=True, highlight=False)
+        if job.address is None:
+            wait_for_stop()
+
+
+def _replicas(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return text
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(f'expected --replicas as a positive number or "auto", got {text!r}.')
+    return int(text)
+
+
+def _warnings(job: Job, secured: bool) -> list[str]:
+    """What somebody who starts this server should know."""
+    from iqareward.serving.run import is_loopback
+
+    found = []
+    if not is_loopback(job.host) and not secured:
+        found.append(
+            f"anyone who can reach {job.host}:{job.port} can use this server: ${job.token_env} is not set. "
+            "Set it to a secret, which clients then send as a bearer token."
+        )
+    if not is_loopback(job.host):
+        found.append("the connection is not encrypted: put a proxy that speaks TLS in front, or use a private network.")
+    return found

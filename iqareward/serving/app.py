@@ -1,0 +1,118 @@
+"""The HTTP face of the server, without Ray: routes, deadlines, and an error that a program can read for everything."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
+
+import iqareward
+from iqareward.rewards.wire import CONTENT_TYPE, ScoreRequest, WireError, decode_request, encode_answer
+from iqareward.serving import openapi
+from iqareward.serving.dispatch import Service, answer, time_limit
+from iqareward.serving.errors import ServiceError, error_response
+from iqareward.serving.gate import Gate
+from iqareward.serving.legacy import add_legacy_routes
+from iqareward.serving.settings import Settings
+from iqareward.serving.uploads import read_form
+
+
+def build_app(service: Service, settings: Settings) -> ASGIApp:
+    """The server as an ASGI application.
+
+    Args:
+        service: the rewards behind it.
+        settings: limits, deadline, token.
+    """
+    api = FastAPI(
+        title="iqareward", version=iqareward.__version__, description=openapi.DESCRIPTION, docs_url=None, redoc_url=None
+    )
+    _add_error_handlers(api)
+    _add_score_route(api, service, settings)
+    _add_status_routes(api, service, settings)
+    add_legacy_routes(api, service, settings)
+    limits = settings.limits
+    return Gate(api, token=settings.token, max_bytes=limits.max_bytes, max_inflight_bytes=settings.max_inflight_bytes)
+
+
+def _add_score_route(api: FastAPI, service: Service, settings: Settings) -> None:
+    @api.post("/v1/score", summary="Score images", responses=openapi.SCORE_RESPONSES, openapi_extra=openapi.SCORE_BODY)
+    async def score(request: Request) -> Response:
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        async with time_limit(settings.deadline) as timeout:
+            decoded = await _read(request, settings)
+            if decoded.deadline is not None:
+                timeout.reschedule(started + min(decoded.deadline, settings.deadline))
+            read = clock() - started
+            result = await answer(service, decoded)
+        timings = {"read": read} | result.timings | {"total": clock() - started}
+        return Response(encode_answer(replace(result, timings=timings)), media_type="application/json")
+
+
+async def _read(request: Request, settings: Settings) -> ScoreRequest:
+    """The request in either of the two forms."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == CONTENT_TYPE:
+        body = await request.body()
+        return await asyncio.to_thread(decode_request, body, settings.limits)
+    if kind == "multipart/form-data":
+        return await read_form(request, settings)
+    raise ServiceError(
+        415, "unsupported_content_type", f"expected {CONTENT_TYPE} or multipart/form-data, got {kind!r:.100}."
+    )
+
+
+def _add_status_routes(api: FastAPI, service: Service, settings: Settings) -> None:
+    facts = {"rewards": service.describe(), "limits": asdict(settings.limits), "deadline": settings.deadline}
+
+    @api.get("/v1/rewards", summary="What is served, and within which limits", responses=openapi.REWARDS_RESPONSES)
+    async def rewards() -> Response:
+        return JSONResponse(facts)
+
+    @api.get("/healthz", summary="Whether every reward can be scored", responses=openapi.HEALTH_RESPONSES)
+    async def healthz() -> Response:
+        states = await service.health()
+        healthy = all(state == "ok" for state in states.values())
+        return JSONResponse({"status": "ok" if healthy else "degraded", "rewards": states}, 200 if healthy else 503)
+
+    @api.get("/metrics", summary="Prometheus figures of this node", responses=openapi.METRICS_RESPONSES)
+    async def metrics() -> Response:
+        return PlainTextResponse(await service.metrics())
+
+
+def _add_error_handlers(api: FastAPI) -> None:
+    """Every error leaves in one form, whoever raised it."""
+
+    async def ours(_: Request, error: Any) -> Response:
+        return error_response(error)
+
+    async def foreign(_: Request, error: Any) -> Response:
+        names = {404: "not_found", 405: "method_not_allowed"}
+        return error_response(
+            ServiceError(error.status_code, names.get(error.status_code, "bad_request"), str(error.detail))
+        )
+
+    async def invalid(_: Request, error: Any) -> Response:
+        return error_response(ServiceError(422, "bad_request", f"{error.errors()[0]['msg']}"))
+
+    async def gone(_: Request, error: Any) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
+
+    async def bug(_: Request, error: Exception) -> Response:
+        return error_response(
+            ServiceError(500, "internal_error", f"{type(error).__name__} in the server; see its log.")
+        )
+
+    handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
+        ServiceError: ours, WireError: ours, HTTPException: foreign,
+        RequestValidationError: invalid, ClientDisconnect: gone, Exception: bug,
+    }  # fmt: skip
+    for kind, handler in handlers.items():
+        api.add_exception_handler(kind, handler)

@@ -1,0 +1,181 @@
+"""The Ray Serve application: one deployment per reward, and in front of them one that speaks HTTP."""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from iqareward.optional import require
+from iqareward.rewards.catalog import load
+from iqareward.rewards.wire import Limits
+from iqareward.serving.app import build_app
+from iqareward.serving.backend import RayBackend, deployment_health, node_metrics
+from iqareward.serving.batch_metrics import BatchMetrics
+from iqareward.serving.dispatch import Facts, Served, Service
+from iqareward.serving.replica import RewardReplica
+from iqareward.serving.settings import Settings
+from iqareward.types import Reward
+
+APP_NAME = "iqareward"
+MAX_QUEUED = 1024  # calls of a reward that wait in one front process; further ones are answered with 429
+FRONT_ONGOING = 1024  # requests that one front process holds; it mostly waits
+BUILD_ATTEMPTS = 2  # of a process; weights that cannot be loaded twice are not there
+LARGEST_POOL = 16  # replicas of a reward at most, if the cluster does not say how many fit
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How each reward runs.
+
+    Args:
+        replicas: processes of each reward; `"auto"` = as many as the queue asks for and the cluster has room for.
+        num_gpus: GPUs of a process; a fraction lets several share one, 0 = CPU.
+        num_cpus: CPUs of a process, and its threads.
+        max_batch: images per call of a reward.
+        max_wait_ms: how long an image waits for company.
+        front_replicas: processes that speak HTTP; `"auto"` = as many as requests ask for, up to 8.
+        token_env: environment variable, where the front runs, that holds the token; None = no token.
+    """
+
+    replicas: int | Literal["auto"] = "auto"
+    num_gpus: float = 0.0
+    num_cpus: float = 1.0
+    max_batch: int = 32
+    max_wait_ms: float = 5.0
+    front_replicas: int | Literal["auto"] = "auto"
+    token_env: str | None = None
+
+
+def load_rewards(specs: Sequence[str], num_gpus: float) -> dict[str, Reward]:
+    """Rewards by the names that clients will use: what was typed. Weights are loaded later, where they are needed."""
+    if not specs or len(set(specs)) < len(specs):
+        raise ValueError(f"expected one or more rewards, each once, got {list(specs)}.")
+    return {spec: load(spec, device="cuda" if num_gpus > 0 else "cpu") for spec in specs}
+
+
+def application(rewards: Mapping[str, Reward], deployment: Deployment, settings: Settings) -> Any:
+    """The application, ready for `ray.serve.run(..., name="iqareward")`.
+
+    Args:
+        rewards: by the name that clients use; picklable, not differentiable.
+        deployment: how each of them runs.
+        settings: limits and deadline; its token is read from `deployment.token_env` where the front runs, so that it
+            is in no message between processes.
+    """
+    serve = require("ray.serve", extra="serve", purpose="the reward server")
+    if settings.token is not None:
+        raise ValueError("application expected the token in an environment variable: Deployment(token_env=...).")
+    names = {name: f"reward-{index}-{_slug(name)}" for index, name in enumerate(rewards)}
+    actor = {"num_gpus": deployment.num_gpus, "num_cpus": deployment.num_cpus}
+    parts = []
+    for name, reward in rewards.items():
+        ongoing = 2 * deployment.max_batch  # one batch that is scored, one that waits
+        part = serve.deployment(RewardReplica).options(
+            name=names[name],
+            ray_actor_options=actor,
+            max_ongoing_requests=ongoing,
+            max_queued_requests=MAX_QUEUED,
+            max_constructor_retry_count=BUILD_ATTEMPTS,
+            health_check_period_s=5,
+            health_check_timeout_s=30,
+            **_scaling(deployment.replicas, target=deployment.max_batch, most=_room(deployment)),
+        )
+        parts.append(
+            part.bind(
+                reward,
+                device="cuda" if deployment.num_gpus > 0 else "cpu",
+                max_batch=deployment.max_batch,
+                max_wait_ms=deployment.max_wait_ms,
+                observer=BatchMetrics,
+            )
+        )
+    facts = {name: Facts.of(reward) for name, reward in rewards.items()}
+
+    def build() -> Any:  # a function, not a partial: that is what Ray Serve takes for a builder
+        return front(names, facts, deployment, settings)
+
+    ingress = serve.deployment(serve.ingress(build)()).options(
+        name="front",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=FRONT_ONGOING,
+        **_scaling(deployment.front_replicas, target=64, most=8),
+    )
+    return ingress.bind(*parts)
+
+
+def front(names: Mapping[str, str], facts: Mapping[str, Facts], deployment: Deployment, settings: Settings) -> Any:
+    """The ASGI application of a front process; called where it runs."""
+    serve = require("ray.serve", extra="serve", purpose="the reward server")
+    token = None
+    if deployment.token_env is not None:
+        token = os.environ.get(deployment.token_env)
+        if not token:
+            raise RuntimeError(
+                f"expected the token in ${deployment.token_env} where the server runs, and it is not set there. "
+                "Set it in the environment of Ray itself (of `ray start`, or of the pods)."
+            )
+    service = Service(
+        rewards={
+            name: Served(
+                facts[name], RayBackend(serve.get_deployment_handle(names[name], APP_NAME)), deployment.max_batch
+            )
+            for name in names
+        },
+        health=partial(deployment_health, APP_NAME, dict(names)),
+        metrics=node_metrics,
+    )
+    return build_app(service, replace(settings, token=token))
+
+
+def from_config(arguments: dict[str, Any]) -> Any:
+    """The application from the `args` of a Serve config file, such as KubeRay's `serveConfigV2`.
+
+    Args:
+        arguments: `rewards`, a list of names; optionally `deployment`, `settings` and `limits`, the arguments of
+            `Deployment`, `Settings` and `Limits`.
+    """
+    unknown = set(arguments) - {"rewards", "deployment", "settings", "limits"}
+    if unknown:
+        raise ValueError(
+            f"expected the arguments rewards, deployment, settings and limits, got also {sorted(unknown)}."
+        )
+    deployment = Deployment(**arguments.get("deployment", {}))
+    settings = Settings(**arguments.get("settings", {}), limits=Limits(**arguments.get("limits", {})))
+    return application(load_rewards(arguments["rewards"], deployment.num_gpus), deployment, settings)
+
+
+def _scaling(replicas: int | Literal["auto"], *, target: int, most: int) -> dict[str, Any]:
+    """Options of a deployment: so many processes, or as many as keep `target` calls with each."""
+    if replicas != "auto":
+        return {"num_replicas": replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": 1,
+            "max_replicas": max(1, most),
+            "target_ongoing_requests": target,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 300,
+        }
+    }
+
+
+def _room(deployment: Deployment) -> int:
+    """How many processes of a reward the cluster has room for."""
+    ray = require("ray", extra="serve", purpose="the reward server")
+    if not ray.is_initialized():
+        return LARGEST_POOL
+    resources = ray.cluster_resources()
+    fits = [
+        resources.get(kind, 0.0) / share
+        for kind, share in (("GPU", deployment.num_gpus), ("CPU", deployment.num_cpus))
+        if share > 0
+    ]
+    return math.floor(min(fits)) if fits else LARGEST_POOL
+
+
+def _slug(name: str) -> str:
+    """A name as deployments may have it."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40]

@@ -1,0 +1,161 @@
+"""From a decoded request to its answer: which rewards, in which pieces, and what is an error before scoring."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.calls import Call
+from iqareward.rewards.wire import ScoreAnswer, ScoreRequest
+from iqareward.serving.errors import ServiceError
+from iqareward.types import Bounds, Reward, Scores
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a call `[b]`, and those of the parts of a weighted sum."""
+
+    scores: Scores
+    components: dict[str, Scores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a client must know of a reward."""
+
+    reward: str
+    needs_references: bool
+    needs_prompts: bool
+    bounds: Bounds
+
+    @classmethod
+    def of(cls, reward: Reward) -> "Facts":
+        """The facts of a reward object."""
+        return cls(reward.name, reward.needs_references, reward.needs_prompts, reward.bounds)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A reward as the front of the server sees it.
+
+    Args:
+        facts: of the reward.
+        score: sends a call to a process that holds the reward; raises `ServiceError`.
+        max_images: of one call; longer requests are split, and the pieces may be scored by different processes.
+    """
+
+    facts: Facts
+    score: Callable[[Call], Awaitable[Scored]]
+    max_images: int = 32
+
+
+@dataclass(frozen=True)
+class Service:
+    """Everything behind the HTTP routes.
+
+    Args:
+        rewards: by the name that clients use.
+        health: reward -> `"ok"` or what is wrong with it.
+        metrics: figures in Prometheus's text format.
+    """
+
+    rewards: Mapping[str, Served]
+    health: Callable[[], Awaitable[dict[str, str]]]
+    metrics: Callable[[], Awaitable[str]]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The facts of every reward, as JSON."""
+        return {name: asdict(served.facts) for name, served in self.rewards.items()}
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[asyncio.Timeout]:
+    """A deadline that answers 504; the work behind it is cancelled."""
+    try:
+        async with asyncio.timeout(seconds) as timeout:
+            yield timeout
+    except TimeoutError:
+        raise ServiceError(
+            504, "deadline_exceeded", "no answer within the deadline; send fewer images or allow more time."
+        ) from None
+
+
+async def answer(service: Service, request: ScoreRequest) -> ScoreAnswer:
+    """Score a request with every reward that it names, all at once.
+
+    Raises:
+        ServiceError: an unknown reward, missing references or prompts, or a reward that failed; then nothing is
+            answered in part.
+    """
+    started = time.perf_counter()
+    chosen = {name: _checked(service, name, request) for name in request.rewards}
+    results = await together([_score(served, request) for served in chosen.values()])
+    return ScoreAnswer(
+        scores={name: result.scores for name, result in zip(chosen, results, strict=True)},
+        components={name: result.components for name, result in zip(chosen, results, strict=True) if result.components},
+        timings={"score": time.perf_counter() - started},
+    )
+
+
+def _checked(service: Service, name: str, request: ScoreRequest) -> Served:
+    """The reward of that name, if it has what it needs."""
+    served = service.rewards.get(name)
+    if served is None:
+        raise ServiceError(404, "unknown_reward", f"expected one of {sorted(service.rewards)}, got {name!r:.100}.")
+    if served.facts.needs_references and request.references is None:
+        raise ServiceError(422, "missing_references", f"{name} compares with references; send `references`.")
+    if served.facts.needs_prompts and request.prompts is None:
+        raise ServiceError(422, "missing_prompts", f"{name} reads prompts; send `prompts`, one per image.")
+    return served
+
+
+async def _score(served: Served, request: ScoreRequest) -> Scored:
+    """One reward's scores of all images, in order; what it does not look at is not sent to it."""
+    references = request.references if served.facts.needs_references else None
+    prompts = request.prompts if served.facts.needs_prompts else None
+    pieces = list(Call(request.images, references, prompts).pieces(served.max_images))
+    starts = range(0, len(request.images), served.max_images)
+    results = await together([_score_piece(served, *pair) for pair in zip(pieces, starts, strict=True)])
+    if len(results) == 1:
+        return results[0]
+    return Scored(
+        torch.cat([result.scores for result in results]),
+        {part: torch.cat([result.components[part] for result in results]) for part in results[0].components},
+    )
+
+
+async def _score_piece(served: Served, piece: Call, start: int) -> Scored:
+    try:
+        result = await served.score(piece)
+    except ServiceError as error:
+        if error.index is not None:
+            error.index += start
+        raise
+    _check_shape(result.scores, piece)
+    return result
+
+
+def _check_shape(scores: Tensor, piece: Call) -> None:
+    if scores.shape != (len(piece),):
+        raise ServiceError(
+            500, "reward_failed", f"the reward gave {list(scores.shape)} scores for {len(piece)} images."
+        )
+
+
+async def together(coroutines: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, or the first error as it was raised, with the others cancelled."""
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except* ServiceError as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -1,0 +1,76 @@
+"""Who may send how much: checked from the headers, before a byte of the body is read."""
+
+import base64
+import binascii
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from iqareward.serving.errors import ServiceError, error_response
+
+OPEN_PATHS = ("/healthz",)  # load balancers have no token
+
+
+class Gate:
+    """An ASGI application in front of another: bearer token, size of the body, memory of all bodies together.
+
+    Args:
+        app: the application behind the gate.
+        token: what clients must send as `Authorization: Bearer <token>`, or as the password of Basic authentication,
+            which is what `http://user:<token>@host` becomes; None = no check.
+        max_bytes: of one body.
+        max_inflight_bytes: of all bodies that are being read or scored.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str | None, max_bytes: int, max_inflight_bytes: int) -> None:
+        self.app, self.max_bytes, self.max_inflight_bytes = app, max_bytes, max_inflight_bytes
+        self._token = None if token is None else token.encode()
+        self._inflight_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request in, or answer why not."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            size = self._admit(scope)
+        except ServiceError as error:
+            return await error_response(error)(scope, receive, send)
+        self._inflight_bytes += size
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._inflight_bytes -= size
+
+    def _admit(self, scope: Scope) -> int:
+        """The size of the body that may be read now."""
+        headers = Headers(scope=scope)
+        if self._token is not None and scope["path"] not in OPEN_PATHS:
+            sent = _token_of(headers.get("authorization", ""))
+            # compare_digest takes the same time wherever the first difference is
+            if sent is None or not hmac.compare_digest(sent, self._token):
+                raise ServiceError(401, "unauthorized", "expected the server's token as `Authorization: Bearer ...`.")
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return 0
+        length = headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise ServiceError(411, "length_required", "expected a Content-Length header: send the body in one piece.")
+        size = int(length[:20])
+        if size > self.max_bytes:
+            raise ServiceError(413, "body_too_large", f"expected at most {self.max_bytes} bytes, got {size}.")
+        if self._inflight_bytes + size > self.max_inflight_bytes:
+            raise ServiceError(429, "overloaded", "the server holds as many images as it may; retry.", retry_after=1)
+        return size
+
+
+def _token_of(authorization: str) -> bytes | None:
+    """The token in an Authorization header, if there is one."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return None
+    return None

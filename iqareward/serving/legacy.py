@@ -1,0 +1,143 @@
+"""The reward-server dialects of other code bases: their clients work when only their URL changes.
+
+- `/flow_grpo`: flow_grpo and its children. A pickle `{"images": [file, ...], ...}`, answered by a pickle
+  `{"outputs": [...], "scores": [...]}`.
+- `/verl_omni`: verl-omni. A pickle `{"images": [file], "prompts": [text], "metadata": {}}`, answered likewise.
+- `/flow_factory/compute` and `/flow_factory/health`: Flow-Factory. JSON `{"image": [base64 PNG], "prompt": [...]}`,
+  answered by `{"rewards": [...]}`.
+
+Each takes the name of a reward as one more step of the path, before `compute` or `health`; without it, the server must
+have one reward. Pickles are read by `plain_pickle.loads_plain`, which cannot run code.
+
+These clients know no "not scored", and average what they get: an image without a score is an error here (422), never a
+number. A reward that fails is 422 too, because flow_grpo sends what gets a 500 a thousand times.
+"""
+
+import asyncio
+import base64
+import binascii
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from iqareward.rewards._wire_json import read_json
+from iqareward.rewards.wire import ScoreRequest, WireError
+from iqareward.serving import openapi
+from iqareward.serving.dispatch import Service, answer, time_limit
+from iqareward.serving.errors import ServiceError
+from iqareward.serving.pictures import decode_pairs
+from iqareward.serving.plain_pickle import loads_plain
+from iqareward.serving.settings import Settings
+
+
+class LegacyCall(NamedTuple):
+    """What the dialects have in common."""
+
+    images: list[bytes]
+    references: list[bytes] | None
+    prompts: list[str] | None
+
+
+def add_legacy_routes(api: FastAPI, service: Service, settings: Settings) -> None:
+    """Add the routes of all dialects to the application."""
+
+    async def pickled(request: Request, reward: str | None = None) -> Response:
+        status, document = await _scored(request, reward, service, settings, _from_pickle)
+        return Response(pickle.dumps(document), status, media_type="application/octet-stream")
+
+    async def flow_factory(request: Request, reward: str | None = None) -> Response:
+        status, document = await _scored(request, reward, service, settings, _from_json)
+        return JSONResponse({"rewards": document["scores"]} if status == 200 else document, status)
+
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    pickles: dict[str, Any] = {"responses": openapi.PICKLE_RESPONSES, "openapi_extra": openapi.PICKLE_BODY}
+    json: dict[str, Any] = {"responses": openapi.FLOW_FACTORY_RESPONSES, "openapi_extra": openapi.FLOW_FACTORY_BODY}
+    for step in ("", "/{reward}"):
+        api.post(f"/flow_grpo{step}", summary="flow_grpo's dialect", **pickles)(pickled)
+        api.post(f"/verl_omni{step}", summary="verl-omni's dialect", **pickles)(pickled)
+        api.post(f"/flow_factory{step}/compute", summary="Flow-Factory's dialect", **json)(flow_factory)
+        api.get(f"/flow_factory{step}/health", summary="What Flow-Factory asks first")(health)
+
+
+async def _scored(
+    request: Request, reward: str | None, service: Service, settings: Settings, read: Callable[[bytes], LegacyCall]
+) -> tuple[int, dict[str, Any]]:
+    """Status and document of the answer."""
+    try:
+        async with time_limit(settings.deadline):
+            body = await request.body()
+            name = reward or _only(service)
+            decoded = await asyncio.to_thread(lambda: _decoded(read(body), name, service, settings))
+            result = await answer(service, decoded)
+        scores = result.scores[name].tolist()
+        missing = [index for index, score in enumerate(scores) if math.isnan(score)]
+        if missing:
+            raise ServiceError(422, "not_scored", f"no score for the images {missing[:20]}: too small, or not finite.")
+    except (ServiceError, WireError) as error:
+        return 422 if error.status == 500 else error.status, {"error": f"{error.code}: {error}"}
+    return 200, {"scores": scores, "outputs": scores}
+
+
+def _only(service: Service) -> str:
+    """The reward of a server that has one."""
+    if len(service.rewards) == 1:
+        return next(iter(service.rewards))
+    raise ServiceError(404, "unknown_reward", f"expected one of {sorted(service.rewards)} as next step of the path.")
+
+
+def _decoded(call: LegacyCall, name: str, service: Service, settings: Settings) -> ScoreRequest:
+    served = service.rewards.get(name)
+    compares = served is not None and served.facts.needs_references
+    references = call.references if compares else None  # not decoded for nothing
+    images, truths = decode_pairs(call.images, references or [], settings.limits, allow_lossy=settings.jpeg != "never")
+    return ScoreRequest((name,), images, truths, None if call.prompts is None else tuple(call.prompts))
+
+
+def _from_pickle(body: bytes) -> LegacyCall:
+    try:
+        fields = loads_plain(body)
+    except ValueError as error:
+        raise ServiceError(400, "refused_pickle", str(error)) from None
+    if not isinstance(fields, dict):
+        raise ServiceError(422, "bad_request", f"expected a dictionary, got {type(fields).__name__}.")
+    images, references = _files(fields, "images"), _files(fields, "ref_images")
+    return LegacyCall(images, references or None, _prompts(fields.get("prompts"), len(images)))
+
+
+def _files(fields: dict[str, Any], name: str) -> list[bytes]:
+    files = fields.get(name, [])
+    if not isinstance(files, list) or not all(isinstance(file, bytes) for file in files):
+        raise ServiceError(422, "bad_request", f"expected `{name}` as a list of the bytes of picture files.")
+    return files
+
+
+def _from_json(body: bytes) -> LegacyCall:
+    fields = read_json(body, "malformed_body")
+    if not isinstance(fields, dict) or not isinstance(fields.get("image"), list):
+        raise ServiceError(422, "bad_request", "expected an object with `image`, a list of base64 pictures.")
+    conditions = fields.get("condition_images") or []
+    if not isinstance(conditions, list) or not all(isinstance(row, list) and row for row in conditions):
+        raise ServiceError(422, "bad_request", "expected `condition_images` as a list of lists of base64 pictures.")
+    images = [_from_base64(text, index) for index, text in enumerate(fields["image"])]
+    references = [_from_base64(row[0], index) for index, row in enumerate(conditions)]
+    return LegacyCall(images, references or None, _prompts(fields.get("prompt"), len(images)))
+
+
+def _from_base64(text: object, index: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)  # pyright: ignore[reportArgumentType]
+    except (TypeError, binascii.Error, ValueError):
+        raise ServiceError(422, "bad_request", "expected the picture as base64.", index=index) from None
+
+
+def _prompts(prompts: object, count: int) -> list[str] | None:
+    """Prompts if they are one text per image. flow_grpo's children send other things there, which no reward reads."""
+    if isinstance(prompts, list) and len(prompts) == count and all(isinstance(text, str) for text in prompts):
+        return prompts
+    return None

@@ -1,0 +1,152 @@
+"""A process that holds one reward: it collects concurrent calls into batches and never passes an exception on."""
+
+import asyncio
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iqareward.rewards.batching import MicroBatched
+from iqareward.rewards.calls import Call
+from iqareward.rewards.compose import WeightedSum
+from iqareward.rewards.wire import as_floats
+from iqareward.serving.dispatch import Scored
+from iqareward.types import Images, Reward, Scores
+
+Arrays: TypeAlias = np.ndarray | list[np.ndarray]
+"""Images as they travel between processes: Ray passes large arrays through shared memory, without a copy."""
+
+Observer: TypeAlias = Callable[[str, int, float], None]
+"""Called after each batch with the reward's name, the number of images and the seconds."""
+
+WARM_UP_SIDE = 256  # every reward of the catalogue scores images of this side
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An error that the client is to see; a plain value, because exceptions change on their way between processes."""
+
+    status: int
+    code: str
+    message: str
+
+
+def pack(call: Call) -> tuple[Arrays, Arrays | None, tuple[str, ...] | None]:
+    """The arguments of `RewardReplica.score`."""
+    references = None if call.references is None else _arrays(call.references)
+    return _arrays(call.images), references, None if call.prompts is None else tuple(call.prompts)
+
+
+@final
+class RewardReplica:
+    """One reward, loaded when this is built, and scoring in batches of concurrent calls.
+
+    Args:
+        reward: the reward; its weights are loaded here, and a picture is scored to see that they can be.
+        device: where images are moved to before they are scored.
+        max_batch: images per call of the reward.
+        max_wait_ms: how long an image waits for company.
+        observer: makes what is told of each batch; made here because it may belong to this process.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        *,
+        device: str = "cpu",
+        max_batch: int = 32,
+        max_wait_ms: float = 5.0,
+        observer: Callable[[], Observer] | None = None,
+    ) -> None:
+        # shared memory is read-only, and no reward writes to its images
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        self._whole = reward if isinstance(reward, WeightedSum) else None
+        observe = None if observer is None else observer()
+        parts = [reward] if self._whole is None else self._whole.rewards
+        self._parts = [_OnDevice(part, torch.device(device), observe) for part in parts]
+        for part in self._parts:
+            part.warm_up()
+        self._batched = [MicroBatched(part, max_batch=max_batch, max_wait_ms=max_wait_ms) for part in self._parts]
+        self._broken = ""
+
+    async def score(
+        self, images: Arrays, references: Arrays | None = None, prompts: Sequence[str] | None = None
+    ) -> Scored | Failed:
+        """Scores of a call, or why there are none."""
+        floats = as_floats(_tensors(images))
+        truths = None if references is None else as_floats(_tensors(references))
+        try:
+            rows = await asyncio.gather(*(part.ascore(floats, truths, prompts) for part in self._batched))
+        except (ValueError, TypeError) as error:  # by the contract: the input is at fault
+            return Failed(422, "refused_by_reward", _first_line(error))
+        except Exception as error:
+            if "CUDA error" in str(error):  # the context is lost: every later call in this process fails too
+                self._broken = _first_line(error)
+            return Failed(500, "reward_failed", _first_line(error))
+        if self._whole is None:
+            return Scored(rows[0])
+        scores = {part.name: row for part, row in zip(self._parts, rows, strict=True)}
+        return Scored(self._whole.combine(scores), scores)
+
+    def check_health(self) -> None:
+        """Raises if this process cannot score any more, so that Ray Serve replaces it."""
+        if self._broken:
+            raise RuntimeError(self._broken)
+
+    def statistics(self) -> dict[str, tuple[int, int]]:
+        """Batches and images scored so far, by part."""
+        return {part.name: (part.num_batches, part.num_images) for part in self._parts}
+
+
+@final
+class _OnDevice:
+    """A reward whose images arrive on the CPU and are scored elsewhere, in whole batches."""
+
+    def __init__(self, reward: Reward, device: torch.device, observe: Observer | None) -> None:
+        self.reward, self.device, self.observe = reward, device, observe
+        self.name, self.bounds, self.differentiable = reward.name, reward.bounds, False
+        self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
+        self.num_batches = self.num_images = 0
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        started = time.perf_counter()
+        truths = None if references is None else self._moved(references)
+        scores = self.reward(self._moved(images), references=truths, prompts=prompts).float().cpu()
+        self.num_batches += 1
+        self.num_images += len(images)
+        if self.observe is not None:
+            self.observe(self.name, len(images), time.perf_counter() - started)
+        return scores
+
+    def warm_up(self) -> None:
+        """Load what has to be loaded, now rather than while the first client waits."""
+        picture = torch.full((1, 3, WARM_UP_SIDE, WARM_UP_SIDE), 0.5, device=self.device)
+        self.reward(picture, references=picture, prompts=["a photograph"])
+
+    def _moved(self, images: Images) -> Images:
+        if isinstance(images, Tensor):
+            return images.to(self.device, non_blocking=True)
+        return [image.to(self.device, non_blocking=True) for image in images]
+
+
+def _arrays(images: Images) -> Arrays:
+    return images.numpy() if isinstance(images, Tensor) else [image.numpy() for image in images]
+
+
+def _tensors(arrays: Arrays) -> Images:
+    return torch.from_numpy(arrays) if isinstance(arrays, np.ndarray) else [torch.from_numpy(row) for row in arrays]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:500]

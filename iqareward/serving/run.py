@@ -1,0 +1,86 @@
+"""Start the server on this machine or on a running Ray cluster, and stop it again."""
+
+import ipaddress
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from iqareward.optional import require
+from iqareward.serving.application import APP_NAME, Deployment, application
+from iqareward.serving.settings import Settings
+from iqareward.types import Reward
+
+PROXY_GRACE = 10.0  # seconds by which Ray's proxy outwaits our own deadline, whose answer says more
+
+
+def deploy(
+    rewards: Mapping[str, Reward], deployment: Deployment, settings: Settings, *, host: str, port: int, everywhere: bool
+) -> None:
+    """Put the rewards on the Ray cluster that this process is connected to; returns when all of them can be scored.
+
+    Args:
+        rewards: by the name that clients use.
+        deployment: how each of them runs.
+        settings: what a request may be.
+        host: address to listen at.
+        port: port to listen at.
+        everywhere: listen on every node that runs a front process, not only on the head node.
+
+    Raises:
+        RuntimeError: a reward cannot be built, for example because its weights are missing.
+    """
+    serve = require("ray.serve", extra="serve", purpose="the reward server")
+    http = {"host": host, "port": port, "request_timeout_s": settings.deadline + PROXY_GRACE}
+    serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=http)
+    serve.run(application(rewards, deployment, settings), name=APP_NAME, route_prefix="/")
+
+
+@contextmanager
+def local_ray(**options: Any) -> Iterator[None]:
+    """A Ray of our own for as long as the block runs; nothing of it is left behind.
+
+    Args:
+        options: of `ray.init`.
+    """
+    ray = require("ray", extra="serve", purpose="the reward server")
+    serve = require("ray.serve", extra="serve", purpose="the reward server")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # whoever wants to report may set it
+    ray.init(include_dashboard=False, **options)
+    try:
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@contextmanager
+def cluster_ray(address: str) -> Iterator[None]:
+    """A connection to a Ray cluster that runs on without us."""
+    ray = require("ray", extra="serve", purpose="the reward server")
+    ray.init(address=address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wait_for_stop() -> None:
+    """Return when this process is asked to end, by Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+    before = {kind: signal.signal(kind, lambda *_: stopped.set()) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stopped.wait()
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

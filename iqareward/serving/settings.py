@@ -1,0 +1,34 @@
+"""What a server accepts and how long it tries; the same for every reward that it serves."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from iqareward.rewards.wire import Limits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the front of the server enforces.
+
+    Args:
+        limits: of one request.
+        max_inflight_bytes: of all requests that one front process is reading or scoring.
+        deadline: seconds from arrival to answer; a request may ask for less, not for more.
+        jpeg: where JPEG and lossy WebP are taken. `"legacy"` = by the dialects of other code bases only, whose clients
+            send nothing else; `"never"` = nowhere, which makes those clients fail until they send PNG; `"always"`.
+        token: what clients must send; None = anyone who can reach the port may use it.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    max_inflight_bytes: int = 2 * 2**30
+    deadline: float = 120.0
+    jpeg: Literal["never", "legacy", "always"] = "legacy"
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.deadline > 0:
+            raise ValueError(f"Settings expected `deadline` > 0 seconds, got {self.deadline}.")
+        if self.jpeg not in ("never", "legacy", "always"):
+            raise ValueError(f'Settings expected `jpeg` "never", "legacy" or "always", got {self.jpeg!r}.')
+        if self.token == "":
+            raise ValueError("Settings expected a token of at least one character, or None.")
