@@ -10,7 +10,7 @@ from torch import Tensor
 from iqareward.rewards.mllm.levels import LevelScorer
 from iqareward.rewards.mllm.owl2 import Owl2
 from iqareward.rewards.mllm.prompts import prompt_ids
-from iqareward.rewards.mllm.readout import SCALES, LevelDistribution, expected_level, level_distribution
+from iqareward.rewards.mllm.readout import SCALES, LevelDistribution, expected_value, level_distribution
 from iqareward.types import Bounds, Images, Scores
 
 
@@ -88,7 +88,7 @@ class DeQAReward:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
         with self._scorer.mode():
-            return expected_level(self.logits(images), SCALES[self.scale])
+            return expected_value(self.logits(images), SCALES[self.scale])
 
     def logits(self, images: Images) -> Tensor:
         """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32."""

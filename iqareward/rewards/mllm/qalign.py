@@ -10,7 +10,7 @@ from torch import Tensor
 from iqareward.rewards.mllm.levels import LevelScorer
 from iqareward.rewards.mllm.owl2 import Owl2
 from iqareward.rewards.mllm.prompts import Task, Variant, prompt_ids
-from iqareward.rewards.mllm.readout import SCALES, expected_level
+from iqareward.rewards.mllm.readout import SCALES, expected_value
 from iqareward.types import Bounds, Images, Scores
 
 
@@ -99,7 +99,7 @@ class QAlignReward:
     def scores_per_task(self, images: Images) -> Tensor:
         """`[B, tasks]` scores in the order of `task`."""
         with self._scorer.mode():
-            return expected_level(self._scorer.logits(images), SCALES[self.scale])
+            return expected_value(self._scorer.logits(images), SCALES[self.scale])
 
     def logits(self, images: Images) -> Tensor:
         """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32; `[B, tasks, 5]` for several tasks."""
@@ -119,7 +119,7 @@ class QAlignReward:
         """
         with self._scorer.mode():
             logits = self._scorer.clip_logits(clips, self._video_prompts)
-            return expected_level(logits, SCALES[self.scale]).mean(dim=1)
+            return expected_value(logits, SCALES[self.scale]).mean(dim=1)
 
     def to(self, device: torch.device | str) -> "QAlignReward":
         """Move the weights, or choose where they will be loaded; returns the reward itself."""

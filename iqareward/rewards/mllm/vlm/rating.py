@@ -1,0 +1,222 @@
+"""Rewards read from digits: the number that a vision-language model would rate an image with, as an expectation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from iqareward.rewards.mllm.readout import token_logits
+from iqareward.rewards.mllm.vlm.branches import DigitReadout
+from iqareward.rewards.mllm.vlm.chat import Prompt, digit_ids, render, tokenize
+from iqareward.rewards.mllm.vlm.generate import Answers, generate_answers
+from iqareward.rewards.mllm.vlm.network import Features, Network
+from iqareward.rewards.mllm.vlm.presets import RatingPreset
+from iqareward.rewards.mllm.vlm.scorer import Source, VLMScorer
+from iqareward.types import Bounds, Images, Scores
+
+
+class Reading(NamedTuple):
+    """What the digits say.
+
+    Attributes:
+        ratings: `[B]` expected rating, on the preset's scale, whatever the mass.
+        digit_mass: `[B]` probability that the model would go on with a legal first digit.
+    """
+
+    ratings: Tensor
+    digit_mass: Tensor
+
+
+@dataclass(frozen=True)
+class RatingReadout:
+    """Expected rating and digit mass behind the beginning of an answer."""
+
+    preset: RatingPreset
+    differentiable: bool
+    width = 2
+
+    def prepare(self, network: Network) -> Callable[[Features], Tensor]:
+        """Render the prompt, and find the digits in the model's vocabulary."""
+        text = render(network.processor, self.preset, self.preset.question, self.preset.answer_prefix)
+        prompt = tokenize(network.processor, text, network.family.around)
+        digits, point = digit_ids(network.processor, text)
+        readout = DigitReadout(self.preset.ratings, digits, point)
+        if self.differentiable and not network.shares_branches:
+            raise ValueError(
+                "expected a model whose layers all attend to the whole sequence (with sdpa or eager attention) for "
+                "`differentiable=True`: other layers overwrite their state while digits are read. Use LevelReward."
+            )
+        logits = _side_by_side if network.shares_branches else _step_by_step
+        ids = torch.tensor(digits, device=network.device)
+        first_ids = ids[list(readout.first)]
+
+        def read(features: Features) -> Tensor:
+            first, decimals = logits(network, features, prompt, readout)
+            chosen, mass = token_logits(first, first_ids)
+            ratings = readout.expectation(chosen, [token_logits(level, ids).logits for level in decimals])
+            return torch.stack([ratings, mass], dim=1)
+
+        return read
+
+
+def _side_by_side(
+    network: Network, features: Features, prompt: Prompt, readout: DigitReadout
+) -> tuple[Tensor, list[Tensor]]:
+    """All beginnings of the answer in the same pass as the prompt, which they share."""
+    branches = readout.branches
+    logits = network.logits(features, prompt, branches)
+    counts = [len(readout.open) * 10**place for place in range(readout.ratings.decimals)]
+    first, *decimals = logits.split([1, *counts], dim=1)
+    return first[:, 0], decimals
+
+
+def _step_by_step(
+    network: Network, features: Features, prompt: Prompt, readout: DigitReadout
+) -> tuple[Tensor, list[Tensor]]:
+    """The prompt once, then one step for each decimal over its repeated cache."""
+    starts = [[readout.digits[digit], readout.point] for digit in readout.open]
+    ones = torch.tensor(readout.digits, device=network.device)[:, None]
+    steps = [torch.tensor(starts, device=network.device), *[ones] * (readout.ratings.decimals - 1)]
+    first, *decimals = network.steps(features, prompt, steps)
+    return first, [level.unflatten(0, (features.batch, -1)) for level in decimals]
+
+
+@final
+class RatingReward:
+    """The rating that a vision-language model would write about each image, as an expectation over its digits.
+
+    Models that were trained to write a number are usually sampled: slow, another score each time, and text without a
+    number becomes an accident. Here the answer's beginning is given, and the digits are read from the probabilities of
+    one forward pass: first digit, first decimal behind each, second decimal behind each of these. That is the mean of
+    what the model would write if only ratings were allowed. Needs the extra `vlm`. The weights are loaded at the first
+    call.
+
+    Args:
+        model: hub id or folder of a Qwen2.5-VL, Qwen3-VL, Qwen3.5, LLaVA-OneVision or InternVL (`-hf`) checkpoint, or
+            a pair (model, processor), whose model is frozen.
+        preset: what is asked, and the ratings that may answer.
+        scale: `"unit"` is [0, 1]; `"mos"` is the preset's own range, such as [1, 5].
+        device: None = CUDA if there is one, else the CPU.
+        dtype: None = bfloat16 on CUDA, float32 on the CPU.
+        differentiable: keep the graph to the pixels at their original size. Not for models with recurrent layers
+            (Qwen3.5), nor with `mode="generate"`.
+        batch_size: images per run of the network; images of different sizes never share one.
+        min_digit_mass: an image's score is NaN if the model would start its answer with a digit less probably.
+        mode: `"expected"`, or `"generate"` for the published protocol: the model writes its answer, which is parsed;
+            NaN if that fails.
+        thinking: with `"generate"`: ask for the reasoning before the answer.
+        seed: with `"generate"`: None = the most probable token; a number = sampled as published, the same for the same
+            image, seed and model, whatever else is in the batch.
+        name: of the reward, as key of components and in logs.
+
+    Raises:
+        ImportError: at the first call, if transformers is not installed.
+        ValueError: at the first call, if the model's family is not supported or it does not write digit by digit.
+
+    Example:
+        >>> from iqareward.rewards.mllm.vlm.presets import VISUALQUALITY_R1
+        >>> reward = RatingReward("TianheWu/VisualQuality-R1-7B", VISUALQUALITY_R1, scale="mos")  # nothing is loaded
+        >>> reward.bounds
+        (1.0, 5.0)
+
+    References:
+        Wu et al., "VisualQuality-R1: Reasoning-Induced Image Quality Assessment via Reinforcement Learning to Rank",
+        2025, https://arxiv.org/abs/2505.14460
+    """
+
+    needs_references = False
+    needs_prompts = False
+
+    def __init__(
+        self,
+        model: Source,
+        preset: RatingPreset,
+        scale: Literal["unit", "mos"] = "unit",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        differentiable: bool = False,
+        batch_size: int = 8,
+        *,
+        min_digit_mass: float = 0.5,
+        mode: Literal["expected", "generate"] = "expected",
+        thinking: bool = False,
+        seed: int | None = None,
+        name: str = "rating",
+    ) -> None:
+        if scale not in ("unit", "mos"):
+            raise ValueError(f'{name} expected `scale` "unit" or "mos", got {scale!r}.')
+        if mode not in ("expected", "generate"):
+            raise ValueError(f'{name} expected `mode` "expected" or "generate", got {mode!r}.')
+        if mode == "expected" and (thinking or seed is not None):
+            raise ValueError(f'{name} expected `thinking` and `seed` with mode="generate" only: nothing is written.')
+        if mode == "generate" and differentiable:
+            raise ValueError(f'{name} expected `differentiable=False` with mode="generate": text has no gradient.')
+        self.name, self.preset, self.scale, self.differentiable = name, preset, scale, differentiable
+        self.mode, self.thinking, self.seed, self.min_digit_mass = mode, thinking, seed, min_digit_mass
+        low, high = float(preset.ratings.low), float(preset.ratings.high)
+        self._shift, self._span = (0.0, 1.0) if scale == "mos" else (low, high - low)
+        self.bounds: Bounds = (low, high) if scale == "mos" else (0.0, 1.0)
+        self._scorer = VLMScorer(
+            name,
+            model,
+            RatingReadout(preset, differentiable),
+            device=device,
+            dtype=dtype,
+            differentiable=differentiable,
+            batch_size=batch_size,
+        )
+
+    @property
+    def model(self) -> Any:
+        """The network, a native class of transformers; loads it if need be."""
+        return self._scorer.load().network.model
+
+    @property
+    def prompt(self) -> str:
+        """What the model continues, one placeholder for the image; loads the model if need be."""
+        processor = self._scorer.load().network.processor
+        begun = self.preset.answer_prefix if self.mode == "expected" else ""
+        return render(processor, self.preset, self._question, begun)
+
+    @property
+    def _question(self) -> str:
+        return self.preset.thinking_question if self.thinking else self.preset.question
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
+        with self._scorer.mode():
+            if self.mode == "generate":
+                return (self.answers(images).ratings - self._shift) / self._span
+            ratings, mass = self.reading(images)
+            return torch.where(mass >= self.min_digit_mass, (ratings - self._shift) / self._span, torch.nan)
+
+    def reading(self, images: Images) -> Reading:
+        """Expected ratings with the digit mass of each: how far the model was from writing a rating at all."""
+        with self._scorer.mode():
+            return Reading(*self._scorer.rows(images).unbind(1))
+
+    def answers(self, images: Images) -> Answers:
+        """What the model writes about each image by the published protocol, and the ratings parsed from it."""
+        with self._scorer.mode():
+            return generate_answers(self._scorer, images, self.preset, self._question, self.seed)
+
+    def to(self, device: torch.device | str) -> "RatingReward":
+        """Move the weights, or choose where they will be loaded; returns the reward itself."""
+        self._scorer.move(device)
+        return self
+
+    def offload(self) -> None:
+        """Move the weights to host memory, for example while the trained model is being updated."""
+        self._scorer.offload()
+
+    def onload(self) -> None:
+        """Move the weights back to where they were before `offload`."""
+        self._scorer.onload()

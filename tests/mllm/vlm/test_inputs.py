@@ -1,0 +1,186 @@
+"""Pixels, positions and prompts are those of the models' own processors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+
+from tests.mllm.vlm import tiny  # skips without transformers
+
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from iqareward.rewards.mllm.vlm.chat import digit_ids, next_ids, render, tokenize
+from iqareward.rewards.mllm.vlm.families import family_of
+from iqareward.rewards.mllm.vlm.network import Network
+from iqareward.rewards.mllm.vlm.patches import patchify, smart_size
+from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, ZERO_SHOT_LEVELS
+from tests.tolerances import EXACT, FORMULA_FP32
+
+SIZES = [(64, 96), (56, 56), (90, 31), (37, 150), (200, 120)]
+PILLOW = {
+    "llava_onevision": LlavaOnevisionImageProcessorPil,
+    "internvl": GotOcr2ImageProcessorPil,
+    **dict.fromkeys(tiny.QWEN, Qwen2VLImageProcessorPil),
+}
+
+
+def pillow(image: Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_pixels_are_those_of_the_pillow_processor(family, size) -> None:
+    """Any size, resized, padded and tiled or not: what the vision tower reads is what the library's Pillow code makes."""
+    model, processor = tiny.pair(family)
+    batch = tiny.images(2, *size)
+    inputs = family_of(model, processor).images(batch)
+    assert inputs is not None
+    library = PILLOW[family](**{k: v for k, v in processor.image_processor.to_dict().items() if "type" not in k})
+    expected = library([pillow(image) for image in batch], return_tensors="pt")
+    torch.testing.assert_close(inputs.keywords["pixel_values"], expected["pixel_values"], **FORMULA_FP32)
+    if "image_grid_thw" in expected:
+        assert inputs.keywords["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
+    if "image_sizes" in expected:
+        assert [list(found) for found in inputs.keywords["image_sizes"]] == expected["image_sizes"].tolist()
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_patches_are_the_librarys(patch) -> None:
+    """Given the same pixels, rows and their order are equal to the last bit."""
+    side = 2 * patch
+    pixels = torch.randn(3, 3, 2 * side, 5 * side, generator=torch.Generator().manual_seed(0))
+    library, *_ = tiny.Qwen2VLImageProcessor().patchify(pixels, patch, 2, 2)
+    found = patchify(pixels, patch_size=patch, merge_size=2, temporal_size=2)
+    torch.testing.assert_close(found, library.flatten(0, 1), **EXACT)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([28, 32]), st.sampled_from([3136, 65536]))
+@settings(deadline=None, max_examples=200, derandomize=True)
+def test_smart_size_is_the_librarys(height, width, factor, smallest) -> None:
+    """Every size and both families' limits; what the library refuses is None."""
+    limits = {"factor": factor, "min_pixels": smallest, "max_pixels": 1_000_000}
+    if max(height, width) > 200 * min(height, width):
+        assert smart_size(height, width, **limits) is None
+    else:
+        assert smart_size(height, width, **limits) == smart_resize(height, width, **limits)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("size", [(64, 96), (130, 60)])
+def test_forward_is_the_models_own(family, size) -> None:
+    """Tokens, positions and the vision tower's inputs: logits are those of the processor's inputs in a plain call."""
+    model, processor = tiny.pair(family)
+    network, batch = Network(model, processor), tiny.images(2, *size)
+    text = render(processor, ZERO_SHOT_LEVELS, ZERO_SHOT_LEVELS.question, ZERO_SHOT_LEVELS.stem)
+    prompt = tokenize(processor, text, network.family.around)
+    with torch.no_grad():
+        features = network.features(batch)
+        assert features is not None
+        found = network.logits(features, prompt)[:, -1]
+        own = processor(text=[text] * 2, images=[pillow(image) for image in batch], return_tensors="pt")
+        inputs = network.family.images(batch)
+        assert inputs is not None
+        expected = model(**{**own, **_tensors(inputs.keywords)}).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    layout = network.layout(prompt, features.num_tokens, features.grid, None)
+    assert layout.ids[0].tolist() == own["input_ids"][0].tolist()
+
+
+def _tensors(keywords: dict) -> dict:
+    """Our pixels in the processor's inputs: the two resize differently, which is tested elsewhere."""
+    return {key: torch.tensor(value) if isinstance(value, list) else value for key, value in keywords.items()}
+
+
+@pytest.mark.parametrize("family", tiny.QWEN)
+@pytest.mark.parametrize("size", [(64, 96), (130, 60), (56, 56)])
+def test_positions_are_the_models_own(family, size) -> None:
+    """M-RoPE positions equal those that the model computes from `mm_token_type_ids`, which we spare it."""
+    model, processor = tiny.pair(family)
+    network = Network(model, processor)
+    inputs = network.family.images(tiny.images(1, *size))
+    assert inputs is not None
+    prompt = tokenize(processor, render(processor, Q_INSIGHT, Q_INSIGHT.question))
+    tokens = inputs.grid[0] * inputs.grid[1]
+    layout = network.layout(prompt, tokens, inputs.grid, None)
+    kinds = (layout.ids == processor.image_token_id).int()
+    expected, deltas = model.model.get_rope_index(layout.ids, kinds, inputs.keywords["image_grid_thw"])
+    assert layout.positions.tolist() == expected.tolist()
+    assert layout.end == layout.ids.shape[1] + int(deltas[0, 0])
+
+
+def test_prompts_character_for_character() -> None:
+    """What the published scorers' models read, under their families' chat templates."""
+    rate = (
+        "What is your overall rating on the quality of this picture? The rating should be a float between 1 and 5, "
+        "rounded to two decimal places, with 1 representing very poor quality and 5 representing excellent quality."
+    )
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    qwen = tiny.processor("qwen2_5_vl")
+    assert render(qwen, VISUALQUALITY_R1, VISUALQUALITY_R1.question, VISUALQUALITY_R1.answer_prefix) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\nPicture 1: {image}You are doing the image quality assessment task. Here is the question: "
+        f"{rate} Please only output the final answer with only one score in <answer> </answer> tags.<|im_end|>\n"
+        "<|im_start|>assistant\n<answer>"
+    )
+    assert render(qwen, VISUALQUALITY_R1, VISUALQUALITY_R1.thinking_question) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\nPicture 1: {image}You are doing the image quality assessment task. Here is the question: "
+        f"{rate} First output the thinking process in <think> </think> tags and then output the final answer with only "
+        "one score in <answer> </answer> tags.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render(qwen, Q_INSIGHT, Q_INSIGHT.question, Q_INSIGHT.answer_prefix) == (
+        "<|im_start|>system\nA conversation between User and Assistant. The user asks a question, and the Assistant "
+        "solves it. The assistant first thinks about the reasoning process in the mind and then provides the user with "
+        "the answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> "
+        "tags, respectively, i.e., <think> reasoning process here </think><answer> answer here </answer><|im_end|>\n"
+        f"<|im_start|>user\n{rate} Return the final answer in JSON format with the following keys: "
+        f'"rating": The score.{image}<|im_end|>\n<|im_start|>assistant\n<answer>{{"rating": '
+    )
+    assert render(tiny.processor("qwen3_5"), Q_REALIGN["quality"], Q_REALIGN["quality"].question, "Yes") == (
+        f"<|im_start|>user\n{image}How would you rate the quality of this image?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nYes"
+    )
+
+
+def test_tokens_that_cannot_be_read_are_refused() -> None:
+    """A level of several tokens, two levels of one token, joined digits, and a prompt without its image."""
+    plain = tiny.processor("qwen2_5_vl")
+    with pytest.raises(ValueError, match="' superb' to be one token"):
+        next_ids(plain, "The quality is", [" good", " superb"])
+    with pytest.raises(ValueError, match="different tokens"):
+        next_ids(plain, "The quality is", [" good", " good"])
+    joined = tiny.processor("qwen2_5_vl", words=("98",))
+    joined.tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(False, use_regex=False)
+    with pytest.raises(ValueError, match="digit by digit"):
+        digit_ids(joined, "<answer>")
+    with pytest.raises(ValueError, match="one image placeholder"):
+        tokenize(plain, "no image here")
+    assert len(digit_ids(plain, "<answer>")[0]) == 10
+
+
+def test_unsupported_families_and_strange_pairs_are_refused() -> None:
+    """The error lists what is supported, or says that model and processor do not match."""
+    model, processor = tiny.pair("qwen2_5_vl")
+    other = type("Model", (), {"config": type("Config", (), {"model_type": "idefics3"})})
+    with pytest.raises(ValueError, match="qwen2_5_vl, qwen3_vl, qwen3_5, llava_onevision, internvl"):
+        family_of(other, processor)
+    with pytest.raises(ValueError, match="one checkpoint"):
+        Network(model, tiny.processor("internvl"))
+    nearest = tiny.processor("qwen2_5_vl")
+    nearest.image_processor.resample = 0
+    with pytest.raises(ValueError, match="bicubic"):
+        family_of(model, nearest)
+
+
+def test_whole_levels_survive() -> None:
+    """The test images are what they claim: rounding to 8 bits does not move them."""
+    levels = tiny.images(1) * 255
+    np.testing.assert_allclose(levels, levels.round(), atol=1e-4)

@@ -1,0 +1,175 @@
+"""Tiny random vision-language models of every supported family, with tokenizers and processors made on the spot."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="needs the extra vlm")
+
+import transformers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+from transformers.models.llava_onevision.image_processing_llava_onevision import LlavaOnevisionImageProcessor
+from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+FAMILIES = (*QWEN, "llava_onevision", "internvl")
+WORDS = (" excellent", " good", " fair", " poor", " bad", "answer", "Picture", " quality")
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>",
+)  # fmt: skip
+
+_IMAGE = {
+    "llava_onevision": "<image>",
+    "internvl": "<IMG_CONTEXT>\n",
+    **dict.fromkeys(QWEN, "{% if add_vision_id %}Picture 1: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"),
+}
+_GENERATION = {
+    # as small models of that family do: thinking is open unless it is disabled
+    "qwen3_5": "<|im_start|>assistant\n<think>\n{% if enable_thinking is false %}\n\n</think>\n\n{% endif %}",
+}
+_SYSTEM = {"qwen2_5_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"}
+
+
+def chat_template(family: str) -> str:
+    """A template of the family's shape."""
+    system = _SYSTEM.get(family, "")
+    return (
+        f"{{% if messages[0].role != 'system' %}}{system}{{% endif %}}"
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% for part in message.content %}"
+        f"{{% if part.type == 'image' %}}{_IMAGE[family]}{{% else %}}{{{{ part.text }}}}{{% endif %}}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}" + _GENERATION.get(family, "<|im_start|>assistant\n") + "{% endif %}"
+    )
+
+
+def tokenizer(words: tuple[str, ...] = WORDS) -> Any:
+    """Byte-level BPE of the Qwen kind that knows single bytes and `words`."""
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary, merges = {token: index for index, token in enumerate(alphabet)}, []
+    for word in words:
+        pieces = [piece for piece in word.replace(" ", "Ġ")]
+        for end in range(1, len(pieces)):
+            pair, joined = ("".join(pieces[:end]), pieces[end]), "".join(pieces[: end + 1])
+            if joined not in vocabulary:
+                vocabulary[joined] = len(vocabulary)
+                merges.append(pair)
+    made = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    made.pad_token = made.eos_token = "<|endoftext|>"
+    return made
+
+
+def processor(family: str, words: tuple[str, ...] = WORDS) -> Any:
+    """The family's processor for tiny images."""
+    tok, template = tokenizer(words), chat_template(family)
+    if family == "llava_onevision":
+        pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
+        images = LlavaOnevisionImageProcessor(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
+        return transformers.LlavaOnevisionProcessor(
+            images, tok, LlavaOnevisionVideoProcessor(), num_image_tokens=4, vision_feature_select_strategy="full",
+            chat_template=template,
+        )  # fmt: skip
+    if family == "internvl":
+        tok.start_image_token, tok.end_image_token = "<img>", "</img>"
+        tok.context_image_token, tok.video_token = "<IMG_CONTEXT>", "<video>"
+        for name in ("start_image_token", "end_image_token", "context_image_token"):
+            setattr(tok, f"{name}_id", tok.convert_tokens_to_ids(getattr(tok, name)))
+        images = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=4, crop_to_patches=True)
+        return transformers.InternVLProcessor(
+            images, tok, InternVLVideoProcessor(), image_seq_length=1, chat_template=template
+        )
+    patch = 14 if family == "qwen2_5_vl" else 16
+    limits = {"shortest_edge": (2 * patch) ** 2, "longest_edge": 36 * patch**2}
+    colours = {} if family == "qwen2_5_vl" else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = Qwen2VLImageProcessor(patch_size=patch, size=limits, **colours)
+    if family == "qwen2_5_vl":
+        return transformers.Qwen2_5_VLProcessor(images, tok, Qwen2VLVideoProcessor(), chat_template=template)
+    return transformers.Qwen3VLProcessor(images, tok, Qwen3VLVideoProcessor(), chat_template=template)
+
+
+def _text(tok: Any, **more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | more.pop("rope", {})
+    return {
+        "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope,
+        "pad_token_id": None, "bos_token_id": None, "eos_token_id": tok.eos_token_id,
+    } | more  # fmt: skip
+
+
+def config(family: str, tok: Any) -> Any:
+    """A configuration with two layers of everything."""
+    ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
+    ids |= {"vision_end": tok.convert_tokens_to_ids("<|vision_end|>")}
+    qwen = {
+        "image_token_id": ids["image_pad"], "video_token_id": ids["video_pad"],
+        "vision_start_token_id": ids["vision_start"], "vision_end_token_id": ids["vision_end"],
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    tower = {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
+    if family == "qwen2_5_vl":
+        text = _text(tok, rope={"mrope_section": [1, 1, 2]})
+        # windows of two tokens a side, so that some images have ragged ones
+        tower |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **qwen)
+    if family == "qwen3_vl":
+        text = _text(tok, head_dim=8, rope={"mrope_section": [2, 1, 1], "mrope_interleaved": True})
+        tower |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **qwen)
+    if family == "qwen3_5":
+        rope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 1.0}
+        text = _text(
+            tok, head_dim=8, rope=rope, layer_types=["linear_attention", "full_attention"],
+            linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+        )  # fmt: skip
+        tower |= {"num_position_embeddings": 16}
+        return transformers.Qwen3_5Config(text_config=text, vision_config=tower, **qwen)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = transformers.Qwen2Config(**_text(tok))
+    if family == "llava_onevision":
+        return transformers.LlavaOnevisionConfig(
+            text_config=text,
+            vision_config=transformers.SiglipVisionConfig(**tower, image_size=28, patch_size=14),
+            image_token_id=tok.convert_tokens_to_ids("<image>"), video_token_id=tok.convert_tokens_to_ids("<video>"),
+            image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]],
+            vision_feature_select_strategy="full", tie_word_embeddings=False,
+        )  # fmt: skip
+    return transformers.InternVLConfig(
+        text_config=text,
+        vision_config=transformers.InternVLVisionConfig(**tower, image_size=(28, 28), patch_size=(14, 14)),
+        image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=1, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def model(family: str, tok: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A seeded model whose output depends on the pixels visibly."""
+    made = transformers.AutoModelForImageTextToText.from_config(config(family, tok))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim > 1:
+                scale = 1.0 if "embed" in name else 0.3
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=rng))
+    return made.to(dtype).requires_grad_(False).eval()
+
+
+@cache
+def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Model and processor of a family, made once."""
+    made = processor(family)
+    return model(family, made.tokenizer, dtype), made
+
+
+def images(count: int, height: int = 64, width: int = 96, seed: int = 0) -> Tensor:
+    """`[count, 3, height, width]` of whole levels, so that rounding to 8 bits changes nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(40, 216, (count, 3, height, width), generator=rng).float() / 255
