@@ -1,7 +1,9 @@
 """Saving a run so that it continues with the same numbers, whenever it is killed."""
 
+import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,17 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), file)
         file.flush()
         os.fsync(file.fileno())
+    part.replace(path)
+
+
+def save_lines(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write records as JSON, one a line, null for NaN and infinity; `path` holds the old or the new file, never a part."""
+    lines = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        for record in history
+    ]
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     part.replace(path)
 
 

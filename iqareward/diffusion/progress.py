@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-FIGURES = ("sft_loss", "reward", "difficulty", "rl_share", "active")
+# Few and short, so that a line of 80 columns keeps its bar.
+FIGURES = {"reward": "reward", "difficulty": "difficulty", "sft_share": "sft", "active": "active"}
+FIGURES_OF_SFT = {"sft_loss": "loss"}
 
 
 @contextmanager
@@ -20,14 +22,15 @@ def progress_bar(description: str, total: int, *, done: int = 0, shown: bool = T
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True), disable=not shown
     ) as bar:
         task = bar.add_task(description, total=total, completed=done, figures="")
 
         def advance(record: dict[str, Any]) -> None:
-            figures = "  ".join(f"{name} {record[name]:.3g}" for name in FIGURES if name in record)
+            names = FIGURES if "reward" in record else FIGURES_OF_SFT
+            figures = "  ".join(f"{short} {record[name]:.3g}" for name, short in names.items() if name in record)
             bar.advance(task)
             if figures:
                 bar.update(task, figures=figures)

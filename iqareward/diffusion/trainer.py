@@ -12,7 +12,7 @@ from torch import Tensor
 from iqareward.advantages import RewardMemory
 from iqareward.difficulty import rmse
 from iqareward.diffusion.batches import InputOrder
-from iqareward.diffusion.checkpoint import load_state, save_state, trained_weights
+from iqareward.diffusion.checkpoint import load_state, save_lines, save_state, trained_weights
 from iqareward.diffusion.data.pairs import Pairs
 from iqareward.diffusion.experience import Experience, Sampling, collect, compare
 from iqareward.diffusion.learner import Learner, Optimization
@@ -120,7 +120,7 @@ class DifficultyAdaptiveTrainer:
         if self.accelerator.log_with and not self.accelerator.trackers:
             self.accelerator.init_trackers("iqareward")
         shown = self.show_progress and self.accelerator.is_main_process
-        with progress_bar("training", num_updates, done=self.updates, shown=shown) as advance:
+        with progress_bar("RL", num_updates, done=self.updates, shown=shown) as advance:
             while self.updates < num_updates and not (self.validation and self.validation.stopped):
                 record = self.update()
                 last = self.updates == num_updates
@@ -199,10 +199,11 @@ class DifficultyAdaptiveTrainer:
         return dict(zip(columns, means.tolist(), strict=True))
 
     def save(self) -> None:
-        """Write the checkpoint of this moment over the last one; only the main process writes."""
+        """Write checkpoint and history of this moment over the last ones; only the main process writes."""
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         if self.accelerator.is_main_process:
             save_state(self.checkpoint, state | {"updates": self.updates, "history": self.history, "seed": self.seed})
+            save_lines(self.history_file, self.history)
         self.accelerator.wait_for_everyone()
 
     def load(self) -> bool:
@@ -231,3 +232,8 @@ class DifficultyAdaptiveTrainer:
     def checkpoint(self) -> Path:
         """The file that `save` writes and `load` reads."""
         return self.output_dir / "checkpoint.pt"
+
+    @property
+    def history_file(self) -> Path:
+        """The history up to the checkpoint, one JSON object a line, for people and plots."""
+        return self.output_dir / "history.jsonl"

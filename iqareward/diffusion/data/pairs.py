@@ -82,7 +82,8 @@ class SyntheticPairs:
 class FolderPairs:
     """Pairs from the images of a folder, damaged on the spot, or from two folders that hold the same scenes.
 
-    Files are read when they are asked for. Each id is one file, in the order of the names, and has one random crop.
+    Files are read when they are asked for. Each id is one random crop of one file: with C crops per file, ids k * C to
+    k * C + C - 1 belong to file k, in the order of the names.
 
     Args:
         folder: the references, searched with all folders inside.
@@ -90,9 +91,10 @@ class FolderPairs:
         degradation: what damages the crops; not used with `degraded_folder`.
         seed: integer >= 0, of crops, severities and noise.
         degraded_folder: the degraded images, of the same relative names and sizes as the references.
+        crops: of each file.
 
     Raises:
-        ValueError: a folder is missing or holds no image, or a degraded image is missing.
+        ValueError: a folder is missing or holds no image, a degraded image is missing, or a number is below 1.
 
     Example:
         >>> import tempfile
@@ -108,10 +110,11 @@ class FolderPairs:
     degradation: Degradation = field(default_factory=Degradation)
     seed: int = 0
     degraded_folder: str | Path | None = None
+    crops: int = 1
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"FolderPairs expected size >= 1, got {self.size}.")
+        if self.size < 1 or self.crops < 1:
+            raise ValueError(f"FolderPairs expected size >= 1 and crops >= 1, got {self.size} and {self.crops}.")
         names = self.names
         if self.degraded_folder is None:
             return
@@ -124,7 +127,7 @@ class FolderPairs:
 
     @cached_property
     def names(self) -> list[str]:
-        """The files relative to the folder, sorted; the place in this list is the id."""
+        """The files relative to the folder, sorted."""
         folder = Path(self.folder)
         if not folder.is_dir():
             raise ValueError(f"FolderPairs expected a folder of images, got {folder}, which is none.")
@@ -135,7 +138,7 @@ class FolderPairs:
         return names
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.names) * self.crops
 
     def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(degraded, references), both `[B, 3, size, size]` float32 in [0, 1] on the CPU, in the order of `ids`.
@@ -155,7 +158,7 @@ class FolderPairs:
     def _crops(self, input_id: int, corner: tuple[float, float]) -> list[Tensor]:
         """The reference `[3, size, size]`, followed by the degraded image if it is a file."""
         folders = [folder for folder in (self.folder, self.degraded_folder) if folder is not None]
-        paths = [Path(folder) / self.names[input_id] for folder in folders]
+        paths = [Path(folder) / self.names[input_id // self.crops] for folder in folders]
         images = [_read(path) for path in paths]
         height, width = images[0].shape[1:]
         if images[0].shape != images[-1].shape:

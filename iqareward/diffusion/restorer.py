@@ -1,0 +1,100 @@
+"""A pixel restorer from scratch: built in a chosen width, saved in the layout of diffusers, and read again."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iqareward.diffusion.ddim import DDIM
+from iqareward.diffusion.pixel import PixelPolicy
+from iqareward.diffusion.policy import unwrapped
+from iqareward.optional import require
+
+EXTRA, PURPOSE = "diffusers", "a pixel restorer"
+SETTINGS = "restorer.json"  # what diffusers has no place for
+
+
+def build_restorer(channels: Sequence[int], *, layers: int = 1, seed: int = 0) -> PixelPolicy:
+    """A conditional UNet of convolutions that predicts the change to the degraded image; to be trained by SFT first.
+
+    It takes images of any size whose sides are multiples of `2 ** (len(channels) - 1)`.
+
+    Args:
+        channels: of the network, per resolution; multiples of 8.
+        layers: blocks per resolution.
+        seed: of the weights.
+
+    Returns:
+        A policy on the CPU.
+
+    Example:
+        >>> policy = build_restorer((8, 16))
+        >>> policy.residual, policy.model.config.in_channels
+        (True, 6)
+    """
+    diffusers: Any = require("diffusers", extra=EXTRA, purpose=PURPOSE)
+    blocks = len(channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        unet = diffusers.UNet2DModel(
+            in_channels=6,
+            out_channels=3,
+            block_out_channels=tuple(channels),
+            layers_per_block=layers,
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D",) * blocks,
+            up_block_types=("UpBlock2D",) * blocks,
+        )
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type="sample", timestep_spacing="trailing", clip_sample=False, rescale_betas_zero_snr=True
+    )
+    return PixelPolicy(unet, DDIM(scheduler), residual=True)
+
+
+def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
+    """Write the model to `unet/` and the scheduler to `scheduler/` of a folder, both with `save_pretrained`.
+
+    Args:
+        policy: whose `process` is a `DDIM`.
+        folder: made if it is missing.
+    """
+    folder, process = Path(folder), policy.process
+    assert isinstance(process, DDIM), "pixel restorers are sampled by DDIM"
+    unwrapped(policy.model).save_pretrained(folder / "unet")
+    process.scheduler.save_pretrained(folder / "scheduler")
+    (folder / SETTINGS).write_text(json.dumps({"residual": policy.residual}), encoding="utf-8")
+
+
+def load_restorer(folder: Path | str) -> PixelPolicy:
+    """The policy in a folder of `save_restorer`, or of a diffusers pipeline with a `UNet2DModel` that sees 6 channels.
+
+    Args:
+        folder: holds `unet/` and `scheduler/`.
+
+    Returns:
+        A policy on the CPU.
+
+    Raises:
+        ValueError: the folder is another one, or the model takes or gives another number of channels.
+    """
+    diffusers: Any = require("diffusers", extra=EXTRA, purpose=PURPOSE)
+    folder = Path(folder)
+    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / part).is_file():
+            raise ValueError(
+                f"load_restorer expected {folder} to hold {part}, and there is none. Give a folder that save_restorer "
+                "or a diffusers pipeline with a UNet2DModel wrote."
+            )
+    model = diffusers.UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+    found = (model.config.in_channels, model.config.out_channels)
+    if found != (6, 3):
+        raise ValueError(
+            f"load_restorer expected a UNet2DModel with 6 channels in (noisy and degraded image) and 3 out, got "
+            f"{found[0]} and {found[1]} in {folder}."
+        )
+    process = DDIM.from_scheduler(diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True))
+    settings = folder / SETTINGS
+    residual = settings.is_file() and json.loads(settings.read_text(encoding="utf-8"))["residual"]
+    return PixelPolicy(model, process, residual=residual)
