@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from iqareward.rewards.metric import NoReference as NoReference
     from iqareward.rewards.mllm.deqa import DeQAReward as DeQAReward
     from iqareward.rewards.mllm.qalign import QAlignReward as QAlignReward
+    from iqareward.rewards.mllm.vlm.served import ServedVLMReward as ServedVLMReward
     from iqareward.rewards.piq_metrics import PIQReward as PIQReward
     from iqareward.rewards.pyiqa import PyIQAReward as PyIQAReward
     from iqareward.testing import check_reward as check_reward
@@ -71,6 +72,7 @@ _HOME = {
     "NoReference": "rewards.metric",
     "DeQAReward": "rewards.mllm.deqa",
     "QAlignReward": "rewards.mllm.qalign",
+    "ServedVLMReward": "rewards.mllm.vlm.served",
     "PIQReward": "rewards.piq_metrics",
     "PyIQAReward": "rewards.pyiqa",
     "check_reward": "testing",

@@ -17,7 +17,7 @@ from iqareward.rewards.mllm.vlm.presets import (
 )
 from iqareward.rewards.mllm.vlm.ratings import Ratings, parse_rating
 
-RANGES = [Ratings(low, high, decimals) for low, high in ((0, 9), (1, 5), (0, 1), (3, 8)) for decimals in (1, 2, 3)]
+RANGES = [Ratings(low, high, decimals) for low, high in ((0, 9), (1, 5), (0, 1), (3, 8)) for decimals in (1, 2)]
 
 
 def _all_ratings(ratings: Ratings) -> list[str]:

@@ -1,6 +1,7 @@
 """A served judge gives the expectation of the server's own distribution, and keeps the contract."""
 
 import asyncio
+import io
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
+from iqareward.rewards.mllm.vlm.png import encode_png
 from iqareward.rewards.mllm.vlm.presets import (
     Q_INSIGHT,
     Q_REALIGN,
@@ -19,6 +24,7 @@ from iqareward.rewards.mllm.vlm.presets import (
     LevelPreset,
     RatingPreset,
 )
+from iqareward.rewards.mllm.vlm.ratings import Ratings
 from iqareward.rewards.mllm.vlm.served import ServedVLMReward
 from iqareward.testing import check_reward
 from tests.mllm.vlm.chat_double import LEVELS, next_token, serve
@@ -204,11 +210,11 @@ def test_too_little_mass_is_nan_not_an_error(make) -> None:
     """A model that wants to say something else is not scored; the mass says so."""
     preset = replace(ZERO_SHOT_LEVELS, levels=(" excellent", " good"), worth=(1.0, 0.0))
     images = _images(2)
-    scores, mass = make(preset).read(images)
+    scores, mass = make(preset).reading(images)
     expected = [next_token(preset.stem, b) for b in _brightness(images)]
     assert scores.isnan().all()
     torch.testing.assert_close(mass, torch.tensor([p[" excellent"] + p[" good"] for p in expected]), **FORMULA_FP32)
-    ratings = make(replace(VISUALQUALITY_R1, answer_prefix="The quality of the image is")).read(images)
+    ratings = make(replace(VISUALQUALITY_R1, answer_prefix="The quality of the image is")).reading(images)
     assert ratings.scores.isnan().all()
     assert (ratings.mass < 0.5).all()
 
@@ -216,7 +222,7 @@ def test_too_little_mass_is_nan_not_an_error(make) -> None:
 def test_mass_is_the_probability_of_what_counts(make) -> None:
     """For ratings: of a legal first digit."""
     images = _images(3)
-    _, mass = make(VISUALQUALITY_R1, min_mass=0.2).read(images)
+    _, mass = make(VISUALQUALITY_R1, min_mass=0.2).reading(images)
     found = [next_token("<answer>", b) for b in _brightness(images)]
     expected = torch.tensor([math.fsum(p[str(d)] for d in range(1, 6)) for p in found])
     torch.testing.assert_close(mass, expected, **FORMULA_FP32)
@@ -230,7 +236,7 @@ def test_levels_outside_the_list_of_the_server_are_nan(double, make) -> None:
         return {" excellent": 0.7, **crowd, " bad": 1e-9}
 
     double.next_token = flat
-    scores, mass = make(replace(ZERO_SHOT_LEVELS, levels=(" excellent", " bad"), worth=(1.0, 0.0))).read(_images(1))
+    scores, mass = make(replace(ZERO_SHOT_LEVELS, levels=(" excellent", " bad"), worth=(1.0, 0.0))).reading(_images(1))
     assert scores.isnan().all()
     torch.testing.assert_close(mass, torch.tensor([0.7]), **FORMULA_FP32)
 
@@ -275,3 +281,29 @@ def test_rewards_travel_without_connections(make) -> None:
     copy.close()
     torch.testing.assert_close(copy(images), expected, **EXACT)  # closing is not the end
     copy.close()
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_png_files_hold_the_same_pixels(height, width, seed) -> None:
+    """Pillow, which checks every checksum, reads back what was written."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    with Image.open(io.BytesIO(encode_png(pixels))) as image:
+        assert (image.mode, image.size) == ("RGB", (width, height))
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_only_rgb_bytes_are_written() -> None:
+    """Anything else is an error, not a distorted picture."""
+    for pixels in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            encode_png(pixels)
+
+
+def test_the_scale_of_ratings_is_their_own(make) -> None:
+    """`"mos"` keeps the preset's range, as RatingReward does; `"unit"` divides by it."""
+    preset = replace(VISUALQUALITY_R1, ratings=Ratings(0, 9, 1))
+    images = _images(3)
+    mos, unit = make(preset, scale="mos"), make(preset)
+    assert (mos.bounds, unit.bounds) == ((0.0, 9.0), (0.0, 1.0))
+    torch.testing.assert_close(mos(images), 9 * unit(images), **FORMULA_FP32)

@@ -1,12 +1,41 @@
-"""Pixels as PNG without loss, written for speed."""
+"""Images as 8-bit pixels on the host, and as PNG without loss, written for speed."""
 
 import struct
 import zlib
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from iqareward.rewards.batches import shape_buckets
+from iqareward.rewards.scoring import reward_mode, sanitize
+from iqareward.types import Images
+
+_IMAGES_PER_COPY = 32  # so that the float32 copy of a large batch stays small
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _RGB8 = (8, 2, 0, 0, 0)  # bits, colour type, compression, filter and interlace methods
+
+
+def host_pixels(name: str, images: Images) -> tuple[list[np.ndarray | None], torch.device]:
+    """Images as a judge elsewhere sees them: round(255 x), the nearest of 256 levels.
+
+    Args:
+        name: of the reward, for error messages.
+        images: `[B, 3, H, W]` float in [0, 1] on any device, or a sequence of `[3, H, W]`.
+
+    Returns:
+        `[H, W, 3]` uint8 of each image, None for those that cannot be scored; and the device of the images.
+    """
+    with reward_mode("cpu", differentiable=False):
+        buckets, order = shape_buckets(name, images, None)
+        rows: list[np.ndarray | None] = []
+        for (bucket,) in buckets:
+            for piece in bucket.split(_IMAGES_PER_COPY):
+                clean, valid = sanitize(piece)
+                levels = (clean * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                rows += [row if intact else None for row, intact in zip(levels, valid.tolist(), strict=True)]
+    device = images.device if isinstance(images, Tensor) else (images[0].device if images else torch.device("cpu"))
+    return rows if order is None else [rows[index] for index in order], device
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

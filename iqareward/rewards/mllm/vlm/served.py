@@ -16,22 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqareward.rewards.batches import shape_buckets
-from iqareward.rewards.mllm.vlm.png import encode_png
+from iqareward.rewards.mllm.vlm.png import encode_png, host_pixels
 from iqareward.rewards.mllm.vlm.presets import LevelPreset, RatingPreset
 from iqareward.rewards.mllm.vlm.served_chat import ChatProtocolError, chat_request, data_url, written_tokens
 from iqareward.rewards.mllm.vlm.served_client import ChatClient, ChatServerError
-from iqareward.rewards.mllm.vlm.served_readout import Reading, read_level, read_rating, together
-from iqareward.rewards.scoring import reward_mode, sanitize
-from iqareward.types import Bounds, Images, Scores
+from iqareward.rewards.mllm.vlm.served_readout import Answer, read_level, read_rating, together
+from iqareward.types import Images, Scores
 
 _LOGGER = logging.getLogger(__name__)
-_IMAGES_PER_COPY = 32  # to the host, so that the float32 copy of a large batch stays small
-_NOT_SCORED = Reading(math.nan, math.nan)
-_SCALES = {"unit": (0.0, 1.0), "mos": (1.0, 5.0)}
+_NOT_SCORED = Answer(math.nan, math.nan)
 
 
-class ServedReadout(NamedTuple):
+class ServedReading(NamedTuple):
     """Scores, and how far they can be trusted.
 
     Attributes:
@@ -60,7 +56,7 @@ class ServedVLMReward:
         base_url: of the API, e.g. `"http://127.0.0.1:8000/v1"`.
         model: its name on the server.
         preset: what to ask, and how to read the answer.
-        scale: `"unit"` is [0, 1]; `"mos"` is [1, 5].
+        scale: `"unit"` is [0, 1]; `"mos"` is [1, 5] for levels, and for ratings the preset's own range.
         max_in_flight: requests at one time, over all callers.
         timeout: seconds for one attempt.
         deadline: seconds for one call of the reward, all images and attempts.
@@ -111,7 +107,7 @@ class ServedVLMReward:
                 f"belongs in the environment variable {api_key_variable}), got scheme {address.scheme!r} and host "
                 f"{address.hostname!r}."
             )
-        if scale not in _SCALES:
+        if scale not in ("unit", "mos"):
             raise ValueError(f'ServedVLMReward expected `scale` "unit" or "mos", got {scale!r}.')
         if on_error not in ("raise", "nan"):
             raise ValueError(f'ServedVLMReward expected `on_error` "raise" or "nan", got {on_error!r}.')
@@ -123,7 +119,7 @@ class ServedVLMReward:
         if not 0 < min_mass <= 1:
             raise ValueError(f"ServedVLMReward expected `min_mass` in (0, 1], got {min_mass}.")
         self.model, self.preset, self.scale = model, preset, scale
-        self.bounds: Bounds = _SCALES[scale]
+        self.bounds = self._low, self._high = _span(preset, scale)
         self.name = name or f"served:{model}"
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.max_in_flight, self.timeout, self.deadline, self.retries = max_in_flight, timeout, deadline, retries
@@ -138,11 +134,11 @@ class ServedVLMReward:
         **ignored: Any,
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
-        return self.read(images).scores
+        return self.reading(images).scores
 
-    def read(self, images: Images) -> ServedReadout:
+    def reading(self, images: Images) -> ServedReading:
         """Scores, and how much probability the tokens held that they were read from."""
-        pixels, device = self._pixels(images)
+        pixels, device = host_pixels(self.name, images)
         future = self._submit(pixels)
         try:
             return self._readout(future.result(), device)
@@ -152,7 +148,7 @@ class ServedVLMReward:
 
     async def ascore(self, images: Images) -> Scores:
         """The same as a call, without blocking the caller's event loop."""
-        pixels, device = self._pixels(images)
+        pixels, device = host_pixels(self.name, images)
         return self._readout(await asyncio.wrap_future(self._submit(pixels)), device).scores
 
     def close(self) -> None:
@@ -189,31 +185,18 @@ class ServedVLMReward:
                 weakref.finalize(self, self._client.close)
             return self._client
 
-    def _pixels(self, images: Images) -> tuple[list[np.ndarray | None], torch.device]:
-        """`[H, W, 3]` uint8 of each image, None for those that cannot be scored; and where scores will go."""
-        with reward_mode("cpu", differentiable=False):
-            buckets, order = shape_buckets(self.name, images, None)
-            rows: list[np.ndarray | None] = []
-            for (bucket,) in buckets:
-                for piece in bucket.split(_IMAGES_PER_COPY):
-                    clean, valid = sanitize(piece)
-                    levels = (clean * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-                    rows += [row if ok else None for row, ok in zip(levels, valid.tolist(), strict=True)]
-        device = images.device if isinstance(images, Tensor) else (images[0].device if images else torch.device("cpu"))
-        return rows if order is None else [rows[index] for index in order], device
-
-    def _submit(self, pixels: list[np.ndarray | None]) -> "Future[list[Reading]]":
+    def _submit(self, pixels: list[np.ndarray | None]) -> "Future[list[Answer]]":
         client, deadline = self._connect(), time.monotonic() + self.deadline
         crowd = asyncio.Semaphore(self.max_in_flight)  # images whose PNG is in memory
 
-        async def read_all() -> list[Reading]:
+        async def read_all() -> list[Answer]:
             return await together(self._read_image(client, image, deadline, crowd) for image in pixels)
 
         return client.submit(read_all())
 
     async def _read_image(
         self, client: ChatClient, image: np.ndarray | None, deadline: float, crowd: asyncio.Semaphore
-    ) -> Reading:
+    ) -> Answer:
         if image is None:
             return _NOT_SCORED
         preset = self.preset
@@ -234,13 +217,19 @@ class ServedVLMReward:
                 self._report(error)
                 return _NOT_SCORED
 
-    def _readout(self, readings: list[Reading], device: torch.device) -> ServedReadout:
-        low, high = _SCALES[self.scale]
+    def _readout(self, answers: list[Answer], device: torch.device) -> ServedReading:
         with torch.inference_mode(False), torch.no_grad():
-            values, mass = (torch.tensor([r[i] for r in readings], dtype=torch.float32) for i in range(2))
-            return ServedReadout((low + (high - low) * values).to(device), mass.to(device))
+            values, mass = (torch.tensor([answer[i] for answer in answers], dtype=torch.float32) for i in range(2))
+            return ServedReading((self._low + (self._high - self._low) * values).to(device), mass.to(device))
 
     def _report(self, error: Exception) -> None:
         if type(error).__name__ not in self._reported:
             self._reported.add(type(error).__name__)
             _LOGGER.warning("%s answers NaN: %s (further errors of this kind are not logged)", self.name, error)
+
+
+def _span(preset: LevelPreset | RatingPreset, scale: Literal["unit", "mos"]) -> tuple[float, float]:
+    """Lowest and highest score."""
+    if scale == "unit":
+        return 0.0, 1.0
+    return (1.0, 5.0) if isinstance(preset, LevelPreset) else (float(preset.ratings.low), float(preset.ratings.high))

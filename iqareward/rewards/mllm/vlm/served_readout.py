@@ -18,7 +18,7 @@ Ask = Callable[[str, int], Awaitable[list[tuple[str, dict[str, float]]]]]
 NEGLIGIBLE = 1e-3
 
 
-class Reading(NamedTuple):
+class Answer(NamedTuple):
     """What was read about one image.
 
     Attributes:
@@ -30,14 +30,14 @@ class Reading(NamedTuple):
     mass: float
 
 
-async def read_level(ask: Ask, preset: LevelPreset, min_mass: float) -> Reading:
+async def read_level(ask: Ask, preset: LevelPreset, min_mass: float) -> Answer:
     """The expected worth of the level word: one request."""
     ((_, logprobs), *_) = await ask(preset.stem, 1)
     probabilities, mass = shares(logprobs, preset.levels, min_mass)
-    return Reading(math.fsum(p * worth for p, worth in zip(probabilities, preset.worth, strict=True)), mass)
+    return Answer(math.fsum(p * worth for p, worth in zip(probabilities, preset.worth, strict=True)), mass)
 
 
-async def read_rating(ask: Ask, preset: RatingPreset, min_mass: float) -> Reading:
+async def read_rating(ask: Ask, preset: RatingPreset, min_mass: float) -> Answer:
     """The expected rating, read to its first decimal; later decimals count as their mean.
 
     The first request writes three tokens, so that it also answers for the decimals of the most probable first digit.
@@ -49,7 +49,7 @@ async def read_rating(ask: Ask, preset: RatingPreset, min_mass: float) -> Readin
     first = [str(digit) for digit in ratings.digits_after("")]
     probabilities, mass = shares(written[0][1], first, min_mass)
     if math.isnan(probabilities[0]):
-        return Reading(math.nan, mass)
+        return Answer(math.nan, mass)
     known = {written[0][0]: written[2][1]} if len(written) == 3 and written[1][0] == "." else {}
 
     async def worth(start: str, probability: float) -> float:
@@ -64,7 +64,7 @@ async def read_rating(ask: Ask, preset: RatingPreset, min_mass: float) -> Readin
 
     values = await together(worth(*branch) for branch in zip(first, probabilities, strict=True))
     rating = math.fsum(p * value for p, value in zip(probabilities, values, strict=True))
-    return Reading((rating - ratings.low) / (ratings.high - ratings.low), mass)
+    return Answer((rating - ratings.low) / (ratings.high - ratings.low), mass)
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
