@@ -1,4 +1,4 @@
-"""`iqareward train` on a few small pictures: what it writes, how it goes on after a kill, and what it says of mistakes."""
+"""`iqareward train` on a few small pictures: what it writes, that a killed run goes on, what it says of mistakes."""
 
 import json
 import signal

@@ -125,7 +125,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     union = isinstance(kind, UnionType)
     choices: list[Any] = [choice for choice in get_args(kind) if choice is not NoneType] if union else [kind]
     for choice in choices:
-        if choice is float and isinstance(value, int) and not isinstance(value, bool):
+        if choice is float and type(value) is int:
             return float(value)
         if choice is Path and isinstance(value, str):
             return Path(value)

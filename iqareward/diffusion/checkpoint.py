@@ -56,7 +56,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def save_lines(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write records as JSON, one a line, null for NaN and infinity; `path` holds the old or the new file, never a part."""
+    """Write records as JSON lines, null for NaN and infinity; `path` holds the old or the new file, never a part."""
     lines = [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
         for record in history
