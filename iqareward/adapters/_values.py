@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
@@ -154,6 +154,23 @@ def weigh_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
         )
     rl = weights.rl.to(advantages.device, advantages.dtype)
     return advantages * rl.view(-1, *[1] * (advantages.ndim - 1))
+
+
+def column(key: str, rows: Sequence[Any] | None, *, who: str) -> list[Any]:
+    """The entry `key` of each sample's metadata.
+
+    Raises:
+        ValueError: a sample has no such entry; the message lists those that it has.
+    """
+    rows = [None] if rows is None else rows
+    for row in rows:
+        if not isinstance(row, Mapping) or key not in row:
+            got = f"keys {sorted(row)}" if isinstance(row, Mapping) else "none"
+            raise ValueError(
+                f"{who} expected {key!r} in the metadata of every sample, got {got}. "
+                "Put it there in the dataset, next to the prompt."
+            )
+    return [row[key] for row in rows]
 
 
 def framework(module: str, *, who: str, home: str) -> ModuleType:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqareward.adapters._values import check_on_nan, find_reward, framework, score, weigh_advantages
+from iqareward.adapters._values import check_on_nan, column, find_reward, framework, score, weigh_advantages
 from iqareward.advantages import rank_advantages
 from iqareward.types import Scores
 from iqareward.weighting import AdaptiveWeighter
@@ -62,20 +62,11 @@ class _Judge:
                 raise ValueError(f"{self.who} expected `condition_images` in every sample, got none.")
             references = [images[0] for images in condition_images]
         elif self.references is not None:
-            references = [_column(self.who, self.references, row) for row in metadata or [None]]
+            rows = metadata and [json.loads(row) if isinstance(row, str) else row for row in metadata]
+            references = column(self.references, rows, who=self.who)
         return score(
             self.reward, image, value_range=(0.0, 1.0), references=references, prompts=prompt, on_nan=self.on_nan
         )
-
-
-def _column(who: str, key: str, metadata: Any) -> Any:
-    columns = json.loads(metadata) if isinstance(metadata, str) else metadata or {}
-    if key not in columns:
-        raise ValueError(
-            f"{who} expected column {key!r} in the metadata of every sample, got {sorted(columns)}. "
-            "Flow-Factory forwards dataset columns since June 2026; before, only `condition_images` arrive."
-        )
-    return columns[key]
 
 
 @cache

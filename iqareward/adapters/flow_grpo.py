@@ -34,6 +34,7 @@ from iqareward.adapters._values import (
     OnNan,
     ValueRange,
     check_on_nan,
+    column,
     find_reward,
     score,
     settle,
@@ -213,14 +214,9 @@ def _references(source: str, metadata: Any, ref_images: Any) -> Any:
 
 def _column(key: str, metadata: Any) -> Any:
     """The entry `key` of every sample; BFR_RL passes one mapping of batches instead of a mapping per sample."""
-    try:
-        return metadata[key] if isinstance(metadata, Mapping) else [row[key] for row in metadata]
-    except KeyError as error:
-        first = metadata if isinstance(metadata, Mapping) else next(iter(metadata), {})
-        raise ValueError(
-            f"expected {key!r} in the metadata of every sample, got keys {sorted(first)}. "
-            "Put it there in the dataset, next to the prompt."
-        ) from error
+    if isinstance(metadata, Mapping):
+        return column(key, [metadata], who="reward_function")[0]
+    return column(key, metadata, who="reward_function")
 
 
 def _flat(values: Any) -> Tensor:

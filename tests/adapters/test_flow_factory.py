@@ -87,7 +87,7 @@ def test_references_are_the_degraded_inputs(tmp_path) -> None:
         if path == POINTWISE:
             rounded = iqareward.load("ssim")(images, references=iqareward.to_images(paths))
             torch.testing.assert_close(rewards, rounded, **NETWORK_BATCH)
-    with pytest.raises(ValueError, match="expected column 'gt_path' in the metadata of every sample, got "):
+    with pytest.raises(ValueError, match="expected 'gt_path' in the metadata of every sample, got none"):
         double.RewardProcessor({"q": model(reward="ssim", references="gt_path")}).compute_rewards(
             double.samples(images, range(4))
         )
