@@ -1,0 +1,222 @@
+"""UniRL: subclasses for both shapes of its requests, the capability it asks for by method, and its reward service."""
+
+import pickle
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+import iqareward
+from iqareward import NoReference
+from iqareward.adapters import unirl, unirl_service
+from iqareward.adapters.unirl import track_advantages
+from iqareward.losses import LossWeights
+from tests.adapters.doubles import unirl as double
+from tests.adapters.doubles.pages import blocks, package
+from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
+
+MADE = (unirl._spec, unirl._backend, unirl._differentiable_backend, unirl_service._scorer)
+
+
+def forget() -> None:
+    for made in MADE:
+        made.cache_clear()
+
+
+@pytest.fixture(params=[False, True], ids=["june", "september"])
+def new(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """UniRL of June or September 2026 is importable."""
+    forget()
+    package(monkeypatch, **double.modules(new=request.param))
+    yield request.param
+    forget()
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch):
+    """The reward service is importable, and our scorer is registered as its docstring says."""
+    forget()
+    running = double.Service()
+    package(monkeypatch, **running.modules())
+    (code,) = blocks(unirl_service)
+    exec(code, {})
+    yield running
+    forget()
+
+
+def photos(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+def backend(kind: str = "IQARewardBackend", **settings):
+    return getattr(unirl, kind)(config=unirl.IQASpec(**settings), base_device="cuda")
+
+
+def test_scores_of_either_request(new: bool) -> None:
+    """Pixels are read as tensors, references from the conditioning image or the metadata."""
+    images, degraded = photos(3), photos(3, seed=1)
+    call = double.request(images, ["a"] * 3, degraded, [{"gt": image} for image in degraded], new=new)
+    expected = iqareward.load("ssim")(images, references=degraded)
+    for references in ("conditioning", "gt"):
+        rewards = double.score_and_attach(backend(reward="ssim", references=references), call)
+        torch.testing.assert_close(torch.tensor(rewards), expected, **NETWORK_BATCH)
+    without = double.request(images, ["a"] * 3, None, None, new=new)
+    with pytest.raises(ValueError, match="got none in this request"):
+        double.score_and_attach(backend(reward="ssim", references="conditioning"), without)
+    with pytest.raises(ValueError, match="'gt' in the metadata of every sample, got none"):
+        double.score_and_attach(backend(reward="ssim", references="gt"), without)
+
+
+def test_prompts_where_they_are_needed(new: bool) -> None:
+    """A reward that reads prompts gets them from either request; another never asks for them."""
+
+    class Length:
+        name, needs_references, needs_prompts, differentiable, bounds = "length", False, True, False, (0.0, None)
+
+        def __call__(self, images, references=None, prompts=None, **ignored):
+            return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    call = double.request(photos(2), ["a", "abc"], None, None, new=new)
+    assert double.score_and_attach(backend(reward=Length()), call) == [1.0, 3.0]
+    call.generation_prompt, call.prompts = None, None
+    assert len(double.score_and_attach(backend(reward="piqe"), call)) == 2
+
+
+def test_a_missing_score_stops_the_step(new: bool) -> None:
+    """UniRL stops at NaN without saying why; ours says which image, unless told to count it."""
+    images = photos(3)
+    images[2] = torch.nan
+    call = double.request(images, ["a"] * 3, None, None, new=new)
+    with pytest.raises(ValueError, match=r"piqe could not score images \[2\] of 3"):
+        double.score_and_attach(backend(reward="piqe"), call)
+    with pytest.raises(RuntimeError, match="reward failed for a sample"):
+        double.score_and_attach(backend(reward="piqe", on_nan="nan"), call)
+    assert double.score_and_attach(backend(reward="piqe", on_nan=-100.0), call)[2] == -100.0
+    with pytest.raises(ValueError, match="IQARewardBackend expected on_nan"):
+        backend(reward="piqe", on_nan="zero")
+
+
+def test_differentiable_by_method(new: bool) -> None:
+    """UniRL looks for a method, so only the class that has gradients has it, and it refuses a reward without."""
+    images = photos(2).requires_grad_()
+    reward = NoReference(brightness, higher_is_better=True, differentiable=True)
+    double.refl_step(backend("IQADifferentiableBackend", reward=reward), images, ["a", "b"])
+    torch.testing.assert_close(images.grad, torch.full_like(images, -1 / images.numel()), **OTHER_PACKAGE)
+    images, clean = photos(2).requires_grad_(), photos(2, seed=1)
+    judge = backend("IQADifferentiableBackend", reward="ssim", references="gt")
+    double.refl_step(judge, images, ["a", "b"], [{"gt": image} for image in clean])
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().sum() > 0
+    rewards = double.score_and_attach(
+        judge, double.request(images, ["a"] * 2, None, [{"gt": c} for c in clean], new=new)
+    )
+    assert len(rewards) == 2
+    assert not isinstance(backend(reward="piqe"), double.DifferentiableReward)
+    with pytest.raises(TypeError, match="not a DifferentiableReward"):
+        double.refl_step(backend(reward="piqe"), images, ["a", "b"])
+    with pytest.raises(ValueError, match="piqe has no useful gradient"):
+        backend("IQADifferentiableBackend", reward="piqe")
+    with pytest.raises(ValueError, match="expected a differentiable reward, got 'brightness'"):
+        backend("IQADifferentiableBackend", reward=NoReference(brightness, higher_is_better=True))
+    with pytest.raises(ValueError, match="expected `references` to be a key of the metadata"):
+        backend("IQADifferentiableBackend", reward="ssim", references="conditioning")
+
+
+def test_weights_leave_the_device_when_told(new: bool) -> None:
+    """`offload` and `onload` reach every part of a reward that has weights, through sums and wrappers."""
+    moves = []
+
+    class Heavy:
+        name, needs_references, needs_prompts, differentiable, bounds = "heavy", False, False, False, (0.0, 1.0)
+
+        def __call__(self, images, references=None, prompts=None, **ignored):
+            return brightness(images)
+
+        def offload(self):
+            moves.append("off")
+
+        def onload(self):
+            moves.append("on")
+
+    mixed = iqareward.WeightedSum([(1.0, iqareward.Chunked(Heavy(), 2)), (0.0, iqareward.load("piqe"))])
+    judge = backend(reward=iqareward.FidelityFloor(mixed, iqareward.load("psnr"), floor=20.0, low=0.0), references="gt")
+    judge.offload()
+    judge.onload()
+    assert moves == ["off", "on"]
+
+
+def test_what_the_docstring_says_to_write(new: bool) -> None:
+    """The targets of the YAML exist, and build a backend from its settings."""
+    (text,) = blocks(unirl, "yaml")
+    entry = yaml.safe_load(text)["reward"]["backend"]
+    spec = entry["config"]
+    made = [
+        getattr(unirl, name.removeprefix("iqareward.adapters.unirl."))
+        for name in (entry.pop("_target_"), spec.pop("_target_"))
+    ]
+    judge = made[0](base_device=entry["base_device"], config=made[1](**spec))
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    rewards = double.score_and_attach(judge, double.request(images, ["a"] * 2, images, None, new=new))
+    expected = iqareward.load(spec["reward"])(images, references=images)
+    torch.testing.assert_close(torch.tensor(rewards), expected, **NETWORK_BATCH)
+    assert issubclass(made[1], double.BaseRewardComponentSpec)
+    assert pickle.loads(pickle.dumps(made[1](**spec))) == made[1](**spec)
+
+
+def test_advantages_of_a_track() -> None:
+    """Advantages keep their dtype and take the RL weights."""
+    weights = LossWeights(rl=torch.tensor([1.0, 0.5]), sft=torch.tensor([0.0, 0.5]))
+    weighed = track_advantages(torch.tensor([2.0, 2.0], dtype=torch.float64), weights)
+    torch.testing.assert_close(weighed, torch.tensor([2.0, 1.0], dtype=torch.float64), **EXACT)
+
+
+def test_without_unirl() -> None:
+    """Other names are an AttributeError, and a missing UniRL an ImportError that says where it comes from."""
+    forget()
+    for module, name in ((unirl, "IQARewardBackend"), (unirl, "IQASpec"), (unirl_service, "IQAScorer")):
+        with pytest.raises(ImportError, match="Tencent-Hunyuan/UniRL"):
+            getattr(module, name)
+        with pytest.raises(AttributeError, match="no attribute 'IQA'"):
+            module.IQA  # noqa: B018
+
+
+def pil(image: Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().byte().movedim(0, -1).numpy())
+
+
+def test_service(service: double.Service) -> None:
+    """Items become one sub-metric each, from the last turn, against the first turn or the metadata."""
+    images, sources = photos(3), photos(3, seed=1)
+    items = [
+        double.ScoreItem([("edit", pil(source)), ("edit", pil(image))], {"gt": pil(source)})
+        for image, source in zip(images, sources)
+    ]
+    rounded = [iqareward.to_images([pil(image) for image in rows]) for rows in (images, sources)]
+    expected = iqareward.load("ssim")(rounded[0], references=rounded[1])
+    for references in ("history", "gt"):
+        results = service.score("iqareward", {"reward": "ssim", "references": references}, items)
+        torch.testing.assert_close(torch.tensor([one["score"] for one in results]), expected, **NETWORK_BATCH)
+    assert service.score("iqareward", {"reward": "piqe"}, []) == []
+    with pytest.raises(ValueError, match="expected two turns"):
+        service.score(
+            "iqareward", {"reward": "ssim", "references": "history"}, [double.ScoreItem(items[0].history[1:])]
+        )
+
+
+def test_service_marks_what_it_cannot_score(service: double.Service) -> None:
+    """A turn without an image, or one too small, is NaN for that item alone; a policy may say otherwise."""
+    items = [
+        double.ScoreItem([("", pil(photos(1)[0]))]),
+        double.ScoreItem([("", None)]),
+        double.ScoreItem([("", Image.new("RGB", (4, 4)))]),
+    ]
+    scores = torch.tensor([one["score"] for one in service.score("iqareward", {"reward": "piqe"}, items)])
+    assert scores.isnan().tolist() == [False, True, True]
+    with pytest.raises(ValueError, match=r"piqe could not score images \[1, 2\] of 3"):
+        service.score("iqareward", {"reward": "piqe", "on_nan": "raise"}, items)
