@@ -10,7 +10,7 @@ import pickle
 import pickletools
 from typing import Any
 
-# What Python 3 writes for None, bool, int, float, str, bytes, list, tuple, dict, in protocols 2 to 5, and the framing.
+# What Python 3 writes for None, bool, int, float, str, bytes, list, tuple, dict, in protocols 3 to 5, and the framing.
 # fmt: off
 PLAIN_OPCODES = frozenset([
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "BINPUT", "BINGET", "LONG_BINGET",
@@ -29,7 +29,7 @@ def loads_plain(body: bytes) -> Any:
     """The plain data in a pickle.
 
     Args:
-        body: protocol 2 or newer.
+        body: protocol 3 or newer (in 2, bytes are written as a call).
 
     Raises:
         ValueError: anything but plain data (the first opcode at fault is named), too much of it, or no pickle.

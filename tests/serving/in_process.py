@@ -1,0 +1,118 @@
+"""The server without Ray or sockets: the ASGI application, with rewards in this process."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+import httpx
+import torch
+from starlette.types import ASGIApp
+from torch import Tensor
+
+from iqareward.rewards.calls import Call
+from iqareward.rewards.wire import CONTENT_TYPE
+from iqareward.serving.app import build_app
+from iqareward.serving.dispatch import Facts, Scored, Served, Service
+from iqareward.serving.errors import ServiceError
+from iqareward.serving.replica import Failed, RewardReplica, pack
+from iqareward.serving.settings import Settings
+from iqareward.types import Images, Reward
+
+SAFETENSORS = {"content-type": CONTENT_TYPE}
+MAX_IMAGES = 4  # per call of a reward, so that small requests are split
+
+
+class Slow:
+    """A reward that takes its time: the mean of an image after so many seconds per batch."""
+
+    needs_references = needs_prompts = differentiable = False
+    bounds = (0.0, 1.0)
+
+    def __init__(self, seconds: float, name: str = "slow") -> None:
+        self.seconds, self.name = seconds, name
+
+    def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
+        if images[0].shape[-1] < 200:  # not while it warms up
+            time.sleep(self.seconds)
+        return means(images)
+
+
+class Fragile:
+    """A reward that fails on images whose first pixel is black: no reward should, but foreign ones do."""
+
+    name, bounds = "fragile", (0.0, 1.0)
+    needs_references = needs_prompts = differentiable = False
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
+        if any(image[0, 0, 0] == 0 for image in images):
+            raise self.error
+        return means(images)
+
+
+def means(images: Images) -> Tensor:
+    """The mean of each image."""
+
+    return torch.stack([image.mean() for image in images])
+
+
+def served(reward: Reward) -> Served:
+    """A reward behind the real process object, called directly."""
+    replica = RewardReplica(reward)
+
+    async def score(call: Call) -> Scored:
+        result = await replica.score(*pack(call))
+        if isinstance(result, Failed):
+            raise ServiceError(result.status, result.code, result.message)
+        return result
+
+    return Served(Facts.of(reward), score, MAX_IMAGES)
+
+
+def answering(score: Callable[[Call], Awaitable[Scored]]) -> Served:
+    """A reward that answers, or fails, as told."""
+    return Served(Facts("told", False, False, (None, None)), score, MAX_IMAGES)
+
+
+def application(rewards: Mapping[str, Served], settings: Settings | None = None, **states: str) -> ASGIApp:
+    """The server; `states` are those of its rewards, if not "ok"."""
+
+    async def health() -> dict[str, str]:
+        return {name: states.get(name, "ok") for name in rewards}
+
+    async def metrics() -> str:
+        return "iqareward_images 3\n"
+
+    return build_app(Service(rewards, health, metrics), settings or Settings())
+
+
+async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Response:
+    """One request."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        return await client.request(method, path, **options)
+
+
+def get(app: ASGIApp, path: str, **options: Any) -> httpx.Response:
+    """GET, from a test that is not a coroutine."""
+    return asyncio.run(send(app, "GET", path, **options))
+
+
+def post(app: ASGIApp, path: str = "/v1/score", **options: Any) -> httpx.Response:
+    """POST, from a test that is not a coroutine."""
+    return asyncio.run(send(app, "POST", path, **options))
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """A coroutine, from a test that is not one."""
+    return asyncio.run(work)
+
+
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    """Status and code of an error, after a look at its form."""
+    error = response.json()["error"]
+    assert set(error) <= {"code", "message", "index"}
+    assert error["message"]
+    return response.status_code, error["code"]

@@ -1,0 +1,309 @@
+"""The HTTP face: right scores, and for everything else an error that a program can read."""
+
+import asyncio
+import json
+import time
+from dataclasses import replace
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+
+import iqareward
+from iqareward.rewards.calls import Call
+from iqareward.rewards.wire import Limits, decode_answer, encode_request
+from iqareward.serving.dispatch import Scored
+from iqareward.serving.errors import ServiceError
+from iqareward.serving.settings import Settings
+from tests.serving.in_process import (
+    SAFETENSORS,
+    Fragile,
+    Slow,
+    answering,
+    application,
+    error_of,
+    get,
+    post,
+    run,
+    send,
+    served,
+)
+
+SUM = "0.7*ssim + 0.3*haarpsi"
+
+
+@pytest.fixture(scope="module")
+def pairs() -> tuple[Tensor, Tensor]:
+    """Nine images and their references, more than one call of a reward holds."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(9, 3, 32, 40, generator=rng)
+    return images, (images + 0.1 * torch.randn(images.shape, generator=rng)).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def app():
+    return application({name: served(iqareward.load(name)) for name in ("ssim", "piqe", SUM)})
+
+
+def body(images=None, **options) -> bytes:
+    options.setdefault("rewards", ["piqe"])
+    return encode_request(torch.full((1, 3, 32, 32), 0.5) if images is None else images, **options)
+
+
+def test_scores_are_those_of_the_reward(app, pairs):
+    """Several rewards in one request, split into calls: every score has the bits of the local one."""
+    images, references = pairs
+    names = ["ssim", "piqe", SUM]
+    response = post(app, content=encode_request(images, references, rewards=names), headers=SAFETENSORS)
+    answer = decode_answer(response.content)
+    assert response.status_code == 200
+    for name in names:
+        assert torch.equal(answer.scores[name], iqareward.load(name)(images, references=references))
+    assert set(answer.components) == {SUM}
+    for part, scores in answer.components[SUM].items():
+        assert torch.equal(scores, iqareward.load(part)(images, references=references))
+    assert set(answer.timings) == {"read", "score", "total"}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
+def test_mixed_sizes_in_every_dtype(app, dtype):
+    """A list of different sizes keeps its order, whatever its pixels travel as."""
+    rng = torch.Generator().manual_seed(1)
+    pixels = [torch.rand(3, 16 + 3 * i, 30, generator=rng) for i in range(6)]
+    sent = [(image * 255).to(dtype) if dtype == torch.uint8 else image.to(dtype) for image in pixels]
+    local = [image.float() / 255 if dtype == torch.uint8 else image.float() for image in sent]
+    answer = decode_answer(post(app, content=body(sent), headers=SAFETENSORS).content)
+    assert torch.equal(answer.scores["piqe"], iqareward.load("piqe")(local))
+
+
+def test_poisoned_image_costs_only_its_own_score(app, pairs):
+    """An image that cannot be scored is null in the answer, and its neighbours keep their scores."""
+    images = pairs[0].clone()
+    images[3, 0, 0, 0] = torch.nan
+    response = post(app, content=body(images), headers=SAFETENSORS)
+    scores = response.json()["scores"]["piqe"]
+    assert [score is None for score in scores] == [index == 3 for index in range(9)]
+    expected = iqareward.load("piqe")(images)
+    assert torch.equal(decode_answer(response.content).scores["piqe"].nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_what_is_served(app):
+    """Clients learn names, needs, bounds and limits before they send anything."""
+    facts = get(app, "/v1/rewards").json()
+    assert set(facts["rewards"]) == {"ssim", "piqe", SUM}
+    assert facts["rewards"]["ssim"] == {
+        "reward": "ssim", "needs_references": True, "needs_prompts": False, "bounds": [-1.0, 1.0],
+    }  # fmt: skip
+    assert facts["limits"]["max_images"] == 1024
+    assert get(app, "/metrics").text == "iqareward_images 3\n"
+
+
+def test_health_tells_which_reward_is_down():
+    """Healthy only if every reward can be scored."""
+    rewards = {"a": answering(_never), "b": answering(_never)}
+    assert get(application(rewards), "/healthz").status_code == 200
+    response = get(application(rewards, b="no process"), "/healthz")
+    assert response.status_code == 503
+    assert response.json() == {"status": "degraded", "rewards": {"a": "ok", "b": "no process"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "expected"),
+    [
+        (b"", SAFETENSORS, (400, "malformed_body")),
+        (b"\x00" * 100, SAFETENSORS, (400, "malformed_body")),
+        (b"{}", {"content-type": "application/json"}, (415, "unsupported_content_type")),
+        (b"{}", {}, (415, "unsupported_content_type")),
+        (body(rewards=["nope"]), SAFETENSORS, (404, "unknown_reward")),
+        (body(rewards=["ssim"]), SAFETENSORS, (422, "missing_references")),
+        (body(torch.rand(1, 3, 4, 4)).replace(b"F32", b"I32"), SAFETENSORS, (422, "bad_dtype")),
+        (body(torch.zeros(1025, 3, 1, 1)), SAFETENSORS, (413, "too_many_images")),
+    ],
+)
+def test_bad_requests(app, content, headers, expected):
+    """Every bad body has its status and its code."""
+    assert error_of(post(app, content=content, headers=headers)) == expected
+
+
+def test_prompts_are_asked_for():
+    """A reward that reads prompts is not called without."""
+    told = answering(_zeros)
+    app = application({"reader": replace(told, facts=replace(told.facts, needs_prompts=True))})
+    assert error_of(post(app, content=body(rewards=["reader"]), headers=SAFETENSORS)) == (422, "missing_prompts")
+    response = post(app, content=body(rewards=["reader"], prompts=["a cat"]), headers=SAFETENSORS)
+    assert response.status_code == 200
+
+
+def test_unknown_paths_and_methods(app):
+    """What FastAPI refuses has our form too."""
+    assert error_of(get(app, "/nope")) == (404, "not_found")
+    assert error_of(get(app, "/v1/score")) == (405, "method_not_allowed")
+
+
+def test_size_is_checked_before_the_body_is_read():
+    """A body that is too large, or of unknown size, is refused without a byte of it being asked for."""
+    app = application({"piqe": answering(_never)}, Settings(limits=Limits(max_bytes=1000)))
+    for headers, status in (
+        ([(b"content-length", b"1001")], 413),
+        ([], 411),
+        ([(b"content-length", b"9" * 5000)], 413),
+        ([(b"content-length", b"-1")], 411),
+    ):
+        scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": headers, "query_string": b""}
+        sent: list[dict] = []
+
+        async def receive():
+            raise AssertionError("the body was read")
+
+        async def keep(message, sent=sent):
+            sent.append(message)
+
+        run(app(scope, receive, keep))
+        assert sent[0]["status"] == status
+        assert "error" in json.loads(sent[1]["body"])
+
+
+def test_bodies_in_flight_are_bounded():
+    """When the server holds as many bytes as it may, the next request is told when to come back, and later served."""
+
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def wait(call: Call) -> Scored:
+            await release.wait()
+            return await _zeros(call)
+
+        content = body(rewards=["r"])
+        app = application({"r": answering(wait)}, Settings(max_inflight_bytes=len(content) + 10))
+        first = asyncio.create_task(send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS))
+        await asyncio.sleep(0.05)
+        second = await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)
+        assert error_of(second) == (429, "overloaded")
+        assert int(second.headers["retry-after"]) >= 1
+        release.set()
+        assert (await first).status_code == 200
+        third = await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)
+        assert third.status_code == 200
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("by", ["server", "client"])
+def test_deadline(by):
+    """A reward that is too slow is given up at the earlier of the two deadlines, and its work is cancelled."""
+    cancelled = []
+
+    async def forever(call: Call) -> Scored:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.append(len(call))
+            raise
+        raise AssertionError
+
+    app = application({"r": answering(forever)}, Settings(deadline=0.2 if by == "server" else 60))
+    started = time.monotonic()
+    deadline = 60.0 if by == "server" else 0.2
+    response = post(app, content=body(rewards=["r"], deadline=deadline), headers=SAFETENSORS)
+    assert error_of(response) == (504, "deadline_exceeded")
+    assert time.monotonic() - started < 5
+    assert cancelled == [1]
+
+
+def test_slow_body_is_given_up():
+    """A client that sends its body too slowly is given up too."""
+    app = application({"r": answering(_never)}, Settings(deadline=0.1))
+
+    async def trickle():
+        yield b"x"
+        await asyncio.sleep(30)
+
+    headers = SAFETENSORS | {"content-length": "1000"}
+    assert error_of(post(app, content=trickle(), headers=headers)) == (504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ServiceError(429, "overloaded", "full", retry_after=2), (429, "overloaded")),
+        (ServiceError(503, "unavailable", "gone", retry_after=2), (503, "unavailable")),
+    ],
+)
+def test_errors_from_behind_keep_their_status(error, expected):
+    """What the processes of a reward report reaches the client, with the time after which to retry."""
+
+    async def fail(call: Call) -> Scored:
+        raise error
+
+    response = post(application({"r": answering(fail)}), content=body(rewards=["r"]), headers=SAFETENSORS)
+    assert error_of(response) == expected
+    assert response.headers["retry-after"] == "2"
+
+
+def test_a_failing_piece_fails_the_request_and_names_the_image():
+    """Nothing is answered in part, the other pieces are cancelled, and the index counts in the whole request."""
+    cancelled = []
+
+    async def fail_third(call: Call) -> Scored:
+        if call.images[0, 0, 0, 0] == 8:  # rows 8 and 9 are the third piece
+            raise ServiceError(422, "refused", "no", index=1)
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.append(len(call))
+            raise
+        raise AssertionError
+
+    images = torch.arange(10.0)[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+    response = post(application({"r": answering(fail_third)}), content=body(images, rewards=["r"]), headers=SAFETENSORS)
+    assert error_of(response) == (422, "refused")
+    assert response.json()["error"]["index"] == 9
+    assert cancelled == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("not this one"), 422), (RuntimeError("broken"), 500), (KeyError("x"), 500)]
+)
+def test_a_reward_that_raises_fails_only_the_request_at_fault(error, status):
+    """Requests in one batch: the one with the image at fault gets the error, the others their scores."""
+    app = application({"fragile": served(Fragile(error))})
+
+    async def scenario() -> list[httpx.Response]:
+        good, bad = torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 3, 8, 8)
+        bodies = [encode_request(images, rewards=["fragile"]) for images in (good, bad, good, good)]
+        sends = [send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS) for content in bodies]
+        return list(await asyncio.gather(*sends))
+
+    responses = run(scenario())
+    assert [response.status_code for response in responses] == [200, status, 200, 200]
+    assert [response.json()["scores"]["fragile"] for response in responses if response.status_code == 200] == [
+        [0.5]
+    ] * 3
+
+
+def test_concurrent_single_images_share_batches(pairs):
+    """Sixteen clients with one image each are scored in a few batches, each with its own score."""
+    images = torch.cat([pairs[0], pairs[1]])[:16]
+    slow = Slow(0.05)
+    served_slow = served(slow)
+    app = application({"slow": served_slow})
+    replica = served_slow.score.__closure__[0].cell_contents
+
+    async def scenario() -> list[float]:
+        bodies = [encode_request(image[None], rewards=["slow"]) for image in images]
+        sends = [send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS) for content in bodies]
+        return [response.json()["scores"]["slow"][0] for response in await asyncio.gather(*sends)]
+
+    assert run(scenario()) == [image.mean().item() for image in images]
+    batches, scored = replica.statistics()["slow"]
+    assert scored == 16
+    assert batches <= 6
+
+
+async def _zeros(call: Call) -> Scored:
+    return Scored(torch.zeros(len(call)))
+
+
+async def _never(call: Call) -> Scored:
+    raise AssertionError("the reward was called")
