@@ -177,3 +177,20 @@ def test_what_the_docstring_says_to_write() -> None:
     rewards = double.RewardProcessor({entry["name"]: built}).compute_rewards(double.samples(images, [0, 0], images))
     expected = iqareward.load(entry["reward"])(images, references=images)
     torch.testing.assert_close(rewards["quality"], expected, **NETWORK_BATCH)
+
+
+def test_page() -> None:
+    """The page's YAML builds a model, and its Python weights the advantages."""
+    (text,) = blocks("how-to/flow-factory.md", "yaml")
+    (entry,) = yaml.safe_load(text)["rewards"]
+    built = double.build(double.RewardArguments.from_dict({**entry, "device": "cpu"}))
+    assert (built.config.batch_size, built.judge.references) == (16, "condition_images")
+    (code,) = blocks("how-to/flow-factory.md")
+    rows = double.samples(photos(4), [0, 0, 1, 1], photos(2, seed=1).repeat_interleave(2, 0))
+    scope = {
+        "advantage_processor": double.AdvantageProcessor(),
+        "samples": rows,
+        "rewards": {"q": torch.tensor([1.0, 2.0, 1.0, 3.0])},
+    }
+    exec(code, scope)
+    assert all(0 < row.extra_kwargs["sft_weight"] < 1 for row in rows)

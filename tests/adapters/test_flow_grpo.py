@@ -287,3 +287,23 @@ def test_what_the_docstring_says_to_write(monkeypatch: pytest.MonkeyPatch) -> No
     gathered = double.sampling_phase(module.multi_score("cpu", {}), [(images, ["", ""], metadata)])
     assert set(gathered) == {"niqe", "ssim", "groups", "avg"}
     np.testing.assert_allclose(gathered["ssim"], 1, rtol=1e-5)
+
+
+def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's lines for flow_grpo, BFR_RL, Edit-R1 and the slot of the table work in scripts like theirs."""
+    module, bfr = double.rewards_module(), double.rewards_module()
+    package(monkeypatch, flow_grpo__rewards=module, diffbir__rewards=bfr)
+    scope: dict = {}
+    for code in blocks("how-to/flow-grpo.md"):
+        exec(code, scope)
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
+    gathered = double.sampling_phase(module.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])
+    assert set(gathered) == {"pickscore", "niqe", "ssim", "groups", "avg"}
+    gathered = double.sampling_phase(bfr.multi_score("cpu", {}), [double.bfr_batch(images, ["", ""], images)])
+    np.testing.assert_allclose(gathered["avg"], 1, rtol=1e-5)
+    slot = double.rewards_module()
+    slot.pickscore_score = scope["pickscore_score"]
+    scored = double.sampling_phase(slot.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])
+    np.testing.assert_allclose(scored["pickscore"], iqareward.load("piqe")(images).numpy(), rtol=1e-4)
+    assert scope["edit"]([images[0]], images[:1], [""], [{}])[0] == pytest.approx(1)

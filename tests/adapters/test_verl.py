@@ -185,3 +185,12 @@ def test_what_the_docstring_says_to_write() -> None:
     results = score_all(manager, images, extra_info=[{"gt_path": image} for image in images])
     expected = iqareward.load("0.7*niqe + 0.3*ssim")(images / 255, references=images / 255)
     torch.testing.assert_close(double.rm_scores(results)[:, 0], expected, **NETWORK_BATCH)
+
+
+def test_page() -> None:
+    """The page's configuration scores."""
+    (text,) = blocks("how-to/verl-omni.md", "yaml")
+    manager = double.MultiVisualRewardManager(yaml.safe_load(text)["reward"]["reward_functions"])
+    image = pixels(1, side=96)[0]
+    (result,) = score_all(manager, [image], extra_info=[{"gt_path": image}])
+    assert result["reward_extra_info"]["reward/quality"] == result["reward_score"]
