@@ -80,6 +80,8 @@ def _open(content: bytes, index: int, allow_lossy: bool) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
             picture = Image.open(io.BytesIO(content), formats=formats)
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far beyond any sensible one of ours
+        raise ServiceError(413, "too_many_pixels", str(error), index=index) from None
     except Image.UnidentifiedImageError:
         raise ServiceError(
             415, "unsupported_picture", "expected a PNG or a lossless WebP file; Pillow reads none.", index=index

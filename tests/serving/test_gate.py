@@ -34,8 +34,8 @@ def test_right_token(app, authorization):
     "authorization",
     [
         None, "", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Token {TOKEN}",
-        "Basic", "Basic !!!", basic(TOKEN, ""), basic("any", "wrong"), "Basic " + base64.b64encode(TOKEN.encode()).decode(),
-        "Bearer \u00fcber",
+        "Basic", "Basic !!!", basic(TOKEN, ""), basic("any", "wrong"), "Bearer \u00fcber",
+        "Basic " + base64.b64encode(TOKEN.encode()).decode(),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/score", "/v1/rewards", "/metrics", "/openapi.json", "/flow_grpo", "/nope"])

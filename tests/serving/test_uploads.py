@@ -1,0 +1,147 @@
+"""Picture files: lossless ones are scored as they are, others are refused with a reason."""
+
+import struct
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+import iqareward
+from iqareward.rewards.wire import Limits, decode_answer
+from iqareward.serving.errors import ServiceError
+from iqareward.serving.pictures import decode_pictures
+from iqareward.serving.settings import Settings
+from tests.serving.in_process import application, error_of, post, served
+from tests.serving.picture_files import encoded, picture
+
+
+@pytest.fixture(scope="module")
+def app():
+    return application({name: served(iqareward.load(name)) for name in ("ssim", "piqe")})
+
+
+def form(name: str, *contents: bytes) -> list:
+    return [(name, (f"{index}.png", content)) for index, content in enumerate(contents)]
+
+
+def test_files_score_like_local_files(app):
+    """PNG and lossless WebP of mixed sizes get the bits of the score of the same pixels here."""
+    pictures = [picture(0), picture(1, (32, 50)), picture(2)]
+    truths = [picture(3), picture(4, (32, 50)), picture(5)]
+    files = form("images", encoded(pictures[0]), encoded(pictures[1], "WEBP", lossless=True), encoded(pictures[2]))
+    files += form("references", *(encoded(truth) for truth in truths))
+    answer = decode_answer(post(app, files=files, data={"reward": ["ssim", "piqe"], "deadline": "5"}).content)
+    local = [iqareward.to_images(image)[0] for image in pictures]
+    references = [iqareward.to_images(image)[0] for image in truths]
+    assert torch.equal(answer.scores["ssim"], iqareward.load("ssim")(local, references=references))
+    assert torch.equal(answer.scores["piqe"], iqareward.load("piqe")(local))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
+def test_other_modes_of_png(mode):
+    """Grey, transparent, indexed and 16-bit pictures become what `to_images` makes of them."""
+    image = Image.new("I;16", (8, 8), 3000) if mode == "I;16" else picture().convert(mode)
+    (pixels,) = decode_pictures([encoded(image)], Limits(), allow_lossy=False)
+    assert torch.equal(pixels, iqareward.to_images(image)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG", {"quality": 100}), ("WEBP", {}), ("WEBP", {"quality": 100, "icc_profile": b"x" * 99})],
+)
+def test_lossy_files_are_refused_unless_asked_for(app, kind, options):
+    """A JPEG or a lossy WebP names itself and the switch; with the switch it is scored."""
+    content = encoded(None, kind, **options)
+    response = post(app, files=form("images", encoded(), content), data={"reward": "piqe"})
+    assert error_of(response) == (415, "lossy_picture")
+    assert response.json()["error"]["index"] == 1
+    assert "--jpeg always" in response.json()["error"]["message"]
+    allowed = application({"piqe": served(iqareward.load("piqe"))}, Settings(jpeg="always"))
+    assert post(allowed, files=form("images", content), data={"reward": "piqe"}).status_code == 200
+
+
+def test_extended_lossless_webp_is_lossless():
+    """The chunk with the pixels decides, also behind a colour profile."""
+    content = encoded(None, "WEBP", lossless=True, icc_profile=b"x" * 99)
+    assert content[12:16] == b"VP8X"
+    assert len(decode_pictures([content], Limits(), allow_lossy=False)) == 1
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, with hardly a pixel behind it."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b"")
+
+
+TWO, LARGER = [encoded()] * 2, encoded(picture(1, (50, 50)))
+ANIMATION = encoded(picture(), "WEBP", save_all=True, append_images=[picture(1)], lossless=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([b""], (415, "unsupported_picture")),
+        ([b"GIF89a" + b"\x00" * 50], (415, "unsupported_picture")),
+        ([encoded(None, "BMP")], (415, "unsupported_picture")),
+        ([ANIMATION], (415, "unsupported_picture")),
+        ([encoded()[:200]], (422, "broken_picture")),
+        ([bomb(30_000, 30_000)], (413, "too_many_pixels")),
+        ([bomb(2**31 - 1, 2**31 - 1)], (413, "too_many_pixels")),
+        ([bomb(64, 64)], (422, "broken_picture")),
+        ([bomb(9000, 9000)], (413, "too_many_pixels")),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture(files, expected):
+    """Other formats, animations, cut files and files that would become huge are refused by what their headers say."""
+    with pytest.raises(ServiceError) as caught:
+        decode_pictures(files, Limits(), allow_lossy=True)
+    assert (caught.value.status, caught.value.code) == expected
+
+
+def test_pictures_count_uncompressed():
+    """Many small files cannot become more pixels than one body may hold."""
+    black = encoded(Image.new("RGB", (1000, 1000)))
+    limits = Limits(max_bytes=7_000_000)
+    assert len(decode_pictures([black] * 2, limits, allow_lossy=False)) == 2
+    with pytest.raises(ServiceError, match="uncompressed") as caught:
+        decode_pictures([black] * 3, limits, allow_lossy=False)
+    assert (caught.value.status, caught.value.index) == (413, 2)
+    with pytest.raises(ServiceError, match="at most 2 images"):
+        decode_pictures([encoded()] * 3, Limits(max_images=2), allow_lossy=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "expected"),
+    [
+        ([], {"reward": "piqe"}, (415, "unsupported_content_type")),  # httpx sends no form without files
+        (form("images", encoded()), {}, (422, "bad_form")),
+        (form("references", encoded()), {"reward": "piqe"}, (422, "no_images")),
+        (form("images", encoded()), {"reward": ["piqe", "piqe"]}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "piqe", "image": "x"}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "piqe", "images": "text"}, (422, "bad_form")),
+        (form("images", encoded()) + form("reward", b"piqe"), {}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "piqe", "prompts": ["a", "b"]}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "piqe", "deadline": "soon"}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "piqe", "deadline": "-1"}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "piqe", "deadline": ["1", "2"]}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "nope"}, (404, "unknown_reward")),
+        (form("images", encoded()), {"reward": "ssim"}, (422, "missing_references")),
+        (form("images", encoded()) + form("references", *TWO), {"reward": "ssim"}, (422, "bad_references")),
+        (form("images", encoded()) + form("references", LARGER), {"reward": "ssim"}, (422, "bad_references")),
+    ],
+)  # fmt: skip
+def test_bad_forms(app, files, fields, expected):
+    """Every field is checked, and what is wrong is named."""
+    assert error_of(post(app, files=files, data=fields)) == expected
+
+
+def test_malformed_form(app):
+    """A body that is no form is a bad request."""
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    assert error_of(post(app, content=b"--x\r\nnonsense", headers=headers))[0] in (400, 422)
+    assert error_of(post(app, content=b"--x", headers={"content-type": "multipart/form-data"}))[0] == 400
