@@ -121,13 +121,13 @@ def _rewards(broken: dict[str, Finding]) -> Iterator[Finding]:
         lack = broken.get(f"extra {entry.extra}") or broken.get("core")
         if lack is not None:
             yield Finding("rewards", name, "missing", f"{lack.name} is {lack.state}", lack.fix)
-        elif entry.weights and (missing := _missing_weights(entry.weights)):
+        elif entry.weights and (missing := missing_weights(entry.weights)):
             yield Finding("rewards", name, "note", "weights are downloaded at the first call", missing)
         else:
             yield Finding("rewards", name, "ok", "weights are here" if entry.weights else "")
 
 
-def _missing_weights(weights: str) -> str:
+def missing_weights(weights: str) -> str:
     """How to get weights that are not in the cache, for machines that cannot download; "" if they are."""
     if weights.startswith(TORCHVISION):
         models = importlib.import_module("torchvision.models")
