@@ -1,0 +1,37 @@
+"""The benchmark of vision-language rewards still runs, counts its work right, and ends in one line of JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="needs the extra vlm")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_smoke_run_ends_in_json() -> None:
+    """Every mode of a tiny network appears, with a positive speed."""
+    command = [sys.executable, "-m", "benchmarks.bench_vlm", "--quick", "--device", "cpu", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["theme"] == "vlm"
+    modes = {"expected", "expected, one decimal", "levels", "published, answer only", "published, thinking"}
+    assert {row["mode"] for row in document["rows"]} == modes
+    assert all(row["images_per_s"] > 0 for row in document["rows"])
+
+
+def test_work_of_the_full_network() -> None:
+    """At 512 x 512 with 104 text tokens: 1.71, 5.62 and, for all positions, .47 TFLOP, as counted independently."""
+    from benchmarks._vlm_models import qwen_config
+    from benchmarks._vlm_work import image_tokens, tflop_per_image
+
+    config = qwen_config()
+    assert image_tokens(config, 512) == 324
+    tower, decoder, head = tflop_per_image(config, 512, text_tokens=104, read=428)
+    assert abs(tower - 1.71) < 0.01
+    assert abs(decoder - 5.62) < 0.01
+    assert abs(head - 0.47) < 0.01
