@@ -53,6 +53,7 @@ def test_pairs_do_not_depend_on_their_batch(folder):
     check_batches(SyntheticPairs(10, size=24))
     check_batches(FolderPairs(folder, size=24))
     check_batches(FolderPairs(folder, size=24, degraded_folder=folder))
+    check_batches(FolderPairs(folder, size=24, crops=2))
 
 
 def test_severity_tells_the_damage():
@@ -85,6 +86,18 @@ def test_folder_is_sorted_and_cropped(folder):
     assert (windows == crop).all(-1).all(-1).all(-1).sum() == 1
     other_crops = [FolderPairs(folder, size=16, seed=seed).batch([2])[1][0] for seed in range(1, 4)]
     assert not all(other.equal(crop) for other in other_crops)
+
+
+def test_several_crops_of_a_file_are_other_inputs(folder):
+    """Ids k * crops to k * crops + crops - 1 are other places of file k, each with a severity of its own."""
+    pairs = FolderPairs(folder, size=16, crops=3)
+    assert len(pairs) == 12
+    degraded, references = pairs.batch([6, 7, 8])
+    whole = (synthetic_images([2], size=40)[0, :, :30] * 255).round() / 255
+    windows = whole.unfold(1, 16, 1).unfold(2, 16, 1).movedim(0, 2)
+    assert all((windows == crop).all(-1).all(-1).all(-1).sum() == 1 for crop in references)
+    assert len({tuple(crop.flatten().tolist()) for crop in references}) > 1
+    assert len({float(error) for error in rmse(degraded, references)}) == 3
 
 
 def test_real_pairs_are_cropped_alike(folder, tmp_path):
@@ -120,5 +133,6 @@ def test_nothing_to_read_is_refused(tmp_path):
     for options in ({"num_inputs": 0}, {"num_inputs": 4, "size": 0}):
         with pytest.raises(ValueError, match="SyntheticPairs expected"):
             SyntheticPairs(**options)
-    with pytest.raises(ValueError, match="size >= 1"):
-        FolderPairs(tmp_path, size=0)
+    for options in ({"size": 0}, {"size": 16, "crops": 0}):
+        with pytest.raises(ValueError, match="size >= 1 and crops >= 1"):
+            FolderPairs(tmp_path, **options)
