@@ -36,6 +36,10 @@ _GENERATION = {
     # as small models of that family do: thinking is open unless it is disabled
     "qwen3_5": "<|im_start|>assistant\n<think>\n{% if enable_thinking is false %}\n\n</think>\n\n{% endif %}",
 }
+_NAMED = {
+    "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}  # fmt: skip
 _SYSTEM = {"qwen2_5_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"}
 
 
@@ -52,8 +56,8 @@ def chat_template(family: str) -> str:
     )
 
 
-def tokenizer(words: tuple[str, ...] = WORDS) -> Any:
-    """Byte-level BPE of the Qwen kind that knows single bytes and `words`."""
+def tokenizer(words: tuple[str, ...] = WORDS, **named: str) -> Any:
+    """Byte-level BPE of the Qwen kind that knows single bytes, `words`, and special tokens, some of them by name."""
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary, merges = {token: index for index, token in enumerate(alphabet)}, []
     for word in words:
@@ -63,15 +67,16 @@ def tokenizer(words: tuple[str, ...] = WORDS) -> Any:
             if joined not in vocabulary:
                 vocabulary[joined] = len(vocabulary)
                 merges.append(pair)
-    made = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=merges)
-    made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    made.pad_token = made.eos_token = "<|endoftext|>"
-    return made
+    tokens = {f"special_{i}": token for i, token in enumerate(SPECIAL)} | named
+    return transformers.Qwen2Tokenizer(
+        vocab=vocabulary, merges=merges, pad_token="<|endoftext|>", extra_special_tokens=tokens
+    )
 
 
 def processor(family: str, words: tuple[str, ...] = WORDS) -> Any:
     """The family's processor for tiny images."""
-    tok, template = tokenizer(words), chat_template(family)
+    names = _NAMED if family == "internvl" else {}
+    tok, template = tokenizer(words, **names), chat_template(family)
     if family == "llava_onevision":
         pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
         images = LlavaOnevisionImageProcessor(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
@@ -80,10 +85,6 @@ def processor(family: str, words: tuple[str, ...] = WORDS) -> Any:
             chat_template=template,
         )  # fmt: skip
     if family == "internvl":
-        tok.start_image_token, tok.end_image_token = "<img>", "</img>"
-        tok.context_image_token, tok.video_token = "<IMG_CONTEXT>", "<video>"
-        for name in ("start_image_token", "end_image_token", "context_image_token"):
-            setattr(tok, f"{name}_id", tok.convert_tokens_to_ids(getattr(tok, name)))
         images = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=4, crop_to_patches=True)
         return transformers.InternVLProcessor(
             images, tok, InternVLVideoProcessor(), image_seq_length=1, chat_template=template
@@ -152,12 +153,15 @@ def config(family: str, tok: Any) -> Any:
 
 def model(family: str, tok: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A seeded model whose output depends on the pixels visibly."""
-    made = transformers.AutoModelForImageTextToText.from_config(config(family, tok))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for the vectors, which keep the library's own initial values
+        made = transformers.AutoModelForImageTextToText.from_config(config(family, tok))
     rng = torch.Generator().manual_seed(0)
+    weights = 0.2 if family == "llava_onevision" else 0.3  # its tower has no norm at the end
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim > 1:
-                scale = 1.0 if "embed" in name else 0.3
+                scale = 1.0 if "embed" in name else weights
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=rng))
     return made.to(dtype).requires_grad_(False).eval()
 

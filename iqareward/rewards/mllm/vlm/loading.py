@@ -66,7 +66,7 @@ def _recompute_layers(model: Any) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
