@@ -23,7 +23,7 @@ MAX_LOGPROBS = 20
 
 
 @functools.cache
-def next_token(answer: str, brightness: float, sharpness: float = 1.0) -> dict[str, float]:
+def next_token(answer: str, brightness: float) -> dict[str, float]:
     """Probability of every token after a begun answer, for an image of this mean: seeded by the answer alone."""
     seed = int.from_bytes(hashlib.sha256(answer.encode()).digest()[:4], "little")
     rng = np.random.default_rng(seed)
@@ -36,9 +36,14 @@ def next_token(answer: str, brightness: float, sharpness: float = 1.0) -> dict[s
         likely = dict.fromkeys("0123456789", 3.0)
     logits = {}
     for token, (offset, slope) in slopes.items():
-        logits[token] = (likely.get(token, -4.0) + 0.5 * offset + slope * brightness) * sharpness
+        logits[token] = likely.get(token, -4.0) + 0.5 * offset + slope * brightness
     total = math.fsum(math.exp(logit) for logit in logits.values())
     return {token: math.exp(logit) / total for token, logit in logits.items()}
+
+
+def of_brightness(request: dict, answer: str, image: np.ndarray) -> dict[str, float]:
+    """`next_token` of an image's mean."""
+    return next_token(answer, float(image.mean()) / 255)
 
 
 class Double:
@@ -53,9 +58,8 @@ class Double:
         self.faults: collections.deque[str] = collections.deque()  # one is used up by each request
         self.always: str | None = None
         self.seconds = 0.0  # of work for each request
-        self.sharpness = 1.0
         self.lock = threading.Lock()
-        self.next_token = next_token
+        self.distribution = of_brightness  # of (request, answer so far, image)
 
     def fault(self) -> str | None:
         with self.lock:
@@ -122,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = last["content"] if last["role"] == "assistant" else ""
         content = []
         for _ in range(request["max_tokens"]):
-            found = self.double.next_token(answer, float(image.mean()) / 255, self.double.sharpness)
+            found = self.double.distribution(request, answer, image)
             ranked = sorted(found.items(), key=lambda item: -item[1])[: request["top_logprobs"]]
             entries = [_entry(token, math.log(probability)) for token, probability in ranked]
             if fault == "no alternatives":

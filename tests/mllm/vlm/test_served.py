@@ -25,30 +25,9 @@ from iqareward.rewards.mllm.vlm.presets import (
     RatingPreset,
 )
 from iqareward.rewards.mllm.vlm.ratings import Ratings
-from iqareward.rewards.mllm.vlm.served import ServedVLMReward
 from iqareward.testing import check_reward
-from tests.mllm.vlm.chat_double import LEVELS, next_token, serve
+from tests.mllm.vlm.chat_double import LEVELS, next_token, of_brightness
 from tests.tolerances import EXACT, FORMULA_FP32
-
-
-@pytest.fixture
-def double():
-    with serve() as running:
-        yield running
-
-
-@pytest.fixture
-def make(double):
-    """Rewards of the double, closed at the end."""
-    made = []
-
-    def build(preset=ZERO_SHOT_LEVELS, **options) -> ServedVLMReward:
-        made.append(ServedVLMReward(double.url, "judge", preset, **options))
-        return made[-1]
-
-    yield build
-    for reward in made:
-        reward.close()
 
 
 def _images(count: int, height: int = 12, width: int = 10, seed: int = 0) -> Tensor:
@@ -69,14 +48,14 @@ def expected_level(preset: LevelPreset, brightness: float) -> float:
     return math.fsum(p * w for p, w in zip(chosen, preset.worth, strict=True)) / math.fsum(chosen)
 
 
-def expected_rating(preset: RatingPreset, brightness: float, sharpness: float = 1.0) -> float:
+def expected_rating(preset: RatingPreset, brightness: float) -> float:
     """Expected rating by enumerating every answer with one decimal; the second decimal counts as its mean."""
     low, high = preset.ratings.low, preset.ratings.high
-    first = next_token(preset.answer_prefix, brightness, sharpness)
+    first = next_token(preset.answer_prefix, brightness)
     whole = math.fsum(first[str(digit)] for digit in range(low, high + 1))
     total = 0.0
     for digit in range(low, high + 1):
-        decimals = next_token(f"{preset.answer_prefix}{digit}.", brightness, sharpness)
+        decimals = next_token(f"{preset.answer_prefix}{digit}.", brightness)
         legal = range(10) if digit < high else range(1)
         mass = math.fsum(decimals[str(k)] for k in legal)
         for k in legal:
@@ -110,14 +89,14 @@ def test_ratings_are_the_expectation_over_all_answers(make, preset) -> None:
 def test_a_rating_asks_once_for_every_digit_that_matters(double, make, likely, asked) -> None:
     """The first request answers for the decimals of the digit that it writes; the highest digit needs none."""
 
-    def undecided(answer: str, brightness: float, sharpness: float) -> dict[str, float]:
-        found = next_token(answer, brightness)
+    def undecided(request: dict, answer: str, image: np.ndarray) -> dict[str, float]:
+        found = of_brightness(request, answer, image)
         if answer == "<answer>":
             found = {token: 0.7 * probability for token, probability in found.items()}
             found[likely] += 0.3
         return found
 
-    double.next_token = undecided
+    double.distribution = undecided
     make(VISUALQUALITY_R1, min_mass=0.1)(_images(1))
     answers = sorted(request["messages"][-1]["content"] for request in double.requests)
     assert answers == ["<answer>", *(f"<answer>{digit}." for digit in asked)]
@@ -125,16 +104,15 @@ def test_a_rating_asks_once_for_every_digit_that_matters(double, make, likely, a
 
 def test_a_sure_model_costs_one_request_and_the_bound_holds(double, make) -> None:
     """Digits below one in a thousand are not asked about; the rating is then within 0.0005 for each of them."""
-    double.sharpness = 12.0
 
-    def sure(answer: str, brightness: float, sharpness: float) -> dict[str, float]:
-        found = next_token(answer, brightness, 1.0)
+    def sure(request: dict, answer: str, image: np.ndarray) -> dict[str, float]:
+        found = of_brightness(request, answer, image)
         if answer == "<answer>":
             found = {token: 1e-5 * probability for token, probability in found.items()}
             found["3"] = 1 - math.fsum(p for token, p in found.items() if token != "3")
         return found
 
-    double.next_token = sure
+    double.distribution = sure
     images = _images(1)
     score = make(VISUALQUALITY_R1, scale="mos")(images)
     assert len(double.requests) == 1
@@ -231,11 +209,11 @@ def test_mass_is_the_probability_of_what_counts(make) -> None:
 def test_levels_outside_the_list_of_the_server_are_nan(double, make) -> None:
     """If what the list leaves out could move the score, there is none, though the mass may be large."""
 
-    def flat(answer: str, brightness: float, sharpness: float) -> dict[str, float]:
+    def flat(request: dict, answer: str, image: np.ndarray) -> dict[str, float]:
         crowd = {f"word{i}": 0.3 / 19 for i in range(19)}
         return {" excellent": 0.7, **crowd, " bad": 1e-9}
 
-    double.next_token = flat
+    double.distribution = flat
     scores, mass = make(replace(ZERO_SHOT_LEVELS, levels=(" excellent", " bad"), worth=(1.0, 0.0))).reading(_images(1))
     assert scores.isnan().all()
     torch.testing.assert_close(mass, torch.tensor([0.7]), **FORMULA_FP32)

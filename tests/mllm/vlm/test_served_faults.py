@@ -20,26 +20,6 @@ from tests.mllm.vlm.chat_double import serve
 from tests.tolerances import EXACT
 
 
-@pytest.fixture
-def double():
-    with serve() as running:
-        yield running
-
-
-@pytest.fixture
-def make(double):
-    """Rewards of the double, closed at the end."""
-    made = []
-
-    def build(preset=ZERO_SHOT_LEVELS, *, url: str = "", **options) -> ServedVLMReward:
-        made.append(ServedVLMReward(url or double.url, "judge", preset, **options))
-        return made[-1]
-
-    yield build
-    for reward in made:
-        reward.close()
-
-
 def _images(count: int) -> Tensor:
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
