@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from iqareward.rewards.mllm.vlm.served import ServedVLMReward as ServedVLMReward
     from iqareward.rewards.piq_metrics import PIQReward as PIQReward
     from iqareward.rewards.pyiqa import PyIQAReward as PyIQAReward
+    from iqareward.rewards.remote import RemoteReward as RemoteReward
     from iqareward.testing import check_reward as check_reward
     from iqareward.types import Reward as Reward
     from iqareward.weighting import AdaptiveWeighter as AdaptiveWeighter
@@ -75,6 +76,7 @@ _HOME = {
     "ServedVLMReward": "rewards.mllm.vlm.served",
     "PIQReward": "rewards.piq_metrics",
     "PyIQAReward": "rewards.pyiqa",
+    "RemoteReward": "rewards.remote",
     "check_reward": "testing",
     "Reward": "types",
     "AdaptiveWeighter": "weighting",

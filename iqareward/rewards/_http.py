@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar, final
 
+from iqareward.optional import require
 from iqareward.rewards._http_loop import AttemptFailed, HttpLoop, RemoteError, start_loop
 from iqareward.rewards._per_process import PerProcess
 
@@ -29,12 +30,14 @@ class HttpClient:
         urls: base addresses of servers that answer alike; requests go round, and past servers that are down.
         purpose: what needs httpx, for the error message if it is missing.
         max_in_flight: requests at the same time; more wait.
-        attempts: how often a request is sent at most, in all.
+        attempts: how often a request may be lost on the way (no connection, connection cut, a proxy without a server).
+            A server that says that it is busy (429, 503) is asked again until the deadline.
         hedge_after: seconds after which an unanswered request is sent once more, the first answer being taken; None
             for never.
         token_variable: environment variable that holds a bearer token; None = no token.
 
     Raises:
+        ImportError: httpx is missing.
         ValueError: no URL, one that is not http(s), or a bound below 1.
     """
 
@@ -52,6 +55,7 @@ class HttpClient:
             raise ValueError(f"{purpose} expected one or more URLs that start with http:// or https://, got {urls}.")
         if max_in_flight < 1 or attempts < 1:
             raise ValueError(f"{purpose} expected max_in_flight and attempts >= 1, got {max_in_flight} and {attempts}.")
+        require("httpx", extra="serve", purpose=purpose)
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.attempts, self.hedge_after = attempts, hedge_after
         self._here = PerProcess(partial(start_loop, purpose, max_in_flight, token_variable, len(self.urls)))
@@ -92,11 +96,11 @@ class HttpClient:
             headers: beside the token.
 
         Raises:
-            RemoteError: no such answer by the deadline or within the attempts.
+            RemoteError: no such answer, by the deadline or within the attempts.
         """
         here = self._here.get()
         failures: list[RemoteError] = []
-        send = partial(self._attempts, here, method, path, content, dict(headers or {}), failures)
+        send = partial(self._attempts, here, method, path, content, dict(headers or {}), deadline, failures)
         try:
             async with asyncio.timeout_at(deadline), here.slots:
                 return await self._hedged(send)
@@ -128,9 +132,17 @@ class HttpClient:
                 task.cancel()
 
     async def _attempts(
-        self, here: HttpLoop, method: str, path: str, content: bytes | None, headers: dict[str, str], failures: list
+        self,
+        here: HttpLoop,
+        method: str,
+        path: str,
+        content: bytes | None,
+        headers: dict[str, str],
+        deadline: float,
+        failures: list[RemoteError],
     ) -> bytes:
-        for attempt in range(self.attempts):
+        left = self.attempts
+        while True:
             server = here.next_server()
             try:
                 return await here.once(method, self.urls[server] + path, content, headers)
@@ -138,13 +150,14 @@ class HttpClient:
                 failures.append(failure.error)
                 if failure.error.status is None:
                     here.rest(server)
-                if attempt + 1 < self.attempts:
-                    rounds = (attempt + 1) // len(self.urls)  # another server is asked at once, the same one later
-                    await asyncio.sleep(_pause(rounds, failure.pause))
-        raise failures[-1]
+                left -= not failure.busy
+                # another server is asked at once, the same one after a pause
+                pause = (failure.pause or 0.0) + _jitter(len(failures) // len(self.urls))
+                if not left or here.loop.time() + pause >= deadline:
+                    raise failure.error from None
+                await asyncio.sleep(pause)
 
 
-def _pause(rounds: int, asked: float | None) -> float:
-    """Full jitter below a doubling bound, and never less than the server asks for."""
-    longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (rounds - 1)) if rounds else 0.0
-    return (asked or 0.0) + _JITTER.uniform(0, longest)
+def _jitter(rounds: int) -> float:
+    """Full jitter below a doubling bound, so that many clients do not come back at the same moment."""
+    return _JITTER.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(rounds - 1, 16))) if rounds else 0.0

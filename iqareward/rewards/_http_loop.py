@@ -20,7 +20,8 @@ CONNECT_SECONDS = 5.0
 REST_SECONDS = 5.0  # a server that could not be reached is not asked first for this long
 LONGEST_RETRY_AFTER = 60.0
 # Scoring changes nothing on the server, so a repeated request is safe; these are the answers after which it may help.
-_BUSY = {429, 502, 503}
+_BUSY = {429, 503}
+_LOST = {502}
 
 
 class RemoteError(RuntimeError):
@@ -43,9 +44,16 @@ class RemoteError(RuntimeError):
 
 @dataclass
 class AttemptFailed(Exception):
-    """An attempt that another one may mend; `pause` is what the server asks for, in seconds."""
+    """An attempt that another one may mend.
+
+    Args:
+        error: what it becomes if no other one is made.
+        busy: the server answered, that it has no room.
+        pause: what the server asks for, in seconds.
+    """
 
     error: RemoteError
+    busy: bool = False
     pause: float | None = None
 
 
@@ -95,9 +103,10 @@ class HttpLoop:
         if response.status_code == 200:
             return bytes(body)
         error, ours = _error_of(url, response.status_code, bytes(body))
+        busy = response.status_code in _BUSY
         # a 500 without our JSON comes from a proxy whose replica died, one with it from the reward: it would come again
-        if response.status_code in _BUSY or (response.status_code == 500 and not ours):
-            raise AttemptFailed(error, _seconds(response.headers.get("retry-after", "")))
+        if busy or response.status_code in _LOST or (response.status_code == 500 and not ours):
+            raise AttemptFailed(error, busy, _seconds(response.headers.get("retry-after", "")))
         raise error
 
 
@@ -125,6 +134,7 @@ async def _wind_up(http: Any) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await http.aclose()
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, process: int) -> None:

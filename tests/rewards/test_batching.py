@@ -340,6 +340,7 @@ def test_bounds_must_make_sense(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_streams_are_respected() -> None:
     """Images written and scores read on a stream of the caller's own are right without any synchronisation."""
     device, stream = torch.device("cuda"), torch.cuda.Stream()

@@ -1,0 +1,249 @@
+"""A reward that is scored by a server: the client of `iqareward serve`."""
+
+import asyncio
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, final
+
+import torch
+
+from iqareward.rewards._http import HttpClient, RemoteError
+from iqareward.rewards._wire_header import MAX_DEADLINE
+from iqareward.rewards._wire_json import WireError, read_json
+from iqareward.rewards.calls import Call, checked_call
+from iqareward.rewards.wire import CONTENT_TYPE, decode_answer, encode_request
+from iqareward.types import Bounds, Images, Reward, Scores
+
+TOKEN_VARIABLE = "IQAREWARD_TOKEN"
+_TOO_LARGE = 413
+_REFUSED = {401, 403, 404}  # the client is set up wrongly: no policy turns that into NaN
+
+
+@dataclass(frozen=True)
+class RemoteFacts:
+    """What must be known of a reward before it can be asked."""
+
+    needs_references: bool
+    needs_prompts: bool
+    bounds: Bounds
+
+    @classmethod
+    def of(cls, reward: Reward) -> "RemoteFacts":
+        """The facts of a local reward."""
+        return cls(reward.needs_references, reward.needs_prompts, reward.bounds)
+
+
+@final
+class RemoteReward:
+    """A reward on a server, called like any other; scores are bit-identical to those of the same reward here.
+
+    Pixels travel without loss (`iqareward.rewards.wire`), in requests of `batch_size` images, `max_in_flight` of them
+    at a time for all threads and coroutines of this process together. A lost request is sent again, to another server
+    if there is one; a server that is busy is asked again later; never after `timeout`. What the server refuses is not
+    repeated.
+
+    The contract over HTTP, for servers and clients in other languages:
+
+    - `POST /v1/score`, body `application/x-safetensors`: images, references, reward names, prompts and deadline as
+      `wire.py` says. 200: `{"scores": {name: [number or null]}, "components": {...}, "timings": {...}}`.
+    - `GET /v1/rewards`: `{"rewards": {name: {"needs_references", "needs_prompts", "bounds"}}}`.
+    - errors: `{"error": {"code", "message", "index"?}}` with status 400 (malformed), 401 (token), 404 (reward), 413
+      (too large), 422 (cannot be scored), 429 and 503 (busy, see Retry-After), 500 (the reward failed), 504 (deadline).
+    - `Authorization: Bearer` with the token in the environment variable `IQAREWARD_TOKEN`, if it is set.
+
+    Args:
+        urls: base address of the server, e.g. `"http://judge:8000"`, or several that serve the same.
+        name: of the reward there.
+        timeout: seconds for a whole call, waiting and retries included.
+        max_in_flight: requests at the same time.
+        batch_size: images per request; a server that finds that too large gets halves.
+        on_error: `"raise"`, or `"nan"`: images that the server could not score are NaN, with a RuntimeWarning. A wrong
+            token or name, and bad arguments, are raised in any case.
+        attempts: how often a request may be lost on the way.
+        hedge_after: seconds after which an unanswered request is sent to a second server too; None = never.
+        facts: what the reward needs; default: asked of the server when first needed.
+
+    Raises:
+        ImportError: httpx is missing (extra `serve`).
+        ValueError: a URL without http(s), or a bound that is not positive.
+
+    Example:
+        >>> reward = RemoteReward("http://127.0.0.1:8000", "ssim", facts=RemoteFacts(True, False, (-1.0, 1.0)))
+        >>> reward.name, reward.needs_references  # nothing has been sent yet
+        ('ssim', True)
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        name: str,
+        *,
+        timeout: float = 120.0,
+        max_in_flight: int = 8,
+        batch_size: int = 32,
+        on_error: Literal["raise", "nan"] = "raise",
+        attempts: int = 4,
+        hedge_after: float | None = None,
+        facts: RemoteFacts | None = None,
+    ) -> None:
+        if not timeout > 0 or batch_size < 1:
+            raise ValueError(f"RemoteReward expected timeout > 0 and batch_size >= 1, got {timeout} and {batch_size}.")
+        if on_error not in ("raise", "nan"):
+            raise ValueError(f'RemoteReward expected `on_error` "raise" or "nan", got {on_error!r}.')
+        self.name, self.timeout, self.batch_size, self.on_error = name, timeout, batch_size, on_error
+        self.max_in_flight = max_in_flight
+        self.differentiable = False
+        self._facts = facts
+        self._client = HttpClient(
+            [urls] if isinstance(urls, str) else list(urls),
+            purpose="RemoteReward",
+            max_in_flight=max_in_flight,
+            attempts=attempts,
+            hedge_after=hedge_after,
+            token_variable=TOKEN_VARIABLE,
+        )
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image; `[B]` float32 on the device of the images, higher is better, NaN = not scored.
+
+        Raises:
+            RemoteError: no scores, and `on_error` is `"raise"`.
+            TypeError: something is not a floating-point tensor.
+            ValueError: shapes are wrong, or references or prompts are missing or do not match.
+        """
+        call = checked_call(self, images, references, prompts)
+        return self._client.run(self._score(_on_cpu(call))).to(call.device) if len(call) else _none(call)
+
+    async def ascore(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """The same without blocking the event loop; cancelling it cancels its requests."""
+        if self._facts is None:
+            self._facts = await self._client.arun(self._ask())
+        call = checked_call(self, images, references, prompts)
+        if not len(call):
+            return _none(call)
+        return (await self._client.arun(self._score(_on_cpu(call)))).to(call.device)
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether the reward compares with references; the first look asks the server."""
+        return self.facts.needs_references
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether the reward reads prompts; the first look asks the server."""
+        return self.facts.needs_prompts
+
+    @property
+    def bounds(self) -> Bounds:
+        """(low, high) of the scores; the first look asks the server."""
+        return self.facts.bounds
+
+    @property
+    def facts(self) -> RemoteFacts:
+        """All three, asked once and pickled along."""
+        if self._facts is None:
+            self._facts = self._client.run(self._ask())
+        return self._facts
+
+    def close(self) -> None:
+        """End the connections of this process; a later call opens new ones."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _ask(self) -> RemoteFacts:
+        deadline = asyncio.get_running_loop().time() + self.timeout
+        return _facts_of(self.name, await self._client.request("GET", "/v1/rewards", deadline=deadline))
+
+    async def _score(self, call: Call) -> Scores:
+        """Scores of all pieces, or the first error, with the others cancelled."""
+        deadline = asyncio.get_running_loop().time() + self.timeout
+        slots = asyncio.Semaphore(self.max_in_flight)  # no more bodies in memory than can be on the way
+
+        async def one(piece: Call) -> Scores:
+            async with slots:
+                return await self._score_piece(piece, deadline)
+
+        tasks = [asyncio.ensure_future(one(piece)) for piece in call.pieces(self.batch_size)]
+        try:
+            return torch.cat(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _score_piece(self, piece: Call, deadline: float) -> Scores:
+        try:
+            return await self._request(piece, deadline)
+        except RemoteError as error:
+            if error.status == _TOO_LARGE and len(piece) > 1:
+                halves = [await self._score_piece(half, deadline) for half in piece.pieces((len(piece) + 1) // 2)]
+                return torch.cat(halves)
+            if self.on_error == "raise" or error.status in _REFUSED:
+                raise
+            warnings.warn(f"{self.name}: {len(piece)} images are not scored: {error}", RuntimeWarning, stacklevel=2)
+            return torch.full((len(piece),), torch.nan)
+
+    async def _request(self, piece: Call, deadline: float) -> Scores:
+        loop = asyncio.get_running_loop()
+        left = min(max(deadline - loop.time(), 1e-3), MAX_DEADLINE)
+        body = await loop.run_in_executor(None, _encoded, piece, self.name, left)
+        answer = await self._client.request(
+            "POST", "/v1/score", deadline=deadline, content=body, headers={"Content-Type": CONTENT_TYPE}
+        )
+        try:
+            scores = decode_answer(answer).scores.get(self.name)
+        except WireError as error:
+            raise RemoteError("malformed_answer", str(error)) from None
+        if scores is None or len(scores) != len(piece):
+            got = "none" if scores is None else len(scores)
+            raise RemoteError("malformed_answer", f"expected {len(piece)} scores of {self.name}, got {got}.")
+        return scores
+
+
+def _encoded(piece: Call, name: str, deadline: float) -> bytes:
+    return encode_request(piece.images, piece.references, piece.prompts, rewards=[name], deadline=deadline)
+
+
+def _facts_of(name: str, body: bytes) -> RemoteFacts:
+    try:
+        rewards = read_json(body, "malformed_answer")["rewards"]
+        if name not in rewards:
+            raise RemoteError("unknown_reward", f"the server has {sorted(rewards)}, not {name!r}.", 404)
+        facts = rewards[name]
+        low, high = (None if bound is None else float(bound) for bound in facts["bounds"])
+        return RemoteFacts(bool(facts["needs_references"]), bool(facts["needs_prompts"]), (low, high))
+    except (WireError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RemoteError("malformed_answer", f"no facts of {name} in /v1/rewards: {error}") from None
+
+
+def _on_cpu(call: Call) -> Call:
+    """Here and not while encoding, so that the copy comes after the work that the caller has queued on its stream."""
+    moved = {}
+    for column in ("images", "references"):
+        images = getattr(call, column)
+        moved[column] = images.cpu() if isinstance(images, torch.Tensor) else images and [row.cpu() for row in images]
+    return Call(moved["images"], moved["references"], call.prompts)
+
+
+def _none(call: Call) -> Scores:
+    return torch.zeros(0, device=call.device)
