@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,18 @@ def _status(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}; peak memory is measured on Linux only.")
 
 
+def peak_of(call: Callable[[], object]) -> float:
+    """What one call adds to this process's resident memory at its height, in MB; the median of a few (Linux)."""
+    peaks = []
+    for _ in range(REPEATS):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed must not hide what this one takes
+        Path("/proc/self/clear_refs").write_text("5")  # forget the height reached so far
+        before = _status("VmRSS")
+        call()
+        peaks.append(_status("VmHWM") - before)
+    return statistics.median(peaks)
+
+
 def _arguments(metric: str, count: int, size: int) -> tuple["Tensor", ...]:
     from benchmarks.bench_classical import NO_REFERENCE, photographs
 
@@ -49,14 +62,8 @@ def _main(metric: str, library: str, size: int, batch: int) -> None:
 
     with torch.no_grad():
         function(*_arguments(metric, 1, 256))  # pays for imports, kernels and thread pools
-        arguments, peaks = _arguments(metric, batch, size), []
-        for _ in range(REPEATS):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed must not hide what this one takes
-            Path("/proc/self/clear_refs").write_text("5")  # forget the height reached so far
-            before = _status("VmRSS")
-            function(*arguments)
-            peaks.append(_status("VmHWM") - before)
-    print(statistics.median(peaks))
+        arguments = _arguments(metric, batch, size)
+        print(peak_of(lambda: function(*arguments)))
 
 
 if __name__ == "__main__":
