@@ -127,7 +127,9 @@ def check_on_nan(on_nan: Any, *, allowed: Sequence[str], who: str) -> None:
     Raises:
         ValueError: `on_nan` is neither one of `allowed` nor a finite number.
     """
-    number = isinstance(on_nan, int | float) and abs(on_nan) < float("inf")  # NaN fails the comparison too
+    number = type(on_nan) in (int, float) and abs(on_nan) < float(
+        "inf"
+    )  # NaN fails the comparison; a bool is a mistake
     if not number and on_nan not in allowed:
         raise ValueError(f"{who} expected on_nan {', '.join(map(repr, allowed))} or a finite number, got {on_nan!r}.")
 
@@ -156,12 +158,14 @@ def weigh_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
     return advantages * rl.view(-1, *[1] * (advantages.ndim - 1))
 
 
-def column(key: str, rows: Sequence[Any] | None, *, who: str) -> list[Any]:
-    """The entry `key` of each sample's metadata.
+def column(key: str, rows: Sequence[Any] | Mapping[str, Any] | None, *, who: str) -> Any:
+    """The entry `key` of each sample's metadata, or of one mapping of whole columns.
 
     Raises:
         ValueError: a sample has no such entry; the message lists those that it has.
     """
+    if isinstance(rows, Mapping):
+        return column(key, [rows], who=who)[0]
     rows = [None] if rows is None else rows
     for row in rows:
         if not isinstance(row, Mapping) or key not in row:

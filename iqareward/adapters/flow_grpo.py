@@ -23,8 +23,8 @@ along as one more component; change the trainer's `stat_tracker.update(prompts, 
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,9 +40,11 @@ from iqareward.adapters._values import (
     settle,
     weigh_advantages,
 )
+from iqareward.images import to_images
 from iqareward.losses import LossWeights
 from iqareward.types import Reward
 
+Fn: TypeAlias = Callable[..., tuple[Any, dict[str, Any]]]
 REF_IMAGES = "ref_images"
 # their trainers send every component through float32
 LARGEST_ID = 2**24
@@ -55,7 +57,7 @@ def reward_function(
     value_range: ValueRange = (0.0, 1.0),
     on_nan: OnNan = "raise",
     device: torch.device | str | None = None,
-) -> Callable[..., tuple[Any, dict[str, Any]]]:
+) -> Fn:
     """A plain `fn(images, prompts, metadata) -> (scores, {})`, safe in their thread pools.
 
     Calls from several threads take turns, so that a pool of eight does not hold eight batches on the device.
@@ -92,7 +94,7 @@ def reward_function(
     return fn
 
 
-def edit_reward_function(reward: str | Reward, **options: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
+def edit_reward_function(reward: str | Reward, **options: Any) -> Fn:
     """`reward_function` with the arguments as Edit-R1 orders them: `fn(ref_images, images, prompts, metadatas)`.
 
     Args:
@@ -146,29 +148,29 @@ def install(
     check_on_nan(on_nan, allowed=("raise", "mean", "worst"), who="install")
     pairs = [(weight, name) for name, weight in rewards.items()] if isinstance(rewards, Mapping) else list(rewards)
 
-    def multi_score(device: Any, score_dict: Mapping[str, float]) -> Callable[..., tuple[dict[str, Any], dict]]:
+    def multi_score(device: Any, score_dict: Mapping[str, float]) -> Fn:
         theirs = original(device, score_dict) if len(score_dict) else None
-        ours: dict[str, tuple[float, Callable[..., tuple[Any, dict]]]] = {}
-        for weight, reward in pairs:
-            judge = find_reward(reward, who="install", references=references, device=device)
-            if judge.name in ours or judge.name in score_dict:
-                raise ValueError(f"install expected rewards with unique names, got {judge.name!r} twice.")
-            options: dict[str, Any] = {"references": references, "value_range": value_range, "on_nan": on_nan}
-            ours[judge.name] = (float(weight), reward_function(judge, **options))
+        ours = _named(pairs, score_dict, references, on_nan, device)
 
         def fn(
             images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True
         ) -> tuple[dict[str, Any], dict]:
             more = () if ref_images is None else (ref_images,)  # older versions have no fourth argument
-            call = (images, prompts, metadata, *more)
-            details: dict[str, Any] = dict(theirs(*call, only_strict=only_strict)[0]) if theirs else {}
-            components = {name: one(*call)[0] for name, (_, one) in ours.items()}
-            parts = [details["avg"]] if theirs else []
-            parts += [weight * torch.as_tensor(components[name]) for name, (weight, _) in ours.items()]
-            avg = torch.stack([_flat(part) for part in parts]).sum(0)
+            details: dict[str, Any] = {}
+            if theirs:
+                details.update(theirs(images, prompts, metadata, *more, only_strict=only_strict)[0])
+            pixels = to_images(images, value_range=value_range)
+            found = None if references is None else _references(references, metadata, ref_images)
+            found = None if found is None else to_images(found, value_range=value_range)
+            parts = [_flat(details["avg"])] if theirs else []
+            for name, (weight, one) in ours.items():
+                scores = _flat(one(pixels, prompts, metadata, found)[0])
+                parts.append(weight * scores)
+                details[name] = scores.numpy()
             if groups is not None:
-                details["groups"] = _ids(_column(groups, metadata))
-            return {**details, **components, "avg": settle(avg, on_nan, name="avg").numpy()}, {}
+                details["groups"] = _ids(column(groups, metadata, who="install"))
+            details["avg"] = settle(torch.stack(parts).sum(0), on_nan, name="avg").numpy()
+            return details, {}
 
         return fn
 
@@ -201,22 +203,33 @@ def weighted_samples(advantages: Tensor, weights: LossWeights) -> dict[str, Tens
     }
 
 
+def _named(
+    pairs: Sequence[tuple[float, str | Reward]],
+    taken: Collection[str],
+    references: str | None,
+    on_nan: OnNan,
+    device: Any,
+) -> dict[str, tuple[float, Fn]]:
+    """Name -> weight and function, for pixels in [0, 1] and references as the fourth argument."""
+    source = None if references is None else REF_IMAGES
+    named: dict[str, tuple[float, Fn]] = {}
+    for weight, reward in pairs:
+        judge = find_reward(reward, who="install", references=references, device=device)
+        if judge.name in named or judge.name in taken:
+            raise ValueError(f"install expected rewards with unique names, got {judge.name!r} twice.")
+        named[judge.name] = (float(weight), reward_function(judge, references=source, on_nan=on_nan))
+    return named
+
+
 def _references(source: str, metadata: Any, ref_images: Any) -> Any:
     if source != REF_IMAGES:
-        return _column(source, metadata)
+        return column(source, metadata, who="reward_function")
     if ref_images is None:
         raise ValueError(
             "reward_function expected the source images as its fourth argument (references='ref_images'), got none. "
             "Only the edit and Kontext scripts pass them; name a key of the metadata instead."
         )
     return ref_images
-
-
-def _column(key: str, metadata: Any) -> Any:
-    """The entry `key` of every sample; BFR_RL passes one mapping of batches instead of a mapping per sample."""
-    if isinstance(metadata, Mapping):
-        return column(key, [metadata], who="reward_function")[0]
-    return column(key, metadata, who="reward_function")
 
 
 def _flat(values: Any) -> Tensor:

@@ -87,8 +87,10 @@ def test_install_adds_to_the_trainers_own_rewards(takes_ref_images: bool) -> Non
 def test_install_alone() -> None:
     """With an empty `config.reward_fn` only our rewards count."""
     module = double.rewards_module()
-    install(module, [(3.0, BRIGHTNESS)])
-    gathered = double.sampling_phase(module.multi_score("cpu", {}), [batch(4)])
+    install(module, [(3.0, NoReference(brightness, higher_is_better=True, differentiable=True))])
+    images, prompts, metadata = batch(4)
+    call = (images.requires_grad_(), prompts, metadata)  # a graph would not survive the gathering as an array
+    gathered = double.sampling_phase(module.multi_score("cpu", {}), [call])
     torch.testing.assert_close(torch.from_numpy(gathered["avg"]), 3 * brightness(photos(4)), **OTHER_PACKAGE)
 
 
@@ -264,6 +266,8 @@ def test_mistakes_before_training() -> None:
         reward_function("niqe", on_nan="nan")
     with pytest.raises(ValueError, match="expected on_nan"):
         install(double.rewards_module(), {"niqe": 1.0}, on_nan=float("nan"))
+    with pytest.raises(ValueError, match="got True"):
+        reward_function("niqe", on_nan=True)
     with pytest.raises(ValueError, match="unknown reward 'nique'"):
         reward_function("nique")
     with pytest.raises(ValueError, match="found none"):
