@@ -1,8 +1,5 @@
-"""The documentation's tables from a result of `bench_classical`: `python -m benchmarks.classical_table FILE.json`."""
+"""The tables of a result of `bench_classical`."""
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -45,24 +42,3 @@ def peaks(document: dict[str, Any]) -> str:
         cells = {row["library"]: f"{row['peak_mb']:.0f}" for row in rows if row["metric"] == metric}
         lines.append(f"| `{metric}` | " + " | ".join(cells.get(library, "") for library in libraries) + " |")
     return "\n".join(lines)
-
-
-def page(document: dict[str, Any]) -> str:
-    """All tables of a result, with where they come from."""
-    missed = [f"{row['name']}: {row['value']} (target {row['target']})" for row in document["targets"] if not row["ok"]]
-    parts = [
-        f"`python -m benchmarks.bench_classical`, {document['hardware']}, {document['date']}, "
-        f"commit {document['commit']}, torch {document['versions']['torch']}.",
-        "Ratio of images per second to the fastest peer that computes the same definition:",
-        ratios(document),
-        "Images per second, and the largest difference from our value:",
-        speeds(document),
-        "Peak memory of one call on 8 images of 512², MB above its inputs:",
-        peaks(document),
-        "Targets missed: " + ("; ".join(missed) if missed else "none") + ".",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-if __name__ == "__main__":
-    print(page(json.loads(Path(sys.argv[1]).read_text())))

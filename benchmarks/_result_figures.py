@@ -1,0 +1,57 @@
+"""Figures of the documentation that are drawn from results, each marked with the result that it shows."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks._results import newest, newest_file
+
+ASSETS = Path(__file__).parents[1] / "docs" / "assets"
+KEY = "Result"  # of the PNG's text chunk
+
+
+def digest(theme: str) -> str:
+    """Of the newest result of a theme."""
+    return hashlib.sha256(newest_file(theme).read_bytes()).hexdigest()[:16]
+
+
+def is_current(file: Path, theme: str) -> bool:
+    """Whether a figure shows the newest result; it cannot be compared pixel by pixel across machines."""
+    if not file.exists():
+        return False
+    with Image.open(file) as figure:
+        return figure.info.get(KEY) == digest(theme)
+
+
+def throughput(file: Path, theme: str) -> None:
+    """Images per second of ours and of each library that computes the same, 512 pixels, batch 8, log scale."""
+    from iqareward.demo.figures import new_figure, style
+    from iqareward.demo.palette import DAY
+
+    rows = [row for row in newest(theme)["rows"]
+            if row.get("images_per_second") and (row["size"], row["batch"]) == (512, 8) and row["same"]]  # fmt: skip
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    with style():
+        figure = new_figure((9, 4.2))
+        axes = figure.add_subplot()
+        for place, metric in enumerate(metrics):
+            peers = [row for row in rows if row["metric"] == metric and not row["library"].startswith("iqareward")]
+            ours = next(row for row in rows if row["metric"] == metric and row["library"] == "iqareward")
+            axes.plot([row["images_per_second"] for row in peers], [place] * len(peers), "o", color=DAY.muted, ms=6)
+            axes.plot([ours["images_per_second"]], [place], "D", color=DAY.rl, ms=9)
+            best = max(peers, key=lambda row: row["images_per_second"])
+            axes.plot(
+                [best["images_per_second"], ours["images_per_second"]], [place] * 2, color=DAY.rl, lw=1.5, zorder=0
+            )
+            axes.annotate(best["library"], (best["images_per_second"], place), (0, 7), textcoords="offset points",
+                          ha="center", color=DAY.muted)  # fmt: skip
+        axes.set(xscale="log", xlabel="images per second, 512 x 512, batch 8, two threads (log scale)")
+        axes.set_yticks(range(len(metrics)), [name.upper().replace("_", " ") for name in metrics])
+        axes.invert_yaxis()
+        axes.set_title("iqareward (diamond) and every library with the same definition (dots)")
+        figure.savefig(file, dpi=160, metadata={KEY: digest(theme), "Software": "iqareward benchmarks"})
+
+
+FIGURES: dict[Path, tuple[str, Callable[[Path, str], None]]] = {ASSETS / "throughput.png": ("classical", throughput)}

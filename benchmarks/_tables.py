@@ -1,0 +1,115 @@
+"""Tables of results in Markdown; the classical ones are in `_classical_tables`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks._results import newest
+from iqareward.rewards.catalog import CATALOG
+
+Document = dict[str, Any]
+Row = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A Markdown table; the first columns are text, the others numbers."""
+    rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
+    lines = [header, rule, *rows]
+    return "\n".join(["| " + " | ".join(lines[0]) + " |", "|" + "|".join(rule) + "|"]
+                     + ["| " + " | ".join(cells) + " |" for cells in lines[2:]])  # fmt: skip
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits; empty where there is nothing."""
+    if value is None or value != value:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def caption(document: Document, command: str) -> str:
+    """Where the figures come from."""
+    return f"`{command}`, {document['hardware']}, {document['date']}, commit {document['commit']}."
+
+
+def overhead(document: Document) -> str:
+    """Microseconds per call at the largest number of rows."""
+    most = max(row["rows"] for row in document["rows"])
+    cells = [
+        (row["call"], f"{row['microseconds']:.0f}", f"{row['median']:.0f}")
+        for row in document["rows"]
+        if row["rows"] == most
+    ]
+    return table((f"call, {most} rows", "best, µs", "median, µs"), cells)
+
+
+def correlation(document: Document) -> str:
+    """Mean correlation with damage per reward and kind of damage."""
+    rows = [row for row in document["rows"] if row["set"] == "photographs"]
+    kinds = [key for key in rows[0] if key not in ("set", "reward", "spearman", "above_original", "damaged")]
+    cells = [
+        (f"`{row['reward']}`", *(f"{row[key]:.2f}" for key in ("spearman", *kinds)), f"{row['above_original']:.0%}")
+        for row in rows
+    ]
+    return table(("reward", "all", *kinds, "damaged above original"), cells)
+
+
+def latency(document: Document) -> str:
+    """Every setting of every reward."""
+    cells = []
+    for row in document["rows"]:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.1f}x {row['fastest_peer']}"
+        figures = (number(row[key]) for key in ("images_per_second", "p50_ms", "p95_ms", "peak_mb"))
+        cells.append((f"`{row['reward']}`", f"{row['size']}² b{row['batch']}", *figures, ratio))
+    return table(("reward", "setting", "images/s", "p50 ms", "p95 ms", "peak MB", "against"), cells, text_columns=2)
+
+
+def targets(document: Document) -> str:
+    """What was promised, what was found."""
+    cells = [
+        (
+            entry["name"],
+            f"{entry['value']:g}",
+            f"{'≥' if entry['better'] == 'higher' else '≤'} {entry['target']:g}",
+            "yes" if entry["ok"] else "**no**",
+        )
+        for entry in document["targets"]
+    ]
+    return table(("target", "measured", "bound", "reached"), cells)
+
+
+def plain(*columns: str, text_columns: int = 1) -> Callable[[Document], str]:
+    """A table of these columns of the rows, for results whose rows are ready to be read."""
+
+    def build(document: Document) -> str:
+        rows = [[_cell(row.get(column)) for column in columns] for row in document["rows"]]
+        return table([column.replace("_", " ") for column in columns], rows, text_columns=text_columns)
+
+    return build
+
+
+def _cell(value: Any) -> str:
+    return (
+        value
+        if isinstance(value, str)
+        else number(value)
+        if isinstance(value, float)
+        else ""
+        if value is None
+        else str(value)
+    )
+
+
+def rewards(speeds: Document) -> str:
+    """The catalogue with what was measured: speed of a call at 256² batch 8 and correlation with damage."""
+    ranks = {row["reward"]: row["spearman"] for row in newest("correlation")["rows"] if row["set"] == "photographs"}
+    speed = {
+        row["reward"]: row["images_per_second"] for row in speeds["rows"] if (row["size"], row["batch"]) == (256, 8)
+    }
+    cells = []
+    for name, entry in CATALOG.items():
+        needs = "reference" if entry.needs_references else ""
+        needs += (", " if needs and entry.weights else "") + ("weights" if entry.weights else "")
+        rank = f"{ranks[name]:.2f}" if name in ranks else ""
+        cells.append((f"`{name}`", entry.summary, needs, "yes" if entry.differentiable else "", entry.licence,
+                      f"`{entry.extra}`" if entry.extra else "", number(speed.get(name)), rank))  # fmt: skip
+    header = ("name", "score", "needs", "differentiable", "licence", "extra", "images/s", "correlation with damage")
+    return table(header, cells, text_columns=6)

@@ -1,0 +1,81 @@
+"""Documentation and results agree; a new result makes the pages stale, and the regression check sees a slow-down."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import _results, regression, report
+from benchmarks._result_figures import FIGURES, is_current
+from benchmarks._tables import number, table
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in report.PAGES if "<!-- results:" in page.read_text()], ids=lambda p: p.name
+)
+def test_pages_say_what_the_results_say(page: Path) -> None:
+    """Every marked table is what the newest committed result gives (`python -m benchmarks.report` writes them)."""
+    text = page.read_text()
+    assert report.rendered(text) == text
+    assert text.count("<!-- results:") == text.count("<!-- /results -->") == len(report.MARK.findall(text))
+
+
+@pytest.mark.parametrize("file", FIGURES, ids=lambda file: file.name)
+def test_figures_show_the_newest_result(file: Path) -> None:
+    """Every figure drawn from results carries the digest of the newest one, and a page shows it."""
+    assert is_current(file, FIGURES[file][0])
+    assert any(file.name in page.read_text() for page in report.PAGES)
+
+
+def test_changed_result_makes_page_and_figure_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another number in a newer file changes the page and disowns the figure."""
+    newer = _results.newest("classical")
+    next(row for row in newer["rows"] if "ratio" in row)["ratio"] = 98.7
+    (tmp_path / "classical_x_2027-01-01.json").write_text(json.dumps(newer))
+    monkeypatch.setattr("benchmarks.report.newest", lambda theme: _results.newest(theme, tmp_path))
+    monkeypatch.setattr("benchmarks._result_figures.newest_file", lambda theme: _results.newest_file(theme, tmp_path))
+    page = "<!-- results: classical ratios -->\n<!-- /results -->"
+    assert "98.7x" in report.rendered(page)
+    file, (theme, draw) = next(iter(FIGURES.items()))
+    assert not is_current(file, theme)
+    with pytest.raises(FileNotFoundError, match="run the benchmark"):
+        _results.newest("nothing", tmp_path)
+    draw(tmp_path / "new.png", theme)
+    assert is_current(tmp_path / "new.png", theme)
+    with Image.open(tmp_path / "new.png") as figure:
+        assert figure.width > 600
+
+
+def test_newest_goes_by_date_then_name(tmp_path: Path) -> None:
+    """The date in the name decides; a theme that begins alike is another theme."""
+    for name, theme in (("a_x_2026-01-02", "a"), ("a_z_2026-01-01", "a"), ("a_b_y_2027-01-01", "a_b")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"theme": theme, "name": name}))
+    assert _results.newest("a", tmp_path)["name"] == "a_x_2026-01-02"
+
+
+def test_regression_sees_what_became_worse() -> None:
+    """A ratio that fell by a fifth and a latency that rose are named; what became better or is new is not."""
+
+    def result(ratio: float, latency: float, extra: float) -> dict:
+        row = {"metric": "ssim", "size": 256, "batch": 8, "ratio": ratio}
+        goals = [
+            {"name": "p50", "value": latency, "better": "lower"},
+            {"name": "gain", "value": extra, "better": "higher"},
+        ]
+        return {"rows": [row, {"metric": "new", "images_per_second": 1.0}], "targets": goals}
+
+    lines, compared = regression.worse(result(2.0, 13.0, 9.0), result(2.5, 10.0, 3.0), 0.1)
+    assert compared == 3
+    assert lines == ["ratio ssim 256 8: 2.5 -> 2 (higher is better)", "p50: 10 -> 13 (lower is better)"]
+    assert regression.worse(result(2.4, 10.5, 9.0), result(2.5, 10.0, 3.0), 0.1)[0] == []
+
+
+def test_markdown() -> None:
+    """Text left, numbers right, three significant digits."""
+    assert table(("a", "b"), [("x", number(1234.5)), ("y", number(0.012345))]).splitlines() == [
+        "| a | b |",
+        "|---|--:|",
+        "| x | 1,234 |",
+        "| y | 0.0123 |",
+    ]
