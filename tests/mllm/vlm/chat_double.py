@@ -20,6 +20,7 @@ from PIL import Image
 VOCABULARY = [*"0123456789", ".", "<", " ", " excellent", " good", " fair", " poor", " bad", "The", "\n", "Yes", "No"]
 LEVELS = [" excellent", " good", " fair", " poor", " bad"]
 MAX_LOGPROBS = 20
+SLOW_SECONDS = 2.0
 
 
 @functools.cache
@@ -96,21 +97,22 @@ class _Handler(BaseHTTPRequestHandler):
                 double.in_flight -= 1
 
     def _answer(self, request: dict, fault: str | None) -> None:
-        if fault in {"429", "500", "502", "503", "504", "404"}:
+        if fault is not None and fault.isdigit():
             headers = {"Retry-After": "0.05"} if fault == "429" else {}
-            self._send(int(fault), b'{"error": "asked to fail"}', headers)
+            error = {"message": "asked to fail", "type": "ServerError", "param": None, "code": int(fault)}
+            self._send(int(fault), json.dumps({"error": error}).encode(), headers)
         elif fault == "429 for an hour":
             self._send(429, b"{}", {"Retry-After": "3600"})
         elif fault == "cut":
             self.close_connection = True
             self.connection.close()
         elif fault == "slow":
-            time.sleep(1.0)
+            time.sleep(SLOW_SECONDS)
             self._send(200, b"{}")
         elif fault == "malformed":
             self._send(200, b'{"choices": [')
         elif fault == "huge":
-            self._send(200, b" " * (2 << 20))
+            self._send(200, b" " * (65 << 20))
         else:
             problem = violations(request)
             if problem:

@@ -20,7 +20,7 @@ def make(double):
     """Rewards of the double, closed at the end."""
     made = []
 
-    def build(preset=ZERO_SHOT_LEVELS, *, url: str = "", **options) -> ServedVLMReward:
+    def build(preset=ZERO_SHOT_LEVELS, *, url: str | list[str] = "", **options) -> ServedVLMReward:
         made.append(ServedVLMReward(url or double.url, "judge", preset, **options))
         return made[-1]
 

@@ -1,14 +1,9 @@
 """A vision-language judge behind an OpenAI-compatible server: for 70 B models, and one judge for many workers."""
 
 import asyncio
-import logging
 import math
-import os
-import threading
-import time
-import weakref
+import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple, final
 from urllib.parse import urlsplit
 
@@ -16,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iqareward.rewards._http import HttpClient, RemoteError
 from iqareward.rewards.mllm.vlm.png import encode_png, host_pixels
 from iqareward.rewards.mllm.vlm.presets import LevelPreset, RatingPreset
-from iqareward.rewards.mllm.vlm.served_chat import ChatProtocolError, chat_request, data_url, written_tokens
-from iqareward.rewards.mllm.vlm.served_client import ChatClient, ChatServerError
+from iqareward.rewards.mllm.vlm.served_chat import chat_request, data_url, written_tokens
 from iqareward.rewards.mllm.vlm.served_readout import Answer, read_level, read_rating, together
 from iqareward.types import Images, Scores
 
-_LOGGER = logging.getLogger(__name__)
-_NOT_SCORED = Answer(math.nan, math.nan)
+_REFUSED = {401, 403, 404}  # a wrong token or model name: no policy turns that into NaN
+_JSON = {"Content-Type": "application/json"}
 
 
 class ServedReading(NamedTuple):
@@ -44,34 +39,33 @@ class ServedReading(NamedTuple):
 class ServedVLMReward:
     """The expected answer of a vision-language model that vLLM or SGLang serves: deterministic, no text is parsed.
 
-    Asks for the probabilities of the next token after a begun answer. Images travel as 8-bit PNG, without loss. One
-    background thread and its open connections serve all callers of this object, threads and coroutines alike.
-    Needs the extra `serve`.
+    Asks for the probabilities of the next token after a begun answer. Images travel as 8-bit PNG, without loss, over
+    connections that all threads and coroutines of a process share. Needs the extra `serve`.
 
     A level preset costs one request per image. A rating preset costs one for the first digit and the decimals of the
-    most probable one, and one for every other digit that matters (`served_readout.read_rating`); turn the server's
-    prefix cache on (it is by default) and they are cheap. Its first decimal is read, later ones count as their mean.
+    most probable one, and one for every other digit that matters (`served_readout.read_rating`); with the server's
+    prefix cache, which is on by default, they are cheap. The first decimal is read, later ones count as their mean.
 
     Args:
-        base_url: of the API, e.g. `"http://127.0.0.1:8000/v1"`.
+        base_url: of the API, e.g. `"http://127.0.0.1:8000/v1"`, or several that serve the same model.
         model: its name on the server.
         preset: what to ask, and how to read the answer.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5] for levels, and for ratings the preset's own range.
-        max_in_flight: requests at one time, over all callers.
-        timeout: seconds for one attempt.
-        deadline: seconds for one call of the reward, all images and attempts.
-        retries: further attempts where no connection was made, one was cut, or the server was busy (429, 502 to 504).
-        on_error: what an image gets that the server gave no usable answer for: `"raise"`, or `"nan"`, with the first
-            error of each kind logged.
-        min_mass: probability that the tokens that count must hold; below it the score is NaN.
-        api_key_variable: environment variable with the bearer token; nothing is sent if it is not set.
+        timeout: seconds for a whole call, waiting and repeated requests included.
+        max_in_flight: requests at the same time.
+        on_error: `"raise"`, or `"nan"`: images without a usable answer are NaN, with a RuntimeWarning. A wrong token or
+            model name is raised in any case.
+        attempts: how often a request may be lost on the way. A server that is busy is asked again until the timeout;
+            what it refuses is not repeated.
+        hedge_after: seconds after which an unanswered request is sent once more; None = never.
+        min_mass: probability that the tokens that count must hold; below it the score is NaN, whatever `on_error` is.
+        token_variable: environment variable with the bearer token; nothing is sent if it is not set.
         name: default: `"served:<model>"`.
 
     Raises:
+        ImportError: httpx is missing.
         ValueError: an option is out of its range.
-        ImportError: httpx is not installed (at the first call).
-        ChatServerError: the server did not answer, with `on_error="raise"` (at a call).
-        ChatProtocolError: its answer holds no log-probabilities, with `on_error="raise"` (at a call).
+        RemoteError: no usable answer, and `on_error` is `"raise"` (at a call).
 
     Example:
         >>> from iqareward.rewards.mllm.vlm.presets import ZERO_SHOT_LEVELS
@@ -86,45 +80,45 @@ class ServedVLMReward:
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         model: str,
         preset: LevelPreset | RatingPreset,
         *,
         scale: Literal["unit", "mos"] = "unit",
+        timeout: float = 300.0,
         max_in_flight: int = 32,
-        timeout: float = 60.0,
-        deadline: float = 600.0,
-        retries: int = 3,
         on_error: Literal["raise", "nan"] = "raise",
+        attempts: int = 4,
+        hedge_after: float | None = None,
         min_mass: float = 0.5,
-        api_key_variable: str = "IQAREWARD_API_KEY",
+        token_variable: str = "IQAREWARD_VLM_TOKEN",
         name: str = "",
     ) -> None:
-        address = urlsplit(base_url)
-        if address.scheme not in ("http", "https") or not address.hostname or address.username is not None:
-            raise ValueError(
-                'ServedVLMReward expected `base_url` as "http://host:port/v1", without a name or password (a token '
-                f"belongs in the environment variable {api_key_variable}), got scheme {address.scheme!r} and host "
-                f"{address.hostname!r}."
-            )
         if scale not in ("unit", "mos"):
             raise ValueError(f'ServedVLMReward expected `scale` "unit" or "mos", got {scale!r}.')
         if on_error not in ("raise", "nan"):
             raise ValueError(f'ServedVLMReward expected `on_error` "raise" or "nan", got {on_error!r}.')
-        if max_in_flight < 1 or retries < 0 or not timeout > 0 or not deadline > 0:
-            raise ValueError(
-                "ServedVLMReward expected `max_in_flight` >= 1, `retries` >= 0, and `timeout` and `deadline` > 0, got "
-                f"{max_in_flight}, {retries}, {timeout} and {deadline}."
-            )
+        if not timeout > 0:
+            raise ValueError(f"ServedVLMReward expected `timeout` > 0 seconds, got {timeout}.")
         if not 0 < min_mass <= 1:
             raise ValueError(f"ServedVLMReward expected `min_mass` in (0, 1], got {min_mass}.")
-        self.model, self.preset, self.scale = model, preset, scale
+        urls = [base_url] if isinstance(base_url, str) else list(base_url)
+        if any(urlsplit(url).username is not None for url in urls):
+            raise ValueError(
+                f"ServedVLMReward expected `base_url` without a name or password: put a token in {token_variable}."
+            )
+        self.model, self.preset, self.scale, self.timeout = model, preset, scale, timeout
         self.bounds = self._low, self._high = _span(preset, scale)
         self.name = name or f"served:{model}"
-        self.url = base_url.rstrip("/") + "/chat/completions"
-        self.max_in_flight, self.timeout, self.deadline, self.retries = max_in_flight, timeout, deadline, retries
-        self.on_error, self.min_mass, self.api_key_variable = on_error, min_mass, api_key_variable
-        self._start()
+        self.max_in_flight, self.on_error, self.min_mass = max_in_flight, on_error, min_mass
+        self._client = HttpClient(
+            urls,
+            purpose="ServedVLMReward",
+            max_in_flight=max_in_flight,
+            attempts=attempts,
+            hedge_after=hedge_after,
+            token_variable=token_variable,
+        )
 
     def __call__(
         self,
@@ -139,93 +133,63 @@ class ServedVLMReward:
     def reading(self, images: Images) -> ServedReading:
         """Scores, and how much probability the tokens held that they were read from."""
         pixels, device = host_pixels(self.name, images)
-        future = self._submit(pixels)
-        try:
-            return self._readout(future.result(), device)
-        except BaseException:  # also an interrupt while waiting: nothing goes on in the background
-            future.cancel()
-            raise
+        return self._reading(self._client.run(self._read(pixels)), device)
 
-    async def ascore(self, images: Images) -> Scores:
-        """The same as a call, without blocking the caller's event loop."""
+    async def ascore(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """The same without blocking the event loop; cancelling it cancels its requests."""
         pixels, device = host_pixels(self.name, images)
-        return self._readout(await asyncio.wrap_future(self._submit(pixels)), device).scores
+        return self._reading(await self._client.arun(self._read(pixels)), device).scores
 
     def close(self) -> None:
-        """Close the connections and end the thread; the next call opens new ones. Runs by itself at the end."""
-        with self._lock:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
+        """End the connections of this process; a later call opens new ones."""
+        self._client.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the connections: a copy in another process opens its own."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_client", "_lock", "_reported")}
+    async def _read(self, pixels: list[np.ndarray | None]) -> list[Answer]:
+        deadline = asyncio.get_running_loop().time() + self.timeout
+        slots = asyncio.Semaphore(self.max_in_flight)  # no more files in memory than can be on the way
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+        async def one(image: np.ndarray | None) -> Answer:
+            if image is None:
+                return Answer(math.nan, math.nan)
+            async with slots:
+                return await self._read_image(image, deadline)
 
-    def _start(self) -> None:
-        self._client: ChatClient | None = None
-        self._lock = threading.Lock()
-        self._reported: set[str] = set()
+        return await together(one(image) for image in pixels)
 
-    def _connect(self) -> ChatClient:
-        with self._lock:
-            if self._client is None or self._client.process != os.getpid():
-                self._client = ChatClient(
-                    self.url,
-                    max_in_flight=self.max_in_flight,
-                    timeout=self.timeout,
-                    retries=self.retries,
-                    api_key_variable=self.api_key_variable,
-                    purpose="ServedVLMReward",
-                )
-                weakref.finalize(self, self._client.close)
-            return self._client
-
-    def _submit(self, pixels: list[np.ndarray | None]) -> "Future[list[Answer]]":
-        client, deadline = self._connect(), time.monotonic() + self.deadline
-        crowd = asyncio.Semaphore(self.max_in_flight)  # images whose PNG is in memory
-
-        async def read_all() -> list[Answer]:
-            return await together(self._read_image(client, image, deadline, crowd) for image in pixels)
-
-        return client.submit(read_all())
-
-    async def _read_image(
-        self, client: ChatClient, image: np.ndarray | None, deadline: float, crowd: asyncio.Semaphore
-    ) -> Answer:
-        if image is None:
-            return _NOT_SCORED
+    async def _read_image(self, image: np.ndarray, deadline: float) -> Answer:
         preset = self.preset
-        async with crowd:
-            url = await asyncio.to_thread(lambda: data_url(encode_png(image)))
+        url = await asyncio.to_thread(lambda: data_url(encode_png(image)))
 
-            async def ask(answer: str, max_tokens: int) -> list[tuple[str, dict[str, float]]]:
-                request = chat_request(self.model, preset, url, answer, max_tokens)
-                return written_tokens(await client.post(request, deadline))
+        async def ask(answer: str, max_tokens: int) -> list[tuple[str, dict[str, float]]]:
+            body = chat_request(self.model, preset, url, answer, max_tokens)
+            path = "/chat/completions"
+            return written_tokens(
+                await self._client.request("POST", path, deadline=deadline, content=body, headers=_JSON)
+            )
 
-            try:
-                if isinstance(preset, LevelPreset):
-                    return await read_level(ask, preset, self.min_mass)
-                return await read_rating(ask, preset, self.min_mass)
-            except (ChatServerError, ChatProtocolError) as error:
-                if self.on_error == "raise":
-                    raise
-                self._report(error)
-                return _NOT_SCORED
+        try:
+            if isinstance(preset, LevelPreset):
+                return await read_level(ask, preset, self.min_mass)
+            return await read_rating(ask, preset, self.min_mass)
+        except RemoteError as error:
+            if self.on_error == "raise" or error.status in _REFUSED:
+                raise
+            return Answer(math.nan, math.nan, str(error))
 
-    def _readout(self, answers: list[Answer], device: torch.device) -> ServedReading:
+    def _reading(self, answers: list[Answer], device: torch.device) -> ServedReading:
+        failures = [answer.error for answer in answers if answer.error]
+        if failures:
+            message = f"{self.name}: {len(failures)} of {len(answers)} images are not scored: {failures[0]}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
         with torch.inference_mode(False), torch.no_grad():
             values, mass = (torch.tensor([answer[i] for answer in answers], dtype=torch.float32) for i in range(2))
             return ServedReading((self._low + (self._high - self._low) * values).to(device), mass.to(device))
-
-    def _report(self, error: Exception) -> None:
-        if type(error).__name__ not in self._reported:
-            self._reported.add(type(error).__name__)
-            _LOGGER.warning("%s answers NaN: %s (further errors of this kind are not logged)", self.name, error)
 
 
 def _span(preset: LevelPreset | RatingPreset, scale: Literal["unit", "mos"]) -> tuple[float, float]:

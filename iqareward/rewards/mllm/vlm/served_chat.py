@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from iqareward.rewards._http import RemoteError
 from iqareward.rewards.mllm.vlm.presets import LevelPreset, RatingPreset
 
 # vLLM refuses more unless started with --max-logprobs
@@ -22,10 +23,6 @@ TOP_LOGPROBS = 20
 UNSEEN_SHARE = 0.01
 
 ROUNDING = 1e-3  # half-precision servers may give log-probabilities a little above 0
-
-
-class ChatProtocolError(RuntimeError):
-    """The server's answer is not what the protocol promises."""
 
 
 def data_url(png: bytes) -> str:
@@ -71,17 +68,16 @@ def written_tokens(body: bytes) -> list[tuple[str, dict[str, float]]]:
     """For each token that the server wrote: its text, and the log-probabilities of the most probable texts there.
 
     Raises:
-        ChatProtocolError: not JSON, no choice, or no log-probabilities in it.
+        RemoteError: not JSON, no choice, or no log-probabilities in it.
     """
     try:
         positions = json.loads(body)["choices"][0]["logprobs"]["content"]
         tokens = [(_text(position), _alternatives(position["top_logprobs"])) for position in positions]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ChatProtocolError(
-            f"the server's answer has no log-probabilities ({type(error).__name__}: {error}): {body[:200]!r}"
-        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = f"no log-probabilities ({type(error).__name__}: {error})"
+        raise RemoteError("malformed_answer", f"{why} in {body[:200]!r}") from error
     if not tokens:
-        raise ChatProtocolError(f"the server wrote no token: {body[:200]!r}")
+        raise RemoteError("malformed_answer", f"no token in {body[:200]!r}")
     return tokens
 
 

@@ -24,10 +24,12 @@ class Answer(NamedTuple):
     Attributes:
         value: in [0, 1]; NaN if the tokens that count were too improbable.
         mass: probability that the first token was one that counts.
+        error: why there is neither; "" = there are.
     """
 
     value: float
     mass: float
+    error: str = ""
 
 
 async def read_level(ask: Ask, preset: LevelPreset, min_mass: float) -> Answer:
