@@ -1,11 +1,11 @@
-"""What does JPEG between trainer and judge do to a reward? Order within groups of rollouts, lossless against recompressed.
+"""What does JPEG between trainer and judge do to a reward? The order within groups of rollouts, before and after.
 
     python -m benchmarks.jpeg_transport [--quick]
 
-Groups of eight imagined rollouts of a photograph, which differ by a little blur and noise as those of a restorer do, are
-scored as they are, through 8-bit PNG, and through JPEG as reward servers send it. `tau` is Kendall's correlation between
-the two orders within a group, 1 = the same order; `shift` is the mean change in standard deviations of a group. The
-last line of standard output is one JSON document.
+Groups of eight imagined rollouts of a photograph, which differ by a little blur and noise as those of a restorer do,
+are scored as they are, through 8-bit PNG, and through JPEG as reward servers send it. `tau` is Kendall's correlation
+between the two orders within a group, 1 = the same order; `shift` is the mean change in standard deviations of a group.
+The last line of standard output is one JSON document.
 """
 
 import argparse
