@@ -175,5 +175,5 @@ Q_INSIGHT = RatingPreset(
         "respectively, i.e., <think> reasoning process here </think><answer> answer here </answer>"
     ),
     template=_NO_THINKING,
-    licence="Apache-2.0 (code)",
+    licence="Apache-2.0",  # of the code; the weights' own was not found
 )
