@@ -55,7 +55,8 @@ class Multiway(nn.Module):
         start, stop = image
         text_weights, image_weights = self.multiway
         pieces = ((text_weights, rows[:, :start]), (image_weights, rows[:, start:stop]), (text_weights, rows[:, stop:]))
-        return torch.cat([module(piece) for module, piece in pieces if piece.shape[1]], dim=1)
+        # A slice is not contiguous, and torch multiplies such rows by a copy of the weights for every image.
+        return torch.cat([module(piece.contiguous()) for module, piece in pieces if piece.shape[1]], dim=1)
 
 
 class DecoderLayer(nn.Module):
