@@ -1,5 +1,6 @@
 # Every target sets itself up: nothing has to be installed or activated first. Set-up is skipped while it is up to date.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= demo-output
@@ -9,8 +10,8 @@ OUTPUT ?= demo-output
 demo: $(VENV)/.demo  ## score degraded photographs, draw the report (about a minute)
 	$(BIN)/iqareward demo --output $(OUTPUT)
 
-test: $(VENV)/.dev  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## the whole test suite, on two processors
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

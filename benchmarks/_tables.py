@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks._results import newest
-from iqareward.rewards.catalog import CATALOG
+from iqareward.rewards.catalog import CATALOG, load
+from iqareward.types import Reward
 
 Document = dict[str, Any]
 Row = dict[str, Any]
@@ -50,6 +51,17 @@ def correlation(document: Document) -> str:
         for row in rows
     ]
     return table(("reward", "all", *kinds, "damaged above original"), cells)
+
+
+def jpeg(document: Document) -> str:
+    """Kendall's tau and mean shift of every reward after each transport."""
+    rows = {(row["reward"], row["transport"]): row for row in document["rows"]}
+    rewards, transports = (list(dict.fromkeys(key[place] for key in rows)) for place in (0, 1))
+    cells = [
+        (f"`{reward}`", *(f"{rows[reward, way]['tau']:.2f} ({rows[reward, way]['shift']:+.2f})" for way in transports))
+        for reward in rewards
+    ]
+    return table(("reward", *(way.replace("jpeg", "JPEG").replace("png", "PNG") for way in transports)), cells)
 
 
 def latency(document: Document) -> str:
@@ -106,10 +118,20 @@ def rewards(speeds: Document) -> str:
     }
     cells = []
     for name, entry in CATALOG.items():
-        needs = "reference" if entry.needs_references else ""
-        needs += (", " if needs and entry.weights else "") + ("weights" if entry.weights else "")
+        needs = ", ".join(
+            what for what, flag in (("reference", entry.needs_references), ("weights", entry.weights)) if flag
+        )
+        extra, graph = f"`{entry.extra}`" if entry.extra else "", "yes" if entry.differentiable else ""
         rank = f"{ranks[name]:.2f}" if name in ranks else ""
-        cells.append((f"`{name}`", entry.summary, needs, "yes" if entry.differentiable else "", entry.licence,
-                      f"`{entry.extra}`" if entry.extra else "", number(speed.get(name)), rank))  # fmt: skip
-    header = ("name", "score", "needs", "differentiable", "licence", "extra", "images/s", "correlation with damage")
+        cells.append(
+            (f"`{name}`", needs, _range(load(name)), graph, entry.licence, extra, number(speed.get(name)), rank)
+        )
+    header = ("name", "needs", "range", "gradient", "licence", "extra", "images/s", "correlation")
     return table(header, cells, text_columns=6)
+
+
+def _range(reward: Reward) -> str:
+    low, high = reward.bounds
+    if low is None:
+        return "" if high is None else f"≤ {high:g}"
+    return f"≥ {low:g}" if high is None else f"{low:g} to {high:g}"
