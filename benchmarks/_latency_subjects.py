@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks._classical_peers import PEERS, Peer, function, rgb
 from iqareward import load
 from iqareward.rewards.backbones import BACKBONES
+from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 
 Score = Callable[[Tensor, Tensor], object]
@@ -38,7 +39,8 @@ class Subject(NamedTuple):
 
 def subjects(folder: Path) -> list[Subject]:
     """All of them; seeded backbones are written to `folder`, because speed does not depend on weights."""
-    classical = [Subject(name, _reward(name), _same(PEERS[name])) for name in PEERS if name != "ssim_rgb"]
+    native = [name for name, entry in CATALOG.items() if not entry.weights and not entry.extra]
+    classical = [Subject(name, _reward(name), _same(PEERS.get(name, []))) for name in native]
     piq = [
         Subject(name, _reward(name), {"piq": _any(function(f"piq.{raw}", rgb, reduction="none"))}, batches=(1, 8))
         for name, raw in _PIQ.items()
