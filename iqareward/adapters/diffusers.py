@@ -1,7 +1,7 @@
 """Rewards during sampling with diffusers: how good the image is that the model has in mind after every step.
 
 - Read: diffusers 0.42; any pipeline with `callback_on_step_end`.
-- Range: decoded latents, converted from the autoencoder's [-1, 1].
+- Range: decoded latents, converted from the autoencoder's [-1, 1] and clamped, as pipelines do.
 - References: yours, for rewards that need them.
 - Failure: NaN in the table of scores; sampling is never disturbed.
 """
@@ -21,7 +21,7 @@ from iqareward.types import Reward, Scores
 
 
 def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` float32, in [0, 1] up to overshoots, of latents `[B, C, h, w]`, by `pipeline.vae`.
+    """Images `[B, 3, H, W]` float32 of latents `[B, C, h, w]`, clamped to [0, 1], as pipelines return them.
 
     Args:
         pipeline: with an `AutoencoderKL`.
@@ -44,7 +44,7 @@ def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
         )
     shift = getattr(config, "shift_factor", None) or 0.0
     decoded = pipeline.vae.decode((latents / config.scaling_factor + shift).to(dtype)).sample
-    return (decoded.float() + 1) / 2
+    return ((decoded.float() + 1) / 2).clamp(0, 1)
 
 
 @final

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iqareward.adapters._values import weigh_advantages
 from iqareward.adapters.trl import TRLReward
 from iqareward.groups import group_statistics
-from iqareward.losses import advantage_multipliers
 from iqareward.optional import require
 from iqareward.weighting import AdaptiveWeighter
 
@@ -64,11 +64,11 @@ def adaptive_trainer(trainer: type, weighter: AdaptiveWeighter, fidelity: TRLRew
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
             batch = super()._generate_and_score_completions(inputs)
             if self.model.training:
-                share = advantage_multipliers(weighter(self._difficulty))
-                batch["advantages"] = batch["advantages"] * share
+                weights = weighter(self._difficulty)
+                batch["advantages"] = weigh_advantages(batch["advantages"], weights)
                 weighter.update(self._difficulty)
                 self._metrics["train"]["adaptive/difficulty"].append(self._difficulty.nanmean().item())
-                self._metrics["train"]["adaptive/rl_share"].append(share.mean().item())
+                self._metrics["train"]["adaptive/rl_share"].append(weights.rl.mean().item())
             return batch
 
     Adaptive.__name__ = Adaptive.__qualname__ = f"Adaptive{trainer.__name__}"
