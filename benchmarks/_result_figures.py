@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks._results import newest, newest_file
+from iqareward.rewards.catalog import CATALOG
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 KEY = "Result"  # of the PNG's text chunk
@@ -54,4 +55,31 @@ def throughput(file: Path, theme: str) -> None:
         figure.savefig(file, dpi=160, metadata={KEY: digest(theme), "Software": "iqareward benchmarks"})
 
 
-FIGURES: dict[Path, tuple[str, Callable[[Path, str], None]]] = {ASSETS / "throughput.png": ("classical", throughput)}
+def jpeg_order(file: Path, theme: str) -> None:
+    """How much of the order within a group of rollouts each transport leaves, one line per reward."""
+    from iqareward.demo.figures import new_figure, style
+    from iqareward.demo.palette import DAY
+
+    rows = newest(theme)["rows"]
+    ways = list(dict.fromkeys(row["transport"] for row in rows))
+    places = list(range(len(ways)))
+    taus = {name: [row["tau"] for row in rows if row["reward"] == name] for name in {row["reward"] for row in rows}}
+    with style():
+        figure = new_figure((8, 4))
+        axes = figure.add_subplot()
+        height = 2.0
+        for name, values in sorted(taus.items(), key=lambda pair: -pair[1][-1]):
+            alone = CATALOG[name].needs_references
+            axes.plot(places, values, "o-" if alone else "D-", color=DAY.muted if alone else DAY.rl, lw=1.5, ms=5)
+            height = min(values[-1], height - 0.05)  # labels of near values stand below each other
+            axes.annotate(name.upper(), (places[-1], height), (9, 0), textcoords="offset points", va="center")
+        axes.set_xticks(places, [way.replace("jpeg", "JPEG").replace("png", "PNG, 8 bits") for way in ways])
+        axes.set(ylabel="Kendall's tau with the order before", ylim=(0, 1.05), xlim=(-0.15, places[-1] + 0.5))
+        axes.set_title("Order of eight rollouts after transport: without a reference (violet), with one (grey)")
+        figure.savefig(file, dpi=160, metadata={KEY: digest(theme), "Software": "iqareward benchmarks"})
+
+
+FIGURES: dict[Path, tuple[str, Callable[[Path, str], None]]] = {
+    ASSETS / "throughput.png": ("classical", throughput),
+    ASSETS / "jpeg_order.png": ("jpeg-transport", jpeg_order),
+}

@@ -30,6 +30,7 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "classical peaks": ("classical", classical.peaks, "python -m benchmarks.bench_classical"),
     "overhead": ("overhead", tables.overhead, "python -m benchmarks.bench_overhead"),
     "correlation": ("correlation", tables.correlation, "python -m benchmarks.correlation"),
+    "jpeg": ("jpeg-transport", tables.jpeg, "python -m benchmarks.jpeg_transport"),
     "latency": ("latency", tables.latency, "python -m benchmarks.latency"),
     "rewards": ("latency", tables.rewards, "python -m benchmarks.latency"),
 }
