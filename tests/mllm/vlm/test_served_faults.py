@@ -1,6 +1,7 @@
 """What a served judge does when the server, the network or the caller's settings fail."""
 
 import asyncio
+import json
 import math
 import pickle
 import sys
@@ -9,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from iqareward.rewards._http import RemoteError
@@ -197,6 +200,34 @@ def test_tokens_of_the_same_text_are_one_answer() -> None:
     ((text, found),) = written_tokens(body)
     assert text == "4"
     assert math.isclose(found["4"], math.log(math.exp(-1.0) + math.exp(-2.0)))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+ENTRY = st.fixed_dictionaries({}, optional={"token": JSON, "logprob": JSON, "bytes": JSON, "top_logprobs": JSON})
+
+
+@given(content=JSON | st.lists(ENTRY | st.fixed_dictionaries({"token": st.just("4"), "top_logprobs": st.lists(ENTRY)})))
+@settings(max_examples=200, deadline=None)
+def test_any_answer_is_read_or_refused(content) -> None:
+    """Whatever stands where the log-probabilities should be: probabilities that make sense, or a RemoteError."""
+    body = json.dumps({"choices": [{"logprobs": {"content": content}}]}).encode()
+    try:
+        tokens = written_tokens(body)
+    except RemoteError as error:
+        assert error.code == "malformed_answer"
+    else:
+        assert all(0 < sum(map(math.exp, found.values())) <= 1.01 for _, found in tokens)
+
+
+def test_a_number_in_place_of_bytes_takes_no_memory() -> None:
+    """`bytes(10**15)` would."""
+    entry = {"token": "4", "logprob": -0.1, "bytes": 10**15}
+    body = json.dumps({"choices": [{"logprobs": {"content": [entry | {"top_logprobs": [entry]}]}}]}).encode()
+    assert written_tokens(body)[0][0] == "4"
 
 
 def test_bad_options_are_refused() -> None:

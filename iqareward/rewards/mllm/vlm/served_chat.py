@@ -73,7 +73,7 @@ def written_tokens(body: bytes) -> list[tuple[str, dict[str, float]]]:
     try:
         positions = json.loads(body)["choices"][0]["logprobs"]["content"]
         tokens = [(_text(position), _alternatives(position["top_logprobs"])) for position in positions]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         why = f"no log-probabilities ({type(error).__name__}: {error})"
         raise RemoteError("malformed_answer", f"{why} in {body[:200]!r}") from error
     if not tokens:
@@ -104,7 +104,8 @@ def shares(logprobs: Mapping[str, float], texts: Sequence[str], min_mass: float)
 def _text(token: Mapping[str, Any]) -> str:
     """A token's text from its bytes where the server gives them, which are exact."""
     given = token.get("bytes")
-    return bytes(given).decode("utf-8", "replace") if given else str(token["token"])
+    # a list, or a number would ask for that many bytes
+    return bytes(given).decode("utf-8", "replace") if isinstance(given, list) and given else str(token["token"])
 
 
 def _alternatives(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -114,6 +115,7 @@ def _alternatives(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if not logprob < ROUNDING:
             raise ValueError(f"{logprob} is no log-probability")
         found[text] = float(np.logaddexp(found.get(text, -math.inf), logprob))  # ids of the same text are one answer
-    if not found:
-        raise ValueError("`top_logprobs` is empty")
+    total = math.fsum(map(math.exp, found.values()))
+    if not 0 < total < 1 + 10 * ROUNDING:
+        raise ValueError(f"`top_logprobs` hold a probability of {total}")
     return found
