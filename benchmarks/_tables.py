@@ -64,6 +64,16 @@ def jpeg(document: Document) -> str:
     return table(("reward", *(way.replace("jpeg", "JPEG").replace("png", "PNG") for way in transports)), cells)
 
 
+def preprocessing(document: Document) -> str:
+    """Pixel differences of every way, and what they do to the order and height of two judges' scores."""
+    cells = [
+        (row["way"], f"{row['mean']:.3f}", f"{row['largest']:.0f}",
+         *(f"{row[f'{judge}_tau']:.2f} ({row[f'{judge}_shift']:+.2f})" for judge in ("piqe", "niqe")))
+        for row in document["rows"]
+    ]  # fmt: skip
+    return table(("pixels made by", "mean", "largest", "PIQE", "NIQE"), cells)
+
+
 def latency(document: Document) -> str:
     """Every setting of every reward."""
     cells = []

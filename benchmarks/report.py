@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _tables as tables
 from benchmarks import _classical_tables as classical
+from benchmarks import _tables as tables
 from benchmarks._result_figures import FIGURES, is_current
 from benchmarks._results import newest
 
@@ -31,6 +31,7 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "overhead": ("overhead", tables.overhead, "python -m benchmarks.bench_overhead"),
     "correlation": ("correlation", tables.correlation, "python -m benchmarks.correlation"),
     "jpeg": ("jpeg-transport", tables.jpeg, "python -m benchmarks.jpeg_transport"),
+    "preprocessing": ("preprocessing", tables.preprocessing, "python -m benchmarks.preprocessing"),
     "latency": ("latency", tables.latency, "python -m benchmarks.latency"),
     "rewards": ("latency", tables.rewards, "python -m benchmarks.latency"),
 }
