@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from iqareward.losses import LossWeights as LossWeights
     from iqareward.losses import mixed_loss as mixed_loss
     from iqareward.rewards.batching import MicroBatched as MicroBatched
+    from iqareward.rewards.cached import Cached as Cached
     from iqareward.rewards.calibration import AffineMap as AffineMap
     from iqareward.rewards.calibration import Calibrated as Calibrated
     from iqareward.rewards.calibration import CDFMap as CDFMap
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
     from iqareward.rewards.metric import NoReference as NoReference
     from iqareward.rewards.mllm.deqa import DeQAReward as DeQAReward
     from iqareward.rewards.mllm.qalign import QAlignReward as QAlignReward
+    from iqareward.rewards.mllm.vlm.level import LevelReward as LevelReward
+    from iqareward.rewards.mllm.vlm.published import QInsightReward as QInsightReward
+    from iqareward.rewards.mllm.vlm.published import QReAlignReward as QReAlignReward
+    from iqareward.rewards.mllm.vlm.published import VisualQualityR1Reward as VisualQualityR1Reward
+    from iqareward.rewards.mllm.vlm.published import zero_shot_level_reward as zero_shot_level_reward
+    from iqareward.rewards.mllm.vlm.rating import RatingReward as RatingReward
     from iqareward.rewards.mllm.vlm.served import ServedVLMReward as ServedVLMReward
+    from iqareward.rewards.overlapped import Overlapped as Overlapped
     from iqareward.rewards.piq_metrics import PIQReward as PIQReward
     from iqareward.rewards.pyiqa import PyIQAReward as PyIQAReward
     from iqareward.rewards.remote import RemoteReward as RemoteReward
@@ -55,6 +63,7 @@ _HOME = {
     "LossWeights": "losses",
     "mixed_loss": "losses",
     "MicroBatched": "rewards.batching",
+    "Cached": "rewards.cached",
     "AffineMap": "rewards.calibration",
     "Calibrated": "rewards.calibration",
     "CDFMap": "rewards.calibration",
@@ -73,7 +82,14 @@ _HOME = {
     "NoReference": "rewards.metric",
     "DeQAReward": "rewards.mllm.deqa",
     "QAlignReward": "rewards.mllm.qalign",
+    "LevelReward": "rewards.mllm.vlm.level",
+    "QInsightReward": "rewards.mllm.vlm.published",
+    "QReAlignReward": "rewards.mllm.vlm.published",
+    "VisualQualityR1Reward": "rewards.mllm.vlm.published",
+    "zero_shot_level_reward": "rewards.mllm.vlm.published",
+    "RatingReward": "rewards.mllm.vlm.rating",
     "ServedVLMReward": "rewards.mllm.vlm.served",
+    "Overlapped": "rewards.overlapped",
     "PIQReward": "rewards.piq_metrics",
     "PyIQAReward": "rewards.pyiqa",
     "RemoteReward": "rewards.remote",

@@ -20,6 +20,8 @@ from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.rewards.mllm.deqa import DeQAReward
 from iqareward.rewards.mllm.qalign import QAlignReward
+from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
+from iqareward.rewards.mllm.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.types import Reward
@@ -74,6 +76,16 @@ CATALOG: dict[str, Entry] = {
                     False, True, "q-future/one-align", "MIT, LLaMA-2"),
     "deqa": Entry(DeQAReward, "quality level by DeQA-Score, in [0, 1]",
                   False, True, "zhiyuanyou/DeQA-Score-Mix3", "MIT, LLaMA-2"),
+    "qrealign": Entry(QReAlignReward, "quality level by Q-ReAlign-Mini, in [0, 1]",
+                      False, True, Q_REALIGN_MODELS["mini"], "MIT", "vlm"),
+    "qrealign_lite": Entry(partial(QReAlignReward, "lite"), "quality level by Q-ReAlign-Lite, in [0, 1]",
+                           False, True, Q_REALIGN_MODELS["lite"], "MIT", "vlm"),
+    "qrealign_pro": Entry(partial(QReAlignReward, "pro"), "quality level by Q-ReAlign-Pro, in [0, 1]",
+                          False, True, Q_REALIGN_MODELS["pro"], "MIT", "vlm"),
+    "visualquality_r1": Entry(VisualQualityR1Reward, "expected rating by VisualQuality-R1, in [0, 1]",
+                              False, True, VISUALQUALITY_R1_MODEL, "MIT", "vlm"),
+    "qinsight": Entry(QInsightReward, "expected rating by Q-Insight, in [0, 1]",
+                      False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm"),
     "lpips": Entry(partial(LPIPSReward, "alex"), "AlexNet feature distance; 0 = identical",
                    True, True, "torchvision:alex", "BSD-2", "perceptual"),
     "lpips_vgg": Entry(partial(LPIPSReward, "vgg"), "VGG feature distance; 0 = identical",

@@ -8,9 +8,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-
-from tests.mllm.vlm import tiny  # skips without transformers
-
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -21,6 +18,7 @@ from iqareward.rewards.mllm.vlm.families import family_of
 from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.patches import patchify, smart_size
 from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, ZERO_SHOT_LEVELS
+from tests.mllm.vlm import tiny
 from tests.tolerances import EXACT, FORMULA_FP32
 
 SIZES = [(64, 96), (56, 56), (90, 31), (37, 150), (200, 120)]
@@ -38,7 +36,7 @@ def pillow(image: Tensor) -> Image.Image:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_pixels_are_those_of_the_pillow_processor(family, size) -> None:
-    """Any size, resized, padded and tiled or not: what the vision tower reads is what the library's Pillow code makes."""
+    """Any size, resized, padded and tiled or not: the vision tower reads what the library's Pillow code makes."""
     model, processor = tiny.pair(family)
     batch = tiny.images(2, *size)
     inputs = family_of(model, processor).images(batch)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mllm.vlm import tiny  # skips without transformers
-
 from iqareward.rewards.mllm.vlm import patches, scorer, tiles
 from iqareward.rewards.mllm.vlm.level import LevelReward
 from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.presets import Q_REALIGN, ZERO_SHOT_LEVELS
 from iqareward.rewards.mllm.vlm.published import QReAlignReward, zero_shot_level_reward
 from iqareward.testing import check_reward
+from tests.mllm.vlm import tiny
 from tests.tolerances import EXACT, FORMULA_FP32, HALF_NETWORK, NETWORK_BATCH
 
 
@@ -26,7 +25,7 @@ def reward(family: str, **options) -> LevelReward:
 @pytest.mark.parametrize("differentiable", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_contract(family, differentiable) -> None:
-    """Shapes, bounds, independence of batch, order, thread and mode, pickling, gradients, isolation of broken images."""
+    """The public check of everything that a reward promises."""
     # a model of its own: once used, some of transformers' models carry hooks that cannot be pickled
     model, processor = tiny.model(family, tiny.pair(family)[1].tokenizer), tiny.pair(family)[1]
     made = reward(family, model=(model, processor), differentiable=differentiable, batch_size=3)
@@ -53,7 +52,7 @@ def test_score_is_the_expected_level(family) -> None:
     inputs = network.family.images(images)
     assert inputs is not None
     text = made.prompt
-    own = processor(text=[text] * 2, images=[image for image in images], do_rescale=False, return_tensors="pt")
+    own = processor(text=[text] * 2, images=list(images), do_rescale=False, return_tensors="pt")
     own.update({k: torch.tensor(v) if isinstance(v, list) else v for k, v in inputs.keywords.items()})
     ids = [processor.tokenizer(text + word)["input_ids"][-1] for word in ZERO_SHOT_LEVELS.levels]
     logits = model(**own).logits[:, -1].double()

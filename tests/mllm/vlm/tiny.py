@@ -61,7 +61,7 @@ def tokenizer(words: tuple[str, ...] = WORDS, **named: str) -> Any:
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary, merges = {token: index for index, token in enumerate(alphabet)}, []
     for word in words:
-        pieces = [piece for piece in word.replace(" ", "Ġ")]
+        pieces = list(word.replace(" ", "Ġ"))
         for end in range(1, len(pieces)):
             pair, joined = ("".join(pieces[:end]), pieces[end]), "".join(pieces[: end + 1])
             if joined not in vocabulary:

@@ -60,7 +60,7 @@ def tokenize(processor: Any, text: str, around: tuple[Sequence[int], Sequence[in
     ids, image = _ids(processor, text), processor.image_token_id
     if ids.count(image) != 1:
         raise ValueError(
-            f"expected a prompt with one image placeholder {processor.image_token!r}, got {ids.count(image)}: {text!r}. "
+            f"expected one image placeholder {processor.image_token!r}, got {ids.count(image)} in {text!r}. "
             "Does the checkpoint's chat template know images?"
         )
     split = ids.index(image)

@@ -43,7 +43,7 @@ def generate_answers(
     device = images.device if isinstance(images, Tensor) else (buckets[0][0].device if buckets else None)
     texts: list[str] = []
     if buckets:
-        network = scorer.ready()
+        network = scorer.ready().network
         text = render(network.processor, preset, question)
         prompt = tokenize(network.processor, text, network.family.around)
         for (bucket,) in buckets:
@@ -61,11 +61,12 @@ def _write(network: Network, images: Tensor, prompt: Prompt, sampling: Sampling,
     """What the model writes about a clean batch of one size; empty texts if it takes no image of that size."""
     from transformers import GenerationConfig
 
-    inputs, features = network.family.images(images), network.features(images)
-    if inputs is None or features is None:
+    features = network.features(images)
+    if features is None:
         return [""] * images.shape[0]
     layout = network.layout(prompt, features.num_tokens, features.grid, None)
     ids = layout.ids.expand(images.shape[0], -1)
+    kinds = {"mm_token_type_ids": (ids == network.processor.image_token_id).int()} if features.shapes else {}
     tokenizer = network.processor.tokenizer
     options = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -74,10 +75,11 @@ def _write(network: Network, images: Tensor, prompt: Prompt, sampling: Sampling,
         found = network.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == network.processor.image_token_id).int(),
             generation_config=options,
             logits_processor=[] if seed is None else _sampler(sampling, seed),
-            **inputs.keywords,
+            mm_encoder_outputs={"image": features.output},
+            **features.shapes,
+            **kinds,
         )
     return tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
 

@@ -24,12 +24,14 @@ class Features(NamedTuple):
         batch: number of images.
         num_tokens: image tokens of each image.
         grid: their rows and columns, for M-RoPE.
+        shapes: the model's own argument that says so.
     """
 
     output: Any
     batch: int
     num_tokens: int
     grid: tuple[int, int] | None
+    shapes: dict[str, Tensor]
 
 
 class Layout(NamedTuple):
@@ -94,7 +96,8 @@ class Network:
             return None
         output = self.model.get_image_features(**self._tower_keywords(inputs), return_dict=True)
         tokens = sum(rows.shape[:-1].numel() for rows in output.pooler_output)
-        return Features(output, images.shape[0], tokens // images.shape[0], inputs.grid)
+        shapes = {key: value for key, value in inputs.keywords.items() if key == "image_grid_thw"}
+        return Features(output, images.shape[0], tokens // images.shape[0], inputs.grid, shapes)
 
     def logits(self, features: Features, prompt: Prompt, branches: Branches | None = None) -> Tensor:
         """`[B, K, vocabulary]` at the end of the prompt, and behind each token of `branches` that is read."""

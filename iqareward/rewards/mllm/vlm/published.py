@@ -5,8 +5,8 @@ import torch
 from iqareward.rewards.mllm.vlm.level import LevelReward, Scale
 from iqareward.rewards.mllm.vlm.presets import (
     Q_INSIGHT,
-    Q_INSIGHT_SUBFOLDER,
     Q_INSIGHT_MODEL,
+    Q_INSIGHT_SUBFOLDER,
     Q_REALIGN,
     Q_REALIGN_MODELS,
     VISUALQUALITY_R1,
@@ -19,7 +19,7 @@ from iqareward.rewards.mllm.vlm.rating import RatingReward
 from iqareward.rewards.mllm.vlm.scorer import Source
 
 
-def QReAlignReward(  # noqa: N802 - it makes a reward, and is named like those that are classes
+def QReAlignReward(
     size: Size = "mini",
     task: Task = "quality",
     scale: Scale = "unit",
@@ -56,7 +56,7 @@ def QReAlignReward(  # noqa: N802 - it makes a reward, and is named like those t
     return LevelReward(source, Q_REALIGN[task], scale, device, dtype, differentiable, batch_size, name=name)
 
 
-def VisualQualityR1Reward(  # noqa: N802
+def VisualQualityR1Reward(
     scale: Scale = "unit",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -89,7 +89,7 @@ def VisualQualityR1Reward(  # noqa: N802
     return RatingReward(model, VISUALQUALITY_R1, scale, device, dtype, differentiable, batch_size, name=name)
 
 
-def QInsightReward(  # noqa: N802
+def QInsightReward(
     scale: Scale = "unit",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,

@@ -55,7 +55,7 @@ class RatingReadout:
         def read(features: Features) -> Tensor:
             first, decimals = logits(network, features, prompt, readout)
             chosen, mass = token_logits(first, first_ids)
-            ratings = readout.expectation(chosen, [token_logits(level, ids).logits for level in decimals])
+            ratings = readout.expectation(chosen, [level.index_select(-1, ids).float() for level in decimals])
             return torch.stack([ratings, mass], dim=1)
 
         return read

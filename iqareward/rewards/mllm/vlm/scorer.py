@@ -22,7 +22,10 @@ Source = str | Path | tuple[Any, Any]
 class Readout(Protocol):
     """What a reward asks a network, prepared once for the network's tokenizer."""
 
-    width: int
+    @property
+    def width(self) -> int:
+        """Columns of the answer."""
+        ...
 
     def prepare(self, network: Network) -> Callable[[Features], Tensor]:
         """A function from a batch's features to `[B, width]` float32 numbers."""
