@@ -172,6 +172,9 @@ class AsyncTRLReward:
 def tool_images(completions: Sequence[Sequence[dict[str, Any]]], **columns: Any) -> list[ImageLike | None]:
     """The last image that a tool returned in each completion, for `TRLReward(images=tool_images)`.
 
+    TRL shows such images to the model, which must be a vision-language model; a text model's tools had better keep the
+    image in the environment, for a `decode(completions, environments, **columns)`.
+
     Args:
         completions: lists of messages; a tool that returns `[{"type": "image", "image": ...}]` leaves its image there.
         columns: not used.

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import iqareward
-from iqareward.adapters.trl import AsyncTRLReward, TRLReward
+from iqareward.adapters.trl import AsyncTRLReward, TRLReward, tool_images
 from iqareward.adapters.trl_adaptive import adaptive_trainer
+from iqareward.rewards.metric import NoReference
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.restoration_agent import SEEN, apply_operations, build, data_set
 
@@ -15,6 +16,14 @@ trl = pytest.importorskip("trl")
 # TRL 1.16 uses names that transformers 5.23 has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
 TRAINERS = {"GRPO": trl.GRPOTrainer, "RLOO": trl.RLOOTrainer}
+
+
+def brightness(images: torch.Tensor) -> torch.Tensor:
+    """A stand-in for a judge."""
+    return images.mean((1, 2, 3))
+
+
+BRIGHTNESS = NoReference(brightness, higher_is_better=True)
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +148,66 @@ def test_missing_images_have_no_advantage(tmp_path) -> None:
     assert all(value == 0 for value, gone in zip(alone, missing, strict=True) if gone)
     assert all(value < -0.4 for value, gone in zip(added, missing, strict=True) if gone)
     assert all(abs(value) < 0.3 for value, gone in zip(apart, missing, strict=True) if gone)
+
+
+def environment_images(completions, environments, **columns) -> list:
+    """The image that each environment holds at the end."""
+    return [environment.image for environment in environments]
+
+
+def test_images_of_environments(tmp_path, monkeypatch) -> None:
+    """TRL's own tool loop changes the image in the environment, and `decode` finds it there."""
+    from tests.adapters import tool_agent
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    reward = TRLReward(BRIGHTNESS, environment_images)
+    trainer = tool_agent.build(trl.GRPOTrainer, tmp_path, reward, environment_factory=tool_agent.Darkroom)
+    trainer.train()
+    (record,) = [record for record in trainer.state.log_history if "reward" in record]
+    assert record["rewards/brightness/mean"] == pytest.approx(120 / 255)
+    assert record["tools/call_frequency"] == 1
+
+
+def test_images_of_tools(tmp_path) -> None:
+    """`tool_images` finds the image in the messages as TRL's tool loop writes them."""
+    from tests.adapters import tool_agent
+
+    def brighten(factor: float) -> list:
+        """Makes the image brighter.
+
+        Args:
+            factor: of the pixel values.
+        """
+        return [{"type": "image", "image": tool_agent.grey(int(80 * factor))}, {"type": "text", "text": "brighter"}]
+
+    class Transcripts(Exception):
+        pass
+
+    class Stopped(trl.GRPOTrainer):
+        def _generate(self, prompts):  # a text model cannot be trained on images; a vision model is too large for here
+            raise Transcripts(super()._generate(prompts)[3])
+
+    trainer = tool_agent.build(Stopped, tmp_path, TRLReward("piqe", tool_images), tools=[brighten])
+    with pytest.raises(Transcripts) as stopped:
+        trainer.train()
+    (transcripts,) = stopped.value.args
+    assert [message["role"] for message in transcripts[0]] == ["assistant", "tool", "assistant"]
+    assert TRLReward(BRIGHTNESS, tool_images)(completions=transcripts) == pytest.approx([120 / 255] * 2)
+
+
+def test_images_of_a_rollout_function(tmp_path, monkeypatch) -> None:
+    """A field that a rollout function returns beside its tokens is a column."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def rollout(prompts, trainer) -> dict:
+        tokens = {"prompt_ids": [[2]] * len(prompts), "completion_ids": [[3, 1]] * len(prompts), "logprobs": None}
+        return tokens | {"restored": [torch.full((3, 8, 8), row / 10) for row in range(len(prompts))]}
+
+    parts = build(trl.GRPOTrainer, tmp_path, [TRLReward(BRIGHTNESS, "restored")])
+    trainer = trl.GRPOTrainer(
+        parts.model, parts.reward_funcs, parts.args, parts.train_dataset, processing_class=parts.processing_class,
+        rollout_func=rollout,
+    )  # fmt: skip
+    trainer.train()
+    records = [record for record in trainer.state.log_history if "reward" in record]
+    assert [record["rewards/brightness/mean"] for record in records] == pytest.approx([0.35, 0.35])
