@@ -148,6 +148,17 @@ def test_prompts_character_for_character() -> None:
     )
 
 
+def test_a_word_is_one_token_where_it_stands() -> None:
+    """With its space behind a stem, or alone behind a stem that ends with the space."""
+    made = tiny.processor("qwen2_5_vl", words=(" good", " Good", "Good", "Bad"))
+    vocabulary = made.tokenizer.get_vocab()
+    assert next_ids(made, "The quality is", [" good"]) == (vocabulary["Ġgood"],)
+    assert next_ids(made, "The quality is", [" Good"]) == (vocabulary["ĠGood"],)
+    assert next_ids(made, "The quality is ", ["Good", "Bad"]) == (vocabulary["Good"], vocabulary["Bad"])
+    with pytest.raises(ValueError, match="'ood' to be one token"):
+        next_ids(made, "The quality is G", ["ood"])
+
+
 def test_tokens_that_cannot_be_read_are_refused() -> None:
     """A level of several tokens, two levels of one token, joined digits, and a prompt without its image."""
     plain = tiny.processor("qwen2_5_vl")

@@ -70,13 +70,16 @@ def tokenize(processor: Any, text: str, around: tuple[Sequence[int], Sequence[in
 def next_ids(processor: Any, text: str, words: Sequence[str]) -> tuple[int, ...]:
     """The token that each word adds to a text.
 
+    A text may end with a space, for words without one: tokenizers would join the two, so there the word alone counts,
+    as the models that are asked like this were trained.
+
     Raises:
         ValueError: a word is more than one token there, or changes the tokens before it, or two words share one.
     """
     before = _ids(processor, text)
     found = []
     for word in words:
-        ids = _ids(processor, text + word)
+        ids = [*before, *_ids(processor, word)] if text.endswith(" ") else _ids(processor, text + word)
         if ids[: len(before)] != before or len(ids) != len(before) + 1:
             raise ValueError(
                 f"expected {word!r} to be one token after {text[-20:]!r}, got {_shown(processor, ids, before)}. "
