@@ -3,10 +3,10 @@
     python -m benchmarks.preprocessing [--quick]
 
 Groups of eight imagined rollouts of a photograph are padded to a square and resized to 448 x 448, as mPLUG-Owl2's
-Pillow pipeline does it, and by each shortcut. Levels are of 255. The weights of the real judges are not needed: PIQE and
-NIQE stand for them, and score the resized pixels. `tau` is Kendall's correlation of the order within a group with the
-order by exact pixels; `shift` the mean change in standard deviations of a group. The last line of standard output is one
-JSON document.
+Pillow pipeline does it, and by each shortcut. Levels are of 255. The weights of the real judges are not needed: PIQE
+and NIQE stand for them, and score the resized pixels. `tau` is Kendall's correlation of the order within a group with
+the order by exact pixels; `shift` the mean change in standard deviations of a group. The last line of standard output
+is one JSON document.
 """
 
 import argparse
