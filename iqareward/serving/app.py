@@ -95,9 +95,10 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     async def foreign(_: Request, error: Any) -> Response:
         names = {404: "not_found", 405: "method_not_allowed"}
-        return error_response(
-            ServiceError(error.status_code, names.get(error.status_code, "bad_request"), str(error.detail))
-        )
+        code = names.get(error.status_code, "bad_request")
+        response = error_response(ServiceError(error.status_code, code, str(error.detail)))
+        response.headers.update(error.headers or {})  # `Allow`, with 405
+        return response
 
     async def invalid(_: Request, error: Any) -> Response:
         return error_response(ServiceError(422, "bad_request", f"{error.errors()[0]['msg']}"))

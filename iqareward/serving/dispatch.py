@@ -108,12 +108,17 @@ def _checked(service: Service, name: str, request: ScoreRequest) -> Served:
     """The reward of that name, if it has what it needs."""
     served = service.rewards.get(name)
     if served is None:
-        raise ServiceError(404, "unknown_reward", f"expected one of {sorted(service.rewards)}, got {name!r:.100}.")
+        raise unknown_reward(name, service)
     if served.facts.needs_references and request.references is None:
         raise ServiceError(422, "missing_references", f"{name} compares with references; send `references`.")
     if served.facts.needs_prompts and request.prompts is None:
         raise ServiceError(422, "missing_prompts", f"{name} reads prompts; send `prompts`, one per image.")
     return served
+
+
+def unknown_reward(name: str | None, service: Service) -> ServiceError:
+    """The error for a name that is not served."""
+    return ServiceError(404, "unknown_reward", f"expected one of {sorted(service.rewards)}, got {name!r:.100}.")
 
 
 async def _score(served: Served, request: ScoreRequest) -> Scored:

@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse
 from iqareward.rewards._wire_json import read_json
 from iqareward.rewards.wire import ScoreRequest, WireError
 from iqareward.serving import openapi
-from iqareward.serving.dispatch import Service, answer, time_limit
+from iqareward.serving.dispatch import Service, answer, time_limit, unknown_reward
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.pictures import decode_pairs
 from iqareward.serving.plain_pickle import loads_plain
@@ -53,16 +53,18 @@ def add_legacy_routes(api: FastAPI, service: Service, settings: Settings) -> Non
         status, document = await _scored(request, reward, service, settings, _from_json)
         return JSONResponse({"rewards": document["scores"]} if status == 200 else document, status)
 
-    async def health() -> Response:
-        return JSONResponse({"status": "ok"})
+    async def health(reward: str | None = None) -> Response:
+        state = (await service.health()).get(_chosen(reward, service))
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     pickles: dict[str, Any] = {"responses": openapi.PICKLE_RESPONSES, "openapi_extra": openapi.PICKLE_BODY}
     json: dict[str, Any] = {"responses": openapi.FLOW_FACTORY_RESPONSES, "openapi_extra": openapi.FLOW_FACTORY_BODY}
+    states: dict[str, Any] = {"responses": openapi.FLOW_FACTORY_HEALTH}
     for step in ("", "/{reward}"):
         api.post(f"/flow_grpo{step}", summary="flow_grpo's dialect", **pickles)(pickled)
         api.post(f"/verl_omni{step}", summary="verl-omni's dialect", **pickles)(pickled)
         api.post(f"/flow_factory{step}/compute", summary="Flow-Factory's dialect", **json)(flow_factory)
-        api.get(f"/flow_factory{step}/health", summary="What Flow-Factory asks first")(health)
+        api.get(f"/flow_factory{step}/health", summary="What Flow-Factory asks first", **states)(health)
 
 
 async def _scored(
@@ -72,7 +74,7 @@ async def _scored(
     try:
         async with time_limit(settings.deadline):
             body = await request.body()
-            name = reward or _only(service)
+            name = _chosen(reward, service)
             decoded = await asyncio.to_thread(lambda: _decoded(read(body), name, service, settings))
             result = await answer(service, decoded)
         scores = result.scores[name].tolist()
@@ -80,21 +82,22 @@ async def _scored(
         if missing:
             raise ServiceError(422, "not_scored", f"no score for the images {missing[:20]}: too small, or not finite.")
     except (ServiceError, WireError) as error:
-        return 422 if error.status == 500 else error.status, {"error": f"{error.code}: {error}"}
+        return 422 if error.status == 500 else error.status, {"error": f"{error.code}: {error.message}"}
     return 200, {"scores": scores, "outputs": scores}
 
 
-def _only(service: Service) -> str:
-    """The reward of a server that has one."""
-    if len(service.rewards) == 1:
+def _chosen(name: str | None, service: Service) -> str:
+    """The reward that the path names, or the only one that there is."""
+    if name is None and len(service.rewards) == 1:
         return next(iter(service.rewards))
-    raise ServiceError(404, "unknown_reward", f"expected one of {sorted(service.rewards)} as next step of the path.")
+    if name not in service.rewards:
+        raise unknown_reward(name, service)
+    return name
 
 
 def _decoded(call: LegacyCall, name: str, service: Service, settings: Settings) -> ScoreRequest:
-    served = service.rewards.get(name)
-    compares = served is not None and served.facts.needs_references
-    references = call.references if compares else None  # not decoded for nothing
+    # what is not looked at is not decoded
+    references = call.references if service.rewards[name].facts.needs_references else None
     images, truths = decode_pairs(call.images, references or [], settings.limits, allow_lossy=settings.jpeg != "never")
     return ScoreRequest((name,), images, truths, None if call.prompts is None else tuple(call.prompts))
 

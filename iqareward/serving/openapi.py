@@ -129,3 +129,10 @@ FLOW_FACTORY_RESPONSES: Responses = _errors(_json(_LEGACY_ERROR), 500) | {
         "content": _json(_object({"rewards": {"type": "array", "items": {"type": "number"}}})),
     }
 }
+_STATE = _json(_object({"status": {"type": "string"}}))
+FLOW_FACTORY_HEALTH: Responses = {
+    200: {"description": "The reward can be scored", "content": _STATE},
+    401: _ERRORS[401],
+    404: _ERRORS[404],
+    503: {"description": "It cannot", "content": _STATE},
+}
