@@ -56,7 +56,7 @@ def citations_of(docstring: str) -> Iterator[tuple[str, str]]:
             continue
         remark = False
         while address := URL.search(line):
-            yield f"{text} {line[: address.start()]}".strip(" ,."), address[0]
+            yield f"{text} {line[: address.start()]}".strip(" ,.;"), address[0]
             text, remark, line = "", True, line[address.end() :]
             line = line.lstrip() if line.startswith(";") and URL.search(line) else ""
         text = f"{text} {line}"
