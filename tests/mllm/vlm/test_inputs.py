@@ -18,8 +18,9 @@ from iqareward.rewards.mllm.vlm.families import family_of
 from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.patches import patchify, smart_size
 from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, ZERO_SHOT_LEVELS
+from iqareward.rewards.mllm.vlm.windows import run_tower, windows_of
 from tests.mllm.vlm import tiny
-from tests.tolerances import EXACT, FORMULA_FP32
+from tests.tolerances import EXACT, FORMULA_FP32, NETWORK_BATCH
 
 SIZES = [(64, 96), (56, 56), (90, 31), (37, 150), (200, 120)]
 PILLOW = {
@@ -112,6 +113,18 @@ def test_positions_are_the_models_own(family, size) -> None:
     expected, deltas = model.model.get_rope_index(layout.ids, kinds, inputs.keywords["image_grid_thw"])
     assert layout.positions.tolist() == expected.tolist()
     assert layout.end == layout.ids.shape[1] + int(deltas[0, 0])
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 4), (6, 10), (2, 14), (10, 8)])
+def test_windows_together_are_windows_one_by_one(size) -> None:
+    """The tower that attends to all windows of a batch at once gives the library's features; windows may be ragged."""
+    tower = tiny.pair("qwen2_5_vl")[0].model.visual
+    assert (tower.window_size, tower.fullatt_block_indexes) == (56, [1])
+    patches = torch.randn(3 * size[0] * size[1], 1176, generator=torch.Generator().manual_seed(0))
+    expected = tower(patches, grid_thw=torch.tensor([[1, *size]] * 3)).pooler_output
+    windows = windows_of(tower, *size, torch.device("cpu"))
+    assert (windows.filled is None) == (size[0] % 4 == size[1] % 4 == 0)
+    torch.testing.assert_close(run_tower(tower, patches, 3, windows).flatten(0, 1), expected, **NETWORK_BATCH)
 
 
 def test_prompts_character_for_character() -> None:

@@ -1,13 +1,14 @@
 """Trade compute for memory in the backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def run_layer(layer: nn.Module, *inputs: Any) -> Any:
+def run_layer(layer: Callable[..., Any], *inputs: Any) -> Any:
     """`layer(*inputs)`; if a backward pass can follow, keep only the inputs and recompute the rest then."""
     if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         # No layer draws random numbers, so there is no generator state to save (which would wait for the device).

@@ -11,7 +11,7 @@ from torch import Tensor
 from iqareward.rewards.mllm.vlm.branches import Branches
 from iqareward.rewards.mllm.vlm.chat import Prompt
 from iqareward.rewards.mllm.vlm.families import check_family, family_of
-from iqareward.rewards.mllm.vlm.patches import ImageInputs
+from iqareward.rewards.mllm.vlm.towers import VisionTower
 
 _CACHED_SHAPES = 32  # layouts kept, one for each size of image and batch
 
@@ -75,7 +75,7 @@ class Network:
         self.family = family_of(model, processor)
         self.writing = threading.Lock()  # `generate` keeps positions on the model
         self.layout = lru_cache(_CACHED_SHAPES)(self._layout)
-        self._tower_inputs = lru_cache(_CACHED_SHAPES)(self._make_tower_inputs)
+        self._tower = VisionTower(model)
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +94,7 @@ class Network:
         inputs = self.family.images(images)
         if inputs is None:
             return None
-        output = self.model.get_image_features(**self._tower_keywords(inputs), return_dict=True)
+        output = self._tower(inputs, images.shape[0])
         tokens = sum(rows.shape[:-1].numel() for rows in output.pooler_output)
         shapes = {key: value for key, value in inputs.keywords.items() if key == "image_grid_thw"}
         return Features(output, images.shape[0], tokens // images.shape[0], inputs.grid, shapes)
@@ -163,38 +163,6 @@ class Network:
         # M-RoPE's three axes come before the batch
         positions = positions[:, None] if positions.ndim == 2 else positions[None]
         return Layout(ids[None].to(self.device), positions.to(self.device), mask, keep, end)
-
-    def _tower_keywords(self, inputs: ImageInputs) -> dict[str, Any]:
-        keywords = {**inputs.keywords, "pixel_values": inputs.keywords["pixel_values"].to(self.model.dtype)}
-        if inputs.grid is None:
-            return keywords
-        shapes = inputs.keywords["image_grid_thw"]
-        return {**keywords, **self._tower_inputs(tuple(shapes[0].tolist()), shapes.shape[0])}
-
-    def _make_tower_inputs(self, grid: tuple[int, int, int], batch: int) -> dict[str, Tensor]:
-        """What a Qwen vision tower would otherwise work out at every call, waiting for the device in each layer."""
-        from transformers import vision_utils
-
-        tower, shapes = self.model.model.visual, torch.tensor([grid] * batch)
-        merge = tower.spatial_merge_size
-        made = {"position_ids": vision_utils.get_vision_position_ids(shapes, merge).to(self.device)}
-        # Chunk lengths are read as numbers, so they stay on the host, except by flash attention's kernels.
-        flash = "flash" in (tower.config._attn_implementation or "")
-        where = self.device if flash else torch.device("cpu")
-        made["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(shapes).to(where)
-        if hasattr(tower, "window_size"):  # Qwen2.5-VL
-            index, ends = vision_utils.get_vision_window_index(shapes, merge, tower.window_size, tower.patch_size)
-            made |= {"window_index": index.to(self.device), "cu_window_seqlens": ends.to(where)}
-        if hasattr(tower, "num_grid_per_side"):  # Qwen3-VL and Qwen3.5 resample learned positions
-            taps, weights = vision_utils.get_vision_interpolation_indices_and_weights(
-                shapes,
-                num_grid_per_side=tower.num_grid_per_side,
-                mode=tower.interpolation_mode,
-                align_corners=tower.interpolation_align_corners,
-                spatial_merge_size=merge,
-            )
-            made |= {"interp_indices": taps.to(self.device), "interp_weights": weights.to(self.device)}
-        return made
 
 
 def _positions(before: int, image: int, grid: tuple[int, int] | None, after: int) -> Tensor:
