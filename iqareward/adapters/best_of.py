@@ -1,6 +1,7 @@
 """Best-of-N with any image-to-image pipeline: generate candidates for each input and keep the one a reward prefers."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,18 +80,16 @@ def generate_best(
     judge = find_reward(reward, references=references, who="generate_best")
     count = _count(inputs, references, num_candidates, batch_size)
     scores = torch.full((count, num_candidates), torch.nan)
-    kept: dict[int, Tensor] = {}
     chosen = torch.full((count,), -1)
+    best, kept = [-math.inf] * count, {}
     batches = list(_batches(inputs, count, num_candidates, batch_size))
     for batch in _progress(batches, show_progress):
         images, found = _run(pipeline, judge, batch, inputs, references, seed, arguments)
-        for (row, candidate), image, value in zip(batch, images, found, strict=True):
+        for (row, candidate), image, value in zip(batch, images, found.tolist(), strict=True):
             scores[row, candidate] = value
-            best = scores[row, chosen[row]] if chosen[row] >= 0 else torch.tensor(-torch.inf)
-            if value > best:  # never true for NaN
-                chosen[row] = candidate
-            if value > best or candidate == 0:
-                kept[row] = image
+            if value > best[row]:  # never true for NaN
+                best[row], chosen[row], kept[row] = value, candidate, image
+            kept.setdefault(row, image)  # the first, until one is scored
     return Best([kept[row] for row in range(count)], scores, chosen)
 
 
