@@ -130,6 +130,9 @@ def test_loads_from_a_folder_and_recomputes_layers(tmp_path, family) -> None:
     torch.testing.assert_close(found, expected, **FORMULA_FP32)
     kept = _kept_bytes(loaded, images)
     assert kept < _kept_bytes(plain, images)
+    loaded.offload()
+    loaded.onload()
+    torch.testing.assert_close(loaded.to("cpu")(images), plain(images), **EXACT)
     assert len(pickle.dumps(loaded)) < 5000
 
 

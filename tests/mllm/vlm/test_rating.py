@@ -1,13 +1,16 @@
 """RatingReward is the mean of all answers that may be written, and the published protocol is at hand."""
 
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import iqareward
 from iqareward.rewards.mllm.vlm import generate
 from iqareward.rewards.mllm.vlm.branches import Branches, DigitReadout
 from iqareward.rewards.mllm.vlm.network import Network
@@ -163,6 +166,29 @@ def test_mixed_sizes_and_threads() -> None:
         with ThreadPoolExecutor(max_workers=8) as pool:
             for scores in pool.map(made, [shuffled] * 8):
                 torch.testing.assert_close(scores, alone, **NETWORK_BATCH)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_our_code_does_not_wait_for_the_device(family, monkeypatch) -> None:
+    """In a warm call only the library reads numbers from tensors, where it checks its own inputs."""
+    made, images = reward(family), [*tiny.images(2), *tiny.images(1, 60, 40)]
+    expected, ours = made(images), Path(iqareward.__file__).parent
+
+    def guard(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            caller = Path(traceback.extract_stack(limit=2)[0].filename)
+            assert not caller.is_relative_to(ours), f"{caller} waited for the device"
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("item", "cpu", "tolist", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(Tensor, name, guard(getattr(Tensor, name)))
+    for name in ("nonzero", "as_tensor", "from_numpy", "masked_select"):
+        monkeypatch.setattr(torch, name, guard(getattr(torch, name)))
+    scores = made(images)
+    monkeypatch.undo()
+    torch.testing.assert_close(scores, expected, **EXACT)
 
 
 def test_offload_and_onload() -> None:

@@ -48,12 +48,13 @@ class RatingReadout:
                 "expected a model whose layers all attend to the whole sequence (with sdpa or eager attention) for "
                 "`differentiable=True`: other layers overwrite their state while digits are read. Use LevelReward."
             )
-        logits = _side_by_side if network.shares_branches else _step_by_step
+        make = _side_by_side if network.shares_branches else _step_by_step
+        logits = make(network, prompt, readout)
         ids = torch.tensor(digits, device=network.device)
         first_ids = ids[list(readout.first)]
 
         def read(features: Features) -> Tensor:
-            first, decimals = logits(network, features, prompt, readout)
+            first, decimals = logits(features)
             chosen, mass = token_logits(first, first_ids)
             ratings = readout.expectation(chosen, [level.index_select(-1, ids).float() for level in decimals])
             return torch.stack([ratings, mass], dim=1)
@@ -61,26 +62,33 @@ class RatingReadout:
         return read
 
 
-def _side_by_side(
-    network: Network, features: Features, prompt: Prompt, readout: DigitReadout
-) -> tuple[Tensor, list[Tensor]]:
+DigitLogits = Callable[[Features], tuple[Tensor, list[Tensor]]]
+"""From features to logits `[B, vocabulary]` of the first digit, and `[B, beginnings, vocabulary]` of each decimal."""
+
+
+def _side_by_side(network: Network, prompt: Prompt, readout: DigitReadout) -> DigitLogits:
     """All beginnings of the answer in the same pass as the prompt, which they share."""
     branches = readout.branches
-    logits = network.logits(features, prompt, branches)
     counts = [len(readout.open) * 10**place for place in range(readout.ratings.decimals)]
-    first, *decimals = logits.split([1, *counts], dim=1)
-    return first[:, 0], decimals
+
+    def logits(features: Features) -> tuple[Tensor, list[Tensor]]:
+        first, *decimals = network.logits(features, prompt, branches).split([1, *counts], dim=1)
+        return first[:, 0], decimals
+
+    return logits
 
 
-def _step_by_step(
-    network: Network, features: Features, prompt: Prompt, readout: DigitReadout
-) -> tuple[Tensor, list[Tensor]]:
+def _step_by_step(network: Network, prompt: Prompt, readout: DigitReadout) -> DigitLogits:
     """The prompt once, then one step for each decimal over its repeated cache."""
     starts = [[readout.digits[digit], readout.point] for digit in readout.open]
     ones = torch.tensor(readout.digits, device=network.device)[:, None]
     steps = [torch.tensor(starts, device=network.device), *[ones] * (readout.ratings.decimals - 1)]
-    first, *decimals = network.steps(features, prompt, steps)
-    return first, [level.unflatten(0, (features.batch, -1)) for level in decimals]
+
+    def logits(features: Features) -> tuple[Tensor, list[Tensor]]:
+        first, *decimals = network.steps(features, prompt, steps)
+        return first, [level.unflatten(0, (features.batch, -1)) for level in decimals]
+
+    return logits
 
 
 @final
