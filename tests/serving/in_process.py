@@ -1,14 +1,11 @@
 """The server without Ray or sockets: the ASGI application, with rewards in this process."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import httpx
-import torch
 from starlette.types import ASGIApp
-from torch import Tensor
 
 from iqareward.rewards.calls import Call
 from iqareward.rewards.wire import CONTENT_TYPE
@@ -17,46 +14,10 @@ from iqareward.serving.dispatch import Facts, Scored, Served, Service
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.replica import Failed, RewardReplica, pack
 from iqareward.serving.settings import Settings
-from iqareward.types import Images, Reward
+from iqareward.types import Reward
 
 SAFETENSORS = {"content-type": CONTENT_TYPE}
 MAX_IMAGES = 4  # per call of a reward, so that small requests are split
-
-
-class Slow:
-    """A reward that takes its time: the mean of an image after so many seconds per batch."""
-
-    needs_references = needs_prompts = differentiable = False
-    bounds = (0.0, 1.0)
-
-    def __init__(self, seconds: float, name: str = "slow") -> None:
-        self.seconds, self.name = seconds, name
-
-    def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
-        if images[0].shape[-1] < 200:  # not while it warms up
-            time.sleep(self.seconds)
-        return means(images)
-
-
-class Fragile:
-    """A reward that fails on images whose first pixel is black: no reward should, but foreign ones do."""
-
-    name, bounds = "fragile", (0.0, 1.0)
-    needs_references = needs_prompts = differentiable = False
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
-        if any(image[0, 0, 0] == 0 for image in images):
-            raise self.error
-        return means(images)
-
-
-def means(images: Images) -> Tensor:
-    """The mean of each image."""
-
-    return torch.stack([image.mean() for image in images])
 
 
 def served(reward: Reward) -> Served:

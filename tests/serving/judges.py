@@ -1,4 +1,4 @@
-"""Rewards for the tests on Ray; a module of its own, so that the processes of Ray can import them."""
+"""Rewards for the tests of the server; a module of its own, so that the processes of Ray can import it."""
 
 import os
 import time
@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iqareward.serving.replica import WARM_UP_SIDE
 from iqareward.types import Images
 
-WARM_UP_SIDE = 256  # the server's; what follows leaves that picture alone
+FAILS, IS_SLOW, ENDS_THE_PROCESS = 9, 11, 13  # widths of the images that make `Moody` so
 
 
-class Dawdler:
+def means(images: Images) -> Tensor:
+    """The mean of each image."""
+    return torch.stack([image.mean() for image in images])
+
+
+class Slow:
     """The mean of each image, after so many seconds per batch."""
 
-    name, bounds = "dawdler", (0.0, 1.0)
+    name, bounds = "slow", (0.0, 1.0)
     needs_references = needs_prompts = differentiable = False
 
     def __init__(self, seconds: float) -> None:
@@ -25,13 +31,28 @@ class Dawdler:
     def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
         if images[0].shape[-1] != WARM_UP_SIDE:
             time.sleep(self.seconds)
-        return torch.stack([image.mean() for image in images])
+        return means(images)
 
 
-class Mortal:
-    """The mean of each image, slowly; leaves its process id where the test finds it. Black images end the process."""
+class Fragile:
+    """A reward that fails on images whose first pixel is black: no reward should, but foreign ones do."""
 
-    name, bounds = "mortal", (0.0, 1.0)
+    name, bounds = "fragile", (0.0, 1.0)
+    needs_references = needs_prompts = differentiable = False
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
+        if any(image[0, 0, 0] == 0 for image in images):
+            raise self.error
+        return means(images)
+
+
+class Moody:
+    """The mean of each image, unless their width says otherwise; leaves its process id where the test finds it."""
+
+    name, bounds = "moody", (0.0, 1.0)
     needs_references = needs_prompts = differentiable = False
 
     def __init__(self, folder: str) -> None:
@@ -39,8 +60,10 @@ class Mortal:
 
     def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
         (Path(self.folder) / str(os.getpid())).touch()
-        if images[0].shape[-1] != WARM_UP_SIDE:
-            time.sleep(0.02)
-        if any(image.amax() == 0 for image in images):
+        widths = {image.shape[-1] for image in images}
+        if FAILS in widths:
+            raise RuntimeError("as told")
+        if ENDS_THE_PROCESS in widths:
             os._exit(1)
-        return torch.stack([image.mean() for image in images])
+        time.sleep(1.5 if IS_SLOW in widths else 0.01)
+        return means(images)

@@ -18,8 +18,6 @@ from iqareward.serving.errors import ServiceError
 from iqareward.serving.settings import Settings
 from tests.serving.in_process import (
     SAFETENSORS,
-    Fragile,
-    Slow,
     answering,
     application,
     error_of,
@@ -29,6 +27,7 @@ from tests.serving.in_process import (
     send,
     served,
 )
+from tests.serving.judges import Fragile, Slow
 
 SUM = "0.7*ssim + 0.3*haarpsi"
 
