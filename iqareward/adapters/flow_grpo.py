@@ -154,7 +154,7 @@ def install(
 
         def fn(
             images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True
-        ) -> tuple[dict[str, Any], dict]:
+        ) -> tuple[dict[str, Any], dict[str, Any]]:
             more = () if ref_images is None else (ref_images,)  # older versions have no fourth argument
             details: dict[str, Any] = {}
             if theirs:

@@ -148,7 +148,7 @@ def _differentiable_backend() -> type:
             super()._load_model()
 
         def compute_rewards_differentiable(
-            self, media_tensor: Tensor, prompts: Sequence[str], records: Sequence[dict] | None = None
+            self, media_tensor: Tensor, prompts: Sequence[str], records: Sequence[dict[str, Any]] | None = None
         ) -> Tensor:
             """`[B, 3, H, W]` in [0, 1] -> `[B]` with their graph."""
             return self.judge(media_tensor, prompts, records)
@@ -168,7 +168,7 @@ def __getattr__(name: str) -> type:
     return makers[name]()
 
 
-def _references(source: str | None, metadata: Sequence[dict | None] | None, request: Any) -> Any:
+def _references(source: str | None, metadata: Sequence[dict[str, Any] | None] | None, request: Any) -> Any:
     """The references of a request: its conditioning images, or a key of its metadata."""
     if source is None:
         return None

@@ -1,6 +1,6 @@
 """The measurement behind the report: damage, scores, difficulty and weights, and nothing about how they are shown."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -98,7 +98,7 @@ def samples(experiment: Experiment, num_samples: int) -> list[Sample]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """Let torch compute on one thread and give it back the others afterwards.
 
     The batches are small. With two threads on two busy cores each of the many short operations waits for the other

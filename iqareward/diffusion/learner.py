@@ -1,7 +1,7 @@
 """The weights of the model and how one optimiser step moves them."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +139,7 @@ class Learner:
         self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None]:
         """Within it the model has its averaged weights, if it keeps any."""
         if self.ema is None:
             yield

@@ -1,6 +1,6 @@
 """The bar that a run shows: how far it is and the figures that matter."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ FIGURES_OF_SFT = {"sft_loss": "loss"}
 
 
 @contextmanager
-def progress_bar(description: str, total: int, *, done: int = 0, shown: bool = True) -> Iterator[Callable[..., None]]:
+def progress_bar(description: str, total: int, *, done: int = 0, shown: bool = True) -> Generator[Callable[..., None]]:
     """A bar on the error stream; call what it yields with the record of each update.
 
     Args:

@@ -1,6 +1,6 @@
 """The policy as it was before RL: what KL measures against."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from iqareward.diffusion.policy import Policy, adapters_off
 
 
 @contextmanager
-def as_reference(policy: Policy, frozen: nn.Module | None) -> Iterator[None]:
+def as_reference(policy: Policy, frozen: nn.Module | None) -> Generator[None]:
     """Within it the policy answers as before RL, without a gradient.
 
     Args:

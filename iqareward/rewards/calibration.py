@@ -168,7 +168,8 @@ def load_map(path: str | Path) -> ScoreMap:
     try:
         fields = json.loads(Path(path).read_text())
         kind = _MAPS[fields.pop("map")]
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        return kind(**values)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a saved score map ({error!r}); save_map writes one.") from error
 

@@ -1,7 +1,7 @@
 """Weights that are loaded once, on first use, and foreign code that runs as it was written to run."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
@@ -78,14 +78,14 @@ class LazyModel:
 
 
 @contextmanager
-def computing_on(device: torch.device) -> Iterator[None]:
+def computing_on(device: torch.device) -> Generator[None]:
     """No autocast where the network lives; `score_images` turns it off where the images are."""
     with torch.autocast(device.type, enabled=False):
         yield
 
 
 @contextmanager
-def plain_defaults(name: str) -> Iterator[None]:
+def plain_defaults(name: str) -> Generator[None]:
     """Run code that makes tensors without naming dtype or device as if nobody had changed the defaults.
 
     The default device is thread-local and is set aside. The default dtype is not, so another one is refused: with

@@ -188,7 +188,9 @@ class DISTSReward:
         self._loader.onload()
 
 
-def _build(who: str, download: partial, weights: str | Path | None, model: nn.Module | None) -> partial:
+def _build(
+    who: str, download: partial[nn.Module], weights: str | Path | None, model: nn.Module | None
+) -> partial[nn.Module]:
     if model is None:
         return download
     if weights is not None:

@@ -5,7 +5,7 @@ splits into micro-batches, computes in float32 whatever the caller's autocast, g
 NaN for an image that cannot be scored without touching the others. Nothing here reads a pixel value on the host.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -25,7 +25,7 @@ DEVICE_PIXELS_PER_CALL = 32 * 1024 * 1024
 
 
 @contextmanager
-def reward_mode(device_type: str, *, differentiable: bool) -> Iterator[None]:
+def reward_mode(device_type: str, *, differentiable: bool) -> Generator[None]:
     """Compute as a reward must: no autocast, no inference mode, a graph exactly when `differentiable`.
 
     Grad mode and autocast are thread-local, and trainers call rewards from thread pools, so a reward sets both itself.

@@ -1,7 +1,7 @@
 """From images of any sizes to the logits of level words: what the mPLUG-Owl2 rewards have in common."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,7 +130,7 @@ class LevelScorer:
                 self._loaded = _Loaded(self._loaded.model.to(device), offloaded=offloaded)
 
     @contextmanager
-    def mode(self) -> Iterator[None]:
+    def mode(self) -> Generator[None]:
         """Grad mode and autocast of a reward, on every kind of device."""
         with ExitStack() as stack:
             for device_type in ("cpu", "cuda"):
