@@ -1,4 +1,4 @@
-"""`iqareward demo`: damage photographs, score them with the built-in rewards, weigh them, show it all on one page."""
+"""`iqareward demo`: photographs are damaged, scored and weighed, then a model is trained; all of it on one page."""
 
 import time
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from iqareward.demo.experiment import Experiment
+from iqareward.demo.training import TrainingSettings
 from iqareward.optional import require
 
 REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "niqe", "piqe")
@@ -30,8 +31,9 @@ def run(
     num_photographs: int = 4,
     short_side: int = 384,
     num_levels: int = 5,
+    training: TrainingSettings | None = None,
 ) -> Demo:
-    """Run the demo and write `report.html`, `results.json`, `scores.csv` and four PNG figures.
+    """Run the demo and write `report.html`, `results.json`, `scores.csv` and six PNG figures.
 
     Everything but the duration and the versions is the same in every run on one machine.
 
@@ -42,18 +44,21 @@ def run(
         num_photographs: how many of the four.
         short_side: larger photographs are shrunk to this many pixels on the shorter side.
         num_levels: strengths of each degradation, 1 to 5.
+        training: how large the training part is.
 
     Raises:
-        ImportError: scikit-image or matplotlib is missing.
+        ImportError: scikit-image, matplotlib, diffusers or accelerate is missing.
     """
     started = time.perf_counter()
-    for module in ("skimage", "matplotlib"):
+    for module in ("skimage", "matplotlib", "diffusers", "accelerate"):
         require(module, extra="demo", purpose="iqareward demo")
     from iqareward.demo.figures import save_figures
     from iqareward.demo.files import write_results, write_scores
     from iqareward.demo.report import render
     from iqareward.demo.summary import environment, summarise
     from iqareward.demo.terminal import print_results
+    from iqareward.demo.training import train, training_summary
+    from iqareward.demo.training_figures import save_training_figures
 
     experiment = measure(
         console, rewards=rewards, num_photographs=num_photographs, short_side=short_side, num_levels=num_levels
@@ -61,11 +66,14 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - started
     report, table, document = output / "report.html", output / "scores.csv", output / "results.json"
+    trained = train(training or TrainingSettings())
     with console.status("Drawing figures and writing the report"):
         curves, ten, weights, handover = save_figures(experiment, output)
         results = summarise(experiment)
+        restored, run_figure = save_training_figures(trained, output)
+        results["training"] = training_summary(trained)
         results["environment"] = environment(seconds)
-        report.write_text(render(experiment, results), encoding="utf-8")
+        report.write_text(render(experiment, results, trained), encoding="utf-8")
         write_results(results, document)
         write_scores(experiment, table)
     files = {
@@ -76,6 +84,8 @@ def run(
         ten: "ten samples from easy to hard, and their weights",
         weights: "both weights against difficulty",
         handover: "both weights as errors shrink",
+        restored: "pictures before and after RL",
+        run_figure: "reward, fidelity and weights of the training",
     }
     print_results(console, results, files)
     console.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)

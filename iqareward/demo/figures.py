@@ -21,14 +21,16 @@ DPI = 200
 def save_figures(experiment: Experiment, folder: Path) -> tuple[Path, ...]:
     """Write `curves.png`, `samples.png`, `weights.png` and `handover.png` into `folder`, and return their paths."""
     figures = {"curves.png": _curves, "samples.png": _samples, "weights.png": _weights, "handover.png": _handover}
-    paths = []
-    for name, build in figures.items():
-        with style():
-            figure = build(experiment)
-            figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.02, hspace=0.04)
-            figure.savefig(folder / name, dpi=DPI, metadata={"Software": "iqareward demo"})
-        paths.append(folder / name)
-    return tuple(paths)
+    return tuple(save_figure(lambda build=build: build(experiment), folder / name) for name, build in figures.items())
+
+
+def save_figure(build: Callable[[], Any], path: Path) -> Path:
+    """Write the figure that `build` makes as a PNG, and return its path."""
+    with style():
+        figure = build()
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.02, hspace=0.04)
+        figure.savefig(path, dpi=DPI, metadata={"Software": "iqareward demo"})
+    return path
 
 
 def panel_svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:

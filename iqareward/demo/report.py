@@ -11,15 +11,18 @@ from iqareward.demo import plots, strips
 from iqareward.demo.experiment import Experiment
 from iqareward.demo.palette import DAY, NIGHT
 from iqareward.demo.table import correlation_table
+from iqareward.demo.training import Training
+from iqareward.demo.training_section import section
 from iqareward.demo.wording import label, signed, spelled
 
 
-def render(experiment: Experiment, summary: dict[str, Any]) -> str:
+def render(experiment: Experiment, summary: dict[str, Any], training: Training) -> str:
     """The report as one HTML document without outside resources.
 
     Args:
         experiment: gives pictures and curves.
-        summary: of `summarise`, with `environment`; gives every figure in the text.
+        summary: of `summarise`, with `environment` and `training`; gives every figure in the text.
+        training: gives restored pictures and curves.
     """
     template = resources.files("iqareward.demo").joinpath("report.html").read_text(encoding="utf-8")
     with_original = {reward.name: reward.needs_references for reward in experiment.rewards}
@@ -39,6 +42,7 @@ def render(experiment: Experiment, summary: dict[str, Any]) -> str:
         weights=plots.weights(experiment),
         difficulty_note=_difficulty_note(summary),
         handover=plots.handover(experiment),
+        training=section(training, summary["training"]),
         notes="".join(f"<li>{note}</li>" for note in _notes(summary)),
         made=_made(summary["environment"], summary["settings"]["seed"]),
         credits="; ".join(escape(photograph.credit) for photograph in experiment.photographs),
@@ -94,8 +98,10 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         "ρ is measured against levels of damage that we chose, not against human opinion. It says whether a reward "
         "keeps the order of one kind of damage on one photograph, not whether it weighs blur against noise as we do.",
         f"{spelled(len(settings['photographs'])).capitalize()} photographs are few, and each “worst” rests on one.",
-        "Nothing was trained. The damaged pictures stand in for the outputs of a model, and the handover multiplies "
-        "their errors instead of waiting for a model to reduce them.",
+        "In the first half the damaged pictures stand in for the outputs of a model, and the handover multiplies their "
+        "errors instead of waiting for a model to reduce them.",
+        "The trained model is tiny, its scenes are synthetic, there is one seed and no arm to compare with: it shows "
+        "how the parts work together, not that adaptive weighting is better than a constant.",
         "Rewards that compare with the original know the answer, so doing well here is the least to expect. They can "
         "only be used where a ground truth exists.",
     ]

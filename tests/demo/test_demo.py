@@ -9,26 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from iqareward.demo import Demo, measure, run
 from iqareward.demo.files import write_scores
 from iqareward.demo.summary import summarise
+from iqareward.demo.training import TERCILES, TrainingSettings, train, training_summary
 from iqareward.demo.wording import label, percent, signed
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 pytest.importorskip("matplotlib", reason="the figures need matplotlib")
+pytest.importorskip("diffusers", reason="the training part needs diffusers")
+pytest.importorskip("accelerate", reason="the training part needs accelerate")
 
 REWARDS = ("ssim", "gmsd", "piqe")
 SMALL: dict[str, Any] = {"rewards": REWARDS, "num_photographs": 2, "short_side": 64, "num_levels": 2}
-ENTRIES = {"report.html", "scores.csv", "results.json", "curves.png", "samples.png", "weights.png", "handover.png"}
+TRAINING = TrainingSettings(
+    size=16, num_scenes=32, num_held_out=9, channels=(8, 8), sft_updates=4, judge_updates=4, rl_updates=4,
+    inputs=4, group_size=2, num_steps=2,
+)  # fmt: skip
+PICTURES = {"curves.png", "samples.png", "weights.png", "handover.png", "restored.png", "training.png"}
+ENTRIES = {"report.html", "scores.csv", "results.json", *PICTURES}
 
 
 def small_run(folder: Path) -> tuple[Demo, str]:
     """Two photographs of 64 pixels at two levels, and what was printed on 80 columns."""
     stream = io.StringIO()
     console = Console(file=stream, width=80)
-    return run(folder, console, **SMALL), stream.getvalue()
+    return run(folder, console, **SMALL, training=TRAINING), stream.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +160,8 @@ def test_weights_follow_difficulty(demo: tuple[Demo, str]) -> None:
 
 
 def without_environment(results: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in results.items() if name != "environment"}
+    """What the photographs alone decide."""
+    return {name: value for name, value in results.items() if name not in ("environment", "training")}
 
 
 def test_two_runs_give_the_same_numbers(demo: tuple[Demo, str], tmp_path: Path) -> None:
@@ -165,7 +175,8 @@ def test_two_runs_give_the_same_numbers(demo: tuple[Demo, str], tmp_path: Path) 
 def test_a_reward_that_cannot_score_leaves_gaps(tmp_path: Path) -> None:
     """Pictures too small for MS-SSIM give empty cells and a note, never a number."""
     console = Console(file=io.StringIO(), width=80)
-    result = run(tmp_path, console, rewards=("psnr", "ms_ssim"), num_photographs=1, short_side=48, num_levels=2)
+    small = {"rewards": ("psnr", "ms_ssim"), "num_photographs": 1, "short_side": 48, "num_levels": 2}
+    result = run(tmp_path, console, **small, training=TRAINING)
     correlations = result.results["rank_correlation"]
     assert all(cell["mean"] is None for cell in correlations["ms_ssim"]["by_degradation"].values())
     assert correlations["psnr"]["by_degradation"]["blur"]["mean"] == pytest.approx(-1)
@@ -173,3 +184,20 @@ def test_a_reward_that_cannot_score_leaves_gaps(tmp_path: Path) -> None:
     assert "got no score" in result.report.read_text(encoding="utf-8")
     with result.files[1].open(encoding="utf-8", newline="") as stream:
         assert all(row["ms_ssim"] == "" for row in csv.DictReader(stream))
+
+
+def test_training_repeats_and_is_told_whole(demo: tuple[Demo, str]) -> None:
+    """The same seed gives the same figures, and the page has each tercile's numbers, good or bad, as they are."""
+    trained = train(TRAINING)
+    figures = training_summary(trained)
+    assert json.dumps(figures) == json.dumps(demo[0].results["training"])
+    page = demo[0].report.read_text(encoding="utf-8")
+    for tercile in TERCILES:
+        cells = figures["terciles"][tercile]
+        for name, decimals, factor in (("judge", 2, 1), ("rmse", 1, 255), ("ssim", 3, 1), ("gmsd", 3, 1)):
+            old, new = (signed(factor * cells[name][when], decimals) for when in ("before", "after"))
+            assert f"{tercile} {old} → {new}" in page
+    assert sorted(torch.cat(list(trained.terciles.values())).tolist()) == list(range(9))
+    errors = [float(trained.scores["rmse"][0][rows].mean()) for rows in trained.terciles.values()]
+    assert errors == sorted(errors)
+    assert len(figures["updates"]["sft_share"]) == TRAINING.rl_updates
