@@ -8,6 +8,7 @@ from iqareward.diffusion.ceiling import decoder_ceiling, seam_strength
 from iqareward.diffusion.data.textures import synthetic_images
 from iqareward.diffusion.monitor import STATISTICS
 from iqareward.functional.filters import blur_valid, gaussian_taps
+from tests.diffusion.tiny import policy_of
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +84,25 @@ def test_a_blurring_decoder_has_a_ceiling(scenes):
     assert report.seams.tolist() == [1.0] * 8
     exact = decoder_ceiling(lambda images: 2 * images - 1, lambda latents: (latents + 1) / 2, scenes, reward, tile=8)
     torch.testing.assert_close(exact.scores, exact.reference_scores, rtol=0.0, atol=1e-5)
+
+
+def test_tile_seams_show_in_the_ceiling(scenes):
+    """A decoder that shifts the brightness of every other tile: the report says so, where a whole one gets 1."""
+    even = torch.arange(32).div(8, rounding_mode="floor") % 2
+
+    def tiled(latents):
+        return latents + 0.2 * (even[:, None] ^ even[None])
+
+    report = decoder_ceiling(lambda images: 0.8 * images, tiled, scenes, iqareward.load("ssim"), tile=8)
+    whole = decoder_ceiling(
+        lambda images: 0.8 * images, lambda latents: latents, scenes, iqareward.load("ssim"), tile=8
+    )
+    assert (report.seams > 1.5 * whole.seams).all()
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "flow"])
+def test_latent_policies_have_a_ceiling(kind, scenes):
+    """The policies' own encoder and decoder are what it takes; an untrained autoencoder keeps little."""
+    policy = policy_of(kind)
+    report = decoder_ceiling(policy.encode, policy.decode, scenes, iqareward.load("ssim"))
+    assert (report.scores < report.reference_scores).all()

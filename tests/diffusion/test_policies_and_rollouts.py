@@ -1,8 +1,11 @@
 """Every policy: shapes, rollouts that can be repeated and replayed, and a ratio of 1 before the first update."""
 
+import copy
+
 import pytest
 import torch
 
+from iqareward.diffusion.noise import noise_per_input
 from iqareward.diffusion.policy import add_lora, repeat
 from iqareward.diffusion.policy_gradient import policy_loss
 from iqareward.diffusion.reference import as_reference
@@ -49,6 +52,39 @@ def test_replayed_log_probs_are_those_of_the_rollout(kind):
         advantages = torch.tensor([1.0, -1.0, 2.0, 0.0])
         loss = policy_loss(log_probs, trajectory.log_probs[step], advantages, clip=1e-4)
         torch.testing.assert_close(loss, -advantages, rtol=0.0, atol=5e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_rollout_is_the_sampling_loop_of_diffusers(eta):
+    """Network and `DDIMScheduler.step` in a loop, given the noise of the rollout, end in the same images."""
+    policy = pixel_policy("v_prediction")
+    degraded, scheduler = images(1), copy.deepcopy(policy.process.scheduler)
+    path = rollout(policy, degraded, ids=[5], group_size=2, num_steps=4, eta=eta, seed=7)
+
+    def noise(step):
+        return noise_per_input([5], 2, (3, SIZE, SIZE), seed=7, step=step, device="cpu")
+
+    latents = noise(0)
+    scheduler.set_timesteps(4)
+    for number, time in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            output = policy.model(torch.cat([latents, 2 * degraded.expand(2, -1, -1, -1) - 1], 1), time).sample
+        latents = scheduler.step(output, time, latents, eta=eta, variance_noise=noise(number + 1)).prev_sample
+    torch.testing.assert_close(path.sample, latents, **OTHER_BATCH)
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "flow"])
+def test_checkpointed_decoding_has_the_same_gradient(kind):
+    """Recomputing the decoder's activations in the backward pass changes memory, not numbers."""
+    policy = policy_of(kind)
+    gradients = []
+    for checkpointed in (True, False):
+        policy.autoencoder.checkpointed = checkpointed
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        policy.decode(latents).square().sum().backward()
+        gradients.append(latents.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_rollouts_depend_on_the_input_alone(kind):

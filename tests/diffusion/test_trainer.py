@@ -9,10 +9,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from PIL import Image
 
 from iqareward.diffusion.batches import InputOrder
@@ -134,6 +136,28 @@ def test_mixed_precision_and_trackers(tmp_path):
     )
     assert all(weight.dtype == torch.float32 for weight in run.policy.model.parameters())
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_hosted_trackers_get_the_figures_through_accelerate(tmp_path, monkeypatch, tracker):
+    """With a stand-in for the package, which is not installed here: one project, a call per update, then the end."""
+    stand_in = ModuleType(tracker)
+    calls = []
+    hosted = SimpleNamespace(
+        log=lambda values, step=None, **_: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    stand_in.init = lambda project, **_: calls.append(project) or hosted
+    monkeypatch.setitem(sys.modules, tracker, stand_in)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType(tracker)])
+    run = trainer(tmp_path, accelerator=Accelerator(cpu=True, log_with=tracker))
+    history = run.train(2, validate_every=2)
+    run.accelerator.end_training()
+    assert calls[0] == "iqareward"
+    assert calls[-1] == "end"
+    assert [step for step, _ in calls[1:-1]] == [1, 2]
+    for line, (_, values) in zip(history[1:], calls[1:-1], strict=True):
+        assert values == {name: value for name, value in line.items() if name != "alarms"}
+    assert "validation/psnr" in calls[2][1]
 
 
 def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):

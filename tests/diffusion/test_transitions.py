@@ -20,7 +20,16 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("options", [{}, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample_range": 0.7},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 500},
+    ],
+    ids=["default", "offset", "scaled", "cosine"],
+)
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_steps_are_those_of_diffusers(prediction_type, spacing, options, eta):
     """Every step of a schedule leads to what DDIMScheduler.step makes of the same answer and noise."""
@@ -40,6 +49,20 @@ def test_ddim_steps_are_those_of_diffusers(prediction_type, spacing, options, et
         torch.testing.assert_close(latents, expected.prev_sample, **CLOSE)
         torch.testing.assert_close(transition.clean, expected.pred_original_sample, **CLOSE)
         assert step.time == float(time)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_zero_terminal_signal_is_sampled_as_diffusers_does(prediction_type):
+    """With betas rescaled to end in pure noise, the first step, whose latents hold nothing, is theirs too."""
+    config = {"prediction_type": prediction_type, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    theirs, process = diffusers.DDIMScheduler(**config), DDIM(diffusers.DDIMScheduler(**config))
+    theirs.set_timesteps(4)
+    latents, output, noise = (normal(2, 3, 4, 4, seed=seed) for seed in range(3))
+    step = process.schedule(4)[0]
+    transition = process.transition(output, latents, step, eta=0.5)
+    expected = theirs.step(output, theirs.timesteps[0], latents, eta=0.5, variance_noise=noise).prev_sample
+    assert step.now < 1e-6
+    torch.testing.assert_close(transition.mean + transition.std * noise, expected, **CLOSE)
 
 
 def test_the_last_ddim_step_carries_no_log_probability():
