@@ -1,0 +1,216 @@
+"""A real server on Ray and what goes wrong around it: every request is answered once, rightly or with an error."""
+
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+import iqareward
+from iqareward.rewards.remote import RemoteError, RemoteReward
+from iqareward.rewards.wire import Limits, encode_request
+from iqareward.serving.application import Deployment
+from iqareward.serving.run import deploy, local_ray
+from iqareward.serving.settings import Settings
+from tests.serving.in_process import SAFETENSORS, error_of
+from tests.serving.judges import FAILS, IS_SLOW, Moody
+from tests.serving.picture_files import encoded
+from tests.serving.ray_quietly import ray
+from tests.serving.test_plain_pickle import exploits
+
+TOKEN = "for the tests"
+MAX_BYTES = 2**20
+pytestmark = [
+    pytest.mark.slow,
+]
+
+
+class Server(NamedTuple):
+    """A running server."""
+
+    url: str
+    pids: Path  # a file for each process of the reward `moody`
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """Two rewards, two processes each, one front; and nothing of it left afterwards."""
+    folder, port = tmp_path_factory.mktemp("pids"), free_port()
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    deployment = Deployment(replicas=2, num_cpus=0.5, front_replicas=1, token_env="IQAREWARD_TOKEN")
+    settings = Settings(limits=Limits(max_bytes=MAX_BYTES), deadline=30.0)
+    rewards = {"ssim": iqareward.load("ssim"), "moody": Moody(str(folder))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IQAREWARD_TOKEN", TOKEN)
+        with local_ray(num_cpus=2, object_store_memory=200 * 2**20, log_to_driver=False):
+            deploy(rewards, deployment, settings, host="127.0.0.1", port=port, everywhere=False)
+            yield Server(f"http://127.0.0.1:{port}", folder)
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert alive == []
+
+
+def flat(values: Tensor, width: int = 8) -> Tensor:
+    """Uniform images, so that the mean says which one it was."""
+    return values[:, None, None, None].expand(-1, 3, 8, width).contiguous()
+
+
+def body(value: float = 0.5, width: int = 8, **options) -> bytes:
+    return encode_request(flat(torch.tensor([value]), width), rewards=["moody"], **options)
+
+
+def post(client: httpx.Client, content: bytes, path: str = "/v1/score", **headers: str) -> httpx.Response:
+    return client.post(path, content=content, headers=SAFETENSORS | headers)
+
+
+def test_remote_scores_are_local_scores(server):
+    """A batch in pieces, then the same images one by one from eight threads: the bits of the local reward."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(40, 3, 24, 32, generator=rng)
+    references = (images + 0.1 * torch.randn(images.shape, generator=rng)).clamp(0, 1)
+    local = iqareward.load("ssim")(images, references=references)
+    with RemoteReward(server.url, "ssim", batch_size=16) as remote:
+        assert torch.equal(remote(images, references=references), local)
+        with ThreadPoolExecutor(8) as threads:
+            rows = list(threads.map(lambda i: remote(images[i : i + 1], references=references[i : i + 1]), range(40)))
+    assert torch.equal(torch.cat(rows), local)
+
+
+def test_token(server):
+    """No token, a wrong one and a right one, in headers and in a URL as the foreign clients have it."""
+    wrong = httpx.Client(base_url=server.url, headers={"authorization": "Bearer wrong"})
+    for client in (httpx.Client(base_url=server.url), wrong):
+        assert error_of(post(client, body())) == (401, "unauthorized")
+        client.close()
+    with server.client() as client:
+        assert post(client, body()).json()["scores"] == {"moody": [0.5]}
+        assert client.get("/healthz").json()["rewards"] == {"ssim": "ok", "moody": "ok"}
+    url = server.url.replace("http://", f"http://anyone:{TOKEN.replace(' ', '%20')}@")
+    response = httpx.post(
+        f"{url}/flow_grpo/ssim", content=pickle.dumps({"images": [encoded()], "ref_images": [encoded()]})
+    )
+    assert pickle.loads(response.content)["outputs"] == [1.0]
+
+
+def test_bad_bodies(server, tmp_path):
+    """Oversize, malformed and malicious bodies get their errors through the real proxy, and the server lives on."""
+    with server.client() as client:
+        assert error_of(post(client, b"x" * (MAX_BYTES + 1))) == (413, "body_too_large")
+        assert error_of(post(client, b"x" * MAX_BYTES)) == (400, "malformed_body")
+        assert error_of(post(client, b"")) == (400, "malformed_body")
+        assert error_of(client.post("/v1/score", content=iter([b"x"]), headers=SAFETENSORS)) == (411, "length_required")
+        for payload in exploits(tmp_path / "exploited").values():
+            assert post(client, payload, "/flow_grpo/ssim").status_code == 400
+        assert post(client, body()).status_code == 200
+    assert os.listdir(tmp_path) == []
+
+
+def test_poisoned_images_in_a_batch(server):
+    """Among images that arrive together, NaN costs one its score and a failure one its answer; nothing else changes."""
+    values = torch.linspace(0.1, 0.9, 24)
+    bodies = [body(value.item()) for value in values]
+    bodies[5] = body(0.5, FAILS)
+    bodies[9] = encode_request(flat(torch.tensor([torch.nan])), rewards=["moody"])
+    with server.client() as client, ThreadPoolExecutor(24) as threads:
+        responses = list(threads.map(lambda content: post(client, content), bodies))
+    assert error_of(responses.pop(5)) == (500, "reward_failed")
+    assert responses.pop(8).json()["scores"]["moody"] == [None]
+    expected = [mean.item() for index, mean in enumerate(flat(values).mean((1, 2, 3))) if index not in (5, 9)]
+    assert [response.json()["scores"]["moody"][0] for response in responses] == expected
+
+
+def test_slow_reward_meets_its_deadline(server):
+    """The client's deadline is kept while the reward is still busy, and the next request is served."""
+    with server.client() as client:
+        started = time.monotonic()
+        assert error_of(post(client, body(width=IS_SLOW, deadline=0.4))) == (504, "deadline_exceeded")
+        assert time.monotonic() - started < 1.4
+        assert post(client, body(0.25)).json()["scores"]["moody"] == [0.25]
+
+
+@pytest.mark.parametrize("sent", ["half of the body", "all of it"])
+def test_client_that_dies(server, sent):
+    """A client that is killed while it sends, or while it waits, leaves nothing behind that holds up others."""
+    content = body(width=IS_SLOW)
+    head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    head += f"Content-Type: {SAFETENSORS['content-type']}\r\nContent-Length: {len(content)}\r\n\r\n"
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    for _ in range(8):
+        with socket.create_connection(address) as connection:
+            connection.sendall(head.encode() + (content if sent == "all of it" else content[: len(content) // 2]))
+            time.sleep(0.1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closes with a reset
+    started = time.monotonic()
+    with server.client() as client:
+        assert post(client, body(0.75)).json()["scores"]["moody"] == [0.75]
+    assert time.monotonic() - started < 6  # of the eight slow batches, those that nobody waits for are not run
+
+
+def test_process_killed_under_load(server):
+    """While 16 threads score 640 images, a process of the reward is killed twice: each image gets its own score."""
+    values = torch.linspace(0.05, 0.95, 640)
+    expected = flat(values).mean((1, 2, 3))
+    victims = [int(file.name) for file in server.pids.iterdir()]
+    outcomes: Counter[str] = Counter()
+    answered_before_kill: list[int] = []
+    lock = threading.Lock()
+
+    def score(remote: RemoteReward, index: int) -> float:
+        try:
+            found = remote(flat(values[index : index + 1])).item()
+            outcome = "right" if found == expected[index] else "wrong"
+        except RemoteError as error:
+            found, outcome = float("nan"), f"error {error.status}"
+        with lock:
+            outcomes[outcome] += 1
+        return found
+
+    def kill() -> None:
+        for pid in victims[:2]:
+            time.sleep(0.5)
+            answered_before_kill.append(outcomes.total())
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(1.0)
+
+    killer = threading.Thread(target=kill)
+    with RemoteReward(server.url, "moody", max_in_flight=16, timeout=90) as remote, ThreadPoolExecutor(16) as threads:
+        killer.start()
+        scores = list(threads.map(lambda index: score(remote, index), range(640)))
+        killer.join()
+    assert outcomes == {"right": 640}
+    assert all(0 < answered < 640 for answered in answered_before_kill)
+    assert len(answered_before_kill) == 2
+    assert scores == expected.tolist()
+    assert not any(psutil.pid_exists(pid) for pid in victims[:2])
+    assert ray.serve.status().applications["iqareward"].status == "RUNNING"
+
+
+def test_metrics(server):
+    """Ray's figures of the node, with ours among them, through the same port and behind the same token."""
+    until = time.monotonic() + 20
+    with server.client() as client:
+        while "iqareward_images" not in (text := client.get("/metrics").text) and time.monotonic() < until:
+            time.sleep(0.5)
+    assert 'reward="moody"' in text
+    assert "iqareward_batch_size_bucket" in text
