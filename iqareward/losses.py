@@ -9,7 +9,16 @@ from torch import Tensor
 
 
 class LossWeights(NamedTuple):
-    """What each row's two losses are multiplied with: `rl` and `sft`, both `[B]`, detached, never NaN."""
+    """What each row's two losses are multiplied with.
+
+    Attributes:
+        rl: `[B]` >= 0, detached, never NaN.
+        sft: likewise.
+
+    Example:
+        >>> mixed_loss(torch.ones(2), torch.ones(2), LossWeights(rl=torch.ones(2), sft=torch.tensor([0.0, 0.5])))
+        tensor(1.2500)
+    """
 
     rl: Tensor
     sft: Tensor

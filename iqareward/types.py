@@ -31,6 +31,11 @@ class Reward(Protocol):
         needs_prompts: whether a call without `prompts` is an error.
         differentiable: whether scores carry a graph back to the input pixels.
         bounds: (low, high) of every score; None = unbounded.
+
+    Example:
+        >>> import iqareward
+        >>> isinstance(iqareward.load("ssim"), Reward)
+        True
     """
 
     @property

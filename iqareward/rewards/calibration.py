@@ -27,6 +27,13 @@ class AffineMap:
     Args:
         low: the score that becomes 0.
         high: the score that becomes 1.
+
+    Raises:
+        ValueError: `low` is not below `high`.
+
+    Example:
+        >>> AffineMap(-100.0, 0.0)(torch.tensor([-100.0, -25.0, 5.0]))
+        tensor([0.0000, 0.7500, 1.0000])
     """
 
     low: float
@@ -54,6 +61,13 @@ class LogisticMap:
     Args:
         center: the score that becomes 0.5.
         scale: > 0, in units of the score.
+
+    Raises:
+        ValueError: `scale` is not positive.
+
+    Example:
+        >>> LogisticMap.fit(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))(torch.tensor([2.0, 3.0, 4.0]))
+        tensor([0.2500, 0.5000, 0.7500])
     """
 
     center: float
@@ -82,6 +96,13 @@ class CDFMap:
     Args:
         knots: strictly increasing scores.
         levels: what they become, increasing in [0, 1]; a tied score becomes the middle of its ties.
+
+    Raises:
+        ValueError: fewer than two knots, another number of levels, or either does not rise.
+
+    Example:
+        >>> CDFMap.fit(torch.tensor([0.0, 1.0, 2.0, 30.0, 400.0]))(torch.tensor([-1.0, 1.0, 900.0]))
+        tensor([0.0000, 0.2500, 1.0000])
     """
 
     knots: tuple[float, ...]
@@ -154,7 +175,19 @@ class Calibrated:
 
 
 def save_map(score_map: ScoreMap, path: str | Path) -> None:
-    """Write a map as JSON, to commit beside the run that used it."""
+    """Write a map as JSON, to commit beside the run that used it.
+
+    Args:
+        score_map: `AffineMap`, `LogisticMap` or `CDFMap`.
+        path: of the file; one that is there is overwritten.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_map(AffineMap(-100.0, 0.0), f"{folder}/piqe.json")
+        ...     print(load_map(f"{folder}/piqe.json"))
+        AffineMap(low=-100.0, high=0.0)
+    """
     kind = next(name for name, cls in _MAPS.items() if isinstance(score_map, cls))
     Path(path).write_text(json.dumps({"map": kind, **asdict(score_map)}) + "\n")
 
@@ -162,8 +195,21 @@ def save_map(score_map: ScoreMap, path: str | Path) -> None:
 def load_map(path: str | Path) -> ScoreMap:
     """Read a map that `save_map` wrote; the numbers are exactly the saved ones.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        The map.
+
     Raises:
         ValueError: the file is not such a map.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_map(LogisticMap(center=0.3, scale=0.1), f"{folder}/judge.json")
+        ...     load_map(f"{folder}/judge.json")(torch.tensor([0.3]))
+        tensor([0.5000])
     """
     try:
         fields = json.loads(Path(path).read_text())

@@ -155,6 +155,20 @@ class Chunked:
     Args:
         reward: any reward.
         batch_size: images per call, >= 1.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+
+    Example:
+        >>> import torch, iqareward
+        >>> def brightness(images):
+        ...     print(len(images), "images")
+        ...     return images.mean((1, 2, 3))
+        >>> reward = iqareward.Chunked(iqareward.NoReference(brightness, higher_is_better=True), batch_size=2)
+        >>> reward(torch.ones(3, 3, 8, 8))
+        2 images
+        1 images
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, reward: Reward, batch_size: int) -> None:

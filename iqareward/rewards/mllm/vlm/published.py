@@ -42,8 +42,11 @@ def QReAlignReward(
         batch_size: images per run of the network.
         model: None = the published weights of that size; a folder, or a pair (model, processor).
 
+    Returns:
+        A `LevelReward`: `[B]` float32, higher is better, NaN = not scored. Nothing is loaded before the first call.
+
     Example:
-        >>> QReAlignReward(size="lite", task="aesthetics").name  # nothing is loaded yet
+        >>> QReAlignReward(size="lite", task="aesthetics").name
         'qrealign_lite_aesthetics'
     """
     if size not in Q_REALIGN_MODELS or task not in Q_REALIGN:
@@ -77,8 +80,11 @@ def VisualQualityR1Reward(
         batch_size: images per run of the network.
         model: the published weights; a folder, or a pair (model, processor).
 
+    Returns:
+        A `RatingReward`: `[B]` float32, higher is better, NaN = not scored. Nothing is loaded before the first call.
+
     Example:
-        >>> VisualQualityR1Reward(scale="mos").bounds  # nothing is loaded yet
+        >>> VisualQualityR1Reward(scale="mos").bounds
         (1.0, 5.0)
 
     References:
@@ -111,8 +117,11 @@ def QInsightReward(
         batch_size: images per run of the network.
         model: the published weights; a folder, or a pair (model, processor).
 
+    Returns:
+        A `RatingReward`: `[B]` float32, higher is better, NaN = not scored. Nothing is loaded before the first call.
+
     Example:
-        >>> QInsightReward().name  # nothing is loaded yet
+        >>> QInsightReward().name
         'qinsight'
 
     References:
@@ -140,8 +149,11 @@ def zero_shot_level_reward(
         differentiable: keep the graph to the pixels.
         batch_size: images per run of the network.
 
+    Returns:
+        A `LevelReward`: `[B]` float32, higher is better, NaN = not scored. Nothing is loaded before the first call.
+
     Example:
-        >>> zero_shot_level_reward("Qwen/Qwen3-VL-2B-Instruct").name  # nothing is loaded yet
+        >>> zero_shot_level_reward("Qwen/Qwen3-VL-2B-Instruct").name
         'zero_shot_level'
     """
     return LevelReward(

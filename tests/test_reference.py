@@ -1,0 +1,99 @@
+"""The reference is complete: every public name stands on a page, and what a user imports is explained."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import iqareward
+
+ROOT = Path(iqareward.__file__).parents[1]
+BLOCK = re.compile(r"^::: (?P<name>[\w.]+)\n(?:    options: \{(?P<options>[^\n]*)\}\n)?", re.M)
+MEMBERS = re.compile(r"members: \[(?P<names>[^\]]*)\]")
+ROOMS = ("functional", "rewards", "diffusion", "adapters", "serving", "schedules")
+SINGLE = ("advantages", "difficulty", "groups", "images", "losses", "optional", "testing", "types", "weighting")
+
+
+def public_modules() -> list[str]:
+    """Dotted names of the modules without a leading underscore in any part."""
+    found = [f"iqareward.{name}" for name in SINGLE]
+    for room in ROOMS:
+        package = importlib.import_module(f"iqareward.{room}")
+        inside = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+        found += [package.__name__, *inside]
+    return [name for name in found if not any(part.startswith("_") for part in name.split("."))]
+
+
+def public_names(module: str) -> list[str]:
+    """Classes and functions that a module defines, without a leading underscore."""
+    tree = ast.parse(Path(str(importlib.import_module(module).__file__)).read_text())
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def exported(package: str) -> set[str]:
+    """Full names of what a package lists in `__all__`; a block of the package shows those too."""
+    module = importlib.import_module(package)
+    things = [getattr(module, name) for name in getattr(module, "__all__", ())]
+    return {f"{thing.__module__}.{thing.__qualname__}" for thing in things if hasattr(thing, "__qualname__")}
+
+
+def documented() -> set[str]:
+    """Dotted names that the reference pages show, through their module or directly."""
+    found: set[str] = set()
+    for page in (ROOT / "docs" / "reference").rglob("*.md"):
+        for block in BLOCK.finditer(page.read_text()):
+            members = MEMBERS.search(block["options"] or "")
+            if members is not None:
+                found |= {f"{block['name']}.{name.strip()}" for name in members["names"].split(",")}
+            elif block["name"] in PUBLIC:
+                found |= {f"{block['name']}.{name}" for name in PUBLIC[block["name"]]} | exported(block["name"])
+            else:
+                found.add(block["name"])
+    return found
+
+
+PUBLIC = {module: public_names(module) for module in public_modules()}
+EXPORTED = [name for name in iqareward.__all__ if not name.startswith("__")]
+
+
+@pytest.mark.parametrize("module", [module for module, names in PUBLIC.items() if names])
+def test_every_public_name_is_on_a_page(module: str) -> None:
+    """Each public class and function is shown by a `:::` block; without exception, inner parts on the last pages."""
+    missing = {f"{module}.{name}" for name in PUBLIC[module]} - documented()
+    assert not missing, f"add to a page of docs/reference: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_names_are_explained(name: str) -> None:
+    """What `import iqareward` offers has an example, its arguments, and what a function returns."""
+    thing = getattr(iqareward, name)
+    sections = set(re.findall(r"^(Args|Attributes|Returns|Example):", inspect.getdoc(thing) or "", re.M))
+    assert "Example" in sections
+    if inspect.isclass(thing):
+        fields = getattr(thing, "__annotations__", {}) or inspect.signature(thing).parameters
+        assert not fields or sections & {"Args", "Attributes"}
+    else:
+        signature = inspect.signature(thing)
+        assert not signature.parameters or "Args" in sections
+        assert signature.return_annotation in (None, "None") or "Returns" in sections
+
+
+def test_site_shows_examples_as_code_and_papers_as_links() -> None:
+    """griffe knows `Examples:` only; an address becomes a link, each paper a line."""
+    spec = importlib.util.spec_from_file_location("site_docstrings", ROOT / "docs" / "_docstrings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    docstring = (
+        "Say.\n\nExample:\n    >>> 1\n\nReferences:\n    A, 2001, https://a.org/1 (b)\n    C,\n    https://d.org/2."
+    )
+    expected = docstring.replace("Example:", "Examples:").replace("https://a.org/1 (b)", "<https://a.org/1> (b)  ")
+    assert module.shown(docstring) == expected.replace("https://d.org/2.", "<https://d.org/2>.  ")
+    assert "<" not in module.shown("See https://a.org.\n\nReturns:\n    https://a.org")
