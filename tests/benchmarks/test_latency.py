@@ -16,7 +16,7 @@ ROOT = Path(iqareward.__file__).parents[1]
 
 
 def test_quick_run_ends_in_its_document() -> None:
-    """Three rewards, each with a time, a peak and a ratio to its fastest peer; a target for each."""
+    """Three rewards, each with a time, a peak and a ratio to its fastest peer."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.latency", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     document = json.loads(done.stdout.splitlines()[-1])
@@ -24,7 +24,6 @@ def test_quick_run_ends_in_its_document() -> None:
     for row in document["rows"]:
         assert 0 < row["p50_ms"] <= row["p95_ms"]
         assert row["ratio"] == pytest.approx(row["images_per_second"] / row["peers"][row["fastest_peer"]])
-    assert len(document["targets"]) == 3
 
 
 def test_feature_distances_are_built_offline(tmp_path: Path) -> None:
