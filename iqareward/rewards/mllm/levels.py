@@ -1,24 +1,23 @@
 """From images of any sizes to the logits of level words: what the mPLUG-Owl2 rewards have in common."""
 
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from iqareward.rewards.batches import Buckets, shape_buckets
+from iqareward.rewards.mllm.held import Held, any_device_mode
 from iqareward.rewards.mllm.loading import load_owl2, quantize_decoder
 from iqareward.rewards.mllm.owl2 import Owl2
 from iqareward.rewards.mllm.owl2.model import PromptState
 from iqareward.rewards.mllm.owl2.static import StaticForward
 from iqareward.rewards.mllm.preprocess import preprocess
 from iqareward.rewards.mllm.prompts import LEVEL_IDS, Prompt
-from iqareward.rewards.scoring import reward_mode, sanitize
+from iqareward.rewards.scoring import sanitize
 from iqareward.types import Images
 
 
@@ -29,13 +28,35 @@ class _Loaded:
     model: Owl2
     prompts: dict[Prompt, PromptState] = field(default_factory=dict)
     static: StaticForward | None = None
-    offloaded: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.model.norm.weight.device
+
+    def to(self, device: torch.device) -> "_Loaded":
+        """The weights on another device, without what was computed from them."""
+        return _Loaded(self.model.to(device))
 
     def prompt(self, prompt: Prompt) -> PromptState:
         """The prompt's shared part, computed once."""
         if prompt not in self.prompts:  # two threads may both compute it; they get the same numbers
             self.prompts[prompt] = self.model.prepare_prompt(*prompt, LEVEL_IDS)
         return self.prompts[prompt]
+
+
+def _load(
+    source: str | Path | Owl2, dtype: torch.dtype | None, quant: Literal["int8"] | None, device: torch.device | None
+) -> _Loaded:
+    if isinstance(source, Owl2):
+        model = source.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    else:
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = load_owl2(source, device=device, dtype=dtype)
+    if quant is not None:
+        quantize_decoder(model)
+    return _Loaded(model)
 
 
 @final
@@ -75,67 +96,9 @@ class LevelScorer:
             )
         if quant not in (None, "int8"):
             raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
-        self.name, self.source, self.prompts = name, source, prompts
-        self.device = None if device is None else torch.device(device)
-        self.dtype, self.quant = dtype, quant
-        self.differentiable, self.batch_size, self.compile = differentiable, batch_size, compile
-        self._home = torch.device("cpu")
-        self._loaded: _Loaded | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but what was loaded: a copy in another process loads its own weights."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_loaded", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _loaded=None, _lock=threading.Lock())
-
-    def load(self) -> _Loaded:
-        """The network on its device, loaded by the first thread that asks."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._loaded is None:
-                self._loaded = _Loaded(self._load_model())
-            return self._loaded
-
-    def _load_model(self) -> Owl2:
-        if isinstance(self.source, Owl2):
-            model = self.source.requires_grad_(False).eval().to(device=self.device, dtype=self.dtype)
-        else:
-            device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-            model = load_owl2(self.source, device=device, dtype=dtype)
-        if self.quant is not None:
-            quantize_decoder(model)
-        return model
-
-    def move(self, device: torch.device | str) -> None:
-        """Move the weights, now if they are loaded, else when they will be."""
-        self.device = torch.device(device)
-        self._place(self.device)
-
-    def offload(self) -> None:
-        """Move the weights to host memory and forget what was computed from them."""
-        if self._loaded is not None and not self._loaded.offloaded:
-            self._home = _device_of(self._loaded.model)
-            self._place(torch.device("cpu"), offloaded=True)
-
-    def onload(self) -> None:
-        """Undo `offload`."""
-        if self._loaded is not None and self._loaded.offloaded:
-            self._place(self._home)
-
-    def _place(self, device: torch.device, *, offloaded: bool = False) -> None:
-        with self._lock, torch.inference_mode(False):
-            if self._loaded is not None:
-                self._loaded = _Loaded(self._loaded.model.to(device), offloaded=offloaded)
-
-    @contextmanager
-    def mode(self) -> Generator[None]:
-        """Grad mode and autocast of a reward, on every kind of device."""
-        with ExitStack() as stack:
-            for device_type in ("cpu", "cuda"):
-                stack.enter_context(reward_mode(device_type, differentiable=self.differentiable))
-            yield
+        self.name, self.prompts, self.batch_size, self.compile = name, prompts, batch_size, compile
+        self.held = Held(name, partial(_load, source, dtype, quant), device)
+        self.mode = partial(any_device_mode, differentiable=differentiable)
 
     def clip_logits(self, clips: Sequence[Tensor], prompts: tuple[Prompt, ...]) -> Tensor:
         """`[clips, prompts, 5]` float32 of clips `[F, 3, H, W]`: all frames of one in place of one image token."""
@@ -144,7 +107,7 @@ class LevelScorer:
             return torch.zeros(0, len(prompts), len(LEVEL_IDS), dtype=torch.float32)
         with self.mode():
             buckets, order = shape_buckets(self.name, [frame for clip in clips for frame in clip], None)
-            loaded = self._ready()
+            loaded = self.held.ready()
             states = [loaded.prompt(prompt) for prompt in prompts]
             rows, valid = self._map(buckets, order, loaded.model, loaded.model.encode_images)
             clip_rows = [frames.flatten(0, 1) for frames in rows.split(counts)]
@@ -164,7 +127,7 @@ class LevelScorer:
             if not buckets:
                 device = images.device if isinstance(images, Tensor) else None
                 return torch.zeros(0, len(self.prompts), len(LEVEL_IDS), dtype=torch.float32, device=device)
-            loaded = self._ready()
+            loaded = self.held.ready()
             values, valid = self._map(buckets, order, loaded.model, self._network(loaded))
             return _masked(values, valid, buckets[0][0].device)
 
@@ -172,7 +135,7 @@ class LevelScorer:
         states = tuple(loaded.prompt(prompt) for prompt in self.prompts)
         if not self.compile:
             return partial(loaded.model, states=states)
-        with self._lock:
+        with self.held.lock:
             if loaded.static is None:
                 loaded.static = StaticForward(loaded.model, states, self.batch_size)
             return loaded.static
@@ -189,16 +152,6 @@ class LevelScorer:
             return outputs, intact
         rows, flags = outputs.unbind(0), intact.unbind(0)  # views: restoring the order copies no index to the device
         return torch.stack([rows[i] for i in order]), torch.stack([flags[i] for i in order])
-
-    def _ready(self) -> _Loaded:
-        loaded = self.load()
-        if loaded.offloaded:
-            raise RuntimeError(f"{self.name} is offloaded; call .onload() before scoring.")
-        return loaded
-
-
-def _device_of(model: Owl2) -> torch.device:
-    return model.model.norm.weight.device
 
 
 def _pixels(buckets: Buckets, model: Owl2, batch_size: int, valid: list[Tensor]) -> Iterator[Tensor]:

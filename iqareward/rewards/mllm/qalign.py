@@ -83,7 +83,7 @@ class QAlignReward:
     @property
     def model(self) -> Owl2:
         """The network; loads it if need be."""
-        return self._scorer.load().model
+        return self._scorer.held.get().model
 
     def __call__(
         self,
@@ -123,13 +123,13 @@ class QAlignReward:
 
     def to(self, device: torch.device | str) -> "QAlignReward":
         """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.move(device)
+        self._scorer.held.to(device)
         return self
 
     def offload(self) -> None:
         """Move the weights to host memory, for example while the trained model is being updated."""
-        self._scorer.offload()
+        self._scorer.held.offload()
 
     def onload(self) -> None:
         """Move the weights back to where they were before `offload`."""
-        self._scorer.onload()
+        self._scorer.held.onload()

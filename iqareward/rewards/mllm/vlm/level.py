@@ -110,12 +110,12 @@ class LevelReward:
     @property
     def model(self) -> Any:
         """The network, a native class of transformers; loads it if need be."""
-        return self._scorer.load().network.model
+        return self._scorer.held.get().network.model
 
     @property
     def prompt(self) -> str:
         """What the model continues, one placeholder for the image; loads the model if need be."""
-        processor = self._scorer.load().network.processor
+        processor = self._scorer.held.get().network.processor
         return render(processor, self.preset, self.preset.question, self.preset.stem)
 
     def __call__(
@@ -150,13 +150,13 @@ class LevelReward:
 
     def to(self, device: torch.device | str) -> "LevelReward":
         """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.move(device)
+        self._scorer.held.to(device)
         return self
 
     def offload(self) -> None:
         """Move the weights to host memory, for example while the trained model is being updated."""
-        self._scorer.offload()
+        self._scorer.held.offload()
 
     def onload(self) -> None:
         """Move the weights back to where they were before `offload`."""
-        self._scorer.onload()
+        self._scorer.held.onload()

@@ -1,8 +1,7 @@
 """A vision-language model that is loaded at the first call, and the reward contract around it."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from iqareward.rewards.batches import shape_buckets
+from iqareward.rewards.mllm.held import Held, any_device_mode
 from iqareward.rewards.mllm.vlm.loading import load_network
 from iqareward.rewards.mllm.vlm.network import Features, Network
-from iqareward.rewards.scoring import reward_mode, sanitize
+from iqareward.rewards.scoring import sanitize
 from iqareward.types import Images
 
 Source = str | Path | tuple[Any, Any]
@@ -32,11 +32,38 @@ class Readout(Protocol):
         ...
 
 
-class _Loaded:
-    """Everything that lives on the device; dropped and rebuilt when the weights move."""
+class Asked:
+    """A network with a prepared question."""
 
-    def __init__(self, network: Network, readout: Readout, *, offloaded: bool = False) -> None:
-        self.network, self.read, self.offloaded = network, readout.prepare(network), offloaded
+    def __init__(self, network: Network, readout: Readout) -> None:
+        self.network, self._readout = network, readout
+        self.read = readout.prepare(network)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.device
+
+    def to(self, device: torch.device) -> "Asked":
+        """The same on another device."""
+        return Asked(Network(self.network.model.to(device), self.network.processor), self._readout)
+
+
+def _load(
+    name: str,
+    source: Source,
+    readout: Readout,
+    dtype: torch.dtype | None,
+    differentiable: bool,
+    device: torch.device | None,
+) -> Asked:
+    if isinstance(source, tuple):
+        model, processor = source
+        return Asked(Network(model.requires_grad_(False).eval().to(device=device, dtype=dtype), processor), readout)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    network = load_network(name, source, device=device, dtype=dtype, checkpointing=differentiable)
+    return Asked(network, readout)
 
 
 @final
@@ -68,64 +95,9 @@ class VLMScorer:
             raise ValueError(f"{name} expected `batch_size` >= 1, got {batch_size}.")
         if isinstance(source, tuple) and len(source) != 2:
             raise ValueError(f"{name} expected `model` as a pair (model, processor), got {len(source)} things.")
-        self.name, self.source, self.readout = name, source, readout
-        self.device = None if device is None else torch.device(device)
-        self.dtype, self.differentiable, self.batch_size = dtype, differentiable, batch_size
-        self._home = torch.device("cpu")
-        self._loaded: _Loaded | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but what was loaded: a copy in another process loads its own weights."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_loaded", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _loaded=None, _lock=threading.Lock())
-
-    def load(self) -> _Loaded:
-        """The network on its device, loaded by the first thread that asks."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._loaded is None:
-                self._loaded = _Loaded(self._load_network(), self.readout)
-            return self._loaded
-
-    def _load_network(self) -> Network:
-        if isinstance(self.source, tuple):
-            model, processor = self.source
-            return Network(model.requires_grad_(False).eval().to(device=self.device, dtype=self.dtype), processor)
-        device = self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return load_network(self.name, self.source, device=device, dtype=dtype, checkpointing=self.differentiable)
-
-    def move(self, device: torch.device | str) -> None:
-        """Move the weights, now if they are loaded, else when they will be."""
-        self.device = torch.device(device)
-        self._place(self.device)
-
-    def offload(self) -> None:
-        """Move the weights to host memory."""
-        if self._loaded is not None and not self._loaded.offloaded:
-            self._home = self._loaded.network.device
-            self._place(torch.device("cpu"), offloaded=True)
-
-    def onload(self) -> None:
-        """Undo `offload`."""
-        if self._loaded is not None and self._loaded.offloaded:
-            self._place(self._home)
-
-    def _place(self, device: torch.device, *, offloaded: bool = False) -> None:
-        with self._lock, torch.inference_mode(False):
-            if self._loaded is not None:
-                network = self._loaded.network
-                moved = Network(network.model.to(device), network.processor)
-                self._loaded = _Loaded(moved, self.readout, offloaded=offloaded)
-
-    @contextmanager
-    def mode(self) -> Iterator[None]:
-        """Grad mode and autocast of a reward, on every kind of device."""
-        graph = self.differentiable
-        with reward_mode("cpu", differentiable=graph), reward_mode("cuda", differentiable=graph):
-            yield
+        self.name, self.width, self.batch_size = name, readout.width, batch_size
+        self.held = Held(name, partial(_load, name, source, readout, dtype, differentiable), device)
+        self.mode = partial(any_device_mode, differentiable=differentiable)
 
     def rows(self, images: Images) -> Tensor:
         """`[B, width]` float32 on the images' device; NaN for images that cannot be scored."""
@@ -136,32 +108,21 @@ class VLMScorer:
         buckets, order = shape_buckets(self.name, images, None)
         if not buckets:
             device = images.device if isinstance(images, Tensor) else None
-            return torch.zeros(0, self.readout.width, dtype=torch.float32, device=device)
-        loaded = self.ready()
+            return torch.zeros(0, self.width, dtype=torch.float32, device=device)
+        asked = self.held.ready()
         pieces = [piece for (bucket,) in buckets for piece in bucket.split(self.batch_size)]
-        found = torch.cat([self._read(loaded, piece) for piece in pieces])
+        found = torch.cat([self._read(asked, piece) for piece in pieces])
         if order is None:
             return found
         rows = found.unbind(0)  # views: restoring the order copies no index to the device
         return torch.stack([rows[i] for i in order])
 
-    def ready(self) -> _Loaded:
-        """What is loaded, on its device.
-
-        Raises:
-            RuntimeError: the weights are offloaded.
-        """
-        loaded = self.load()
-        if loaded.offloaded:
-            raise RuntimeError(f"{self.name} is offloaded; call .onload() before scoring.")
-        return loaded
-
-    def _read(self, loaded: _Loaded, images: Tensor) -> Tensor:
-        clean, valid = sanitize(images.to(loaded.network.device))
-        features = loaded.network.features(clean)
+    def _read(self, asked: Asked, images: Tensor) -> Tensor:
+        clean, valid = sanitize(images.to(asked.network.device))
+        features = asked.network.features(clean)
         if features is None:
-            shape = (images.shape[0], self.readout.width)
+            shape = (images.shape[0], self.width)
             return torch.full(shape, torch.nan, dtype=torch.float32, device=images.device)
-        found = loaded.read(features)
+        found = asked.read(features)
         valid = valid & found.isfinite().all(1)
         return torch.where(valid[:, None], found, torch.nan).to(images.device)
