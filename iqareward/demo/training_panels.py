@@ -32,7 +32,9 @@ def draw_reward(axes: Any, *, training: Training) -> None:
     """The judge's score of the held-out scenes at every look."""
     looks = [line for line in training.history if "validation/reward" in line]
     updates = [line["update"] for line in looks]
-    axes.plot(updates, [line["validation/reward"] for line in looks], color=DAY.rl, linewidth=2.5, marker="o")
+    axes.plot(
+        updates, [line["validation/reward"] for line in looks], color=DAY.rl, linewidth=2.5, marker="o", clip_on=False
+    )
     _over_updates(axes, updates)
     axes.locator_params(axis="y", nbins=4)
 

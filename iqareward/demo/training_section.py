@@ -52,7 +52,7 @@ def section(training: Training, figures: dict[str, Any]) -> str:
         f'<div class="wide restored">{_pictures(training)}</div>'
         f'<p class="note" style="margin-top: 10px">From easy to hard. Top to bottom: damaged, restored after SFT, '
         f"restored after RL, ground truth.</p>"
-        f'<p style="margin-top: 26px">{_outcome(figures)}</p>'
+        f"<ul>{_outcome(figures)}</ul>"
         f'<div class="wide panels">{terciles}</div><p class="note"><span class="sft">before</span> and '
         f'<span class="rl">after</span> RL; easy, middle and hard thirds of the held-out scenes.</p>'
         f'<div class="wide panels">{curves}</div><p style="margin-top: 26px">{_monitor(figures)}</p></section>'
@@ -96,8 +96,8 @@ def _outcome(figures: dict[str, Any]) -> str:
             old, new = (factor * cells[name][when] for when in ("before", "after"))
             words.append(f"{tercile} {signed(old, decimals)} → {signed(new, decimals)}")
         better = "higher is better" if higher else "lower is better"
-        parts.append(f"<b>{escape(title)}</b> ({better}): {', '.join(words)}")
-    return ". ".join(parts) + "."
+        parts.append(f"<li><b>{escape(title)}</b> ({better}): {', '.join(words)}</li>")
+    return "".join(parts)
 
 
 def _monitor(figures: dict[str, Any]) -> str:
