@@ -1,0 +1,183 @@
+"""`iqareward serve`: what is typed, what is warned of, and one run from start to SIGTERM."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import iqareward
+from iqareward.cli import app
+from iqareward.rewards.remote import RemoteReward
+from iqareward.serving import run as server
+from iqareward.serving.application import Deployment, application, from_config, load_rewards
+from iqareward.serving.run import is_loopback
+from iqareward.serving.settings import Settings
+from tests.serving import ray_quietly  # noqa: F401 - before anything else imports Ray
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def deployed(monkeypatch) -> dict:
+    """What would have been deployed, and on which Ray."""
+    seen: dict = {}
+
+    @contextlib.contextmanager
+    def on(address=None, **options):
+        seen["address"] = address
+        yield
+
+    def deploy(rewards, deployment, settings, **options):
+        seen.update(rewards=list(rewards), deployment=deployment, settings=settings, **options)
+
+    monkeypatch.setattr(server, "local_ray", on)
+    monkeypatch.setattr(server, "cluster_ray", on)
+    monkeypatch.setattr(server, "deploy", deploy)
+    monkeypatch.setattr(server, "wait_for_stop", lambda: seen.update(waited=True))
+    monkeypatch.delenv("IQAREWARD_TOKEN", raising=False)
+    return seen
+
+
+def typed(*arguments: str):
+    return CliRunner().invoke(app, ["serve", *arguments])
+
+
+def test_defaults(deployed):
+    """Without options: this machine only, scaled by load, no JPEG but from foreign clients, no warning."""
+    result = typed("piqe", "0.7*ssim + 0.3*haarpsi")
+    assert result.exit_code == 0
+    assert "warning" not in result.output
+    assert "http://127.0.0.1:8000/v1/score" in result.output
+    assert deployed["rewards"] == ["piqe", "0.7*ssim + 0.3*haarpsi"]
+    assert deployed["deployment"] == Deployment()
+    assert deployed["settings"] == Settings()
+    assert (deployed["host"], deployed["everywhere"], deployed["waited"]) == ("127.0.0.1", False, True)
+
+
+def test_options(deployed, monkeypatch):
+    """Every option arrives, a cluster is not waited for, and the token itself goes nowhere."""
+    monkeypatch.setenv("SECRET", "hush")
+    result = typed(
+        "piqe", "--host", "0.0.0.0", "--port", "9000", "--address", "auto", "--replicas", "3", "--num-gpus", "0.5",
+        "--num-cpus", "2", "--max-batch", "64", "--max-wait-ms", "2", "--max-body-mib", "8", "--max-images", "100",
+        "--deadline", "30", "--jpeg", "never", "--token-env", "SECRET",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert deployed["deployment"] == Deployment(3, 0.5, 2.0, 64, 2.0, token_env="SECRET")
+    settings = deployed["settings"]
+    assert (settings.limits.max_bytes, settings.limits.max_images) == (8 * 2**20, 100)
+    assert (settings.deadline, settings.jpeg, settings.token) == (30.0, "never", None)
+    assert (deployed["port"], deployed["address"], deployed["everywhere"]) == (9000, "auto", True)
+    assert "waited" not in deployed
+    assert "hush" not in result.output + repr(deployed)
+    assert "not encrypted" in result.output
+    assert "anyone" not in result.output
+
+
+def test_an_open_door_is_warned_of(deployed):
+    """Listening beyond this machine without a token is said loudly."""
+    assert "anyone who can reach 0.0.0.0:8000 can use this server" in typed("piqe", "--host", "0.0.0.0").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nique"], "unknown reward 'nique'"),
+        (["piqe", "piqe"], "each once"),
+        (["piqe", "--replicas", "many"], "--replicas"),
+        (["piqe", "--replicas", "0"], "--replicas"),
+        (["piqe", "--jpeg", "maybe"], "jpeg"),
+    ],
+)
+def test_what_is_mistyped(deployed, arguments, message):
+    """Exit code 2 and one line that says what was expected; nothing is started."""
+    result = typed(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert deployed == {}
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("192.0.2.1", False), ("judge.example", False)],
+)  # fmt: skip
+def test_is_loopback(host, loopback):
+    """Which addresses only this machine can reach."""
+    assert is_loopback(host) == loopback
+
+
+def test_the_application_of_a_config_file():
+    """`args` of a Serve config build the same application as the command line; a misspelt one is an error."""
+    built = from_config({
+        "rewards": ["piqe", "ssim"],
+        "deployment": {"replicas": 2, "max_batch": 8},
+        "settings": {"deadline": 5.0},
+        "limits": {"max_images": 10},
+    })  # fmt: skip
+    names = {part._bound_deployment.name for part in built._bound_deployment.init_args}
+    assert names == {"reward-0-piqe", "reward-1-ssim"}
+    assert {part._bound_deployment.num_replicas for part in built._bound_deployment.init_args} == {2}
+    with pytest.raises(ValueError, match="got also"):
+        from_config({"rewards": ["piqe"], "setting": {}})
+    with pytest.raises(ValueError, match="environment variable"):
+        application(load_rewards(["piqe"], 0), Deployment(), Settings(token="in a message"))
+
+
+def test_a_front_without_its_token_does_not_start(monkeypatch):
+    """Where the server was told to ask for a token and finds none, it fails rather than stand open."""
+    from iqareward.serving.application import front
+
+    monkeypatch.delenv("IQAREWARD_TOKEN", raising=False)
+    with pytest.raises(RuntimeError, match="IQAREWARD_TOKEN"):
+        front({}, {}, Deployment(token_env="IQAREWARD_TOKEN"), Settings())
+
+
+@pytest.mark.slow
+def test_a_run_from_start_to_sigterm():
+    """The command serves until SIGTERM, exits with 0 and leaves no process behind."""
+    from tests.serving.test_faults import free_port
+
+    port = free_port()
+    command = [
+        sys.executable,
+        "-c",
+        "from iqareward.cli import app; app()",
+        "serve",
+        "piqe",
+        "--port",
+        str(port),
+        "--replicas",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    watchdog = threading.Timer(120, process.kill)  # so that a server that never starts is a failure, not a hang
+    watchdog.start()
+    try:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any(re.search(rf"piqe: http://127\.0\.0\.1:{port}/v1/score", line) for line in lines)
+        images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with RemoteReward(f"http://127.0.0.1:{port}", "piqe") as remote:
+            assert torch.equal(remote(images), iqareward.load("piqe")(images))
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+        assert process.wait(60) == 0
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.stderr.close()
