@@ -1,0 +1,167 @@
+"""Score each image once: for frozen references, evaluation sets, and everything else that comes again."""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+import iqareward
+from iqareward.rewards._per_process import PerProcess
+from iqareward.rewards._score_disk import ScoreDisk
+from iqareward.rewards.calls import Call, checked_call
+from iqareward.types import Images, Reward, Scores
+
+_DIGEST_BYTES = 20
+
+
+@final
+class Cached:
+    """The same reward, called once for each content: pixels, and references and prompts where it looks at them.
+
+    Worth it for images that come again and a reward that is dearer than hashing them (about a millisecond for 512 x 512
+    pixels). The pixels are hashed on the host, so images on a GPU are copied and waited for. Scores are those of the
+    first time, bit for bit; NaN is computed again.
+
+    Args:
+        reward: any reward that is not differentiable.
+        max_entries: scores in memory at most; those not used for longest are dropped.
+        directory: keep scores there too, for other runs and processes (needs diskcache, in the extra `cache`).
+        max_bytes: of the directory.
+        version: part of the key, as are the reward's name and this library's version. Change it with the weights: a
+            directory cannot see that a reward of the same name has become another.
+        cache_nan: keep NaN too. Off, because "not scored" may pass, e.g. where a server was down.
+
+    Raises:
+        ImportError: a directory without diskcache.
+        ValueError: the reward is differentiable (a stored score has no graph), or a bound is below 1.
+
+    Example:
+        >>> import torch, iqareward
+        >>> reward = iqareward.Cached(iqareward.load("piqe"))
+        >>> images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> torch.equal(reward(images), reward(images)), reward.hits, reward.misses
+        (True, 2, 2)
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        *,
+        max_entries: int = 100_000,
+        directory: Path | str | None = None,
+        max_bytes: int = 2**30,
+        version: str = "",
+        cache_nan: bool = False,
+    ) -> None:
+        if reward.differentiable:
+            raise ValueError(f"Cached expected a reward without gradients, got {reward.name} with differentiable=True.")
+        if max_entries < 1 or max_bytes < 1:
+            raise ValueError(f"Cached expected max_entries and max_bytes >= 1, got {max_entries} and {max_bytes}.")
+        self.reward, self.cache_nan = reward, cache_nan
+        self.name, self.bounds, self.differentiable = reward.name, reward.bounds, False
+        self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
+        self._prefix = repr((iqareward.__version__, reward.name, version)).encode()
+        self._store = PerProcess(partial(_Store, max_entries, directory, max_bytes))
+
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score the images not seen before, once each; `[B]` float32, higher is better, NaN = not scored."""
+        call = checked_call(self.reward, images, references, prompts)
+        keys = list(self._keys(call))
+        store = self._store.get()
+        known = store.get(keys)
+        new = {key: row for row, key in reversed(list(enumerate(keys))) if key not in known}  # the first of each
+        if new:
+            rows = sorted(new.values())
+            scores = call.rows(rows).score(self.reward).tolist()
+            fresh = {keys[row]: score for row, score in zip(rows, scores, strict=True)}
+            store.put({key: score for key, score in fresh.items() if self.cache_nan or score == score})
+            known |= fresh
+        return torch.tensor([known[key] for key in keys], dtype=torch.float32, device=call.device)
+
+    @property
+    def hits(self) -> int:
+        """Images answered from the cache of this process so far."""
+        return self._store.get().hits
+
+    @property
+    def misses(self) -> int:
+        """Images looked up in vain; of several equal ones in a call, each counts."""
+        return self._store.get().misses
+
+    def close(self) -> None:
+        """Forget what is in memory, and close the directory in this thread; a later call starts again."""
+        self._store.get().close()
+
+    def _keys(self, call: Call) -> Iterator[bytes]:
+        """A hash for each row."""
+        images, references = _on_host(call.images), None if call.references is None else _on_host(call.references)
+        for row, image in enumerate(images):
+            digest = hashlib.blake2b(self._prefix, digest_size=_DIGEST_BYTES)
+            for pixels in (image,) if references is None else (image, references[row]):
+                digest.update(repr(tuple(pixels.shape)).encode())
+                digest.update(pixels.numpy().data)
+            if call.prompts is not None:
+                digest.update(b"prompt:" + call.prompts[row].encode("utf-8", "surrogatepass"))
+            yield digest.digest()
+
+
+@final
+class _Store:
+    """Scores by key, in memory and perhaps on disk."""
+
+    def __init__(self, max_entries: int, directory: Path | str | None, max_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._memory: OrderedDict[bytes, float] = OrderedDict()
+        self._max_entries = max_entries
+        self._disk = None if directory is None else ScoreDisk(directory, max_bytes)
+        self.hits = self.misses = 0
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, float]:
+        with self._lock:
+            found = {key: self._memory[key] for key in keys if key in self._memory}
+            for key in found:
+                self._memory.move_to_end(key)
+        if self._disk is not None and len(found) < len(keys):
+            stored = self._disk.get([key for key in keys if key not in found])
+            self._remember(stored)
+            found |= stored
+        with self._lock:
+            hits = sum(key in found for key in keys)
+            self.hits, self.misses = self.hits + hits, self.misses + len(keys) - hits
+        return found
+
+    def put(self, scores: Mapping[bytes, float]) -> None:
+        self._remember(scores)
+        if self._disk is not None and scores:
+            self._disk.put(scores)
+
+    def close(self) -> None:
+        with self._lock:
+            self._memory.clear()
+        if self._disk is not None:
+            self._disk.close()
+
+    def _remember(self, scores: Mapping[bytes, float]) -> None:
+        with self._lock:
+            self._memory.update(scores)
+            while len(self._memory) > self._max_entries:
+                self._memory.popitem(last=False)
+
+
+def _on_host(images: Images) -> Sequence[Tensor]:
+    """Rows as the float32 that rewards compute in, so that the same pixels have one key in every dtype and layout."""
+    if isinstance(images, Tensor):
+        return images.detach().cpu().float().contiguous().unbind(0)
+    return [image.detach().cpu().float().contiguous() for image in images]
