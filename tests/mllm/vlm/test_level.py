@@ -243,6 +243,15 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch) -> None:
         made(tiny.images(1))
 
 
+def test_old_transformers_are_refused(monkeypatch) -> None:
+    """Earlier versions take other arguments: better said than found out."""
+    import importlib.metadata
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "5.2.0")
+    with pytest.raises(ImportError, match=r"(?s)transformers>=5\.23.*upgrade"):
+        reward("qwen2_5_vl")(tiny.images(1))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -1,6 +1,7 @@
 """Load a vision-language model and its processor with the native classes of transformers, never with remote code."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,7 +10,22 @@ from iqareward.optional import require
 from iqareward.rewards.mllm.vlm.families import check_family
 from iqareward.rewards.mllm.vlm.network import Network
 
+# the version that this was tested with; earlier ones do not all take image features ready-made
+_OLDEST = "transformers>=5.23"
 _SHOWN = 5  # names in an error message
+
+
+def require_transformers(name: str) -> ModuleType:
+    """The library, recent enough.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
+    transformers = require("transformers", extra="vlm", purpose=name)
+    from transformers.utils.versions import require_version
+
+    require_version(_OLDEST, f'{name} needs it. Run: pip install --upgrade "iqareward[vlm]"')
+    return transformers
 
 
 def load_network(
@@ -28,7 +44,7 @@ def load_network(
         ImportError: transformers is not installed.
         ValueError: the model's family is not supported, or the checkpoint lacks weights.
     """
-    transformers = require("transformers", extra="vlm", purpose=name)
+    transformers = require_transformers(name)
     where, options = _where(source)
     check_family(transformers.AutoConfig.from_pretrained(where, **options).model_type)
     processor = transformers.AutoProcessor.from_pretrained(where, **options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iqareward.rewards.batches import shape_buckets
 from iqareward.rewards.mllm.held import Held, any_device_mode
-from iqareward.rewards.mllm.vlm.loading import load_network
+from iqareward.rewards.mllm.vlm.loading import load_network, require_transformers
 from iqareward.rewards.mllm.vlm.network import Features, Network
 from iqareward.rewards.scoring import sanitize
 from iqareward.types import Images
@@ -57,6 +57,7 @@ def _load(
     differentiable: bool,
     device: torch.device | None,
 ) -> Asked:
+    require_transformers(name)
     if isinstance(source, tuple):
         model, processor = source
         return Asked(Network(model.requires_grad_(False).eval().to(device=device, dtype=dtype), processor), readout)
