@@ -83,7 +83,7 @@ def page_tables(found: list[Citation]) -> str:
                 rows.setdefault((citation.file, citation.url), []).append(citation)
         cells = [
             (", ".join(f"`{name}`" for name in dict.fromkeys(entry.name for entry in entries)),
-             f"[{max((entry.text for entry in entries), key=len)}]({url})", f"`{file}`")
+             f"[{max((entry.text for entry in entries), key=len)}]({url})", f"`{file.partition('/')[2]}`")
             for (file, url), entries in rows.items()
         ]  # fmt: skip
         if cells:
