@@ -41,7 +41,7 @@ def trainer(folder, wait=0.0, seed=0, sft_scale=1.0, **options) -> DifficultyAda
         ),
         "validation": Validation(*held_out, {"psnr": FullReference(psnr, higher_is_better=True)}, num_steps=3),
         "memory": RewardMemory(16, length=4),
-        "accelerator": Accelerator(cpu=True),
+        "accelerator": options.pop("accelerator", None) or Accelerator(cpu=True),
         "show_progress": False,
         "seed": seed,
     }
