@@ -66,7 +66,8 @@ def work(processor: Any, config: Any, preset: RatingPreset, side: int) -> float:
     prompt = tokenize(processor, text)
     branches = DigitReadout(preset.ratings, *digit_ids(processor, text)).branches
     text_tokens = len(prompt.before) + len(prompt.after) + len(branches.ids)
-    return sum(tflop_per_image(config, side, text_tokens=text_tokens, read=1 + len(branches.read)))
+    # the whole head once, for the first digit; the decimals read ten of its rows
+    return sum(tflop_per_image(config, side, text_tokens=text_tokens, read=1))
 
 
 def table_rows(

@@ -83,7 +83,7 @@ def test_forward_is_the_models_own(family, size) -> None:
     with torch.no_grad():
         features = network.features(batch)
         assert features is not None
-        found = network.logits(features, prompt)[:, -1]
+        found = network.logits(features, prompt)
         own = processor(text=[text] * 2, images=[pillow(image) for image in batch], return_tensors="pt")
         inputs = network.family.images(batch)
         assert inputs is not None
@@ -194,6 +194,8 @@ def test_unsupported_families_and_strange_pairs_are_refused() -> None:
     other = type("Model", (), {"config": type("Config", (), {"model_type": "idefics3"})})
     with pytest.raises(ValueError, match="qwen2_5_vl, qwen3_vl, qwen3_5, llava_onevision, internvl"):
         family_of(other, processor)
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        Network(torch.nn.Sequential(model), processor)
     with pytest.raises(ValueError, match="one checkpoint"):
         Network(model, tiny.processor("internvl"))
     nearest = tiny.processor("qwen2_5_vl")

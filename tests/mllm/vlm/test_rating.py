@@ -221,7 +221,7 @@ def test_generation_is_what_the_model_writes(family) -> None:
             written: tuple[int, ...] = ()
             while len(written) < 6 and (not written or written[-1] != processor.tokenizer.eos_token_id):
                 longer = prompt._replace(after=(*prompt.after, *written))
-                written += (int(network.logits(features, longer)[row, -1].argmax()),)
+                written += (int(network.logits(features, longer)[row].argmax()),)
             texts[row] = processor.tokenizer.decode(written, skip_special_tokens=True)
     assert found.texts == texts
     assert found.ratings.isnan().all()

@@ -36,7 +36,7 @@ class LevelReadout:
         ids = torch.tensor(next_ids(processor, text, preset.levels), device=network.device)
 
         def read(features: Features) -> Tensor:
-            logits, mass = token_logits(network.logits(features, prompt)[:, -1], ids)
+            logits, mass = token_logits(network.logits(features, prompt), ids)
             return torch.cat([logits, mass[:, None]], dim=1)
 
         return read

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from iqareward.rewards.mllm.vlm.branches import Branches
@@ -41,14 +42,14 @@ class Layout(NamedTuple):
         ids: `[1, L]` token ids.
         positions: `[1, L]`, or `[3, 1, L]` for M-RoPE.
         mask: `[1, 1, L, L]` added to attention scores; None = causal.
-        keep: `[K]` positions that are read, or how many from the end.
+        keep: `[K]` indices of the tokens that are read.
         end: position of the next token after the prompt.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor | None
-    keep: Tensor | int
+    keep: Tensor
     end: int
 
 
@@ -61,11 +62,19 @@ class Network:
         processor: of the model.
 
     Raises:
+        TypeError: the model is wrapped.
         ValueError: the family is not supported, or model and processor do not belong together.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"expected a model of transformers, got {type(model).__name__}. Merge adapters first, "
+                "such as with model.merge_and_unload()."
+            )
         check_family(model.config.model_type)
         if processor.image_token_id != model.config.image_token_id:
             raise ValueError(
@@ -99,13 +108,25 @@ class Network:
         shapes = {key: value for key, value in inputs.keywords.items() if key == "image_grid_thw"}
         return Features(output, images.shape[0], tokens // images.shape[0], inputs.grid, shapes)
 
-    def logits(self, features: Features, prompt: Prompt, branches: Branches | None = None) -> Tensor:
-        """`[B, K, vocabulary]` at the end of the prompt, and behind each token of `branches` that is read."""
+    def logits(self, features: Features, prompt: Prompt) -> Tensor:
+        """`[B, vocabulary]` of the token behind the prompt."""
+        return self.head(self.hidden(features, prompt)[:, -1])
+
+    def hidden(self, features: Features, prompt: Prompt, branches: Branches | None = None) -> Tensor:
+        """`[B, K, values]`: the last layer at the end of the prompt, and at each token of `branches` that is read."""
         layout = self.layout(prompt, features.num_tokens, features.grid, branches)
-        return self._prefill(layout, features, use_cache=False).logits
+        return self._prefill(layout, features, use_cache=False).last_hidden_state.index_select(1, layout.keep)
+
+    def head(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Logits of the next token, `[..., vocabulary]`, or `[..., K]` of these `ids` alone: the head is large."""
+        layer = self.model.get_output_embeddings()
+        if ids is None:
+            return layer(hidden)
+        bias = None if layer.bias is None else layer.bias.index_select(0, ids)
+        return F.linear(hidden, layer.weight.index_select(0, ids), bias)
 
     def steps(self, features: Features, prompt: Prompt, branchings: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Logits `[rows, vocabulary]` at the end of the prompt, then behind every token row of each branching.
+        """The last layer `[rows, values]` at the end of the prompt, then behind every token row of each branching.
 
         The cache is repeated for each branch: for models whose layers do not all attend to everything.
 
@@ -116,30 +137,28 @@ class Network:
         """
         layout = self.layout(prompt, features.num_tokens, features.grid, None)
         out = self._prefill(layout, features, use_cache=True)
-        yield out.logits[:, -1]
+        yield out.last_hidden_state[:, -1]
         rows, position = features.batch, layout.end
         for ids in branchings:
             branches, length = ids.shape
             out.past_key_values.reorder_cache(torch.arange(rows, device=self.device).repeat_interleave(branches))
             positions = torch.arange(position, position + length, device=self.device)
-            out = self.model(
+            out = self.model.model(
                 input_ids=ids.repeat(rows, 1),
                 past_key_values=out.past_key_values,
                 position_ids=positions.expand(*layout.positions.shape[:-2], rows * branches, -1),
                 use_cache=True,
-                logits_to_keep=1,
             )
-            yield out.logits[:, -1]
+            yield out.last_hidden_state[:, -1]
             rows, position = rows * branches, position + length
 
     def _prefill(self, layout: Layout, features: Features, *, use_cache: bool) -> Any:
-        return self.model(
+        return self.model.model(
             input_ids=layout.ids.expand(features.batch, -1),
             mm_encoder_outputs={"image": features.output},
             position_ids=layout.positions.expand(*layout.positions.shape[:-2], features.batch, -1),
             attention_mask=layout.mask,
             use_cache=use_cache,
-            logits_to_keep=layout.keep,
         )
 
     def _layout(
@@ -149,20 +168,20 @@ class Network:
         ids = torch.tensor([*prompt.before, *[image] * num_tokens, *prompt.after])
         positions = _positions(len(prompt.before), num_tokens, grid, len(prompt.after))
         end = int(positions.max()) + 1
-        mask, keep = None, 1
+        mask, keep = None, torch.tensor([len(ids) - 1])
         if branches is not None:
-            ids = torch.cat([ids, torch.tensor(branches.ids)])
             later = torch.tensor(branches.depths) + end
             positions = torch.cat([positions, later.expand(*positions.shape[:-1], -1)], dim=-1)
-            read = [index - len(branches.ids) for index in branches.read]
-            keep = torch.tensor([-1 - len(branches.ids), *read]).to(self.device) + len(ids)
-            visible = branches.visible(len(ids) - len(branches.ids))
+            length = len(ids)
+            ids = torch.cat([ids, torch.tensor(branches.ids)])
+            keep = torch.cat([keep, torch.tensor(branches.read) + length])
+            visible = branches.visible(length)
             low = torch.finfo(self.model.dtype).min
             mask = torch.zeros(visible.shape, dtype=self.model.dtype).masked_fill(~visible, low)[None, None]
             mask = mask.to(self.device)
         # M-RoPE's three axes come before the batch
         positions = positions[:, None] if positions.ndim == 2 else positions[None]
-        return Layout(ids[None].to(self.device), positions.to(self.device), mask, keep, end)
+        return Layout(ids[None].to(self.device), positions.to(self.device), mask, keep.to(self.device), end)
 
 
 def _positions(before: int, image: int, grid: tuple[int, int] | None, after: int) -> Tensor:

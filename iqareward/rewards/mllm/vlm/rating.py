@@ -49,46 +49,46 @@ class RatingReadout:
                 "`differentiable=True`: other layers overwrite their state while digits are read. Use LevelReward."
             )
         make = _side_by_side if network.shares_branches else _step_by_step
-        logits = make(network, prompt, readout)
+        answer = make(network, prompt, readout)
         ids = torch.tensor(digits, device=network.device)
         first_ids = ids[list(readout.first)]
 
         def read(features: Features) -> Tensor:
-            first, decimals = logits(features)
-            chosen, mass = token_logits(first, first_ids)
-            ratings = readout.expectation(chosen, [level.index_select(-1, ids).float() for level in decimals])
+            first, decimals = answer(features)
+            chosen, mass = token_logits(network.head(first), first_ids)
+            ratings = readout.expectation(chosen, [network.head(place, ids).float() for place in decimals])
             return torch.stack([ratings, mass], dim=1)
 
         return read
 
 
-DigitLogits = Callable[[Features], tuple[Tensor, list[Tensor]]]
-"""From features to logits `[B, vocabulary]` of the first digit, and `[B, beginnings, vocabulary]` of each decimal."""
+Digits = Callable[[Features], tuple[Tensor, list[Tensor]]]
+"""From features to the last layer `[B, values]` at the first digit, and `[B, beginnings, values]` at each decimal."""
 
 
-def _side_by_side(network: Network, prompt: Prompt, readout: DigitReadout) -> DigitLogits:
+def _side_by_side(network: Network, prompt: Prompt, readout: DigitReadout) -> Digits:
     """All beginnings of the answer in the same pass as the prompt, which they share."""
     branches = readout.branches
     counts = [len(readout.open) * 10**place for place in range(readout.ratings.decimals)]
 
-    def logits(features: Features) -> tuple[Tensor, list[Tensor]]:
-        first, *decimals = network.logits(features, prompt, branches).split([1, *counts], dim=1)
+    def hidden(features: Features) -> tuple[Tensor, list[Tensor]]:
+        first, *decimals = network.hidden(features, prompt, branches).split([1, *counts], dim=1)
         return first[:, 0], decimals
 
-    return logits
+    return hidden
 
 
-def _step_by_step(network: Network, prompt: Prompt, readout: DigitReadout) -> DigitLogits:
+def _step_by_step(network: Network, prompt: Prompt, readout: DigitReadout) -> Digits:
     """The prompt once, then one step for each decimal over its repeated cache."""
     starts = [[readout.digits[digit], readout.point] for digit in readout.open]
     ones = torch.tensor(readout.digits, device=network.device)[:, None]
     steps = [torch.tensor(starts, device=network.device), *[ones] * (readout.ratings.decimals - 1)]
 
-    def logits(features: Features) -> tuple[Tensor, list[Tensor]]:
+    def hidden(features: Features) -> tuple[Tensor, list[Tensor]]:
         first, *decimals = network.steps(features, prompt, steps)
-        return first, [level.unflatten(0, (features.batch, -1)) for level in decimals]
+        return first, [place.unflatten(0, (features.batch, -1)) for place in decimals]
 
-    return logits
+    return hidden
 
 
 @final
