@@ -13,6 +13,17 @@ from iqareward.demo.training import TrainingSettings
 from iqareward.optional import require
 
 REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "niqe", "piqe")
+CONTENTS = (
+    "open this in a browser: pictures, scores, weights, training",
+    "every score, difficulty and weight, a row per picture",
+    "the figures of the report, settings, versions",
+    "score against damage",
+    "ten samples from easy to hard, and their weights",
+    "both weights against difficulty",
+    "both weights as errors shrink",
+    "pictures before and after RL",
+    "reward, fidelity and weights of the training",
+)  # of the files, in their order
 
 
 class Demo(NamedTuple):
@@ -68,25 +79,14 @@ def run(
     report, table, document = output / "report.html", output / "scores.csv", output / "results.json"
     trained = train(training or TrainingSettings())
     with console.status("Drawing figures and writing the report"):
-        curves, ten, weights, handover = save_figures(experiment, output)
+        figures = (*save_figures(experiment, output), *save_training_figures(trained, output))
         results = summarise(experiment)
-        restored, run_figure = save_training_figures(trained, output)
         results["training"] = training_summary(trained)
         results["environment"] = environment(seconds)
         report.write_text(render(experiment, results, trained), encoding="utf-8")
         write_results(results, document)
         write_scores(experiment, table)
-    files = {
-        report: "open this in a browser: pictures, scores, weights",
-        table: "every score, difficulty and weight, a row per picture",
-        document: "the figures of the report, settings, versions",
-        curves: "score against damage",
-        ten: "ten samples from easy to hard, and their weights",
-        weights: "both weights against difficulty",
-        handover: "both weights as errors shrink",
-        restored: "pictures before and after RL",
-        run_figure: "reward, fidelity and weights of the training",
-    }
+    files = dict(zip((report, table, document, *figures), CONTENTS, strict=True))
     print_results(console, results, files)
     console.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
     return Demo(report, tuple(files), results)

@@ -16,6 +16,7 @@ from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.learner import Optimization
 from iqareward.diffusion.monitor import HackingMonitor, MonitorReport
+from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.restorer import build_restorer
 from iqareward.diffusion.sft import supervised
 from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
@@ -23,6 +24,7 @@ from iqareward.diffusion.validation import Validation
 from iqareward.functional.gmsd import gmsd
 from iqareward.functional.ssim import ssim
 from iqareward.rewards.metric import FullReference
+from iqareward.types import Reward
 
 DEGRADATION = Degradation(("blur", "noise"), max_sigma=2.0, max_noise=40.0)
 TERCILES = ("easy", "middle", "hard")
@@ -126,6 +128,22 @@ def train(settings: TrainingSettings) -> Training:
     monitor = HackingMonitor(judges)
     validation = Validation(degraded, references, judges, num_steps=settings.num_steps, monitor=monitor)
     before = validation.restore(policy, seed=seed)
+    history = _reinforce(policy, judge, pairs, validation, accelerator, settings)
+    after = validation.restore(policy, seed=seed)
+    measures = {"judge": judge, "rmse": rmse, **judges}
+    scores = {name: (measure(before, references), measure(after, references)) for name, measure in measures.items()}
+    return Training(settings, degraded, references, before, after, scores, losses, history, monitor.history[-1])
+
+
+def _reinforce(
+    policy: PixelPolicy,
+    judge: Reward,
+    pairs: StoredPairs,
+    validation: Validation,
+    accelerator: Any,
+    settings: TrainingSettings,
+) -> list[dict[str, Any]]:
+    """RL with the adaptive weights; the trainer's history."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = DifficultyAdaptiveTrainer(
             policy,
@@ -137,13 +155,9 @@ def train(settings: TrainingSettings) -> Training:
             optimization=Optimization(learning_rate=2e-4, inputs_per_update=settings.inputs, sft_scale="balanced"),
             validation=validation,
             accelerator=accelerator,
-            seed=seed,
+            seed=settings.seed,
         )
-        history = trainer.train(settings.rl_updates, validate_every=max(1, settings.rl_updates // 4))
-    after = validation.restore(policy, seed=seed)
-    measures = {"judge": judge, "rmse": rmse, **judges}
-    scores = {name: (measure(before, references), measure(after, references)) for name, measure in measures.items()}
-    return Training(settings, degraded, references, before, after, scores, losses, history, monitor.history[-1])
+        return trainer.train(settings.rl_updates, validate_every=max(1, settings.rl_updates // 4))
 
 
 def training_summary(training: Training) -> dict[str, Any]:
