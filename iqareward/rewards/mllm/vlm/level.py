@@ -46,8 +46,9 @@ class LevelReadout:
 class LevelReward:
     """How good a vision-language model finds each image: its expected level, such as between "bad" and "excellent".
 
-    One forward pass, no sampling and no parsing: the same image always gets the same score. Needs the extra `vlm`. The
-    weights are loaded at the first call.
+    One forward pass, no sampling and no parsing: the same image always gets the same score. Images are rounded to 8
+    bits and resized as Pillow does it, on their device, because that is what these models were trained on. Needs the
+    extra `vlm`. The weights are loaded at the first call.
 
     Args:
         model: hub id or folder of a Qwen2.5-VL, Qwen3-VL, Qwen3.5, LLaVA-OneVision or InternVL (`-hf`) checkpoint, or
