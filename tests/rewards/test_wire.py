@@ -216,7 +216,7 @@ VALID = {
 }
 
 
-@settings(max_examples=3000, **FUZZ)
+@settings(max_examples=2000, **FUZZ)
 @given(
     st.sampled_from(sorted(VALID)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4)
 )
