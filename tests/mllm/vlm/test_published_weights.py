@@ -1,4 +1,4 @@
-"""What can only be seen on the published weights: run by hand with `IQAREWARD_VLM_WEIGHTS=1 pytest -m hub` (20 GB)."""
+"""What can only be seen on the published weights: run by hand with `IQAREWARD_VLM_WEIGHTS=1 pytest -m hub` (36 GB)."""
 
 import os
 from collections.abc import Callable
@@ -12,9 +12,7 @@ from iqareward.rewards.mllm.vlm.rating import RatingReward
 
 pytestmark = [
     pytest.mark.hub,
-    pytest.mark.skipif(
-        "IQAREWARD_VLM_WEIGHTS" not in os.environ, reason="set IQAREWARD_VLM_WEIGHTS=1 to download them"
-    ),
+    pytest.mark.skipif("IQAREWARD_VLM_WEIGHTS" not in os.environ, reason="set IQAREWARD_VLM_WEIGHTS=1"),
 ]
 
 
