@@ -15,6 +15,13 @@ class Autoencoder:
     Args:
         vae: the autoencoder, e.g. `pipeline.vae`.
         checkpointed: decode under activation checkpointing when a gradient is wanted, for less memory.
+
+    Example:
+        >>> import diffusers
+        >>> vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+        >>> autoencoder = Autoencoder(vae)
+        >>> autoencoder.encode(torch.rand(1, 3, 16, 16)).shape
+        torch.Size([1, 4, 16, 16])
     """
 
     vae: Any

@@ -23,6 +23,12 @@ class ControlNetPolicy:
         prompt: `[1, L, D]` embedding of the fixed prompt, e.g. from `pipeline.encode_prompt`.
         process: `DDIM.from_scheduler(pipeline.scheduler)`.
 
+    Example:
+        >>> def policy_of(pipeline, prompt):  # a StableDiffusionControlNetPipeline
+        ...     process = DDIM.from_scheduler(pipeline.scheduler)
+        ...     parts = pipeline.controlnet, pipeline.unet, Autoencoder(pipeline.vae)
+        ...     return ControlNetPolicy(*parts, pipeline.encode_prompt(prompt, "cpu", 1, False)[0], process)
+
     References:
         Zhang, Rao, Agrawala, Adding Conditional Control to Text-to-Image Diffusion Models, 2023,
         https://arxiv.org/abs/2302.05543

@@ -71,6 +71,13 @@ class Sampling:
         window: the steps that are stochastic; all if not given.
         reward_steps: steps whose predicted clean image is scored as well; only the sample if empty.
         inputs_at_once: inputs sampled and scored together; all if not given.
+
+    Raises:
+        ValueError: a number is below 1, or `reward_steps` do not rise.
+
+    Example:
+        >>> Sampling(group_size=8, num_steps=10, window=range(2, 6)).eta  # four of ten steps are stochastic
+        1.0
     """
 
     group_size: int = 8

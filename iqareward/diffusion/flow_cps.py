@@ -23,6 +23,9 @@ from iqareward.diffusion.transition import Step, Transition
 class FlowCPS(FlowPath):
     """Flow matching sampled with coefficients-preserving noise; `eta` in [0, 1] is the share exchanged.
 
+    Args:
+        scheduler: a `diffusers.FlowMatchEulerDiscreteScheduler`.
+
     Example:
         >>> import diffusers, torch
         >>> process = FlowCPS(diffusers.FlowMatchEulerDiscreteScheduler())

@@ -24,6 +24,9 @@ from iqareward.diffusion.transition import Step, Transition
 class FlowSDE(FlowPath):
     """Flow matching sampled with Flow-GRPO's marginal-preserving noise; `eta` is its noise level, typically 0.7.
 
+    Args:
+        scheduler: a `diffusers.FlowMatchEulerDiscreteScheduler`.
+
     Example:
         >>> import diffusers, torch
         >>> process = FlowSDE(diffusers.FlowMatchEulerDiscreteScheduler())

@@ -22,6 +22,11 @@ class FlowPolicy:
         pooled_prompt: `[1, P]` its pooled embedding.
         process: `FlowSDE` or `FlowCPS` of the model's scheduler.
 
+    Example:
+        >>> def policy_of(pipeline, widened):  # a StableDiffusion3Pipeline, and its transformer with twice the channels
+        ...     prompt, _, pooled, _ = pipeline.encode_prompt("", "", "", do_classifier_free_guidance=False)
+        ...     return FlowPolicy(widened, Autoencoder(pipeline.vae), prompt, pooled, FlowSDE(pipeline.scheduler))
+
     References:
         Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024,
         https://arxiv.org/abs/2403.03206

@@ -32,6 +32,10 @@ class ForwardProcess:
         num_terms: times drawn per rollout.
         clip: the advantage that counts as certainly good.
 
+    Example:
+        >>> list(ForwardProcess(num_terms=3).terms(None))  # three backward passes per update, whatever the sampler
+        [0, 1, 2]
+
     References:
         Zheng et al., DiffusionNFT: Online Diffusion Reinforcement with Forward Process, 2025,
         https://arxiv.org/abs/2509.16117

@@ -39,6 +39,10 @@ class Optimization:
 
     Raises:
         ValueError: `sft_scale` is another word.
+
+    Example:
+        >>> Optimization(inputs_per_update=8, micro_batch=2, sft_scale="balanced").kl_beta
+        0.0
     """
 
     learning_rate: float = 1e-5

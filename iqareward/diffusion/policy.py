@@ -20,6 +20,13 @@ class Policy(Protocol):
         model: the module that is trained. The trainer replaces it by its distributed wrapper, so always call
             `self.model`.
         process: how noise is added and taken away.
+
+    Example:
+        >>> import torch
+        >>> from iqareward.diffusion.restorer import build_restorer
+        >>> policy: Policy = build_restorer((8, 16))
+        >>> policy.decode(policy.encode(torch.full((1, 3, 8, 8), 0.25))).unique()
+        tensor([0.2500])
     """
 
     model: nn.Module
@@ -111,6 +118,11 @@ def add_lora(model: nn.Module, *, rank: int = 16, targets: str | list[str] = "al
 
     Returns:
         A `peft.PeftModel`; with its adapters off it is the model from before, the reference policy for KL.
+
+    Example:
+        >>> model = add_lora(nn.Sequential(nn.Linear(100, 100)), rank=2, targets=["0"])
+        >>> sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
+        400
 
     References:
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, https://arxiv.org/abs/2106.09685

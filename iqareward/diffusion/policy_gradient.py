@@ -79,6 +79,12 @@ class PolicyGradient:
         clip: of the importance ratio.
         every: use every n-th stochastic step only, to save time.
 
+    Example:
+        >>> from types import SimpleNamespace
+        >>> experience = SimpleNamespace(trajectory=SimpleNamespace(stochastic=(0, 1, 2, 3)))  # of an Experience
+        >>> PolicyGradient(every=2).terms(experience)
+        (0, 2)
+
     References:
         Black et al., Training Diffusion Models with Reinforcement Learning, 2023, https://arxiv.org/abs/2305.13301
         Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, 2025, https://arxiv.org/abs/2505.05470

@@ -32,6 +32,11 @@ class RewardGradient:
     Raises:
         ValueError: the reward is not differentiable.
 
+    Example:
+        >>> import iqareward
+        >>> RewardGradient(iqareward.load("haarpsi", differentiable=True), last_steps=0).reward.name  # ReFL
+        'haarpsi'
+
     References:
         Clark et al., Directly Fine-Tuning Diffusion Models on Differentiable Rewards, 2023,
         https://arxiv.org/abs/2309.17400 (DRaFT-K)

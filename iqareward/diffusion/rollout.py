@@ -89,6 +89,14 @@ def rollout(
     Raises:
         ValueError: ids and images differ in number, or the window leaves the schedule.
 
+    Example:
+        >>> from iqareward.diffusion.restorer import build_restorer
+        >>> degraded = torch.rand(2, 3, 8, 8)
+        >>> options = dict(group_size=3, num_steps=4, eta=1.0, seed=0)
+        >>> trajectory = rollout(build_restorer((8, 16)), degraded, ids=[7, 9], **options)
+        >>> trajectory.sample.shape, trajectory.stochastic
+        (torch.Size([6, 3, 8, 8]), (0, 1, 2))
+
     References:
         Li et al., MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE, 2025,
         https://arxiv.org/abs/2507.21802

@@ -57,6 +57,16 @@ class DifficultyAdaptiveTrainer:
     Raises:
         ValueError: `inputs_per_update` does not divide by the number of processes, or exceeds the number of pairs.
 
+    Example:
+        >>> import tempfile, iqareward
+        >>> from iqareward.diffusion.data.pairs import SyntheticPairs
+        >>> from iqareward.diffusion.restorer import build_restorer
+        >>> setting = build_restorer((8, 16)), iqareward.load("gmsd"), SyntheticPairs(16, size=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = DifficultyAdaptiveTrainer(*setting, output_dir=folder, show_progress=False)
+        ...     print([line["update"] for line in trainer.train(1)])
+        [0, 1]
+
     References:
         Xu et al., Enhancing Diffusion-based Restoration Models via Difficulty-Adaptive Reinforcement Learning with IQA
         Reward, 2025, https://arxiv.org/abs/2511.01645 (mechanism; formulas and details are ours)

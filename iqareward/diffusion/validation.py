@@ -33,6 +33,14 @@ class Validation:
 
     Raises:
         ValueError: `stop_on` is no judge.
+
+    Example:
+        >>> import iqareward
+        >>> from iqareward.diffusion.restorer import build_restorer
+        >>> judges = {"ssim": iqareward.load("ssim")}
+        >>> validation = Validation(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), judges, num_steps=2)
+        >>> validation(build_restorer((8, 16)), iqareward.load("gmsd"), seed=0)["scores"]["ssim"].shape
+        torch.Size([2])
     """
 
     degraded: Tensor

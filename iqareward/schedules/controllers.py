@@ -85,7 +85,17 @@ class TargetTracking:
 
 
 class GradientNoise(NamedTuple):
-    """Scalars: variance of an RL and of an SFT gradient, and squared distance of the two mean gradients."""
+    """How noisy the two gradients are; all three are scalars.
+
+    Attributes:
+        rl_variance: of an RL gradient.
+        sft_variance: of an SFT gradient.
+        disagreement: squared distance of the two mean gradients.
+
+    Example:
+        >>> GradientNoise(torch.tensor(9.0), torch.tensor(0.5), torch.tensor(0.5)).disagreement
+        tensor(0.5000)
+    """
 
     rl_variance: Tensor
     sft_variance: Tensor

@@ -20,6 +20,16 @@ def constant(
 ) -> LossWeights:
     """The same RL share for every row: `rl = share`, `sft = 1 - share`; 0 is SFT, 1 is pure RL.
 
+    Args:
+        difficulty: `[B]`, only for its shape.
+        share: of RL, in [0, 1].
+        active: as in `AdaptiveWeighter`.
+        valid: as in `AdaptiveWeighter`.
+        step: not used.
+
+    Returns:
+        `LossWeights` of `[B]`.
+
     Example:
         >>> constant(torch.tensor([0.1, 9.0]), share=0.75).rl
         tensor([0.7500, 0.7500])
@@ -42,6 +52,19 @@ def cosine(
 
     mu = peak * t / warmup_steps for t < warmup_steps, then
     valley + (peak - valley) * (1 + cos(pi * (t - warmup_steps) / decay_steps)) / 2 for decay_steps, then valley.
+
+    Args:
+        difficulty: `[B]`, only for its shape.
+        step: t, optimiser steps so far.
+        peak: largest SFT share.
+        valley: last SFT share.
+        warmup_steps: steps up to the peak.
+        decay_steps: steps from there to the valley.
+        active: as in `AdaptiveWeighter`.
+        valid: as in `AdaptiveWeighter`.
+
+    Returns:
+        `LossWeights` of `[B]`.
 
     Example:
         >>> options = dict(peak=0.8, valley=0.2, warmup_steps=10, decay_steps=10)
@@ -79,6 +102,9 @@ def gate(
         valid: as in `AdaptiveWeighter`.
         step: not used.
 
+    Returns:
+        `LossWeights` of `[B]`.
+
     Example:
         >>> gate(torch.tensor([0.0, 0.5])).rl
         tensor([0., 1.])
@@ -110,6 +136,9 @@ def soft_gate(
         active: as in `AdaptiveWeighter`.
         valid: as in `AdaptiveWeighter`.
         step: not used.
+
+    Returns:
+        `LossWeights` of `[B]`.
 
     Example:
         >>> soft_gate(torch.tensor([0.0, 0.375, 1.0])).rl
@@ -156,6 +185,9 @@ def logistic_success(
         valid: as in `AdaptiveWeighter`.
         step: not used.
 
+    Returns:
+        `LossWeights` of `[B]`.
+
     Example:
         >>> logistic_success(torch.tensor([0.0, 0.75, 1.0])).rl
         tensor([1.4994, 0.9500, 0.4834])
@@ -191,6 +223,9 @@ def softmax_batch(
         active: as in `AdaptiveWeighter`; hopeless rows are not weighted up.
         valid: as in `AdaptiveWeighter`.
         step: not used.
+
+    Returns:
+        `LossWeights` of `[B]`.
 
     Example:
         >>> softmax_batch(torch.tensor([0.1, 0.9]), temperature=1.0).rl

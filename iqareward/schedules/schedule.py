@@ -11,7 +11,12 @@ from iqareward.types import Groups
 
 
 class Weighter(Protocol):
-    """What a training loop needs of a weighting; `AdaptiveWeighter` is one, and so is each of `iqareward.schedules`."""
+    """What a training loop needs of a weighting; `AdaptiveWeighter` is one, and so is each of `iqareward.schedules`.
+
+    Example:
+        >>> from iqareward.schedules import TargetTracking
+        >>> weighter: Weighter = TargetTracking(centre=-2.0)
+    """
 
     def __call__(
         self,
