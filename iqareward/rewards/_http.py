@@ -110,7 +110,7 @@ class HttpClient:
 
     def close(self) -> None:
         """End the connections of this process; a later request opens new ones."""
-        here, self._here = self._here.existing(), PerProcess(self._here._make)
+        here = self._here.forget()
         if here is not None:
             here.close()
 

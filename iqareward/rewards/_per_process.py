@@ -29,9 +29,9 @@ class PerProcess(Generic[T]):
                 slot.values.append(self._make())
             return slot.values[0]
 
-    def existing(self) -> T | None:
-        """The value of this process if it has been made."""
-        slot = self._slots.get(os.getpid())
+    def forget(self) -> T | None:
+        """What this process has, which is this object's no more; the next `get` makes another."""
+        slot = self._slots.pop(os.getpid(), None)
         return slot.values[0] if slot and slot.values else None
 
     def __reduce__(self) -> tuple[type, tuple[Callable[[], T]]]:
