@@ -10,7 +10,7 @@ from benchmarks.bench_qalign import MEDIUM, TINY, random_model
 from iqareward.rewards.mllm.qalign import QAlignReward
 from iqareward.types import Images, Scores
 
-# `wide` has few tokens and large matrices: an image alone waits for the weights to be read, and a batch reads them once.
+# `wide` has few tokens and large matrices: an image alone waits for the weights to be read; a batch reads them once.
 # So does a 7B on a GPU. `medium` has the tokens of the real network; one image is enough work for a CPU.
 CONFIGS = {
     "wide": dataclasses.replace(
