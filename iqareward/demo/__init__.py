@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from iqareward.demo.experiment import Experiment
+from iqareward.demo.experiment import Experiment, one_thread
 from iqareward.demo.training import TrainingSettings
 from iqareward.optional import require
 
@@ -77,7 +77,8 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - started
     report, table, document = output / "report.html", output / "scores.csv", output / "results.json"
-    trained = train(training or TrainingSettings())
+    with one_thread():
+        trained = train(training or TrainingSettings())
     with console.status("Drawing figures and writing the report"):
         figures = (*save_figures(experiment, output), *save_training_figures(trained, output))
         results = summarise(experiment)
@@ -97,7 +98,7 @@ def measure(
 ) -> Experiment:
     """Damage, score and weigh, with a progress bar; arguments as for `run`."""
     from iqareward.demo.degradations import DEGRADATIONS
-    from iqareward.demo.experiment import damage, difficulty_of, one_thread, score, weigh
+    from iqareward.demo.experiment import damage, difficulty_of, score, weigh
     from iqareward.demo.held_out import held_out
     from iqareward.demo.photographs import PHOTOGRAPHS
     from iqareward.rewards.catalog import load

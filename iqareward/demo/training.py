@@ -32,7 +32,7 @@ TERCILES = ("easy", "middle", "hard")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How large the demonstration is; the defaults take about two minutes on two cores.
+    """How large the demonstration is; the defaults take about three minutes on one core.
 
     Args:
         size: side of the pictures in pixels.
@@ -54,7 +54,7 @@ class TrainingSettings:
     channels: tuple[int, ...] = (16, 32, 32)
     sft_updates: int = 300
     judge_updates: int = 300
-    rl_updates: int = 40
+    rl_updates: int = 32
     inputs: int = 16
     group_size: int = 6
     num_steps: int = 4
