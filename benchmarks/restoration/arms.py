@@ -56,32 +56,81 @@ class AdvantageScaling(AdaptiveWeighter):
         return LossWeights((rl / rl.mean()).nan_to_num(nan=0.0), torch.full_like(rl, 0.5))
 
 
+@dataclass
+class InverseError(AdaptiveWeighter):
+    """RL with weight 1 everywhere, SFT with the weight 0.5 * d0 / d, d0 being the geometric mean before RL, at most 2.
+
+    SFT : RL proportional to 1 / d is what maximises reward at a given mean RMSE (docs/explanation/weighting.md).
+    """
+
+    def __call__(self, difficulty: Tensor, **options: Any) -> LossWeights:
+        """The two weights; SFT alone where the rewards have no spread, as everywhere."""
+        rl = super().__call__(difficulty, **options).rl
+        assert self._statistics is not None, "the trainer calibrates"
+        sft = 0.5 * (self._statistics[0] - difficulty.log()).exp()
+        return LossWeights(rl, sft.nan_to_num(nan=1.0).clamp(max=2.0))
+
+
 @dataclass(frozen=True)
 class Arm:
-    """A weighting; `headroom` measures difficulty by the reward's distance to that of the ground truth."""
+    """A weighting, and what else differs.
+
+    Attributes:
+        build: makes the weighter.
+        headroom: difficulty is the reward's distance to that of the ground truth.
+        reward: name in the reward study.
+        watched: the monitor looks on.
+        sampled: RL compares rollouts (DiffusionNFT) instead of following the reward's own gradient.
+    """
 
     build: Callable[[], Weighter]
     headroom: bool = False
+    reward: str = "haarpsi"
+    watched: bool = False
+    sampled: bool = False
+
+
+def share(value: float) -> Schedule:
+    """The same RL share everywhere."""
+    return Schedule(partial(constant, share=value))
+
+
+FOLLOWED = ("psnr", "haarpsi", "judge", "ensemble", "judge with floor")  # rewards with a gradient
+SAMPLED = ("piqe", "niqe", "judge", "haarpsi")  # the first two have none, the others are there to compare
+ALWAYS = ("frozen", "sft, all compute")  # they do without the loop
+MAIN = (
+    *ALWAYS,
+    "sft",
+    *(f"fixed {value:g}" for value in FIXED),
+    "rl",
+    "adaptive",
+    "reversed",
+    "headroom",
+    "advantage scaling",
+    "inverse error",
+)
 
 
 def arms(num_updates: int) -> dict[str, Arm]:
     """All arms that train with the loop."""
     decay = partial(cosine, peak=0.9, valley=0.1, warmup_steps=0, decay_steps=num_updates)
-    found = {"sft": Arm(lambda: Schedule(partial(constant, share=0.0)))}
-    for share in FIXED:
-        found[f"fixed {share:g}"] = Arm(lambda share=share: Schedule(partial(constant, share=share)))
-    return found | {
-        "rl": Arm(lambda: Schedule(partial(constant, share=1.0))),
+    found = {"sft": Arm(partial(share, 0.0)), "rl": Arm(partial(share, 1.0))}
+    found |= {f"fixed {value:g}": Arm(partial(share, value)) for value in FIXED}
+    found |= {
         "adaptive": Arm(AdaptiveWeighter),
-        "adaptive, convex": Arm(partial(AdaptiveWeighter, mode="convex")),
         "reversed": Arm(partial(AdaptiveWeighter, direction="hard_to_sft")),
+        "headroom": Arm(AdaptiveWeighter, headroom=True),
+        "advantage scaling": Arm(partial(AdvantageScaling, mode="convex")),
+        "inverse error": Arm(InverseError),
+        "adaptive, convex": Arm(partial(AdaptiveWeighter, mode="convex")),
         "cosine": Arm(lambda: Schedule(decay)),
         "gate": Arm(lambda: ByPassing(Schedule(partial(gate, threshold=0.5)))),
         "gate, hard to RL": Arm(lambda: ByPassing(Schedule(partial(gate, threshold=0.5, direction="hard_to_rl")))),
         "soft gate": Arm(lambda: ByPassing(Schedule(soft_gate))),
         "logistic": Arm(lambda: ByPassing(Schedule(partial(logistic_success, sft=0.5)))),
         "softmax": Arm(lambda: Schedule(partial(softmax, sft=0.5))),
-        "target tracking": Arm(partial(TargetTracking, centre=-2.0, target=0.75)),
-        "headroom": Arm(AdaptiveWeighter, headroom=True),
-        "advantage scaling": Arm(partial(AdvantageScaling, mode="convex")),
+        "target tracking": Arm(partial(TargetTracking, centre=-3.0, target=0.75)),
     }
+    options: dict[str, Any] = {"build": partial(share, 1.0), "watched": True}
+    found |= {f"reward: {name}": Arm(reward=name, **options) for name in FOLLOWED}
+    return found | {f"reward: {name}, sampled": Arm(reward=name, sampled=True, **options) for name in SAMPLED}

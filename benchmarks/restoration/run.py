@@ -1,120 +1,141 @@
-"""One arm on one task with one seed: train, restore the test inputs, measure."""
+"""One arm with one seed: train, restore the test inputs and the photographs, measure."""
 
+import copy
 import json
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor
 
+import iqareward
 from benchmarks.restoration import world
 from benchmarks.restoration.arms import Arm, arms
-from benchmarks.restoration.judges import trained_judges
+from benchmarks.restoration.judges import held_out_judge, trained_judge
+from benchmarks.restoration.rewards import mirrored_niqe, study
+from benchmarks.restoration.world import Job, Kept
 from iqareward.difficulty import rmse
-from iqareward.diffusion import DifficultyAdaptiveTrainer, Optimization, PixelPolicy, Sampling, Validation
-from iqareward.diffusion.policy_gradient import PolicyGradient
-from iqareward.functional.ssim import ssim
-from iqareward.rewards.metric import NoReference
+from iqareward.diffusion import (
+    DifficultyAdaptiveTrainer,
+    ForwardProcess,
+    Optimization,
+    PixelPolicy,
+    RewardGradient,
+    Sampling,
+    Validation,
+)
+from iqareward.diffusion.monitor import HackingMonitor
+from iqareward.types import Reward
 
-RATE = 1e-4
+RATE, AVERAGE = 3e-4, 0.9  # of RL: learning rate, and decay of the averaged weights that are judged
+SAMPLED_RATE, SAMPLED_GROUP = 5e-5, 6  # of RL that compares rollouts; a higher rate drowns in its noise
+OBJECTIVE = ForwardProcess(clip=2.0)
+CONTINUED_RATE = 1e-3  # of SFT continued with all of the compute
+LOOKS = 8  # of the monitor in the reward study
+METRICS = ("ssim", "haarpsi", "gmsd", "piqe")
 
 
 @dataclass(frozen=True)
 class Headroom:
     """How far the reward of an image stays below that of its ground truth."""
 
-    reward: NoReference
+    reward: Reward
 
     bounds = (None, 0.0)
 
     def __call__(self, images: Tensor, references: Tensor) -> Tensor:
         """`[B]` <= 0."""
-        return (self.reward(images) - self.reward(references)).clamp(max=0.0)
+        best = self.reward(references, references=references)
+        return (self.reward(images, references=references) - best).clamp(max=0.0)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What one result belongs to."""
-
-    scale: world.Scale
-    task: str
-    seed: int
-    arm: str
-    folder: Path
-    device: str
-
-    @property
-    def name(self) -> str:
-        """Also the name of its files."""
-        return f"{self.task}-{self.seed}-{self.arm}".replace(", ", "_").replace(" ", "_")
-
-
-def evaluations(scale: world.Scale, num_terms: int) -> int:
+def evaluations(scale: world.Scale, group: int, terms: int) -> int:
     """Network evaluations of the policy per update; a backward pass counts as two."""
-    rollouts = scale.inputs * scale.group
-    return rollouts * scale.steps + num_terms * 3 * (rollouts + scale.inputs)
+    rollouts = scale.inputs * group
+    return rollouts * scale.steps + terms * 3 * (rollouts + scale.inputs)
 
 
 @torch.no_grad()
-def measure(policy: PixelPolicy, job: Job, judge: NoReference, held_out: NoReference) -> dict[str, list[float]]:
-    """Per test input: reward, held-out judge, RMSE, SSIM of the restoration, and the known severity."""
-    data = world.pairs(job.scale, job.task, world.TEST, job.seed)
-    ids = range(len(data))
-    degraded, references = data.batch(ids)
-    images = Validation(degraded, references, {}, num_steps=4 * job.scale.steps).restore(policy, seed=job.seed)
-    device = next(policy.model.parameters()).device
-    return {
-        "reward": judge(images.to(device)).tolist(),
-        "held_out": held_out(images.to(device)).tolist(),
-        "rmse": rmse(images, references).tolist(),
-        "ssim": ssim(images, references).tolist(),
-        "severity": data.severities(ids).tolist(),
-    }
+def measure(policy: PixelPolicy, job: Job, kept: Kept, judges: dict[str, Reward]) -> tuple[dict[str, list[float]], Tensor]:
+    """Every measure of the restoration of each input, higher is better but for `rmse`; and the restorations."""
+    steps = 2 * job.scale.steps
+    validation = Validation(kept.degraded, kept.references, {}, num_steps=steps, inputs_at_once=96)
+    images = validation.restore(policy, seed=job.seed)
+    measures = judges | {name: iqareward.load(name) for name in METRICS} | {"niqe": mirrored_niqe(job)}
+    found = {name: judge(images, references=kept.references).tolist() for name, judge in measures.items()}
+    return found | {"rmse": rmse(images, kept.references).tolist(), "severity": kept.severity.tolist()}, images
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The result of a job, computed or read from its file; a run that was cut off continues from its checkpoint."""
+    """The result of a job, computed or read from its file."""
     file = job.folder / "results" / f"{job.name}.json"
     if file.exists():
         return json.loads(file.read_text())
-    shared = job.folder / "shared"
-    policy = world.restorer(job.scale, job.task, job.seed, shared, job.device)
-    judge, held_out = trained_judges(job.scale, job.seed, shared, job.device)
-    per_update = evaluations(job.scale, job.scale.steps - 1)
-    if job.arm == "frozen":
-        history, updates = [], 0
-    elif job.arm == "sft, all compute":
-        history, updates = [], per_update * job.scale.rl_updates // (3 * job.scale.sft_batch)
-        world.continue_sft(policy, job.scale, job.task, job.seed + 1000, updates, RATE)
-    else:
-        history, updates = _train(job, policy, judge, arms(job.scale.rl_updates)[job.arm]), job.scale.rl_updates
-    found = {"task": job.task, "seed": job.seed, "arm": job.arm, "updates": updates}
-    found |= {"evaluations": 0 if job.arm == "frozen" else per_update * job.scale.rl_updates, "history": history}
-    found |= {"test": measure(policy, job, judge, held_out)}
+    policy = world.restorer(job)
+    judges: dict[str, Reward] = {"judge": trained_judge(job, policy), "held_out": held_out_judge(job, policy)}
+    scale, arm = job.scale, arms(job.scale.rl_updates).get(job.arm)
+    group, terms = (SAMPLED_GROUP, OBJECTIVE.num_terms) if arm and arm.sampled else (scale.group, 1)
+    spent = 0 if job.arm == "frozen" else evaluations(scale, group, terms) * scale.rl_updates
+    history, start = [], (time.perf_counter(), time.process_time())
+    if arm is not None:
+        history = _train(job, policy, judges, arm)
+    elif job.arm != "frozen":
+        world.continue_sft(policy, job, spent // (3 * scale.sft_batch), rate=CONTINUED_RATE, seed=job.seed + 1000)
+    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    found: dict[str, Any] = {"seed": job.seed, "arm": job.arm, "history": history, "evaluations": spent}
+    found |= {"seconds": seconds[0], "processor_seconds": seconds[1]}
+    found["test"], images = measure(policy, job, world.pairs(scale, world.TEST, job.seed), judges)
+    found["photographs"], _ = measure(policy, job, world.photographs(scale), judges)
+    if job.seed == 0:  # for the picture grids
+        (job.folder / "images").mkdir(parents=True, exist_ok=True)
+        save_file({"images": images.mul(255).round().byte()}, job.folder / "images" / f"{job.name}.safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found))
     return found
 
 
-def _train(job: Job, policy: PixelPolicy, judge: NoReference, arm: Arm) -> list[dict[str, Any]]:
+def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -> list[dict[str, Any]]:
+    """Train `policy` and leave the averaged weights in it; the numbers of every update."""
     scale = job.scale
-    options: dict[str, Any] = {"metric": Headroom(judge)} if arm.headroom else {}
+    reward = study(job, copy.deepcopy(policy))[arm.reward]()
+    options: dict[str, Any] = {"metric": Headroom(reward)} if arm.headroom else {}
     trainer = DifficultyAdaptiveTrainer(
         policy,
-        judge,
-        world.pairs(scale, job.task, world.TRAIN, job.seed),
+        reward,
+        world.pairs(scale, world.TRAIN, job.seed),
         output_dir=job.folder / "runs" / job.name,
         weighter=arm.build(),
-        objective=PolicyGradient(),
-        sampling=Sampling(group_size=scale.group, num_steps=scale.steps),
-        optimization=Optimization(learning_rate=RATE, inputs_per_update=scale.inputs, sft_scale="balanced"),
+        objective=OBJECTIVE if arm.sampled else RewardGradient(reward, checkpointed=False),
+        sampling=Sampling(group_size=SAMPLED_GROUP if arm.sampled else scale.group, num_steps=scale.steps),
+        optimization=Optimization(
+            learning_rate=SAMPLED_RATE if arm.sampled else RATE,
+            inputs_per_update=scale.inputs,
+            sft_scale="balanced",
+            ema_decay=AVERAGE,
+        ),
+        validation=_watched(job, judges, arm) if arm.watched else None,
         accelerator=Accelerator(cpu=job.device == "cpu"),
         show_progress=False,
         seed=job.seed,
         **options,
     )
-    kept = ("update", "reward", "difficulty", "rl_share", "sft_share", "active")
-    history = trainer.train(scale.rl_updates, save_every=20, resume=True)
-    return [{name: line[name] for name in kept} for line in history[1:]]
+    updates = scale.rl_updates
+    history = trainer.train(updates, save_every=updates, validate_every=max(1, updates // LOOKS), resume=True)
+    trainer.learner.ema.copy_to(trainer.learner.weights)
+    kept = ("update", "reward", "difficulty", "rl_share", "sft_share", "active", "alarms")
+    lines = [{name: value for name, value in line.items() if name in kept or "/" in name} for line in history]
+    return lines if arm.watched else lines[1:]
+
+
+def _watched(job: Job, judges: dict[str, Reward], arm: Arm) -> Validation:
+    """Validation inputs under the eyes of the monitor; the trained judge is one of them where it is not the reward."""
+    inputs = world.pairs(job.scale, world.VALIDATION, job.seed)
+    rows = slice(job.scale.test_inputs // 3)
+    named = {name: iqareward.load(name) for name in ("ssim", "gmsd")} | {"held_out": judges["held_out"]}
+    if arm.reward in ("psnr", "haarpsi", "piqe", "niqe"):  # the others are made of it
+        named["judge"] = judges["judge"]
+    options: dict[str, Any] = {"num_steps": 2 * job.scale.steps, "inputs_at_once": 96, "monitor": HackingMonitor(named)}
+    return Validation(inputs.degraded[rows], inputs.references[rows], named, **options)
