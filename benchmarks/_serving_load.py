@@ -56,8 +56,9 @@ def load(clients: list[Callable[[Tensor], float]], images: Tensor, seconds: floa
     start = time.perf_counter()
 
     def work(client: Callable[[Tensor], float], first: int) -> None:
-        turn = first
-        while (asked := time.perf_counter()) < start + seconds:
+        turn, asked = first, start
+        while asked < start + seconds:
+            asked = time.perf_counter()
             client(images[turn % len(images)])
             latencies.append(1e3 * (time.perf_counter() - asked))
             turn += 1

@@ -1,6 +1,7 @@
 """`iqareward serve`: what is typed, what is warned of, and one run from start to SIGTERM."""
 
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -12,13 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import iqareward
 from iqareward.cli import app
 from iqareward.rewards.remote import RemoteReward
 from iqareward.serving import run as server
-from iqareward.serving.application import Deployment, application, from_config, load_rewards
+from iqareward.serving.application import APP_NAME, Deployment, application, from_config, load_rewards
 from iqareward.serving.run import is_loopback
 from iqareward.serving.settings import Settings
 from tests.serving import ray_quietly  # noqa: F401 - before anything else imports Ray
@@ -131,6 +133,18 @@ def test_the_application_of_a_config_file():
         from_config({"rewards": ["piqe"], "setting": {}})
     with pytest.raises(ValueError, match="environment variable"):
         application(load_rewards(["piqe"], 0), Deployment(), Settings(token="in a message"))
+
+
+def test_the_manifest_of_the_documentation():
+    """The arguments in the KubeRay manifest build an application, under the name that the front looks for."""
+    page = (ROOT / "docs" / "how-to" / "serve-rewards.md").read_text()
+    manifest = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    (served,) = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
+    assert served["name"] == APP_NAME
+    module, _, function = served["import_path"].partition(":")
+    assert getattr(importlib.import_module(module), function) is from_config
+    built = from_config(served["args"])
+    assert [part._bound_deployment.name for part in built._bound_deployment.init_args] == ["reward-0-qalign"]
 
 
 def test_a_front_without_its_token_does_not_start(monkeypatch):
