@@ -54,7 +54,7 @@ class TrainingSettings:
     channels: tuple[int, ...] = (16, 32, 32)
     sft_updates: int = 300
     judge_updates: int = 300
-    rl_updates: int = 32
+    rl_updates: int = 40
     inputs: int = 16
     group_size: int = 6
     num_steps: int = 4
