@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -76,7 +76,7 @@ class Service:
 
 
 @asynccontextmanager
-async def time_limit(seconds: float) -> AsyncIterator[asyncio.Timeout]:
+async def time_limit(seconds: float) -> AsyncGenerator[asyncio.Timeout]:
     """A deadline that answers 504; the work behind it is cancelled."""
     try:
         async with asyncio.timeout(seconds) as timeout:

@@ -90,7 +90,7 @@ def _chosen(name: str | None, service: Service) -> str:
     """The reward that the path names, or the only one that there is."""
     if name is None and len(service.rewards) == 1:
         return next(iter(service.rewards))
-    if name not in service.rewards:
+    if name is None or name not in service.rewards:
         raise unknown_reward(name, service)
     return name
 

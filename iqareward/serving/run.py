@@ -4,7 +4,7 @@ import ipaddress
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def deploy(
 
 
 @contextmanager
-def local_ray(**options: Any) -> Iterator[None]:
+def local_ray(**options: Any) -> Generator[None]:
     """A Ray of our own for as long as the block runs; nothing of it is left behind.
 
     Args:
@@ -57,7 +57,7 @@ def local_ray(**options: Any) -> Iterator[None]:
 
 
 @contextmanager
-def cluster_ray(address: str) -> Iterator[None]:
+def cluster_ray(address: str) -> Generator[None]:
     """A connection to a Ray cluster that runs on without us."""
     ray = require("ray", extra="serve", purpose="the reward server")
     ray.init(address=address)
