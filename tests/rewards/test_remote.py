@@ -254,10 +254,10 @@ def test_cancelling_frees_the_slot() -> None:
             await task
         return (await reward.ascore(flat(0.5))).tolist()
 
-    with Double([Brightness()], script=[slow(4)]) as double, remote(double.url, max_in_flight=1) as reward:
+    with Double([Brightness()], script=[slow(60)]) as double, remote(double.url, max_in_flight=1) as reward:
         start = time.monotonic()
         assert asyncio.run(scenario(reward)) == [0.5]
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 30  # far from both: the machine may be busy
 
 
 def test_the_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
