@@ -1,6 +1,5 @@
 """The Ray Serve application: one deployment per reward, and in front of them one that speaks HTTP."""
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ APP_NAME = "iqareward"
 MAX_QUEUED = 1024  # calls of a reward that wait in one front process; further ones are answered with 429
 FRONT_ONGOING = 1024  # requests that one front process holds; it mostly waits
 BUILD_ATTEMPTS = 2  # of a process; weights that cannot be loaded twice are not there
-LARGEST_POOL = 16  # replicas of a reward at most, if the cluster does not say how many fit
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Deployment:
     """How each reward runs.
 
     Args:
-        replicas: processes of each reward; `"auto"` = as many as the queue asks for and the cluster has room for.
+        replicas: processes of each reward; `"auto"` = as many as the queue asks for, up to `max_replicas`.
+        max_replicas: of each reward; a cluster that grows by itself may have room for them later.
         num_gpus: GPUs of a process; a fraction lets several share one, 0 = CPU.
         num_cpus: CPUs of a process, and its threads.
         max_batch: images per call of a reward.
@@ -41,6 +40,7 @@ class Deployment:
     """
 
     replicas: int | Literal["auto"] = "auto"
+    max_replicas: int = 8
     num_gpus: float = 0.0
     num_cpus: float = 1.0
     max_batch: int = 32
@@ -81,7 +81,7 @@ def application(rewards: Mapping[str, Reward], deployment: Deployment, settings:
             max_constructor_retry_count=BUILD_ATTEMPTS,
             health_check_period_s=5,
             health_check_timeout_s=30,
-            **_scaling(deployment.replicas, target=deployment.max_batch, most=_room(deployment)),
+            **_scaling(deployment.replicas, target=deployment.max_batch, most=deployment.max_replicas),
         )
         parts.append(
             part.bind(
@@ -154,26 +154,12 @@ def _scaling(replicas: int | Literal["auto"], *, target: int, most: int) -> dict
     return {
         "autoscaling_config": {
             "min_replicas": 1,
-            "max_replicas": max(1, most),
+            "max_replicas": most,
             "target_ongoing_requests": target,
             "upscale_delay_s": 10,
             "downscale_delay_s": 300,
         }
     }
-
-
-def _room(deployment: Deployment) -> int:
-    """How many processes of a reward the cluster has room for."""
-    ray = require("ray", extra="serve", purpose="the reward server")
-    if not ray.is_initialized():
-        return LARGEST_POOL
-    resources = ray.cluster_resources()
-    fits = [
-        resources.get(kind, 0.0) / share
-        for kind, share in (("GPU", deployment.num_gpus), ("CPU", deployment.num_cpus))
-        if share > 0
-    ]
-    return math.floor(min(fits)) if fits else LARGEST_POOL
 
 
 def _slug(name: str) -> str:

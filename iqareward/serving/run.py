@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from iqareward.optional import require
@@ -31,11 +32,31 @@ def deploy(
 
     Raises:
         RuntimeError: a reward cannot be built, for example because its weights are missing.
+        ValueError: one machine, and it has no room for a process of each reward.
     """
+    if not everywhere:
+        deployment = replace(deployment, max_replicas=_room(len(rewards), deployment))
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     http = {"host": host, "port": port, "request_timeout_s": settings.deadline + PROXY_GRACE}
     serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=http)
     serve.run(application(rewards, deployment, settings), name=APP_NAME, route_prefix="/")
+
+
+def _room(num_rewards: int, deployment: Deployment) -> int:
+    """How many processes of each reward this machine has room for."""
+    ray = require("ray", extra="serve", purpose="the reward server")
+    here = ray.cluster_resources()
+    room = deployment.max_replicas
+    for kind, share, option in (("GPU", deployment.num_gpus, "num-gpus"), ("CPU", deployment.num_cpus, "num-cpus")):
+        fits = int(here.get(kind, 0) // share) if share > 0 else room * num_rewards
+        wanted = num_rewards * (1 if deployment.replicas == "auto" else deployment.replicas)
+        if fits < wanted:
+            raise ValueError(
+                f"{wanted} processes of {share:g} {kind} each do not fit into {here.get(kind, 0):g} {kind}: "
+                f"lower --{option} (a fraction shares one), or serve fewer rewards."
+            )
+        room = min(room, fits // num_rewards)
+    return room
 
 
 @contextmanager
@@ -48,7 +69,7 @@ def local_ray(**options: Any) -> Generator[None]:
     ray = require("ray", extra="serve", purpose="the reward server")
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # whoever wants to report may set it
-    ray.init(include_dashboard=False, **options)
+    ray.init(address="local", include_dashboard=False, **options)  # whatever $RAY_ADDRESS says
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from iqareward.serving import run as server
 from iqareward.serving.application import APP_NAME, Deployment, application, from_config, load_rewards
 from iqareward.serving.run import is_loopback
 from iqareward.serving.settings import Settings
-from tests.serving import ray_quietly  # noqa: F401 - before anything else imports Ray
+from tests.serving import ray_quietly
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,9 @@ def test_options(deployed, monkeypatch):
         "--deadline", "30", "--jpeg", "never", "--token-env", "SECRET",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert deployed["deployment"] == Deployment(3, 0.5, 2.0, 64, 2.0, token_env="SECRET")
+    assert deployed["deployment"] == Deployment(
+        replicas=3, num_gpus=0.5, num_cpus=2.0, max_batch=64, max_wait_ms=2.0, token_env="SECRET"
+    )
     settings = deployed["settings"]
     assert (settings.limits.max_bytes, settings.limits.max_images) == (8 * 2**20, 100)
     assert (settings.deadline, settings.jpeg, settings.token) == (30.0, "never", None)
@@ -133,6 +135,29 @@ def test_the_application_of_a_config_file():
         from_config({"rewards": ["piqe"], "setting": {}})
     with pytest.raises(ValueError, match="environment variable"):
         application(load_rewards(["piqe"], 0), Deployment(), Settings(token="in a message"))
+
+
+@pytest.mark.parametrize(
+    ("options", "num_rewards", "room"),
+    [
+        ({"num_cpus": 1.0}, 2, 2),
+        ({"num_cpus": 0.5}, 1, 8),
+        ({"num_cpus": 4.0}, 2, None),
+        ({"num_gpus": 0.5, "num_cpus": 0.0}, 2, 1),
+        ({"num_gpus": 1.0}, 2, None),
+        ({"replicas": 3, "num_cpus": 1.0}, 2, None),
+        ({"replicas": 2, "num_cpus": 1.0}, 2, 2),
+        ({"num_gpus": 0.0, "num_cpus": 0.0}, 3, 8),
+    ],
+)
+def test_room(monkeypatch, options, num_rewards, room):
+    """On one machine, rewards that do not fit are an error at once and not a wait for ever."""
+    monkeypatch.setattr(ray_quietly.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    if room is not None:
+        assert server._room(num_rewards, Deployment(**options)) == room
+        return
+    with pytest.raises(ValueError, match="do not fit"):
+        server._room(num_rewards, Deployment(**options))
 
 
 def test_the_manifest_of_the_documentation():
