@@ -189,14 +189,14 @@ def test_a_request_that_is_too_large_is_halved() -> None:
 
 def test_the_deadline_is_total() -> None:
     """Slow answers, busy answers and queues all end by `timeout`, with the last failure in the message."""
-    for script in ([slow(3)], [says(429, BUSY, Retry_After="30")] * 9, [slow(0.2)] * 40):
+    for script in ([slow(60)], [says(429, BUSY, Retry_After="30")] * 9, [slow(2)] * 40):
         with Double([Brightness()], script=script) as double:
             options = {"timeout": 0.5, "batch_size": 1, "max_in_flight": 2}
             with remote(double.url, **options) as reward:
                 start = time.monotonic()
                 with pytest.raises(RemoteError) as caught:
                     reward(flat(*[0.5] * 20))
-                assert time.monotonic() - start < 2.5
+                assert time.monotonic() - start < 15  # 20 seconds and more without a deadline
                 assert caught.value.code in ("deadline_exceeded", "busy")
             assert all(request.deadline and request.deadline <= 0.5 for request in double.requests)
 
@@ -218,13 +218,13 @@ def test_failover() -> None:
 
 def test_hedging_takes_the_first_answer() -> None:
     """A request that hangs on one server is answered by the other."""
-    with Double([Brightness()], script=[slow(5)] * 2) as one, Double([Brightness()], script=[slow(5)] * 2) as two:
+    with Double([Brightness()], script=[slow(60)] * 2) as one, Double([Brightness()], script=[slow(60)] * 2) as two:
         one.script.clear()
         with remote([one.url, two.url], hedge_after=0.1) as reward:
             start = time.monotonic()
             for _ in range(4):  # whichever server is asked first
                 assert reward(flat(0.5)).tolist() == [0.5]
-            assert time.monotonic() - start < 4
+            assert time.monotonic() - start < 30
         assert len(two.sizes) >= 1
 
 

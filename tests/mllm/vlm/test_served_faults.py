@@ -56,11 +56,11 @@ def test_a_wrong_setup_is_an_error_in_any_case(double, make, fault) -> None:
 
 def test_the_timeout_covers_all_images_and_attempts(double, make) -> None:
     """Queued images and pauses between attempts end with it."""
-    double.seconds = 0.1
+    double.seconds = 1.0
     start = time.monotonic()
     with pytest.raises(RemoteError, match="deadline_exceeded"):
-        make(max_in_flight=1, timeout=0.35)(_images(30))
-    assert time.monotonic() - start < 2.0
+        make(max_in_flight=1, timeout=1.5)(_images(30))
+    assert time.monotonic() - start < 15  # half a minute without a timeout
     assert len(double.requests) <= 5
     double.always = "429 for an hour"
     with pytest.raises(RemoteError, match="http_429"):
