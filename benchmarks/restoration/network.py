@@ -1,4 +1,4 @@
-"""A restoration network that a processor can train: half the resolution in the first layer, two scales, no attention."""
+"""A restoration network that a processor can train: half the resolution from the first layer, no attention."""
 
 from types import SimpleNamespace
 

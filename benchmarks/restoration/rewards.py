@@ -58,7 +58,8 @@ def study(job: Job, frozen: PixelPolicy) -> Mapping[str, Callable[[], Reward]]:
 
 def floored(job: Job, frozen: PixelPolicy) -> FidelityFloor:
     """The judge above a floor of PSNR that the frozen model misses on a quarter of the validation inputs."""
-    judge, fidelity, kept = trained_judge(job, frozen), iqareward.load("psnr", differentiable=True), world.pairs(job.scale, VALIDATION, job.seed)
+    judge, fidelity = trained_judge(job, frozen), iqareward.load("psnr", differentiable=True)
+    kept = world.pairs(job.scale, VALIDATION, job.seed)
     validation = Validation(kept.degraded, kept.references, {}, num_steps=job.scale.steps, inputs_at_once=96)
     restored = validation.restore(frozen, seed=job.seed)
     floor = float(fidelity(restored, references=kept.references).quantile(SHARE_BELOW_FLOOR))

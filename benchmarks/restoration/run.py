@@ -59,7 +59,9 @@ def evaluations(scale: world.Scale, group: int, terms: int) -> int:
 
 
 @torch.no_grad()
-def measure(policy: PixelPolicy, job: Job, kept: Kept, judges: dict[str, Reward]) -> tuple[dict[str, list[float]], Tensor]:
+def measure(
+    policy: PixelPolicy, job: Job, kept: Kept, judges: dict[str, Reward]
+) -> tuple[dict[str, list[float]], Tensor]:
     """Every measure of the restoration of each input, higher is better but for `rmse`; and the restorations."""
     steps = 2 * job.scale.steps
     validation = Validation(kept.degraded, kept.references, {}, num_steps=steps, inputs_at_once=96)
@@ -124,6 +126,7 @@ def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -
     )
     updates = scale.rl_updates
     history = trainer.train(updates, save_every=updates, validate_every=max(1, updates // LOOKS), resume=True)
+    assert trainer.learner.ema is not None, "AVERAGE > 0"
     trainer.learner.ema.copy_to(trainer.learner.weights)
     kept = ("update", "reward", "difficulty", "rl_share", "sft_share", "active", "alarms")
     lines = [{name: value for name, value in line.items() if name in kept or "/" in name} for line in history]

@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,7 +87,7 @@ class Kept:
 
     @classmethod
     def damaged(cls, references: Tensor, tasks: Sequence[Degradation], seed: int) -> "Kept":
-        """Each scene with a severity and noise of its own, the tasks taking turns: row i has task i modulo their number."""
+        """Each scene with a severity and noise of its own, the tasks in turns: row i has task i modulo their number."""
         severity = torch.rand(len(references), generator=generator(seed, len(references)))
         degraded = torch.empty_like(references)
         for number, task in enumerate(tasks):
@@ -136,7 +136,7 @@ def untrained(scale: Scale, seed: int) -> PixelPolicy:
         torch.manual_seed(seed)
         unet = SmallUNet(scale.width, scale.depth)
     options: dict[str, Any] = {"prediction_type": "sample", "timestep_spacing": "trailing", "clip_sample": False}
-    scheduler: Any = diffusers.DDIMScheduler(**options, rescale_betas_zero_snr=True)
+    scheduler: Any = DDIMScheduler(**options, rescale_betas_zero_snr=True)
     return PixelPolicy(unet, DDIM(scheduler), residual=True)
 
 
