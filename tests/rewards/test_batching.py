@@ -314,9 +314,11 @@ def test_the_interpreter_exits(busy: bool) -> None:
     script = (
         "import threading, time, torch, iqareward\n"
         "from tests.rewards.counting import Brightness, flat\n"
-        f"reward = iqareward.MicroBatched(Brightness(seconds={0.3 if busy else 0}))\n"
-        "threading.Thread(target=reward, args=(flat(0.5),), daemon=True).start()\n"
-        f"{'time.sleep(0.1)' if busy else 'print(reward(flat(0.5)).item())'}\n"
+        f"judge = Brightness(seconds={0.5 if busy else 0})\n"
+        "reward = iqareward.MicroBatched(judge)\n"
+        "caller = threading.Thread(target=reward, args=(flat(0.5),), daemon=True)\n"
+        "caller.start()\n"
+        f"{'while not judge.sizes: time.sleep(0.01)' if busy else 'caller.join()'}\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
