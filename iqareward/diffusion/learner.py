@@ -74,8 +74,8 @@ class Learner:
     def __init__(self, policy: Policy, objective: Objective, optimization: Optimization, accelerator: Any) -> None:
         self.policy, self.objective, self.options, self.accelerator = policy, objective, optimization, accelerator
         adapters = hasattr(policy.model, "disable_adapter")
-        # `as_reference` takes no gradient of it. Its weights keep their flag, because torch.matmul chooses another kernel
-        # for weights without one, and the divergence of the same weights would then not be exactly zero.
+        # `as_reference` takes no gradient of it. Its weights keep their flag: torch.matmul chooses another kernel for
+        # weights without one, and the divergence of the same weights would then not be exactly zero.
         frozen = copy.deepcopy(policy.model) if optimization.kl_beta and not adapters else None
         self.frozen = None if frozen is None else accelerator.prepare_model(frozen, evaluation_mode=True)
         weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
