@@ -153,7 +153,7 @@ def difficulty_check(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for row in results:
         if row["arm"] == "frozen":
             for number, task in enumerate(TASKS):
-                columns = [np.asarray(row["test"][name])[number :: len(TASKS)] for name in ("rmse", "severity")]
-                correlation: Any = scipy.stats.spearmanr(*columns)
+                rows = slice(number, None, len(TASKS))
+                correlation: Any = scipy.stats.spearmanr(row["test"]["rmse"][rows], row["test"]["severity"][rows])
                 found[task].append(float(correlation.statistic))
     return {task: float(np.mean(values)) for task, values in found.items()}

@@ -44,8 +44,9 @@ def draw(folder: Path, results: Sequence[Mapping[str, Any]], rows: Mapping[str, 
         "front": front(table),
         "arms": arms(table),
         "weights": weights(results),
-        "rewards": rewards(rows["rewards"], table),
     }
+    if rows["rewards"]:
+        made["rewards"] = rewards(rows["rewards"], table)
     if (folder / "images").exists():
         made["pictures"] = pictures(folder, results)
     for name, figure in made.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks._harness import document, hardware, target
 from benchmarks.restoration import analysis, figures, tables
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs/assets")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as in the runs, for the record of the hardware
     results = analysis.load(options.folder)
     made = contents(results)
     if options.table:

@@ -32,14 +32,14 @@ def mirrored(images: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def synthetic_model(size: int, seed: int) -> NaturalModel:
+def synthetic_model(size: int, count: int, seed: int) -> NaturalModel:
     """NIQE's statistics of clean synthetic scenes, mirrored like the images that are judged."""
-    return fit_natural_model(list(mirrored(world.scenes(size, PRISTINE, seed))), scales=(1.0,))
+    return fit_natural_model(list(mirrored(world.scenes(size, count, seed))), scales=(1.0,))
 
 
 def mirrored_niqe(job: Job) -> NoReference:
     """NIQE, fitted on clean synthetic scenes; the library's own model is fitted on photographs."""
-    model = synthetic_model(job.scale.size, 100 * job.seed + JUDGE)
+    model = synthetic_model(job.scale.size, min(PRISTINE, job.scale.train_inputs), 100 * job.seed + JUDGE)
     return NoReference(lambda images: niqe(mirrored(images), model=model), higher_is_better=False, name="niqe")
 
 
