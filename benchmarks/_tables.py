@@ -109,15 +109,15 @@ def plain(*columns: str, text_columns: int = 1) -> Callable[[Document], str]:
 
 
 def _cell(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else number(value)
-        if isinstance(value, float)
-        else ""
-        if value is None
-        else str(value)
-    )
+    if isinstance(value, float):
+        return number(value)
+    return "" if value is None else str(value)
+
+
+qalign = plain("mode", "batch", "images_per_s", "cpu_s_per_image", "p50_ms", "share_of_ceiling")
+vlm = plain("mode", "batch", "images_per_s", "p50_ms", "share_of_ceiling")
+batching = plain("reward", "calling", "images_per_s", "share", "images_per_batch", text_columns=2)
+serving = plain("arm", "concurrency", "images_per_s", "p50_ms", "p95_ms", "p99_ms", "images_per_batch")
 
 
 def rewards(speeds: Document) -> str:

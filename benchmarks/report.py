@@ -34,6 +34,13 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "preprocessing": ("preprocessing", tables.preprocessing, "python -m benchmarks.preprocessing"),
     "latency": ("latency", tables.latency, "python -m benchmarks.latency"),
     "rewards": ("latency", tables.rewards, "python -m benchmarks.latency"),
+    "qalign": ("qalign", tables.qalign, "python -m benchmarks.bench_qalign --threads 1"),
+    "qalign targets": ("qalign", tables.targets, "python -m benchmarks.bench_qalign --threads 1"),
+    "vlm": ("vlm", tables.vlm, "python -m benchmarks.bench_vlm --threads 1"),
+    "vlm targets": ("vlm", tables.targets, "python -m benchmarks.bench_vlm --threads 1"),
+    "batching": ("batching", tables.batching, "python -m benchmarks.bench_batching"),
+    "serving": ("serving", tables.serving, "python -m benchmarks.bench_serving"),
+    "serving targets": ("serving", tables.targets, "python -m benchmarks.bench_serving"),
 }
 
 
