@@ -150,13 +150,13 @@ def rewards(rows: Sequence[Row], table: Table) -> Any:
             sure = found.low > 0 or found.high < 0
             text = ("up" if found.value > 0 else "down") if name == "own reward" else f"{values[line, column]:+.2f}"
             weight, colour = ("bold", DAY.ink) if sure else ("normal", DAY.muted)
+            colour = DAY.card if abs(values[line, column]) > 1 else colour
             axis.text(column, line, text, ha="center", va="center", fontsize=8, weight=weight, color=colour)
-        alarm = row["alarms"].split(" seeds")[0]
-        axis.text(len(STUDIED) - 0.4, line, f"{alarm}{'  hacked' if row['hacked'] else ''}", va="center", fontsize=8)
+        axis.text(len(STUDIED) - 0.4, line, row["alarms"].split(" seeds")[0], va="center", fontsize=8)
     axis.set_xticks(range(len(STUDIED)), list(STUDIED.values()), fontsize=8)
     axis.xaxis.tick_top()
     axis.set_yticks(range(len(names)), [f"RL with {name}" for name in names], fontsize=9)
-    axis.text(len(STUDIED) - 0.4, -0.95, "alarm in", fontsize=8, va="center")
+    axis.text(len(STUDIED) - 0.4, -0.95, "alarms, seeds", fontsize=8, va="center")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     note = "change from the frozen model in standard deviations; blue is better; bold: interval excludes 0"
