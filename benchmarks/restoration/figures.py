@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 BASELINE = "sft, all compute"
 COLOURS = {"easy": DAY.series2, "middle": DAY.sft, "hard": DAY.series1}
 PICTURED = ("frozen", BASELINE, "fixed 0.5", "rl", "adaptive", "reversed", "reward: judge")
+WEIGHED = ("adaptive", "adaptive, convex", "reversed", "inverse error", "cosine", "target tracking")
 STUDIED = {
     "own reward": "own\nreward",
     "held_out": "held-out\njudge",
@@ -115,23 +116,19 @@ def arms(table: Table) -> Any:
 
 def weights(results: Sequence[Mapping[str, Any]]) -> Any:
     """RL weight and SFT weight over the updates, means over the inputs of an update and the seeds."""
-    names = [name for name in dict.fromkeys(row["arm"] for row in results) if _adapts(name)]
+    names = [name for name in WEIGHED if any(row["arm"] == name for row in results)]
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, (("rl_share", "RL weight"), ("sft_share", "SFT weight")), strict=True):
         for number, arm in enumerate(names):
             lines = [[line[key] for line in row["history"]] for row in results if row["arm"] == arm]
             smooth = np.convolve(np.mean(lines, 0), np.full(5, 0.2), mode="valid")
             style = {"lw": 2.5, "color": DAY.rl} if arm == "adaptive" else {"lw": 1.2, "color": f"C{number % 10}"}
-            axis.plot(np.arange(len(smooth)) + 3, smooth, "-" if number < 10 else "--", label=arm, **style)
+            axis.plot(np.arange(len(smooth)) + 3, smooth, label=arm, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update")
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right", frameon=False)
     return figure
-
-
-def _adapts(arm: str) -> bool:
-    return not arm.startswith(("fixed", "reward")) and arm not in ("frozen", "sft", "rl", BASELINE)
 
 
 def rewards(rows: Sequence[Row], table: Table) -> Any:
