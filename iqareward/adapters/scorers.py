@@ -155,7 +155,7 @@ def mixgrpo_model(
     def call(model: object, images: Sequence[ImageLike], prompts: Sequence[str]) -> list[float]:
         try:
             return _score_files(judge, images, prompts, device, on_nan).tolist()
-        except Exception as error:
+        except Exception as error:  # MixGRPO swallows every Exception around a reward, and would train on without it
             raise SystemExit(f"mixgrpo_model: {error}") from error
 
     return type(slot, (), {"__call__": call})()

@@ -14,7 +14,7 @@ class AlignPropTrainer:
 
     def __init__(self, reward_fn: str, pixels: nn.Parameter) -> None:
         if reward_fn not in ("hps", "aesthetic"):
-            raise NotImplementedError
+            raise NotImplementedError(f"{reward_fn}: theirs knows two names; ours replaces its loss instead")
         self.reward_fn, self.pixels = reward_fn, pixels
         self.loss_fn: Callable[..., Any] = self.shipped_loss
 
