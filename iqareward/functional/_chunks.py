@@ -11,6 +11,13 @@ from torch import Tensor
 CPU_PIXELS_PER_CHUNK = 512 * 512
 
 
+def rows_in_cache(batch: Tensor, device: torch.device) -> int:
+    """How many images of a batch `[B, ..., H, W]` to work on at a time on a device: all of them unless it is a CPU."""
+    if device.type != "cpu":
+        return max(1, batch.shape[0])
+    return max(1, CPU_PIXELS_PER_CHUNK // max(1, batch.shape[-2] * batch.shape[-1]))
+
+
 def map_chunks(formula: Callable[..., Tensor], *batches: Tensor) -> Tensor:
     """Apply `formula(*pieces) -> [b]` to consecutive pieces of the batches and concatenate; one call on other devices.
 
@@ -19,8 +26,8 @@ def map_chunks(formula: Callable[..., Tensor], *batches: Tensor) -> Tensor:
         batches: tensors `[B, ..., H, W]` with one shape for H, W.
     """
     first = batches[0]
-    size = max(1, CPU_PIXELS_PER_CHUNK // max(1, first.shape[-2] * first.shape[-1]))
-    if first.device.type != "cpu" or first.shape[0] <= size:
+    size = rows_in_cache(first, first.device)
+    if first.shape[0] <= size:
         return formula(*batches)
     pieces = zip(*(batch.split(size) for batch in batches), strict=True)
     return torch.cat([formula(*piece) for piece in pieces])

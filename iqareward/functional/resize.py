@@ -18,7 +18,10 @@ DIGIT_BITS = 8
 # bf16 passes), and sums over up to 512 taps stay below 2**24, where float32 still counts every integer.
 NUM_DIGITS = 3
 MAX_TAPS = 512
-BAND_COLUMNS = 64  # output columns per matmul: the kernel is a narrow band, so a dense matrix would be mostly zeros
+# The kernel is a narrow band of the matrix, so a dense product would mostly multiply zeros: each product makes as many
+# output columns as read about this many input columns, within limits that keep it worth a call.
+BAND_INPUTS = 128
+BAND_COLUMNS = (8, 64)
 
 
 class Band(NamedTuple):
@@ -61,6 +64,8 @@ def pillow_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def to_levels(images: Tensor) -> Tensor:
     """8-bit levels 0..255, as floats, of images in [0, 1]: rounded, not truncated, with a straight-through gradient."""
+    if not (torch.is_grad_enabled() and images.requires_grad):
+        return (images * 255).clamp_(0, 255).round_()
     scaled = (images * 255).clamp(0, 255)
     return _StraightThrough.apply(scaled, scaled.detach().round())  # pyright: ignore[reportReturnType]
 
@@ -98,21 +103,22 @@ def _resize_last(levels: Tensor, out_size: int) -> Tensor:
         return levels
     bands = _bands(levels.shape[-1], out_size, levels.dtype, levels.device)
     with torch.no_grad():
-        exact = torch.cat([_exact_band(levels[..., b.start : b.stop], b.digits) for b in bands], dim=-1)
+        exact = _exact(levels, bands)
     if not (torch.is_grad_enabled() and levels.requires_grad):
         return exact
     smooth = torch.cat([levels[..., b.start : b.stop] @ b.weights for b in bands], dim=-1).clamp(0, 255)
     return _StraightThrough.apply(smooth, exact)  # pyright: ignore[reportReturnType]
 
 
-def _exact_band(levels: Tensor, digits: Tensor) -> Tensor:
+def _exact(levels: Tensor, bands: tuple[Band, ...]) -> Tensor:
     """`round(levels @ coefficients)` clipped to 0..255 in integer arithmetic carried by floats."""
-    high, middle, low = (levels @ digits).chunk(NUM_DIGITS, dim=-1)
+    products = [(levels[..., b.start : b.stop] @ b.digits).unflatten(-1, (NUM_DIGITS, -1)) for b in bands]
+    high, middle, low = torch.cat(products, dim=-1).unbind(-2)
     base = 2.0**DIGIT_BITS
-    carry = middle + (low / base).floor()
-    carry = high + (carry / base).floor()
+    carry = (low / base).floor_().add_(middle)
+    carry = carry.div_(base).floor_().add_(high)
     unit = 2.0 ** (COEFFICIENT_BITS - 2 * DIGIT_BITS)
-    return ((carry + unit / 2) / unit).floor().clamp_(0, 255)
+    return carry.add_(unit / 2).div_(unit).floor_().clamp_(0, 255)
 
 
 @lru_cache(maxsize=64)
@@ -121,8 +127,9 @@ def _bands(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device
     bands = []
     # Cached tensors must be ordinary even if the first caller is in inference mode: later callers may want gradients.
     with torch.inference_mode(False), torch.no_grad():
-        for first in range(0, out_size, BAND_COLUMNS):
-            block = coefficients[:, first : first + BAND_COLUMNS]
+        columns = min(max(BAND_INPUTS * out_size // in_size, BAND_COLUMNS[0]), BAND_COLUMNS[1])
+        for first in range(0, out_size, columns):
+            block = coefficients[:, first : first + columns]
             rows = np.flatnonzero(block.any(axis=1))
             start, stop = int(rows[0]), int(rows[-1]) + 1
             block = block[start:stop]

@@ -44,6 +44,8 @@ def preprocess(images: Tensor, image_size: int) -> Tensor:
 
 def _pad_to_square(levels: Tensor, color: Tensor) -> Tensor:
     height, width = levels.shape[-2:]
+    if height == width:
+        return levels
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     padding = (left, side - width - left, top, side - height - top)
