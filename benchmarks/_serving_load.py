@@ -2,7 +2,7 @@
 
     python -m benchmarks._serving_load --kind ours --url http://127.0.0.1:8000 --concurrency 8 --seconds 10
 
-Prints one line of JSON: images answered, seconds, and the latencies in milliseconds.
+Prints one line of JSON: images answered, seconds, processor time of the clients, and the latencies in milliseconds.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import httpx
+import httpx2
 import numpy as np
 import torch
 from PIL import Image
@@ -25,20 +25,21 @@ PICTURES = 64
 
 
 def pictures(side: int) -> Tensor:
-    """`[PICTURES, 3, side, side]` uint8: smooth colours with grain, which neither JPEG nor PNG can make vanish."""
+    """`[PICTURES, 3, side, side]` in [0, 1], multiples of 1/255: smooth with grain, which no codec can make vanish."""
     rng = torch.Generator().manual_seed(0)
     coarse = torch.rand(PICTURES, 3, 16, 16, generator=rng)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
-    return ((smooth + 0.03 * torch.randn(smooth.shape, generator=rng)).clamp(0, 1) * 255).to(torch.uint8)
+    return ((smooth + 0.03 * torch.randn(smooth.shape, generator=rng)).clamp(0, 1) * 255).floor() / 255
 
 
 def flask_client(url: str) -> Callable[[Tensor], float]:
-    """What flow_grpo's client does with an image: JPEG with Pillow's defaults, pickled there and back."""
-    client = httpx.Client(timeout=600)
+    """What flow_grpo's client does with an image: 8 bits, JPEG with Pillow's defaults, pickled there and back."""
+    client = httpx2.Client(timeout=600)
 
     def score(image: Tensor) -> float:
         stream = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(stream, format="JPEG")
+        levels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(levels.numpy())).save(stream, format="JPEG")
         response = client.post(url, content=pickle.dumps({"images": [stream.getvalue()]}))
         return pickle.loads(response.content)["outputs"][0]
 
@@ -46,8 +47,8 @@ def flask_client(url: str) -> Callable[[Tensor], float]:
 
 
 def our_client(remote: RemoteReward) -> Callable[[Tensor], float]:
-    """The same image as float pixels, as a trainer has it, through `RemoteReward`."""
-    return lambda image: remote(image[None].float() / 255).item()
+    """The same image through `RemoteReward`, its pixels as they are."""
+    return lambda image: remote(image[None]).item()
 
 
 def load(clients: list[Callable[[Tensor], float]], images: Tensor, seconds: float) -> tuple[list[float], float]:
@@ -88,8 +89,11 @@ def main() -> None:
         remote = RemoteReward(options.url, "judge", max_in_flight=options.concurrency, timeout=600)
         clients = [our_client(remote)] * options.concurrency
     load(clients, images, min(1.0, options.seconds))
+    before = time.process_time()
     latencies, seconds = load(clients, images, options.seconds)
-    print(json.dumps({"images": len(latencies), "seconds": seconds, "latencies": latencies}), flush=True)
+    used = time.process_time() - before
+    found = {"images": len(latencies), "seconds": seconds, "cpu_seconds": used, "latencies": latencies}
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def clients(kind: str, url: str, concurrency: int, seconds: float, side: int) ->
 
 def in_process(judge: Judge, seconds: float, side: int, batch: int) -> dict[str, Any]:
     """Whole batches, one after the other."""
-    images = pictures(side)[:batch].float() / 255
+    images = pictures(side)[:batch]
     judge(images)
     start, count = time.perf_counter(), 0
     while time.perf_counter() < start + seconds:
@@ -102,7 +102,7 @@ def in_process(judge: Judge, seconds: float, side: int, batch: int) -> dict[str,
 def micro_batched(judge: Judge, seconds: float, side: int) -> dict[str, Any]:
     """Threads with one image each, in this process."""
     with MicroBatched(judge, max_batch=BATCH) as batched:
-        calls = [lambda image: batched(image[None].float() / 255).item()] * THREADS
+        calls = [lambda image: batched(image[None]).item()] * THREADS
         latencies, took = load(calls, pictures(side), seconds)
     return {"images": len(latencies), "seconds": took, "latencies": latencies}
 
@@ -199,7 +199,7 @@ def main() -> None:
         table.add_row(*(str(value) for value in line.values()))
     Console(stderr=True).print(table)
     setup = {name: getattr(options, name) for name in ("config", "side", "seconds", "rounds", "threads", "haproxy")}
-    record = document("serving", rows, targets(rows, max(options.concurrency)), ["ray", "flask", "httpx"])
+    record = document("serving", rows, targets(rows, max(options.concurrency)), ["ray", "flask", "httpx2"])
     finish(record | {"cores": os.cpu_count(), "setup": setup}, options.out)
 
 

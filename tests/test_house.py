@@ -22,7 +22,7 @@ LAYERS = {
 }  # fmt: skip
 HEAVY = {
     "transformers", "diffusers", "trl", "pyiqa", "ray", "accelerate", "peft", "torchao", "torchvision",
-    "piq", "lpips", "DISTS_pytorch", "skimage", "scipy", "matplotlib", "httpx",
+    "piq", "lpips", "DISTS_pytorch", "skimage", "scipy", "matplotlib", "httpx2",
 }  # fmt: skip
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 250, 40
 FORBIDDEN = {

@@ -20,7 +20,7 @@ NUM_DIGITS = 3
 MAX_TAPS = 512
 # The kernel is a narrow band of the matrix, so a dense product would mostly multiply zeros: each product makes as many
 # output columns as read about this many input columns, within limits that keep it worth a call.
-BAND_INPUTS = 128
+BAND_INPUTS = 64
 BAND_COLUMNS = (8, 64)
 
 

@@ -28,7 +28,7 @@ class HttpClient:
 
     Args:
         urls: base addresses of servers that answer alike; requests go round, and past servers that are down.
-        purpose: what needs httpx, for the error message if it is missing.
+        purpose: what needs httpx2, for the error message if it is missing.
         max_in_flight: requests at the same time; more wait.
         attempts: how often a request may be lost on the way (no connection, connection cut, a proxy without a server).
             A server that says that it is busy (429, 503) is asked again until the deadline.
@@ -37,7 +37,7 @@ class HttpClient:
         token_variable: environment variable that holds a bearer token; None = no token.
 
     Raises:
-        ImportError: httpx is missing.
+        ImportError: httpx2 is missing.
         ValueError: no URL, one that is not http(s), or a bound below 1.
     """
 
@@ -55,7 +55,7 @@ class HttpClient:
             raise ValueError(f"{purpose} expected one or more URLs that start with http:// or https://, got {urls}.")
         if max_in_flight < 1 or attempts < 1:
             raise ValueError(f"{purpose} expected max_in_flight and attempts >= 1, got {max_in_flight} and {attempts}.")
-        require("httpx", extra="serve", purpose=purpose)
+        require("httpx2", extra="serve", purpose=purpose)
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.attempts, self.hedge_after = attempts, hedge_after
         self._here = PerProcess(partial(start_loop, purpose, max_in_flight, token_variable, len(self.urls)))

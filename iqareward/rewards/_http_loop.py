@@ -61,8 +61,8 @@ class AttemptFailed(Exception):
 class HttpLoop:
     """An event loop in its own thread, and the connections on it."""
 
-    def __init__(self, httpx: Any, http: Any, max_in_flight: int, num_servers: int) -> None:
-        self.httpx, self.http = httpx, http
+    def __init__(self, httpx2: Any, http: Any, max_in_flight: int, num_servers: int) -> None:
+        self.httpx2, self.http = httpx2, http
         self.slots = asyncio.Semaphore(max_in_flight)
         self.resting = [0.0] * num_servers
         self.turn = itertools.count(random.SystemRandom().randrange(num_servers))  # clients start at different servers
@@ -96,9 +96,9 @@ class HttpLoop:
                     body += chunk
                     if len(body) > MAX_ANSWER_BYTES:
                         raise RemoteError("malformed_answer", f"{url} answered with over {MAX_ANSWER_BYTES} bytes.")
-        except self.httpx.TransportError as error:  # refused, dropped, cut short
+        except self.httpx2.TransportError as error:  # refused, dropped, cut short
             raise AttemptFailed(RemoteError("unreachable", f"{url}: {type(error).__name__}: {error}")) from None
-        except self.httpx.HTTPError as error:  # a body that its Content-Encoding does not decode
+        except self.httpx2.HTTPError as error:  # a body that its Content-Encoding does not decode
             raise RemoteError("malformed_answer", f"{url}: {type(error).__name__}: {error}") from None
         if response.status_code == 200:
             return bytes(body)
@@ -111,14 +111,14 @@ class HttpLoop:
 
 
 def start_loop(purpose: str, max_in_flight: int, token_variable: str | None, num_servers: int) -> HttpLoop:
-    httpx = require("httpx", extra="serve", purpose=purpose)
+    httpx2 = require("httpx2", extra="serve", purpose=purpose)
     token = os.environ.get(token_variable) if token_variable else None
-    http = httpx.AsyncClient(
+    http = httpx2.AsyncClient(
         headers={"Authorization": f"Bearer {token.strip()}"} if token else {},
-        timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # the deadline bounds the rest
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
+        timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # the deadline bounds the rest
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
     )
-    return HttpLoop(httpx, http, max_in_flight, num_servers)
+    return HttpLoop(httpx2, http, max_in_flight, num_servers)
 
 
 def _serve(loop: asyncio.AbstractEventLoop, http: Any) -> None:

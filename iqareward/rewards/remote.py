@@ -66,7 +66,7 @@ class RemoteReward:
         facts: what the reward needs; default: asked of the server when first needed.
 
     Raises:
-        ImportError: httpx is missing (extra `serve`).
+        ImportError: httpx2 is missing (extra `serve`).
         ValueError: a URL without http(s), or a bound that is not positive.
 
     Example:

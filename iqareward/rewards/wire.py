@@ -31,6 +31,7 @@ from iqareward.types import Images, Scores
 CONTENT_TYPE = "application/x-safetensors"
 VERSION = 1
 METADATA_KEY = "iqareward"
+VALUES_IN_CACHE = 2**16  # of a tensor that are worked on at a time; the client shares its cores with a trainer
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -212,14 +213,23 @@ def _packed(images: Tensor) -> Tensor:
             f"encode_request expected uint8 or floating-point images, got {images.dtype}. "
             "Convert with iqareward.to_images(...)."
         )
-    images = images.detach().cpu()
+    images = images.detach().cpu().contiguous()
     if images.dtype not in (torch.uint8, torch.float16):
         images = images.float()
-        levels = (images * 255).round().clamp(0, 255).nan_to_num().to(torch.uint8)
+        levels = _levels(images)
+        images = images if levels is None else levels
+    return images
+
+
+def _levels(images: Tensor) -> Tensor | None:
+    """The v of float images that are exactly v / 255, as uint8; None as soon as one value is something else."""
+    levels = torch.empty(images.shape, dtype=torch.uint8)
+    for values, found in zip(images.view(-1).split(VALUES_IN_CACHE), levels.view(-1).split(VALUES_IN_CACHE), strict=True):
+        found.copy_((values * 255).round_().clamp_(0, 255))  # NaN becomes some level, and differs below
         # compared as bits: -0.0 == 0.0, and a wire that loses a sign is not lossless
-        if torch.equal((levels.float() / 255).view(torch.int32), images.contiguous().view(torch.int32)):
-            images = levels
-    return images.contiguous()
+        if not torch.equal(found.float().div_(255).view(torch.int32), values.view(torch.int32)):
+            return None
+    return levels
 
 
 def _column(tensors: Mapping[str, Tensor], names: str | list[str] | None) -> Tensor | list[Tensor] | None:

@@ -15,10 +15,11 @@ from starlette.types import ASGIApp
 import iqareward
 from iqareward.rewards.wire import CONTENT_TYPE, ScoreRequest, WireError, decode_request, encode_answer
 from iqareward.serving import openapi
-from iqareward.serving.dispatch import Service, answer, time_limit
+from iqareward.serving.dispatch import Service, answer, chosen, time_limit
 from iqareward.serving.errors import ServiceError, error_response
 from iqareward.serving.gate import Gate
 from iqareward.serving.legacy import add_legacy_routes
+from iqareward.serving.presence import while_connected
 from iqareward.serving.settings import Settings
 from iqareward.serving.uploads import read_form
 
@@ -37,8 +38,7 @@ def build_app(service: Service, settings: Settings) -> ASGIApp:
     _add_score_route(api, service, settings)
     _add_status_routes(api, service, settings)
     add_legacy_routes(api, service, settings)
-    limits = settings.limits
-    return Gate(api, token=settings.token, max_bytes=limits.max_bytes, max_inflight_bytes=settings.max_inflight_bytes)
+    return Gate(api, settings)
 
 
 def _add_score_route(api: FastAPI, service: Service, settings: Settings) -> None:
@@ -51,7 +51,7 @@ def _add_score_route(api: FastAPI, service: Service, settings: Settings) -> None
             if decoded.deadline is not None:
                 timeout.reschedule(started + min(decoded.deadline, settings.deadline))
             read = clock() - started
-            result = await answer(service, decoded)
+            result = await while_connected(request, answer(chosen(service, decoded), decoded))
         timings = {"read": read} | result.timings | {"total": clock() - started}
         return Response(encode_answer(replace(result, timings=timings)), media_type="application/json")
 

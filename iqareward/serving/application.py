@@ -14,13 +14,14 @@ from iqareward.serving.app import build_app
 from iqareward.serving.backend import RayBackend, deployment_health, node_metrics
 from iqareward.serving.batch_metrics import BatchMetrics
 from iqareward.serving.dispatch import Facts, Served, Service
+from iqareward.serving.listener import Address, Listener
 from iqareward.serving.replica import RewardReplica
 from iqareward.serving.settings import Settings
 from iqareward.types import Reward
 
 APP_NAME = "iqareward"
 MAX_QUEUED = 1024  # calls of a reward that wait in one front process; further ones are answered with 429
-FRONT_ONGOING = 1024  # requests that one front process holds; it mostly waits
+QUIET = {"enable_access_log": False}  # a line for every image; /metrics counts them
 BUILD_ATTEMPTS = 2  # of a process; weights that cannot be loaded twice are not there
 
 
@@ -35,7 +36,8 @@ class Deployment:
         num_cpus: CPUs of a process, and its threads.
         max_batch: images per call of a reward.
         max_wait_ms: how long an image waits for company.
-        front_replicas: processes that speak HTTP; `"auto"` = as many as requests ask for, up to 8.
+        front_replicas: processes that speak HTTP; `"auto"` = one for every 8 cores of a machine, or on a cluster as many
+            as requests ask for; up to 8.
         token_env: environment variable, where the front runs, that holds the token; None = no token.
     """
 
@@ -56,7 +58,9 @@ def load_rewards(specs: Sequence[str], num_gpus: float) -> dict[str, Reward]:
     return {spec: load(spec, device="cuda" if num_gpus > 0 else "cpu") for spec in specs}
 
 
-def application(rewards: Mapping[str, Reward], deployment: Deployment, settings: Settings) -> Any:
+def application(
+    rewards: Mapping[str, Reward], deployment: Deployment, settings: Settings, *, address: Address | None = None
+) -> Any:
     """The application, ready for `ray.serve.run(..., name="iqareward")`.
 
     Args:
@@ -64,6 +68,7 @@ def application(rewards: Mapping[str, Reward], deployment: Deployment, settings:
         deployment: how each of them runs.
         settings: limits and deadline; its token is read from `deployment.token_env` where the front runs, so that it
             is in no message between processes.
+        address: where the front listens; None = it does not, and gets its requests from Ray's proxies.
     """
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     if settings.token is not None:
@@ -81,6 +86,7 @@ def application(rewards: Mapping[str, Reward], deployment: Deployment, settings:
             max_constructor_retry_count=BUILD_ATTEMPTS,
             health_check_period_s=5,
             health_check_timeout_s=30,
+            logging_config=QUIET,
             **_scaling(deployment.replicas, target=deployment.max_batch, most=deployment.max_replicas),
         )
         parts.append(
@@ -97,12 +103,11 @@ def application(rewards: Mapping[str, Reward], deployment: Deployment, settings:
     def build() -> Any:  # a function, not a partial: that is what Ray Serve takes for a builder
         return front(names, facts, deployment, settings)
 
-    ingress = serve.deployment(serve.ingress(build)()).options(
-        name="front",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=FRONT_ONGOING,
-        **_scaling(deployment.front_replicas, target=64, most=8),
-    )
+    options = {"name": "front", "ray_actor_options": {"num_cpus": 0}, "logging_config": QUIET}
+    if address is not None:
+        return serve.deployment(Listener).options(**options, num_replicas=address.processes).bind(build, address, *parts)
+    scaling = _scaling(deployment.front_replicas, target=64, most=8)
+    ingress = serve.deployment(serve.ingress(build)()).options(**options, **scaling, max_ongoing_requests=settings.max_inflight_requests)
     return ingress.bind(*parts)
 
 

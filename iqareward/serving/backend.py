@@ -85,14 +85,14 @@ async def node_metrics() -> str:
         ServiceError: 503, the agent does not answer.
     """
     ray = require("ray", extra="serve", purpose="the reward server")
-    httpx = require("httpx", extra="serve", purpose="the reward server")
+    httpx2 = require("httpx2", extra="serve", purpose="the reward server")
     here = ray.get_runtime_context().get_node_id()
     nodes = await asyncio.to_thread(ray.nodes)
     node = next(node for node in nodes if node["NodeID"] == here)
     try:
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+        async with httpx2.AsyncClient(timeout=5, trust_env=False) as client:
             answer = await client.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
             answer.raise_for_status()
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         raise _unavailable(f"Ray's metrics agent does not answer ({type(error).__name__})") from error
     return answer.text

@@ -87,19 +87,28 @@ async def time_limit(seconds: float) -> AsyncGenerator[asyncio.Timeout]:
         ) from None
 
 
-async def answer(service: Service, request: ScoreRequest) -> ScoreAnswer:
-    """Score a request with every reward that it names, all at once.
+def chosen(service: Service, request: ScoreRequest) -> dict[str, Served]:
+    """The rewards that a request names, if they have what they need.
 
     Raises:
-        ServiceError: an unknown reward, missing references or prompts, or a reward that failed; then nothing is
-            answered in part.
+        ServiceError: an unknown reward, or missing references or prompts.
+    """
+    return {name: _checked(service, name, request) for name in request.rewards}
+
+
+async def answer(rewards: Mapping[str, Served], request: ScoreRequest) -> ScoreAnswer:
+    """Score a request with every reward that was `chosen`, all at once.
+
+    Raises:
+        ServiceError: a reward failed; then nothing is answered in part.
     """
     started = time.perf_counter()
-    chosen = {name: _checked(service, name, request) for name in request.rewards}
-    results = await together([_score(served, request) for served in chosen.values()])
+    results = await together([_score(served, request) for served in rewards.values()])
     return ScoreAnswer(
-        scores={name: result.scores for name, result in zip(chosen, results, strict=True)},
-        components={name: result.components for name, result in zip(chosen, results, strict=True) if result.components},
+        scores={name: result.scores for name, result in zip(rewards, results, strict=True)},
+        components={
+            name: result.components for name, result in zip(rewards, results, strict=True) if result.components
+        },
         timings={"score": time.perf_counter() - started},
     )
 

@@ -8,25 +8,26 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from iqareward.serving.errors import ServiceError, error_response
+from iqareward.serving.settings import Settings
 
 OPEN_PATHS = ("/healthz",)  # load balancers have no token
 
 
 class Gate:
-    """An ASGI application in front of another: bearer token, size of the body, memory of all bodies together.
+    """An ASGI application in front of another: bearer token, size of the body, number and memory of all requests.
+
+    The token comes as `Authorization: Bearer <token>`, or as the password of Basic authentication, which is what
+    `http://user:<token>@host` becomes.
 
     Args:
         app: the application behind the gate.
-        token: what clients must send as `Authorization: Bearer <token>`, or as the password of Basic authentication,
-            which is what `http://user:<token>@host` becomes; None = no check.
-        max_bytes: of one body.
-        max_inflight_bytes: of all bodies that are being read or scored.
+        settings: the token, and the limits.
     """
 
-    def __init__(self, app: ASGIApp, *, token: str | None, max_bytes: int, max_inflight_bytes: int) -> None:
-        self.app, self.max_bytes, self.max_inflight_bytes = app, max_bytes, max_inflight_bytes
-        self._token = None if token is None else token.encode()
-        self._inflight_bytes = 0
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+        self._token = None if settings.token is None else settings.token.encode()
+        self._inflight = self._inflight_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer why not."""
@@ -36,10 +37,12 @@ class Gate:
             size = self._admit(scope)
         except ServiceError as error:
             return await error_response(error)(scope, receive, send)
+        self._inflight += 1
         self._inflight_bytes += size
         try:
             await self.app(scope, receive, send)
         finally:
+            self._inflight -= 1
             self._inflight_bytes -= size
 
     def _admit(self, scope: Scope) -> int:
@@ -55,11 +58,14 @@ class Gate:
         length = headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()):
             raise ServiceError(411, "length_required", "expected a Content-Length header: send the body in one piece.")
-        size = int(length[:20])
-        if size > self.max_bytes:
-            raise ServiceError(413, "body_too_large", f"expected at most {self.max_bytes} bytes, got {size}.")
-        if self._inflight_bytes + size > self.max_inflight_bytes:
-            raise ServiceError(429, "overloaded", "the server holds as many images as it may; retry.", retry_after=1)
+        size, most = int(length[:20]), self.settings.limits.max_bytes
+        if size > most:
+            raise ServiceError(413, "body_too_large", f"expected at most {most} bytes, got {size}.")
+        if (
+            self._inflight >= self.settings.max_inflight_requests
+            or self._inflight_bytes + size > self.settings.max_inflight_bytes
+        ):
+            raise ServiceError(429, "overloaded", "the server holds as much as it may; retry.", retry_after=1)
         return size
 
 

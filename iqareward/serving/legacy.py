@@ -27,10 +27,11 @@ from fastapi.responses import JSONResponse
 from iqareward.rewards._wire_json import read_json
 from iqareward.rewards.wire import ScoreRequest, WireError
 from iqareward.serving import openapi
-from iqareward.serving.dispatch import Service, answer, time_limit, unknown_reward
+from iqareward.serving.dispatch import Service, answer, chosen, time_limit, unknown_reward
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.pictures import decode_pairs
 from iqareward.serving.plain_pickle import loads_plain
+from iqareward.serving.presence import while_connected
 from iqareward.serving.settings import Settings
 
 
@@ -76,7 +77,7 @@ async def _scored(
             body = await request.body()
             name = _chosen(reward, service)
             decoded = await asyncio.to_thread(lambda: _decoded(read(body), name, service, settings))
-            result = await answer(service, decoded)
+            result = await while_connected(request, answer(chosen(service, decoded), decoded))
         scores = result.scores[name].tolist()
         missing = [index for index, score in enumerate(scores) if math.isnan(score)]
         if missing:

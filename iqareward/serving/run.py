@@ -11,9 +11,20 @@ from typing import Any
 
 from iqareward.optional import require
 from iqareward.serving.application import APP_NAME, Deployment, application
+from iqareward.serving.listener import Address
 from iqareward.serving.settings import Settings
 from iqareward.types import Reward
 
+# For the processes of a Ray of our own, where the variables are not set. Our code never blocks a loop, so it needs none of
+# its own, and every request saves the way there and back; and images that go straight from process to process cost less
+# than through Ray's store of objects.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
+CORES_PER_FRONT, MOST_FRONTS = 8, 8
 PROXY_GRACE = 10.0  # seconds by which Ray's proxy outwaits our own deadline, whose answer says more
 
 
@@ -34,12 +45,25 @@ def deploy(
         RuntimeError: a reward cannot be built, for example because its weights are missing.
         ValueError: one machine, and it has no room for a process of each reward.
     """
-    if not everywhere:
-        deployment = replace(deployment, max_replicas=_room(len(rewards), deployment))
     serve = require("ray.serve", extra="serve", purpose="the reward server")
-    http = {"host": host, "port": port, "request_timeout_s": settings.deadline + PROXY_GRACE}
-    serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=http)
-    serve.run(application(rewards, deployment, settings), name=APP_NAME, route_prefix="/")
+    address = None
+    if everywhere:
+        http = {"host": host, "port": port, "request_timeout_s": settings.deadline + PROXY_GRACE}
+        serve.start(proxy_location="EveryNode", http_options=http)
+    else:
+        deployment = replace(deployment, max_replicas=_room(len(rewards), deployment))
+        address = Address(host, port, _fronts(deployment))
+        address.bind().close()  # a port that is taken is an error before anything is started
+        serve.start(proxy_location="Disabled")
+    serve.run(application(rewards, deployment, settings, address=address), name=APP_NAME, route_prefix="/")
+
+
+def _fronts(deployment: Deployment) -> int:
+    """How many processes speak HTTP on this machine."""
+    if deployment.front_replicas != "auto":
+        return deployment.front_replicas
+    ray = require("ray", extra="serve", purpose="the reward server")
+    return min(max(int(ray.cluster_resources().get("CPU", 0)) // CORES_PER_FRONT, 1), MOST_FRONTS)
 
 
 def _room(num_rewards: int, deployment: Deployment) -> int:
@@ -68,7 +92,8 @@ def local_ray(**options: Any) -> Generator[None]:
     """
     ray = require("ray", extra="serve", purpose="the reward server")
     serve = require("ray.serve", extra="serve", purpose="the reward server")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # whoever wants to report may set it
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     ray.init(address="local", include_dashboard=False, **options)  # whatever $RAY_ADDRESS says
     try:
         yield

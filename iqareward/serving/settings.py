@@ -13,6 +13,7 @@ class Settings:
     Args:
         limits: of one request.
         max_inflight_bytes: of all requests that one front process is reading or scoring.
+        max_inflight_requests: that one front process is reading or scoring; it mostly waits.
         deadline: seconds from arrival to answer; a request may ask for less, not for more.
         jpeg: where JPEG and lossy WebP are taken. `"legacy"` = by the dialects of other code bases only, whose clients
             send nothing else; `"never"` = nowhere, which makes those clients fail until they send PNG; `"always"`.
@@ -21,6 +22,7 @@ class Settings:
 
     limits: Limits = field(default_factory=Limits)
     max_inflight_bytes: int = 2 * 2**30
+    max_inflight_requests: int = 1024
     deadline: float = 120.0
     jpeg: Literal["never", "legacy", "always"] = "legacy"
     token: str | None = field(default=None, repr=False)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
-import httpx
+import httpx2
 from starlette.types import ASGIApp
 
 from iqareward.rewards.calls import Call
@@ -50,18 +50,18 @@ def application(rewards: Mapping[str, Served], settings: Settings | None = None,
     return build_app(Service(rewards, health, metrics), settings or Settings())
 
 
-async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx.Response:
+async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx2.Response:
     """One request."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server") as client:
         return await client.request(method, path, **options)
 
 
-def get(app: ASGIApp, path: str, **options: Any) -> httpx.Response:
+def get(app: ASGIApp, path: str, **options: Any) -> httpx2.Response:
     """GET, from a test that is not a coroutine."""
     return asyncio.run(send(app, "GET", path, **options))
 
 
-def post(app: ASGIApp, path: str = "/v1/score", **options: Any) -> httpx.Response:
+def post(app: ASGIApp, path: str = "/v1/score", **options: Any) -> httpx2.Response:
     """POST, from a test that is not a coroutine."""
     return asyncio.run(send(app, "POST", path, **options))
 
@@ -71,7 +71,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(work)
 
 
-def error_of(response: httpx.Response) -> tuple[int, str]:
+def error_of(response: httpx2.Response) -> tuple[int, str]:
     """Status and code of an error, after a look at its form."""
     error = response.json()["error"]
     assert set(error) <= {"code", "message", "index"}

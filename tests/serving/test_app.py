@@ -5,7 +5,7 @@ import json
 import time
 from dataclasses import replace
 
-import httpx
+import httpx2
 import pytest
 import torch
 from torch import Tensor
@@ -268,7 +268,7 @@ def test_a_reward_that_raises_fails_only_the_request_at_fault(error, status):
     """Requests in one batch: the one with the image at fault gets the error, the others their scores."""
     app = application({"fragile": served(Fragile(error))})
 
-    async def scenario() -> list[httpx.Response]:
+    async def scenario() -> list[httpx2.Response]:
         good, bad = torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 3, 8, 8)
         bodies = [encode_request(images, rewards=["fragile"]) for images in (good, bad, good, good)]
         sends = [send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS) for content in bodies]

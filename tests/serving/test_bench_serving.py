@@ -26,10 +26,10 @@ def test_flask_scores_what_jpeg_left():
         client = flask_client(url)
         found = torch.tensor([client(image) for image in images])
         loaded = bench_serving.clients("flask", url, 2, 0.2, SIDE)
-    files = [encoded(Image.fromarray(image.permute(1, 2, 0).numpy()), "JPEG") for image in images]
+    files = [encoded(Image.fromarray(image.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()), "JPEG") for image in images]
     left = iqareward.to_images([Image.open(io.BytesIO(file)) for file in files])
     torch.testing.assert_close(found, judge(left), **NETWORK_BATCH)
-    assert not torch.equal(found, judge(images.float() / 255))
+    assert not torch.equal(found, judge(images))
     assert loaded["images"] == len(loaded["latencies"]) >= 2
 
 

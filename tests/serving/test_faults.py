@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
+import httpx2
 import psutil
 import pytest
 import torch
@@ -43,8 +43,8 @@ class Server(NamedTuple):
     url: str
     pids: Path  # a file for each process of the reward `moody`
 
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
+    def client(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
 
 
 def free_port() -> int:
@@ -80,7 +80,7 @@ def body(value: float = 0.5, width: int = 8, **options) -> bytes:
     return encode_request(flat(torch.tensor([value]), width), rewards=["moody"], **options)
 
 
-def post(client: httpx.Client, content: bytes, path: str = "/v1/score", **headers: str) -> httpx.Response:
+def post(client: httpx2.Client, content: bytes, path: str = "/v1/score", **headers: str) -> httpx2.Response:
     return client.post(path, content=content, headers=SAFETENSORS | headers)
 
 
@@ -99,15 +99,15 @@ def test_remote_scores_are_local_scores(server):
 
 def test_token(server):
     """No token, a wrong one and a right one, in headers and in a URL as the foreign clients have it."""
-    wrong = httpx.Client(base_url=server.url, headers={"authorization": "Bearer wrong"})
-    for client in (httpx.Client(base_url=server.url), wrong):
+    wrong = httpx2.Client(base_url=server.url, headers={"authorization": "Bearer wrong"})
+    for client in (httpx2.Client(base_url=server.url), wrong):
         assert error_of(post(client, body())) == (401, "unauthorized")
         client.close()
     with server.client() as client:
         assert post(client, body()).json()["scores"] == {"moody": [0.5]}
         assert client.get("/healthz").json()["rewards"] == {"ssim": "ok", "moody": "ok"}
     url = server.url.replace("http://", f"http://anyone:{TOKEN.replace(' ', '%20')}@")
-    response = httpx.post(
+    response = httpx2.post(
         f"{url}/flow_grpo/ssim", content=pickle.dumps({"images": [encoded()], "ref_images": [encoded()]})
     )
     assert pickle.loads(response.content)["outputs"] == [1.0]

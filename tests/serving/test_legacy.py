@@ -6,7 +6,7 @@ import io
 import os
 import pickle
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -163,7 +163,7 @@ def test_no_error_is_status_500():
 )
 def test_bad_requests(app, path, options, status):
     """Errors have a status and a text in the dialect's own form."""
-    response: httpx.Response = post(app, path, **options)
+    response: httpx2.Response = post(app, path, **options)
     assert response.status_code == status
     document = response.json() if "factory" in path else pickle.loads(response.content)
     assert isinstance(document["error"], str)

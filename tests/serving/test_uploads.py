@@ -118,7 +118,7 @@ def test_pictures_count_uncompressed():
 @pytest.mark.parametrize(
     ("files", "fields", "expected"),
     [
-        ([], {"reward": "piqe"}, (415, "unsupported_content_type")),  # httpx sends no form without files
+        ([], {"reward": "piqe"}, (415, "unsupported_content_type")),  # httpx2 sends no form without files
         (form("images", encoded()), {}, (422, "bad_form")),
         (form("references", encoded()), {"reward": "piqe"}, (422, "no_images")),
         (form("images", encoded()), {"reward": ["piqe", "piqe"]}, (422, "bad_form")),

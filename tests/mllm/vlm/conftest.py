@@ -10,7 +10,7 @@ from tests.mllm.vlm.chat_double import serve
 @pytest.fixture
 def double():
     """The server."""
-    pytest.importorskip("httpx", reason="needs the extra serve")
+    pytest.importorskip("httpx2", reason="needs the extra serve")
     with serve() as running:
         yield running
 

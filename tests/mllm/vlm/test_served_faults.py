@@ -177,7 +177,7 @@ def test_many_threads_may_meet_the_first_call(make) -> None:
 
 def test_missing_httpx_names_the_extra(make, monkeypatch) -> None:
     """The error ends in the line to type."""
-    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
     with pytest.raises(ImportError, match=r"iqareward\[serve\]"):
         make()
 

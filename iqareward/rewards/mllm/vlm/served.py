@@ -63,7 +63,7 @@ class ServedVLMReward:
         name: default: `"served:<model>"`.
 
     Raises:
-        ImportError: httpx is missing.
+        ImportError: httpx2 is missing.
         ValueError: an option is out of its range.
         RemoteError: no usable answer, and `on_error` is `"raise"` (at a call).
 
