@@ -1,10 +1,19 @@
-"""The reward that bench_serving serves: Q-Align on a small mPLUG-Owl2 with seeded weights, built where it is used."""
+"""The reward that bench_serving serves: Q-Align on a small mPLUG-Owl2 with seeded weights, built where it is used.
 
+    python -m benchmarks._serving_judge --config wide --threads 1 --batch 32 --seconds 10 --side 512
+
+scores batches when it reads a line, after it has said that it is ready, and prints one line of JSON: images, seconds.
+"""
+
+import argparse
 import dataclasses
+import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.bench_qalign import MEDIUM, TINY, random_model
 from iqareward.rewards.mllm.qalign import QAlignReward
@@ -19,6 +28,17 @@ CONFIGS = {
     "medium": MEDIUM,
     "tiny": dataclasses.replace(TINY, image_size=56, num_queries=4),
 }
+
+
+PICTURES = 64
+
+
+def pictures(side: int) -> Tensor:
+    """`[PICTURES, 3, side, side]` in [0, 1], multiples of 1/255: smooth with grain, which no codec can make vanish."""
+    rng = torch.Generator().manual_seed(0)
+    coarse = torch.rand(PICTURES, 3, 16, 16, generator=rng)
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    return ((smooth + 0.03 * torch.randn(smooth.shape, generator=rng)).clamp(0, 1) * 255).floor() / 255
 
 
 class Judge:
@@ -43,3 +63,32 @@ class Judge:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reward": None}
+
+
+def score_batches(judge: Judge, images: Tensor, seconds: float) -> dict[str, Any]:
+    """One whole batch after the other."""
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() < start + seconds:
+        judge(images)
+        count += len(images)
+    return {"images": count, "seconds": time.perf_counter() - start, "latencies": []}
+
+
+def main() -> None:
+    """Warm up, wait for a line, score."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--side", type=int, required=True)
+    options = parser.parse_args()
+    judge, images = Judge(options.config, options.threads, options.batch), pictures(options.side)[: options.batch]
+    judge(images)
+    print("ready", flush=True)
+    input()
+    print(json.dumps(score_batches(judge, images, options.seconds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
     python -m benchmarks._serving_load --kind ours --url http://127.0.0.1:8000 --concurrency 8 --seconds 10
 
+Several `--url` are dealt out to the threads.
+
 Prints one line of JSON: images answered, seconds, processor time of the clients, and the latencies in milliseconds.
 """
 
@@ -19,17 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks._serving_judge import pictures
 from iqareward.rewards.remote import RemoteReward
-
-PICTURES = 64
-
-
-def pictures(side: int) -> Tensor:
-    """`[PICTURES, 3, side, side]` in [0, 1], multiples of 1/255: smooth with grain, which no codec can make vanish."""
-    rng = torch.Generator().manual_seed(0)
-    coarse = torch.rand(PICTURES, 3, 16, 16, generator=rng)
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
-    return ((smooth + 0.03 * torch.randn(smooth.shape, generator=rng)).clamp(0, 1) * 255).floor() / 255
 
 
 def flask_client(url: str) -> Callable[[Tensor], float]:
@@ -76,7 +69,7 @@ def main() -> None:
     """Warm up, load, print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kind", choices=("ours", "flask"), required=True)
-    parser.add_argument("--url", required=True)
+    parser.add_argument("--url", action="append", required=True)
     parser.add_argument("--concurrency", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--side", type=int, required=True)
@@ -84,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)
     images = pictures(options.side)
     if options.kind == "flask":
-        clients = [flask_client(options.url) for _ in range(options.concurrency)]
+        clients = [flask_client(options.url[turn % len(options.url)]) for turn in range(options.concurrency)]
     else:
         remote = RemoteReward(options.url, "judge", max_in_flight=options.concurrency, timeout=600)
         clients = [our_client(remote)] * options.concurrency

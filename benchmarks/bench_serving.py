@@ -2,12 +2,18 @@
 
     python -m benchmarks.bench_serving                    # about ten minutes on 2 cores; the figures of the docs
     python -m benchmarks.bench_serving --config medium    # a network for which a CPU gains nothing from batches
-    python -m benchmarks.bench_serving --haproxy          # Ray's HAProxy in place of its Python proxy
     python -m benchmarks.bench_serving --quick            # smoke run
 
-Arms, taken in turns: `in process` is one call with a batch; `MicroBatched` is 8 threads with one image each; `server`
-is `iqareward serve` with `RemoteReward` clients in another process; `flask` and `flask, threaded` are the pickle and
-JPEG server of `_serving_flask.py`. Clients and servers share the cores, so what a server costs shows. The last line is
+Arms, taken in turns:
+
+- `in process`: one call with a batch, the network on all cores;
+- `in process, one per core`: the same in as many processes as cores, one thread each, all at once;
+- `MicroBatched`: 8 threads with one image each, in one process;
+- `server`: `iqareward serve --replicas <cores>`, that is one thread for each, with `RemoteReward` clients;
+- `flask`: the server of pickles and JPEG of `_serving_flask.py`, one process with all cores as code bases run it;
+  `flask, threaded` takes requests side by side; `flask, one per core` is as many processes, one thread each.
+
+Clients run in another process and share the cores with the servers, so what a server costs shows. The last line is
 JSON.
 """
 
@@ -19,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import document, finish, target
-from benchmarks._serving_judge import CONFIGS, Judge
-from benchmarks._serving_load import load, pictures
+from benchmarks._serving_judge import CONFIGS, Judge, pictures, score_batches
+from benchmarks._serving_load import load
 from iqareward.rewards.batching import MicroBatched
 
 BATCH, THREADS = 32, 8
@@ -45,8 +51,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def our_server(judge: Judge, threads: int) -> Iterator[tuple[str, Any]]:
-    """The address of `iqareward serve` with one process of the judge, and a way to ask that process for its batches."""
+def our_server(judge: Judge, processes: int) -> Iterator[tuple[str, Any]]:
+    """The address of `iqareward serve` with so many processes of the judge, and a handle to them."""
     from ray import serve
 
     from iqareward.serving.application import APP_NAME, Deployment
@@ -54,18 +60,18 @@ def our_server(judge: Judge, threads: int) -> Iterator[tuple[str, Any]]:
     from iqareward.serving.settings import Settings
 
     port = free_port()
-    deployment = Deployment(replicas=1, num_cpus=threads, max_batch=BATCH, front_replicas=1)
-    with local_ray(num_cpus=threads, object_store_memory=500 * 2**20, log_to_driver=False):
+    deployment = Deployment(replicas=processes, max_batch=BATCH)
+    with local_ray(num_cpus=processes, object_store_memory=500 * 2**20, log_to_driver=False):
         deploy({"judge": judge}, deployment, Settings(deadline=600), host="127.0.0.1", port=port, everywhere=False)
         yield f"http://127.0.0.1:{port}", serve.get_deployment_handle("reward-0-judge", APP_NAME)
 
 
 @contextmanager
-def flask_server(judge: Judge, *options: str) -> Iterator[str]:
+def flask_server(config: str, threads: int, *options: str) -> Iterator[str]:
     """The address of the Flask server, in a process of its own."""
     port = free_port()
-    command = [sys.executable, "-m", "benchmarks._serving_flask", "--port", str(port), "--config", judge.config]
-    process = subprocess.Popen([*command, "--threads", str(judge.threads), *options], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks._serving_flask", "--port", str(port), "--config", config]
+    process = subprocess.Popen([*command, "--threads", str(threads), *options], stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
             with socket.socket() as probe:
@@ -80,9 +86,10 @@ def flask_server(judge: Judge, *options: str) -> Iterator[str]:
         process.wait()
 
 
-def clients(kind: str, url: str, concurrency: int, seconds: float, side: int) -> dict[str, Any]:
+def clients(kind: str, urls: Sequence[str], concurrency: int, seconds: float, side: int) -> dict[str, Any]:
     """Load from another process."""
-    command = [sys.executable, "-m", "benchmarks._serving_load", "--kind", kind, "--url", url, "--side", str(side)]
+    command = [sys.executable, "-m", "benchmarks._serving_load", "--kind", kind, "--side", str(side)]
+    command += [part for url in urls for part in ("--url", url)]
     command += ["--concurrency", str(concurrency), "--seconds", str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -92,11 +99,25 @@ def in_process(judge: Judge, seconds: float, side: int, batch: int) -> dict[str,
     """Whole batches, one after the other."""
     images = pictures(side)[:batch]
     judge(images)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() < start + seconds:
-        judge(images)
-        count += batch
-    return {"images": count, "seconds": time.perf_counter() - start, "latencies": []}
+    return score_batches(judge, images, seconds)
+
+
+def one_per_core(config: str, seconds: float, side: int, batch: int, cores: int) -> dict[str, Any]:
+    """Whole batches in as many processes as cores, which start at once."""
+    command = [sys.executable, "-m", "benchmarks._serving_judge", "--config", config, "--threads", "1"]
+    command += ["--batch", str(batch), "--seconds", str(seconds), "--side", str(side)]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(cores)]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found = [json.loads(process.communicate()[0]) for process in processes]
+    speed = sum(one["images"] / one["seconds"] for one in found)
+    return {"images": speed * seconds, "seconds": seconds, "latencies": []}
 
 
 def micro_batched(judge: Judge, seconds: float, side: int) -> dict[str, Any]:
@@ -107,32 +128,44 @@ def micro_batched(judge: Judge, seconds: float, side: int) -> dict[str, Any]:
     return {"images": len(latencies), "seconds": took, "latencies": latencies}
 
 
-def served(url: str, handle: Any, concurrency: int, seconds: float, side: int) -> dict[str, Any]:
-    """Our server, with the images per batch that its process counted."""
-    before = handle.statistics.remote().result()["judge"]
-    found = clients("ours", url, concurrency, seconds, side)
-    batches, images = (
-        now - then for now, then in zip(handle.statistics.remote().result()["judge"], before, strict=True)
-    )
+def counted(handle: Any, processes: int) -> tuple[int, int]:
+    """Batches and images of all processes of the judge; each call reaches one of them."""
+    found: dict[int, tuple[int, int]] = {}
+    while len(found) < processes:
+        process, parts = handle.statistics.remote().result()
+        found[process] = parts["judge"]
+    batches, images = zip(*found.values(), strict=True)
+    return sum(batches), sum(images)
+
+
+def served(url: str, handle: Any, processes: int, concurrency: int, seconds: float, side: int) -> dict[str, Any]:
+    """Our server, with the images per batch that its processes counted."""
+    before = counted(handle, processes)
+    found = clients("ours", [url], concurrency, seconds, side)
+    batches, images = (now - then for now, then in zip(counted(handle, processes), before, strict=True))
     return found | {"images_per_batch": images / batches}
 
 
 def arms(stack: ExitStack, judge: Judge, options: argparse.Namespace) -> dict[tuple[str, int], Callable[[], dict]]:
     """What to measure, by arm and concurrency; the servers run until the stack is closed."""
-    seconds, side = options.seconds, options.side
+    seconds, side, cores, config = options.seconds, options.side, options.threads, options.config
     found: dict[tuple[str, int], Callable[[], dict]] = {
         ("in process", BATCH): partial(in_process, judge, seconds, side, BATCH),
         ("in process", THREADS): partial(in_process, judge, seconds, side, THREADS),
         ("in process", 1): partial(in_process, judge, seconds, side, 1),
+        ("in process, one per core", BATCH): partial(one_per_core, config, seconds, side, BATCH, cores),
         ("MicroBatched", THREADS): partial(micro_batched, judge, seconds, side),
     }
-    url, handle = stack.enter_context(our_server(judge, options.threads))
-    flasks = {"flask": (), "flask, threaded": ("--threaded",)}
-    addresses = {name: stack.enter_context(flask_server(judge, *flags)) for name, flags in flasks.items()}
+    url, handle = stack.enter_context(our_server(Judge(config, 1, BATCH), cores))
+    flasks = {"flask": [(cores,)], "flask, threaded": [(cores, "--threaded")], "flask, one per core": [(1,)] * cores}
+    addresses = {
+        name: [stack.enter_context(flask_server(config, *flags)) for flags in servers]
+        for name, servers in flasks.items()
+    }
     for concurrency in options.concurrency:
-        found["server", concurrency] = partial(served, url, handle, concurrency, seconds, side)
-        for name, address in addresses.items():
-            found[name, concurrency] = partial(clients, "flask", address, concurrency, seconds, side)
+        found["server", concurrency] = partial(served, url, handle, cores, concurrency, seconds, side)
+        for name, urls in addresses.items():
+            found[name, concurrency] = partial(clients, "flask", urls, concurrency, seconds, side)
     return found
 
 
@@ -176,15 +209,13 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=15, help="per arm and round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the network, wherever it runs")
-    parser.add_argument("--haproxy", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
     parser.add_argument("--quick", action="store_true", help="tiny network, small images, one round of a second")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.quick:
         options.config, options.side, options.concurrency = "tiny", 64, [1, 4]
         options.seconds, options.rounds, options.threads = 1.0, 1, 1
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if options.haproxy else "0"  # read when Ray is imported
     judge = Judge(options.config, options.threads, BATCH)
     results: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with ExitStack() as stack:
@@ -198,7 +229,7 @@ def main() -> None:
     for line in rows:
         table.add_row(*(str(value) for value in line.values()))
     Console(stderr=True).print(table)
-    setup = {name: getattr(options, name) for name in ("config", "side", "seconds", "rounds", "threads", "haproxy")}
+    setup = {name: getattr(options, name) for name in ("config", "side", "seconds", "rounds", "threads")}
     record = document("serving", rows, targets(rows, max(options.concurrency)), ["ray", "flask", "httpx2"])
     finish(record | {"cores": os.cpu_count(), "setup": setup}, options.out)
 

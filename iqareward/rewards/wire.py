@@ -224,7 +224,9 @@ def _packed(images: Tensor) -> Tensor:
 def _levels(images: Tensor) -> Tensor | None:
     """The v of float images that are exactly v / 255, as uint8; None as soon as one value is something else."""
     levels = torch.empty(images.shape, dtype=torch.uint8)
-    for values, found in zip(images.view(-1).split(VALUES_IN_CACHE), levels.view(-1).split(VALUES_IN_CACHE), strict=True):
+    for values, found in zip(
+        images.view(-1).split(VALUES_IN_CACHE), levels.view(-1).split(VALUES_IN_CACHE), strict=True
+    ):
         found.copy_((values * 255).round_().clamp_(0, 255))  # NaN becomes some level, and differs below
         # compared as bits: -0.0 == 0.0, and a wire that loses a sign is not lossless
         if not torch.equal(found.float().div_(255).view(torch.int32), values.view(torch.int32)):

@@ -36,8 +36,8 @@ class Deployment:
         num_cpus: CPUs of a process, and its threads.
         max_batch: images per call of a reward.
         max_wait_ms: how long an image waits for company.
-        front_replicas: processes that speak HTTP; `"auto"` = one for every 8 cores of a machine, or on a cluster as many
-            as requests ask for; up to 8.
+        front_replicas: processes that speak HTTP; `"auto"` = one for every 8 cores of a machine, or on a cluster as
+            many as requests ask for; up to 8.
         token_env: environment variable, where the front runs, that holds the token; None = no token.
     """
 
@@ -105,9 +105,13 @@ def application(
 
     options = {"name": "front", "ray_actor_options": {"num_cpus": 0}, "logging_config": QUIET}
     if address is not None:
-        return serve.deployment(Listener).options(**options, num_replicas=address.processes).bind(build, address, *parts)
+        return (
+            serve.deployment(Listener).options(**options, num_replicas=address.processes).bind(build, address, *parts)
+        )
     scaling = _scaling(deployment.front_replicas, target=64, most=8)
-    ingress = serve.deployment(serve.ingress(build)()).options(**options, **scaling, max_ongoing_requests=settings.max_inflight_requests)
+    ingress = serve.deployment(serve.ingress(build)()).options(
+        **options, **scaling, max_ongoing_requests=settings.max_inflight_requests
+    )
     return ingress.bind(*parts)
 
 

@@ -7,7 +7,7 @@ from iqareward.optional import require
 from iqareward.rewards.calls import Call
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.errors import ServiceError
-from iqareward.serving.replica import Failed, pack
+from iqareward.serving.replica import Failed, Rows, pack, unpack
 
 # A process that dies takes the calls that it had with it. Scoring changes nothing, so they are made again elsewhere,
 # but not for ever: input that kills processes must not kill them all.
@@ -49,10 +49,10 @@ class RayBackend:
                 raise _unavailable(f"{type(error).__name__}") from error
             if isinstance(result, Failed):
                 raise ServiceError(result.status, result.code, result.message)
-            return result
+            return unpack(result)
         raise _unavailable(f"the processes of the reward died {ATTEMPTS} times")
 
-    async def _once(self, arguments: tuple[Any, ...]) -> Scored | Failed:
+    async def _once(self, arguments: tuple[Any, ...]) -> Rows | Failed:
         response = self._handle.score.remote(*arguments)
         try:
             return await response

@@ -35,7 +35,9 @@ class Address:
             OSError: the port is taken, or the address is not of this machine.
         """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        return socket.create_server((self.host, self.port), family=family, backlog=BACKLOG, reuse_port=self.processes > 1)
+        return socket.create_server(
+            (self.host, self.port), family=family, backlog=BACKLOG, reuse_port=self.processes > 1
+        )
 
 
 @final
@@ -58,6 +60,7 @@ class Listener:
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # nothing here depends on who the client says it is
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=STOP_SECONDS,

@@ -1,6 +1,7 @@
 """A process that holds one reward: it collects concurrent calls into batches and never passes an exception on."""
 
 import asyncio
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ from iqareward.types import Images, Reward, Scores
 Arrays: TypeAlias = np.ndarray | list[np.ndarray]
 """Images as they travel between processes: Ray passes large arrays through shared memory, without a copy."""
 
+Rows: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray]]
+"""Scores on their way back, with those of the parts of a sum: arrays pickle in 8 us, tensors in 140."""
+
 Observer: TypeAlias = Callable[[str, int, float], None]
 """Called after each batch with the reward's name, the number of images and the seconds."""
 
@@ -40,6 +44,12 @@ def pack(call: Call) -> tuple[Arrays, Arrays | None, tuple[str, ...] | None]:
     """The arguments of `RewardReplica.score`."""
     references = None if call.references is None else _arrays(call.references)
     return _arrays(call.images), references, None if call.prompts is None else tuple(call.prompts)
+
+
+def unpack(rows: Rows) -> Scored:
+    """What `RewardReplica.score` answered, as tensors again."""
+    scores, parts = rows
+    return Scored(torch.from_numpy(scores), {name: torch.from_numpy(row) for name, row in parts.items()})
 
 
 @final
@@ -76,7 +86,7 @@ class RewardReplica:
 
     async def score(
         self, images: Arrays, references: Arrays | None = None, prompts: Sequence[str] | None = None
-    ) -> Scored | Failed:
+    ) -> Rows | Failed:
         """Scores of a call, or why there are none."""
         floats = as_floats(_tensors(images))
         truths = None if references is None else as_floats(_tensors(references))
@@ -89,18 +99,18 @@ class RewardReplica:
                 self._broken = _first_line(error)
             return Failed(500, "reward_failed", _first_line(error))
         if self._whole is None:
-            return Scored(rows[0])
+            return rows[0].numpy(), {}
         scores = {part.name: row for part, row in zip(self._parts, rows, strict=True)}
-        return Scored(self._whole.combine(scores), scores)
+        return self._whole.combine(scores).numpy(), {name: row.numpy() for name, row in scores.items()}
 
     def check_health(self) -> None:
         """Raises if this process cannot score any more, so that Ray Serve replaces it."""
         if self._broken:
             raise RuntimeError(self._broken)
 
-    def statistics(self) -> dict[str, tuple[int, int]]:
-        """Batches and images scored so far, by part."""
-        return {part.name: (part.num_batches, part.num_images) for part in self._parts}
+    def statistics(self) -> tuple[int, dict[str, tuple[int, int]]]:
+        """The id of this process, and the batches and images that it has scored so far, by part."""
+        return os.getpid(), {part.name: (part.num_batches, part.num_images) for part in self._parts}
 
 
 @final

@@ -15,9 +15,9 @@ from iqareward.serving.listener import Address
 from iqareward.serving.settings import Settings
 from iqareward.types import Reward
 
-# For the processes of a Ray of our own, where the variables are not set. Our code never blocks a loop, so it needs none of
-# its own, and every request saves the way there and back; and images that go straight from process to process cost less
-# than through Ray's store of objects.
+# For the processes of a Ray of our own, where the variables are not set. Our code never blocks a loop, so it needs none
+# of its own, and every request saves the way there and back; and images that go straight from process to process cost
+# less than through Ray's store of objects.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

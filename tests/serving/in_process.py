@@ -12,7 +12,7 @@ from iqareward.rewards.wire import CONTENT_TYPE
 from iqareward.serving.app import build_app
 from iqareward.serving.dispatch import Facts, Scored, Served, Service
 from iqareward.serving.errors import ServiceError
-from iqareward.serving.replica import Failed, RewardReplica, pack
+from iqareward.serving.replica import Failed, RewardReplica, pack, unpack
 from iqareward.serving.settings import Settings
 from iqareward.types import Reward
 
@@ -28,7 +28,7 @@ def served(reward: Reward) -> Served:
         result = await replica.score(*pack(call))
         if isinstance(result, Failed):
             raise ServiceError(result.status, result.code, result.message)
-        return result
+        return unpack(result)
 
     return Served(Facts.of(reward), score, MAX_IMAGES)
 

@@ -1,7 +1,9 @@
 """What happens between the front and the processes of a reward, with their failures simulated."""
 
 import asyncio
+import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +11,6 @@ import iqareward
 from iqareward.rewards.calls import Call
 from iqareward.serving import backend
 from iqareward.serving.backend import RayBackend
-from iqareward.serving.dispatch import Scored
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.replica import Failed, RewardReplica, pack
 from tests.serving.judges import Fragile, Slow
@@ -53,7 +54,7 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(backend, "PAUSE", 0.0)
 
 
-SCORES = Scored(torch.tensor([0.5, 0.5]))
+SCORES = (np.array([0.5, 0.25], dtype=np.float32), {"part": np.array([1.0, 2.0], dtype=np.float32)})
 DIED = ray.exceptions.RayActorError()
 
 
@@ -61,7 +62,8 @@ DIED = ray.exceptions.RayActorError()
 def test_calls_of_a_process_that_died_are_made_again(deaths):
     """Up to three attempts, each with the same images."""
     handle = Handle(*[DIED] * deaths, SCORES)
-    assert asyncio.run(RayBackend(handle)(CALL)) is SCORES
+    scored = asyncio.run(RayBackend(handle)(CALL))
+    assert (scored.scores.tolist(), scored.components["part"].tolist()) == ([0.5, 0.25], [1.0, 2.0])
     assert len(handle.sent) == deaths + 1
     assert all((images == CALL.images.numpy()).all() for images, *_ in handle.sent)
 
@@ -126,7 +128,7 @@ def test_batches_are_told():
     ((name, count, seconds),) = told
     assert (name, count) == ("slow", 2)
     assert seconds >= 0.01
-    assert replica.statistics() == {"slow": (1, 2)}
+    assert replica.statistics() == (os.getpid(), {"slow": (1, 2)})
 
 
 def test_read_only_shared_memory():
@@ -134,5 +136,6 @@ def test_read_only_shared_memory():
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     array = images.numpy().copy()
     array.setflags(write=False)
-    result = asyncio.run(RewardReplica(iqareward.load("piqe")).score(array))
-    assert torch.equal(result.scores, iqareward.load("piqe")(images))
+    scores, parts = asyncio.run(RewardReplica(iqareward.load("piqe")).score(array))
+    assert parts == {}
+    assert torch.equal(torch.from_numpy(scores), iqareward.load("piqe")(images))

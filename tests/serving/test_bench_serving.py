@@ -9,8 +9,8 @@ from PIL import Image
 
 import iqareward
 from benchmarks import bench_serving
-from benchmarks._serving_judge import Judge
-from benchmarks._serving_load import flask_client, load, pictures
+from benchmarks._serving_judge import Judge, pictures
+from benchmarks._serving_load import flask_client, load
 from tests.serving.picture_files import encoded
 from tests.tolerances import NETWORK_BATCH
 
@@ -22,11 +22,14 @@ def test_flask_scores_what_jpeg_left():
     """The comparison is fair: the same network, on the pixels that come out of JPEG; and load comes back counted."""
     judge = Judge("tiny", 1, 4)
     images = pictures(SIDE)[:2]
-    with bench_serving.flask_server(judge) as url:
+    with bench_serving.flask_server("tiny", 1) as url:
         client = flask_client(url)
         found = torch.tensor([client(image) for image in images])
-        loaded = bench_serving.clients("flask", url, 2, 0.2, SIDE)
-    files = [encoded(Image.fromarray(image.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()), "JPEG") for image in images]
+        loaded = bench_serving.clients("flask", [url], 2, 0.2, SIDE)
+    files = [
+        encoded(Image.fromarray(image.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()), "JPEG")
+        for image in images
+    ]
     left = iqareward.to_images([Image.open(io.BytesIO(file)) for file in files])
     torch.testing.assert_close(found, judge(left), **NETWORK_BATCH)
     assert not torch.equal(found, judge(images))
