@@ -90,7 +90,7 @@ def clients(kind: str, urls: Sequence[str], concurrency: int, seconds: float, si
     """Load from another process."""
     command = [sys.executable, "-m", "benchmarks._serving_load", "--kind", kind, "--side", str(side)]
     command += [part for url in urls for part in ("--url", url)]
-    command += ["--concurrency", str(concurrency), "--seconds", str(seconds)]
+    command += ["--concurrency", str(concurrency), "--seconds", str(seconds), "--warm-up", str(seconds / 2)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -124,7 +124,7 @@ def micro_batched(judge: Judge, seconds: float, side: int) -> dict[str, Any]:
     """Threads with one image each, in this process."""
     with MicroBatched(judge, max_batch=BATCH) as batched:
         calls = [lambda image: batched(image[None]).item()] * THREADS
-        latencies, took = load(calls, pictures(side), seconds)
+        latencies, took = load(calls, pictures(side), seconds, seconds / 4)
     return {"images": len(latencies), "seconds": took, "latencies": latencies}
 
 

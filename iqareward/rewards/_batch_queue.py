@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, final
 
 from iqareward.rewards._streams import mark
@@ -28,21 +29,50 @@ class Waiting:
 
 
 @final
+@dataclass(frozen=True)
+class BatchLimits:
+    """When a batch is large enough, and when nobody waits any longer.
+
+    Args:
+        max_batch: rows of a batch at most; no call may be larger.
+        max_wait_ms: how long a free worker waits for more calls.
+        max_wait_share: the same as a share of what the last batch took. Callers who are slow to come back, for example
+            over a network, would otherwise miss each other's batches: many small ones instead of few large ones.
+        max_queue: rows that wait inside at most; a call beyond is admitted later.
+
+    Raises:
+        ValueError: a bound is out of range.
+    """
+
+    max_batch: int
+    max_wait_ms: float
+    max_wait_share: float
+    max_queue: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.max_batch <= self.max_queue and self.max_wait_ms >= 0 and self.max_wait_share >= 0):
+            raise ValueError(f"MicroBatched expected 1 <= max_batch <= max_queue and waits of at least 0, got {self}.")
+
+    def patience(self, seconds: float) -> float:
+        """Seconds to wait for more calls after a batch that took `seconds`."""
+        return max(self.max_wait_ms / 1000, self.max_wait_share * seconds)
+
+
+@final
 class BatchQueue:
     """Callers put calls in, one worker takes batches out.
 
     A free worker waits for company: until the batch is full, or as many calls have come as were around at the end of
-    the last batch (threads in a loop come back all at once, and a caller alone must not wait for nobody), but never
-    longer than `max_wait`.
+    the last batch (threads in a loop come back all at once, and a caller alone must not wait for nobody), or its
+    patience ends.
 
     Args:
-        max_batch: rows of a batch at most; no call may be larger.
-        max_wait: seconds that a free worker waits for more calls.
-        max_queue: rows that wait inside at most; a call beyond is admitted later.
+        limits: of batches and waiting.
     """
 
-    def __init__(self, *, max_batch: int, max_wait: float, max_queue: int) -> None:
-        self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self._patience = limits.patience(0.0)
         # re-entrant: a garbage collection may close a queue while this thread holds its lock
         self._changed = threading.Condition(threading.RLock())
         self._inside: deque[Waiting] = deque()
@@ -73,7 +103,7 @@ class BatchQueue:
                     self._changed.wait()
                 self._wait_for_company()
                 batch, rows = [], 0
-                while self._inside and rows + len(self._inside[0].call) <= self._max_batch:
+                while self._inside and rows + len(self._inside[0].call) <= self._limits.max_batch:
                     waiting = self._inside.popleft()
                     self._rows -= len(waiting.call)
                     if waiting.scores.set_running_or_notify_cancel():
@@ -83,10 +113,11 @@ class BatchQueue:
                 if batch or (self._closed and not self._inside):
                     return batch
 
-    def finished(self, calls: int) -> None:
-        """That many calls are about to be answered; before they are, so that none is counted twice."""
+    def finished(self, calls: int, seconds: float) -> None:
+        """That many calls, which took so long, are about to be answered; before they are, so that none counts twice."""
         with self._changed:
             self._company = calls + len(self._inside)
+            self._patience = self._limits.patience(seconds)
 
     def close(self, *, abandon: bool = False) -> None:
         """Take nothing more; what is inside is still answered, or with `abandon` fails."""
@@ -104,10 +135,10 @@ class BatchQueue:
                     future.set_exception(error)
 
     def _enough(self) -> bool:
-        return self._closed or self._rows >= self._max_batch or len(self._inside) >= self._company
+        return self._closed or self._rows >= self._limits.max_batch or len(self._inside) >= self._company
 
     def _wait_for_company(self) -> None:
-        until = time.monotonic() + self._max_wait
+        until = time.monotonic() + self._patience
         while self._inside and not self._enough():
             left = until - time.monotonic()
             if left <= 0:
@@ -116,7 +147,7 @@ class BatchQueue:
 
     def _admit(self) -> None:
         """Let calls in while there is room; one is always let into an empty queue."""
-        while self._outside and (not self._inside or self._rows + len(self._outside[0].call) <= self._max_queue):
+        while self._outside and (not self._inside or self._rows + len(self._outside[0].call) <= self._limits.max_queue):
             waiting = self._outside.popleft()
             if waiting.admitted.set_running_or_notify_cancel():
                 self._inside.append(waiting)

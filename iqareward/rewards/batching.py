@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Self, final
 
 import torch
 
-from iqareward.rewards._batch_queue import BatchQueue, Waiting
+from iqareward.rewards._batch_queue import BatchLimits, BatchQueue, Waiting
 from iqareward.rewards._per_process import PerProcess
 from iqareward.rewards._streams import mark, take_over
 from iqareward.rewards.calls import Call, checked_call, merged
@@ -36,6 +37,7 @@ class MicroBatched:
         reward: any reward that is not differentiable.
         max_batch: images per call of the reward; larger calls are cut.
         max_wait_ms: how long a free worker waits for more calls at most.
+        max_wait_share: the same as a share of what the last batch took; the longer of the two counts.
         max_queue: images that wait for the worker at most; further callers wait for room.
         key: rewards with the same key share one worker in each process; default: this object and its copies.
 
@@ -59,6 +61,7 @@ class MicroBatched:
         max_batch: int = 32,
         max_wait_ms: float = 5.0,
         *,
+        max_wait_share: float = 0.2,
         max_queue: int = 1024,
         key: str | None = None,
     ) -> None:
@@ -67,13 +70,7 @@ class MicroBatched:
                 f"MicroBatched expected a reward without gradients, got {reward.name} with differentiable=True: "
                 "callers would share one graph. Load it without, or call it directly."
             )
-        if max_batch < 1 or max_queue < max_batch or not max_wait_ms >= 0:
-            raise ValueError(
-                "MicroBatched expected 1 <= max_batch <= max_queue and max_wait_ms >= 0, "
-                f"got {max_batch}, {max_queue} and {max_wait_ms}."
-            )
-        self.reward = reward
-        self.max_batch, self.max_wait_ms, self.max_queue = max_batch, max_wait_ms, max_queue
+        self.reward, self.limits = reward, BatchLimits(max_batch, max_wait_ms, max_wait_share, max_queue)
         self.key = key or uuid.uuid4().hex
         self.name, self.bounds = reward.name, reward.bounds
         self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
@@ -141,7 +138,7 @@ class MicroBatched:
     def _sent(self, call: Call, sent: list[Waiting]) -> Iterator[Waiting]:
         """Put the call into the queue in pieces, each when the one before has been admitted."""
         queue = self._running().queue
-        for piece in call.pieces(self.max_batch) if len(call) else ():
+        for piece in call.pieces(self.limits.max_batch) if len(call) else ():
             waiting = Waiting(piece)
             queue.put(waiting)
             sent.append(waiting)
@@ -161,10 +158,8 @@ class _Worker:
 
     def __init__(self, batched: MicroBatched) -> None:
         self.process, self.reward = os.getpid(), batched.reward
-        self.settings = (batched.name, batched.max_batch, batched.max_wait_ms, batched.max_queue)
-        self.queue = BatchQueue(
-            max_batch=batched.max_batch, max_wait=batched.max_wait_ms / 1000, max_queue=batched.max_queue
-        )
+        self.settings = (batched.name, batched.limits)
+        self.queue = BatchQueue(batched.limits)
         # the thread knows the queue and the reward, not this object: without users it is collected, and the thread ends
         arguments = (self.queue, self.reward)
         self.thread = threading.Thread(target=_serve, args=arguments, name=f"iqareward-{batched.name}", daemon=True)
@@ -185,7 +180,7 @@ class _Workers:
             worker = self._by_key.get(batched.key)
             if worker is None:
                 worker = self._by_key[batched.key] = _Worker(batched)
-        settings = (batched.name, batched.max_batch, batched.max_wait_ms, batched.max_queue)
+        settings = (batched.name, batched.limits)
         if worker.settings != settings:
             raise ValueError(f"MicroBatched key {batched.key!r} is in use for {worker.settings}, not for {settings}.")
         return worker
@@ -200,8 +195,9 @@ _WORKERS = PerProcess(_Workers)
 
 def _serve(queue: BatchQueue, reward: Reward) -> None:
     while batch := queue.take():
+        started = time.monotonic()
         outcomes = _outcomes(batch, reward)
-        queue.finished(len(batch))
+        queue.finished(len(batch), time.monotonic() - started)
         for waiting, outcome in outcomes:
             if isinstance(outcome, BaseException):
                 waiting.scores.set_exception(outcome)

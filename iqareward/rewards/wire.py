@@ -162,7 +162,7 @@ def decode_request(body: bytes, limits: Limits = Limits()) -> ScoreRequest:
 def as_floats(images: Images) -> Images:
     """Decoded images as float32 in [0, 1], exactly as `iqareward.to_images` makes them of uint8 pixels."""
     if isinstance(images, Tensor):
-        return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
     return [as_floats(image) for image in images]  # pyright: ignore[reportReturnType]
 
 

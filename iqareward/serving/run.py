@@ -15,14 +15,18 @@ from iqareward.serving.listener import Address
 from iqareward.serving.settings import Settings
 from iqareward.types import Reward
 
-# For the processes of a Ray of our own, where the variables are not set. Our code never blocks a loop, so it needs none
-# of its own, and every request saves the way there and back; and images that go straight from process to process cost
-# less than through Ray's store of objects.
+# For the processes of a Ray of our own, where the variables are not set.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Our code never blocks a loop, so it needs none of its own, and every request saves the way there and back.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Images that go straight from process to process cost less than through Ray's store of objects.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at 0.1 the controller takes 4 % of a core
+    # Batches are tensors of 100 MB, which malloc maps anew each time: page faults took 3 ms per image of 512x512, with
+    # huge pages 0.8.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 CORES_PER_FRONT, MOST_FRONTS = 8, 8
 PROXY_GRACE = 10.0  # seconds by which Ray's proxy outwaits our own deadline, whose answer says more
