@@ -23,6 +23,8 @@ from iqareward.serving.presence import while_connected
 from iqareward.serving.settings import Settings
 from iqareward.serving.uploads import read_form
 
+DECODED_AT_ONCE = 2**22  # bytes: decoding them takes less than the way to another thread and back
+
 
 def build_app(service: Service, settings: Settings) -> ASGIApp:
     """The server as an ASGI application.
@@ -61,6 +63,8 @@ async def _read(request: Request, settings: Settings) -> ScoreRequest:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == CONTENT_TYPE:
         body = await request.body()
+        if len(body) <= DECODED_AT_ONCE:
+            return decode_request(body, settings.limits)
         return await asyncio.to_thread(decode_request, body, settings.limits)
     if kind == "multipart/form-data":
         return await read_form(request, settings)
