@@ -65,6 +65,19 @@ class Judge:
         return self.__dict__ | {"_reward": None}
 
 
+class Idle:
+    """A reward that does nothing."""
+
+    name, bounds = "judge", (0.0, 1.0)
+    needs_references = needs_prompts = differentiable = False
+
+    def __call__(
+        self, images: Images, references: Any = None, prompts: Sequence[str] | None = None, **ignored: Any
+    ) -> Scores:
+        """Zeros."""
+        return torch.zeros(len(images))
+
+
 def score_batches(judge: Judge, images: Tensor, seconds: float) -> dict[str, Any]:
     """One whole batch after the other."""
     start, count = time.perf_counter(), 0

@@ -119,6 +119,10 @@ vlm = plain("mode", "batch", "images_per_s", "p50_ms", "share_of_ceiling")
 batching = plain("reward", "calling", "images_per_s", "share", "images_per_batch", text_columns=2)
 serving = plain("arm", "concurrency", "images_per_s", "p50_ms", "p95_ms", "p99_ms", "images_per_batch")
 
+requests = plain(
+    "side", "concurrency", "requests_per_s", "p50_ms", "front_ms", "reward_ms", "ray_ms", "client_ms", text_columns=2
+)
+
 
 def rewards(speeds: Document) -> str:
     """The catalogue with what was measured: speed of a call at 256² batch 8 and correlation with damage."""

@@ -39,6 +39,7 @@ from benchmarks._harness import document, finish, target
 from benchmarks._serving_judge import CONFIGS, Judge, pictures, score_batches
 from benchmarks._serving_load import load
 from iqareward.rewards.batching import MicroBatched
+from iqareward.types import Reward
 
 BATCH, THREADS = 32, 8
 
@@ -51,7 +52,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def our_server(judge: Judge, processes: int) -> Iterator[tuple[str, Any]]:
+def our_server(judge: Reward, processes: int) -> Iterator[tuple[str, Any]]:
     """The address of `iqareward serve` with so many processes of the judge, and a handle to them."""
     from ray import serve
 
@@ -86,11 +87,20 @@ def flask_server(config: str, threads: int, *options: str) -> Iterator[str]:
         process.wait()
 
 
-def clients(kind: str, urls: Sequence[str], concurrency: int, seconds: float, side: int) -> dict[str, Any]:
-    """Load from another process."""
+def clients(
+    kind: str, urls: Sequence[str], concurrency: int, seconds: float, side: int, warm_up: float | None = None
+) -> dict[str, Any]:
+    """Load from another process, after a warm-up that is half as long unless told otherwise."""
     command = [sys.executable, "-m", "benchmarks._serving_load", "--kind", kind, "--side", str(side)]
     command += [part for url in urls for part in ("--url", url)]
-    command += ["--concurrency", str(concurrency), "--seconds", str(seconds), "--warm-up", str(seconds / 2)]
+    command += [
+        "--concurrency",
+        str(concurrency),
+        "--seconds",
+        str(seconds),
+        "--warm-up",
+        str(seconds / 2 if warm_up is None else warm_up),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -162,10 +172,12 @@ def arms(stack: ExitStack, judge: Judge, options: argparse.Namespace) -> dict[tu
         name: [stack.enter_context(flask_server(config, *flags)) for flags in servers]
         for name, servers in flasks.items()
     }
+    most = max(options.concurrency)
     for concurrency in options.concurrency:
         found["server", concurrency] = partial(served, url, handle, cores, concurrency, seconds, side)
         for name, urls in addresses.items():
-            found[name, concurrency] = partial(clients, "flask", urls, concurrency, seconds, side)
+            if name == "flask" or concurrency == most:
+                found[name, concurrency] = partial(clients, "flask", urls, concurrency, seconds, side)
     return found
 
 
@@ -207,8 +219,8 @@ def main() -> None:
     parser.add_argument("--config", choices=CONFIGS, default="wide")
     parser.add_argument("--side", type=int, default=512, help="of the images")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--seconds", type=float, default=12, help="per arm and round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8, help="per arm and round")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
     parser.add_argument("--quick", action="store_true", help="tiny network, small images, one round of a second")
     parser.add_argument("--out", type=Path)

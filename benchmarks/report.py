@@ -40,6 +40,7 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "vlm targets": ("vlm", tables.targets, "python -m benchmarks.bench_vlm --threads 1"),
     "batching": ("batching", tables.batching, "python -m benchmarks.bench_batching"),
     "serving": ("serving", tables.serving, "python -m benchmarks.bench_serving"),
+    "requests": ("requests", tables.requests, "python -m benchmarks.bench_requests"),
     "serving targets": ("serving", tables.targets, "python -m benchmarks.bench_serving"),
 }
 

@@ -103,7 +103,12 @@ def application(
     def build() -> Any:  # a function, not a partial: that is what Ray Serve takes for a builder
         return front(names, facts, deployment, settings)
 
-    options = {"name": "front", "ray_actor_options": {"num_cpus": 0}, "logging_config": QUIET}
+    options = {
+        "name": "front",
+        "ray_actor_options": {"num_cpus": 0},
+        "logging_config": QUIET,
+        "health_check_period_s": 2,  # nobody is served while a lone front is gone
+    }
     if address is not None:
         return (
             serve.deployment(Listener).options(**options, num_replicas=address.processes).bind(build, address, *parts)

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -35,9 +35,13 @@ class Address:
             OSError: the port is taken, or the address is not of this machine.
         """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        return socket.create_server(
-            (self.host, self.port), family=family, backlog=BACKLOG, reuse_port=self.processes > 1
-        )
+        place, shared = (self.host, self.port), self.processes > 1
+        try:
+            return socket.create_server(place, family=family, backlog=BACKLOG, reuse_port=shared)
+        except OSError as error:
+            raise OSError(
+                f"cannot listen at {self.host}:{self.port} ({error}). Choose another host or port."
+            ) from error
 
 
 @final
@@ -76,7 +80,15 @@ class Listener:
         if self._serving.done():
             raise RuntimeError("the HTTP server of this process has ended") from self._serving.exception()
 
-    async def __del__(self) -> None:
-        """Answer what has come in, then stop; Ray Serve calls this before it ends the process."""
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """What Ray Serve calls, and awaits, before it ends the process; a coroutine only if there is something to stop.
+
+        Not `async`: the interpreter calls it too, and awaits nothing.
+        """
+        serving = getattr(self, "_serving", None)
+        return None if serving is None or serving.done() else self.stop()
+
+    async def stop(self) -> None:
+        """Answer what has come in, then listen no more."""
         self._server.should_exit = True
         await self._serving

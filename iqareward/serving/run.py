@@ -46,6 +46,7 @@ def deploy(
         everywhere: listen on every node that runs a front process, not only on the head node.
 
     Raises:
+        OSError: one machine, and the port is taken or the address is not its own.
         RuntimeError: a reward cannot be built, for example because its weights are missing.
         ValueError: one machine, and it has no room for a process of each reward.
     """
@@ -56,10 +57,11 @@ def deploy(
         serve.start(proxy_location="EveryNode", http_options=http)
     else:
         deployment = replace(deployment, max_replicas=_room(len(rewards), deployment))
+        Address(host, port).bind().close()  # a port that is taken is an error before anything is started
         address = Address(host, port, _fronts(deployment))
-        address.bind().close()  # a port that is taken is an error before anything is started
         serve.start(proxy_location="Disabled")
-    serve.run(application(rewards, deployment, settings, address=address), name=APP_NAME, route_prefix="/")
+    built = application(rewards, deployment, settings, address=address)
+    serve.run(built, name=APP_NAME, route_prefix="/" if address is None else None)
 
 
 def _fronts(deployment: Deployment) -> int:

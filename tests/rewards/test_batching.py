@@ -22,6 +22,8 @@ from torch import Tensor
 
 import iqareward
 from iqareward import MicroBatched
+from iqareward.rewards._batch_queue import BatchLimits, BatchQueue, Waiting
+from iqareward.rewards.calls import Call
 from tests.rewards.counting import Brightness, Held, Together, flat
 from tests.tolerances import EXACT
 
@@ -212,6 +214,19 @@ def test_company_that_left_is_missed_only_once() -> None:
     assert min(waits[1:]) < 0.25
 
 
+@pytest.mark.parametrize(("share", "together"), [(0.2, True), (0.0, False)])
+def test_slow_batches_are_worth_a_longer_wait(share: float, together: bool) -> None:
+    """After a batch of two that took five seconds, the second caller may come back 100 ms after the first."""
+    queue = BatchQueue(BatchLimits(max_batch=8, max_wait_ms=1.0, max_wait_share=share, max_queue=8))
+    queue.finished(2, seconds=5.0)
+    calls = [Waiting(Call(flat(0.5))) for _ in range(2)]
+    queue.put(calls[0])
+    late = threading.Timer(0.1, queue.put, [calls[1]])
+    late.start()
+    assert queue.take() == (calls if together else calls[:1])
+    late.join()
+
+
 def test_cancelled_coroutines_are_not_scored() -> None:
     """A coroutine that is cancelled while it waits costs the reward nothing and holds nobody up."""
     held = Held()
@@ -334,7 +349,9 @@ def test_gradients_are_refused_and_none_leak() -> None:
         scores += 1  # nobody else's memory
 
 
-@pytest.mark.parametrize("settings", [{"max_batch": 0}, {"max_wait_ms": -1}, {"max_batch": 8, "max_queue": 4}])
+@pytest.mark.parametrize(
+    "settings", [{"max_batch": 0}, {"max_wait_ms": -1}, {"max_wait_share": -1}, {"max_batch": 8, "max_queue": 4}]
+)
 def test_bounds_must_make_sense(settings: dict[str, Any]) -> None:
     """A bound that cannot work is a ValueError."""
     with pytest.raises(ValueError, match="max_batch"):

@@ -1,6 +1,7 @@
 """The HTTP face: right scores, and for everything else an error that a program can read."""
 
 import asyncio
+import base64
 import json
 import time
 from dataclasses import replace
@@ -28,6 +29,7 @@ from tests.serving.in_process import (
     served,
 )
 from tests.serving.judges import Fragile, Slow
+from tests.serving.picture_files import encoded
 
 SUM = "0.7*ssim + 0.3*haarpsi"
 
@@ -163,8 +165,9 @@ def test_size_is_checked_before_the_body_is_read():
         assert "error" in json.loads(sent[1]["body"])
 
 
-def test_bodies_in_flight_are_bounded():
-    """When the server holds as many bytes as it may, the next request is told when to come back, and later served."""
+@pytest.mark.parametrize("limit", ["max_inflight_bytes", "max_inflight_requests"])
+def test_requests_in_flight_are_bounded(limit):
+    """When the server holds as much as it may, the next request is told when to come back, and later served."""
 
     async def scenario() -> None:
         release = asyncio.Event()
@@ -174,7 +177,8 @@ def test_bodies_in_flight_are_bounded():
             return await _zeros(call)
 
         content = body(rewards=["r"])
-        app = application({"r": answering(wait)}, Settings(max_inflight_bytes=len(content) + 10))
+        room = {"max_inflight_bytes": len(content) + 10, "max_inflight_requests": 1}[limit]
+        app = application({"r": answering(wait)}, Settings(**{limit: room}))
         first = asyncio.create_task(send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS))
         await asyncio.sleep(0.05)
         second = await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)
@@ -186,6 +190,43 @@ def test_bodies_in_flight_are_bounded():
         assert third.status_code == 200
 
     run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/flow_factory/compute"])
+def test_work_for_a_client_that_hangs_up_is_cancelled(path):
+    """When the connection ends before the answer, the reward is told at once, and nothing is sent."""
+    cancelled = asyncio.Event()
+
+    async def forever(call: Call) -> Scored:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return await _zeros(call)
+
+    picture = base64.b64encode(encoded()).decode()
+    content = json.dumps({"image": [picture]}).encode() if "factory" in path else body(rewards=["r"])
+    kind = b"application/json" if "factory" in path else SAFETENSORS["content-type"].encode()
+    headers = [(b"content-length", str(len(content)).encode()), (b"content-type", kind)]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    messages = iter([{"type": "http.request", "body": content, "more_body": False}, {"type": "http.disconnect"}])
+    sent: list[dict] = []
+
+    async def receive():
+        await asyncio.sleep(0.02)
+        return next(messages)
+
+    async def keep(message):
+        sent.append(message)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(5):
+            await application({"r": answering(forever)})(scope, receive, keep)
+
+    run(scenario())
+    assert cancelled.is_set()
+    assert sent[0]["status"] == 400  # to nobody
 
 
 @pytest.mark.parametrize("by", ["server", "client"])
@@ -295,7 +336,8 @@ def test_concurrent_single_images_share_batches(pairs):
         return [response.json()["scores"]["slow"][0] for response in await asyncio.gather(*sends)]
 
     assert run(scenario()) == [image.mean().item() for image in images]
-    batches, scored = replica.statistics()["slow"]
+    _, parts = replica.statistics()
+    batches, scored = parts["slow"]
     assert scored == 16
     assert batches <= 6
 

@@ -168,8 +168,8 @@ def test_client_that_dies(server, sent):
 
 
 def test_process_killed_under_load(server):
-    """While 16 threads score 640 images, a process of the reward is killed twice: each image gets its own score."""
-    values = torch.linspace(0.05, 0.95, 640)
+    """While 16 threads score 2000 images, a process of the reward is killed twice: each image gets its own score."""
+    values = torch.linspace(0.05, 0.95, 2000)
     expected = flat(values).mean((1, 2, 3))
     victims = [int(file.name) for file in server.pids.iterdir()]
     outcomes: Counter[str] = Counter()
@@ -196,14 +196,29 @@ def test_process_killed_under_load(server):
     killer = threading.Thread(target=kill)
     with RemoteReward(server.url, "moody", max_in_flight=16, timeout=90) as remote, ThreadPoolExecutor(16) as threads:
         killer.start()
-        scores = list(threads.map(lambda index: score(remote, index), range(640)))
+        scores = list(threads.map(lambda index: score(remote, index), range(2000)))
         killer.join()
-    assert outcomes == {"right": 640}
-    assert all(0 < answered < 640 for answered in answered_before_kill)
+    assert outcomes == {"right": 2000}
+    assert all(0 < answered < 2000 for answered in answered_before_kill)
     assert len(answered_before_kill) == 2
     assert scores == expected.tolist()
     assert not any(psutil.pid_exists(pid) for pid in victims[:2])
     assert ray.serve.status().applications["iqareward"].status == "RUNNING"
+
+
+def test_front_killed_under_load(server):
+    """The process that speaks HTTP is killed: it comes back, and a client that may try for a while loses nothing."""
+    (front,) = [child for child in psutil.Process().children(recursive=True) if ":front" in " ".join(child.cmdline())]
+    values = torch.linspace(0.05, 0.95, 400)
+    expected = flat(values).mean((1, 2, 3))
+    killer = threading.Timer(0.5, front.kill)
+    with RemoteReward(server.url, "moody", max_in_flight=8, attempts=60, timeout=90) as remote:
+        killer.start()
+        with ThreadPoolExecutor(8) as threads:
+            rows = list(threads.map(lambda index: remote(flat(values[index : index + 1])), range(400)))
+        killer.join()
+    assert torch.equal(torch.cat(rows), expected)
+    assert not front.is_running()
 
 
 def test_metrics(server):

@@ -1,0 +1,105 @@
+"""The process that speaks HTTP by itself, run here without Ray."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+
+from iqareward.rewards.calls import Call
+from iqareward.rewards.remote import RemoteFacts, RemoteReward
+from iqareward.rewards.wire import Limits, encode_request
+from iqareward.serving.dispatch import Scored
+from iqareward.serving.listener import Address, Listener
+from iqareward.serving.settings import Settings
+from tests.serving.in_process import SAFETENSORS, answering, application, error_of
+
+LIMITS = Limits(max_bytes=2**20)
+CONTENT = encode_request(torch.full((1, 3, 8, 8), 0.5), rewards=["r"])
+
+
+def free_address() -> Address:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Address("127.0.0.1", probe.getsockname()[1])
+
+
+async def after(seconds: float, call: Call) -> Scored:
+    await asyncio.sleep(seconds)
+    return Scored(torch.ones(len(call)))
+
+
+def listening(work: Callable[[Listener, str], Coroutine[Any, Any, None]], seconds: float = 0.0) -> None:
+    """Run a listener, and the work beside it."""
+
+    async def scenario() -> None:
+        address = free_address()
+        app = application({"r": answering(lambda call: after(seconds, call))}, Settings(limits=LIMITS))
+        listener = object.__new__(Listener)  # as Ray Serve does, which awaits __init__
+        await listener.__init__(lambda: app, address)
+        try:
+            await work(listener, f"http://127.0.0.1:{address.port}")
+        finally:
+            await listener.stop()
+            assert listener.__del__() is None  # as a collection calls it
+
+    asyncio.run(scenario())
+
+
+def test_a_large_body_is_refused_before_it_is_sent():
+    """The answer arrives although the client would have sent 200 MB, and the next request is served."""
+
+    async def work(listener: Listener, url: str) -> None:
+        async with httpx2.AsyncClient(base_url=url, timeout=20) as client:
+            response = await client.post("/v1/score", content=bytes(200 * 2**20), headers=SAFETENSORS)
+            assert error_of(response) == (413, "body_too_large")
+            response = await client.post("/v1/score", content=CONTENT, headers=SAFETENSORS)
+            assert response.json()["scores"] == {"r": [1.0]}
+
+    listening(work)
+
+
+def test_remote_reward_halves_what_is_too_large():
+    """Sixty images of 768 kB against a limit of 1 MiB: single images get through, and each has its score."""
+
+    async def work(listener: Listener, url: str) -> None:
+        images = torch.rand(60, 3, 16, 16).repeat(1, 1, 16, 16)
+        with RemoteReward(url, "r", facts=RemoteFacts(False, False, (0.0, 1.0)), timeout=30) as remote:
+            assert (await remote.ascore(images)).tolist() == [1.0] * 60
+
+    listening(work)
+
+
+def test_stopping_answers_what_has_come_in():
+    """A request that is being scored when the process is told to end gets its answer; after it nothing listens."""
+
+    async def work(listener: Listener, url: str) -> None:
+        async with httpx2.AsyncClient(base_url=url, timeout=10) as client:
+            request = asyncio.create_task(client.post("/v1/score", content=CONTENT, headers=SAFETENSORS))
+            await asyncio.sleep(0.2)
+            listener.check_health()
+            stopping = listener.__del__()  # as Ray Serve calls it
+            assert stopping is not None
+            await stopping
+            assert (await request).json()["scores"] == {"r": [1.0]}
+            with pytest.raises(httpx2.ConnectError):
+                await client.get("/healthz")
+        with pytest.raises(RuntimeError, match="has ended"):
+            listener.check_health()
+
+    listening(work, seconds=0.6)
+
+
+def test_addresses():
+    """A taken port and a foreign address are errors that say so; several processes may share a port if all want to."""
+    address = free_address()
+    with address.bind(), pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{address.port}"):
+        address.bind()
+    with pytest.raises(OSError, match=r"192\.0\.2\.1"):
+        Address("192.0.2.1", address.port).bind()
+    shared = Address(address.host, address.port, processes=2)
+    with shared.bind(), shared.bind(), pytest.raises(OSError, match="cannot listen"):
+        address.bind()
