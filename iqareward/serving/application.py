@@ -74,30 +74,7 @@ def application(
     if settings.token is not None:
         raise ValueError("application expected the token in an environment variable: Deployment(token_env=...).")
     names = {name: f"reward-{index}-{_slug(name)}" for index, name in enumerate(rewards)}
-    actor = {"num_gpus": deployment.num_gpus, "num_cpus": deployment.num_cpus}
-    parts = []
-    for name, reward in rewards.items():
-        ongoing = 2 * deployment.max_batch  # one batch that is scored, one that waits
-        part = serve.deployment(RewardReplica).options(
-            name=names[name],
-            ray_actor_options=actor,
-            max_ongoing_requests=ongoing,
-            max_queued_requests=MAX_QUEUED,
-            max_constructor_retry_count=BUILD_ATTEMPTS,
-            health_check_period_s=5,
-            health_check_timeout_s=30,
-            logging_config=QUIET,
-            **_scaling(deployment.replicas, target=deployment.max_batch, most=deployment.max_replicas),
-        )
-        parts.append(
-            part.bind(
-                reward,
-                device="cuda" if deployment.num_gpus > 0 else "cpu",
-                max_batch=deployment.max_batch,
-                max_wait_ms=deployment.max_wait_ms,
-                observer=BatchMetrics,
-            )
-        )
+    parts = [_part(serve, names[name], reward, deployment) for name, reward in rewards.items()]
     facts = {name: Facts.of(reward) for name, reward in rewards.items()}
 
     def build() -> Any:  # a function, not a partial: that is what Ray Serve takes for a builder
@@ -118,6 +95,28 @@ def application(
         **options, **scaling, max_ongoing_requests=settings.max_inflight_requests
     )
     return ingress.bind(*parts)
+
+
+def _part(serve: Any, name: str, reward: Reward, deployment: Deployment) -> Any:
+    """The deployment of one reward."""
+    part = serve.deployment(RewardReplica).options(
+        name=name,
+        ray_actor_options={"num_gpus": deployment.num_gpus, "num_cpus": deployment.num_cpus},
+        max_ongoing_requests=2 * deployment.max_batch,  # one batch that is scored, one that waits
+        max_queued_requests=MAX_QUEUED,
+        max_constructor_retry_count=BUILD_ATTEMPTS,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        logging_config=QUIET,
+        **_scaling(deployment.replicas, target=deployment.max_batch, most=deployment.max_replicas),
+    )
+    return part.bind(
+        reward,
+        device="cuda" if deployment.num_gpus > 0 else "cpu",
+        max_batch=deployment.max_batch,
+        max_wait_ms=deployment.max_wait_ms,
+        observer=BatchMetrics,
+    )
 
 
 def front(names: Mapping[str, str], facts: Mapping[str, Facts], deployment: Deployment, settings: Settings) -> Any:

@@ -58,8 +58,11 @@ class Listener:
         self, build: Callable[[], ASGIApp], address: Address, *parts: Any
     ) -> None:
         uvicorn = require("uvicorn", extra="serve", purpose="the reward server")
+        from iqareward.serving.protocol import BoundedHead
+
         config = uvicorn.Config(
             build(),
+            http=BoundedHead,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -1,6 +1,7 @@
 """The process that speaks HTTP by itself, run here without Ray."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -58,6 +59,29 @@ def test_a_large_body_is_refused_before_it_is_sent():
             assert error_of(response) == (413, "body_too_large")
             response = await client.post("/v1/score", content=CONTENT, headers=SAFETENSORS)
             assert response.json()["scores"] == {"r": [1.0]}
+
+    listening(work)
+
+
+@pytest.mark.parametrize("endless", [b"a" * 2**16, b"x: y\r\n" * 2**13])
+def test_headers_without_end(endless):
+    """One header that does not end, and headers that do not end: a 400 and no connection, after a megabyte at most."""
+
+    async def work(listener: Listener, url: str) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\ny: ")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 * len(endless):
+                writer.write(endless)
+                await writer.drain()
+                await asyncio.sleep(0)  # to the server, which runs on the same loop
+                sent += len(endless)
+            pytest.fail("the server went on reading")
+        assert sent <= 2**21
+        async with httpx2.AsyncClient(base_url=url) as client:
+            headers = {"x": "y" * 60_000}
+            assert (await client.get("/healthz", headers=headers)).status_code == 200
 
     listening(work)
 
