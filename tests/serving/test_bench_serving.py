@@ -60,8 +60,8 @@ def test_load_counts_what_is_answered_under_load():
 
     latencies, seconds = load([score] * 2, torch.arange(100), 0.4, 0.2)
     assert seconds == 0.4
-    assert 4 <= len(latencies) <= 16 < len(asked) + 6
-    assert len(latencies) + 4 <= len(asked)
+    assert 1 <= len(latencies) <= 16  # two clients, and eight times 50 ms
+    assert len(latencies) + 2 <= len(asked)
     assert all(latency >= 50 for latency in latencies)
     assert {0, 1, 2} <= set(asked)
 
