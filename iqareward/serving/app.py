@@ -23,7 +23,7 @@ from iqareward.serving.presence import while_connected
 from iqareward.serving.settings import Settings
 from iqareward.serving.uploads import read_form
 
-DECODED_AT_ONCE = 2**22  # bytes: decoding them takes less than the way to another thread and back
+DECODED_AT_ONCE = 2**22  # bytes: a quarter of a millisecond, about the way to another thread and back
 
 
 def build_app(service: Service, settings: Settings) -> ASGIApp:
