@@ -192,7 +192,7 @@ def serve(
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a process; 0.5 = two share one, 0 = CPU.")] = 0,
     num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a process, and its threads.")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long an image waits for company.")] = 5,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a process waits for company.")] = 5,
     max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request.")] = 256,
     max_images: Annotated[int, typer.Option(min=1, help="Images in a request.")] = 1024,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 120,

@@ -36,7 +36,7 @@ class MicroBatched:
     Args:
         reward: any reward that is not differentiable.
         max_batch: images per call of the reward; larger calls are cut.
-        max_wait_ms: how long a free worker waits for more calls at most.
+        max_wait_ms: how long a free worker waits for calls that were there a moment ago.
         max_wait_share: the same as a share of what the last batch took; the longer of the two counts.
         max_queue: images that wait for the worker at most; further callers wait for room.
         key: rewards with the same key share one worker in each process; default: this object and its copies.

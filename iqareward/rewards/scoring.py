@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from iqareward.functional._chunks import CPU_PIXELS_PER_CHUNK
+from iqareward.functional._chunks import rows_in_cache
 from iqareward.rewards.batches import shape_buckets
 from iqareward.types import Images, Scores
 
@@ -111,8 +111,8 @@ def _split(bucket: tuple[Tensor, ...], batch_size: int | None) -> Iterator[tuple
     """Micro-batches of a bucket of one shape."""
     first = bucket[0]
     if batch_size is None:
-        pixels = CPU_PIXELS_PER_CHUNK if first.device.type == "cpu" else DEVICE_PIXELS_PER_CALL
-        batch_size = max(1, pixels // (first.shape[2] * first.shape[3]))
+        limit = max(1, DEVICE_PIXELS_PER_CALL // (first.shape[2] * first.shape[3]))
+        batch_size = min(limit, rows_in_cache(first, first.device))
     if first.shape[0] <= batch_size:
         yield bucket
     else:

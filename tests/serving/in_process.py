@@ -1,6 +1,7 @@
 """The server without Ray or sockets: the ASGI application, with rewards in this process."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -54,6 +55,13 @@ async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx2.R
     """One request."""
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://server") as client:
         return await client.request(method, path, **options)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def get(app: ASGIApp, path: str, **options: Any) -> httpx2.Response:

@@ -10,9 +10,8 @@ from iqareward.rewards.wire import encode_request
 from iqareward.serving.application import Deployment
 from iqareward.serving.run import deploy, local_ray
 from iqareward.serving.settings import Settings
-from tests.serving.in_process import SAFETENSORS, error_of
+from tests.serving.in_process import SAFETENSORS, error_of, free_port
 from tests.serving.ray_quietly import ray
-from tests.serving.test_faults import free_port
 
 pytestmark = pytest.mark.slow
 

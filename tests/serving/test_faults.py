@@ -24,7 +24,7 @@ from iqareward.rewards.wire import Limits, encode_request
 from iqareward.serving.application import Deployment
 from iqareward.serving.run import deploy, local_ray
 from iqareward.serving.settings import Settings
-from tests.serving.in_process import SAFETENSORS, error_of
+from tests.serving.in_process import SAFETENSORS, error_of, free_port
 from tests.serving.judges import FAILS, IS_SLOW, Moody
 from tests.serving.picture_files import encoded
 from tests.serving.ray_quietly import ray
@@ -45,12 +45,6 @@ class Server(NamedTuple):
 
     def client(self) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -16,16 +15,10 @@ from iqareward.rewards.wire import Limits, encode_request
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.listener import Address, Listener
 from iqareward.serving.settings import Settings
-from tests.serving.in_process import SAFETENSORS, answering, application, error_of
+from tests.serving.in_process import SAFETENSORS, answering, application, error_of, free_port
 
 LIMITS = Limits(max_bytes=2**20)
 CONTENT = encode_request(torch.full((1, 3, 8, 8), 0.5), rewards=["r"])
-
-
-def free_address() -> Address:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return Address("127.0.0.1", probe.getsockname()[1])
 
 
 async def after(seconds: float, call: Call) -> Scored:
@@ -37,7 +30,7 @@ def listening(work: Callable[[Listener, str], Coroutine[Any, Any, None]], second
     """Run a listener, and the work beside it."""
 
     async def scenario() -> None:
-        address = free_address()
+        address = Address("127.0.0.1", free_port())
         app = application({"r": answering(lambda call: after(seconds, call))}, Settings(limits=LIMITS))
         listener = object.__new__(Listener)  # as Ray Serve does, which awaits __init__
         await listener.__init__(lambda: app, address)
@@ -119,7 +112,7 @@ def test_stopping_answers_what_has_come_in():
 
 def test_addresses():
     """A taken port and a foreign address are errors that say so; several processes may share a port if all want to."""
-    address = free_address()
+    address = Address("127.0.0.1", free_port())
     with address.bind(), pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{address.port}"):
         address.bind()
     with pytest.raises(OSError, match=r"192\.0\.2\.1"):

@@ -24,6 +24,7 @@ from iqareward.serving.application import APP_NAME, Deployment, application, fro
 from iqareward.serving.run import is_loopback
 from iqareward.serving.settings import Settings
 from tests.serving import ray_quietly
+from tests.serving.in_process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,8 +185,6 @@ def test_a_front_without_its_token_does_not_start(monkeypatch):
 @pytest.mark.slow
 def test_a_run_from_start_to_sigterm():
     """The command serves until SIGTERM, exits with 0 and leaves no process behind."""
-    from tests.serving.test_faults import free_port
-
     port = free_port()
     command = [
         sys.executable,
