@@ -60,7 +60,7 @@ class RewardReplica:
         reward: the reward; its weights are loaded here, and a picture is scored to see that they can be.
         device: where images are moved to before they are scored.
         max_batch: images per call of the reward.
-        max_wait_ms: how long a free process waits for company, or a fifth of what its last batch took if that is longer.
+        max_wait_ms: how long a free process waits for company, or a fifth of its last batch's time if longer.
         observer: makes what is told of each batch; made here because it may belong to this process.
     """
 
