@@ -71,6 +71,9 @@ class AdaptiveWeighter:
     ema: float = 0.98
     num_buckets: int = 1
     calibrate_on_first: bool = False
+
+    signal: Literal["difficulty"] = field(default="difficulty", init=False, repr=False)
+
     # m0, s0^2, m, s^2, each [num_buckets]; replaced, never written into.
     _statistics: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False)
     # Centre and slope of the sigmoid per bucket; follows from the statistics.

@@ -24,7 +24,7 @@ HEAVY = {
     "transformers", "diffusers", "trl", "pyiqa", "ray", "accelerate", "peft", "torchao", "torchvision",
     "piq", "lpips", "DISTS_pytorch", "skimage", "scipy", "matplotlib", "httpx2",
 }  # fmt: skip
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 250, 40
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 FORBIDDEN = {
     r"\.squeeze\(\)": "squeeze without a dimension loses the batch axis at B = 1",
     r"pickle\.loads?\((?!pickle\.dumps)": "unpickling foreign bytes runs foreign code",
@@ -110,7 +110,7 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_rooms_are_small(file: Path) -> None:
-    """A file has at most 250 lines and a function at most 40 below its docstring."""
+    """A file has at most 600 lines and a function at most 60 below its docstring."""
     text = file.read_text()
     assert len(text.splitlines()) <= MAX_FILE_LINES
     for node in ast.walk(ast.parse(text)):

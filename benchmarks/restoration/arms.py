@@ -1,9 +1,9 @@
 """The weightings that are compared."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class ByPassing:
 
     schedule: Schedule
     threshold: float = float("nan")
+
+    signal: Literal["difficulty"] = field(default="difficulty", init=False, repr=False)
 
     def __call__(self, difficulty: Tensor, **options: Any) -> LossWeights:
         """The formula's weights."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iqareward.advantages import RewardMemory, group_advantages
-from iqareward.difficulty import reference_distance
+from iqareward.difficulty import pass_rate, reference_distance
 from iqareward.diffusion.policy import Condition, Policy, select
 from iqareward.diffusion.rollout import Trajectory, rollout
 from iqareward.groups import gather_rows
@@ -26,7 +26,7 @@ class Experience:
         condition: of the B inputs.
         trajectory: of the N rollouts.
         rewards: `[S, N]` fp32, NaN = not scored; one row per scored step, the sample last.
-        difficulty: `[B]` >= 0, distance to the ground truth, averaged over the rollouts of an input.
+        distances: `[N]` >= 0 of the samples to the ground truth, NaN where it cannot be told.
         advantages: `[S, N]`, 0 where nothing can be said.
         active: `[B]` whether the rewards of an input differ at all.
     """
@@ -36,12 +36,23 @@ class Experience:
     condition: Condition
     trajectory: Trajectory
     rewards: Tensor
-    difficulty: Tensor
+    distances: Tensor
     advantages: Tensor
     active: Tensor
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def difficulty(self) -> Tensor:
+        """`[B]` >= 0, mean distance of an input's samples; NaN where it cannot be told."""
+        return self.distances.view(len(self), -1).nanmean(1)
+
+    def pass_rate(self, distance: float) -> Tensor:
+        """`[B]` share of an input's samples within `distance` of the ground truth; NaN where it cannot be told."""
+        size = self.trajectory.group_size
+        inputs = torch.arange(len(self), device=self.distances.device).repeat_interleave(size)
+        return pass_rate(-self.distances, inputs, threshold=-distance)[::size]
 
     def rows(self, inputs: slice) -> "Experience":
         """These inputs only."""
@@ -54,7 +65,7 @@ class Experience:
             condition=select(self.condition, inputs),
             trajectory=self.trajectory.rows(inputs),
             rewards=self.rewards[:, rollouts],
-            difficulty=self.difficulty[inputs],
+            distances=self.distances[rollouts],
             advantages=self.advantages[:, rollouts],
             active=self.active[inputs],
         )
@@ -127,7 +138,7 @@ def collect(
         executor: runs `reward`; without it scoring waits.
 
     Returns:
-        The trajectory, the condition, rewards `[S, N]` and difficulty `[B]`.
+        The trajectory, the condition, rewards `[S, N]` and distances to the ground truth `[N]`.
     """
     condition = policy.condition(degraded)
     size = sampling.inputs_at_once or len(ids)
@@ -151,8 +162,7 @@ def collect(
         side_by_side = references[part].repeat_interleave(sampling.group_size, 0)
         pending.append(_submit(executor, reward, images, side_by_side.repeat(len(scored), 1, 1, 1)))
         last = images[-side_by_side.shape[0] :]
-        groups = torch.arange(len(ids[part]), device=images.device).repeat_interleave(sampling.group_size)
-        distances.append(reference_distance(last, side_by_side, metric, groups=groups)[:: sampling.group_size])
+        distances.append(reference_distance(last, side_by_side, metric))
         trajectories.append(trajectory)
     rewards = torch.cat([part().to(degraded.device).view(len(sampling.reward_steps) + 1, -1) for part in pending], 1)
     return _joined(trajectories), condition, rewards, torch.cat(distances)

@@ -22,7 +22,7 @@ from iqareward.diffusion.policy_gradient import Objective, PolicyGradient
 from iqareward.diffusion.progress import progress_bar
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.losses import LossWeights
-from iqareward.schedules.schedule import Weighter
+from iqareward.schedules.schedule import Weighter, check_signal
 from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter
 
@@ -42,7 +42,8 @@ class DifficultyAdaptiveTrainer:
         reward: scores the restored images; called with `images` and `references`.
         pairs: degraded images and their ground truth.
         output_dir: folder of checkpoints and sample grids.
-        weighter: RL and SFT weights; `AdaptiveWeighter()` if not given.
+        weighter: RL and SFT weights; `AdaptiveWeighter()` if not given. One that takes pass rates names the distance at
+            which a rollout passes: `Schedule(gate, pass_distance=0.05)`.
         objective: how rewards become a loss; `PolicyGradient()` if not given.
         sampling: how inputs are restored.
         optimization: how the weights follow the losses.
@@ -55,7 +56,8 @@ class DifficultyAdaptiveTrainer:
         seed: of everything random.
 
     Raises:
-        ValueError: `inputs_per_update` does not divide by the number of processes, or exceeds the number of pairs.
+        ValueError: `inputs_per_update` does not divide by the number of processes, or exceeds the number of pairs; or
+            the weighter takes a signal that is not measured here, such as `NoiseAware`.
 
     Example:
         >>> import tempfile, iqareward
@@ -96,6 +98,7 @@ class DifficultyAdaptiveTrainer:
         self.accelerator = Accelerator() if accelerator is None else accelerator
         self.policy, self.reward, self.pairs, self.metric, self.seed = policy, reward, pairs, metric, seed
         self.weighter: Weighter = AdaptiveWeighter() if weighter is None else weighter
+        check_signal("DifficultyAdaptiveTrainer", self.weighter, ("difficulty", "pass_rate"))
         self.sampling, self.validation, self.memory = sampling or Sampling(), validation, memory
         self.output_dir, self.show_progress = Path(output_dir), show_progress
         self.options = optimization or Optimization()
@@ -148,24 +151,32 @@ class DifficultyAdaptiveTrainer:
         anchor = getattr(self.weighter, "calibrate", None)
         if anchor is not None:
             batches = range(min(CALIBRATION_UPDATES, len(self.pairs) // self.options.inputs_per_update))
-            anchor(torch.cat([self.experience(batch, CALIBRATION).difficulty for batch in batches]))
+            anchor(torch.cat([self._signal(self.experience(batch, CALIBRATION)) for batch in batches]))
 
     def update(self) -> dict[str, Any]:
         """One optimiser step: restore and score, weigh, learn. Returns the numbers to log."""
         experience = self.experience(self.updates, ROLLOUT)
         active = experience.active if self.learner.objective.relative else None
-        weights = self.weighter(experience.difficulty, active=active)
+        signal = self._signal(experience)
+        weights = self.weighter(signal, active=active)
         seed = sub_seed(self.seed, LEARNING, self.updates)
         record = self.learner.step(experience, weights, update=self.updates, seed=seed)
-        self.weighter.update(experience.difficulty)
+        self.weighter.update(signal)
         self.updates += 1
         return {"update": self.updates} | record | self._figures(experience, weights)
+
+    def _signal(self, experience: Experience) -> Tensor:
+        """What the weighter goes by, `[B]`."""
+        if self.weighter.signal == "difficulty":
+            return experience.difficulty
+        weighter: Any = self.weighter
+        return experience.pass_rate(weighter.pass_distance)
 
     def experience(self, update: int, purpose: int) -> Experience:
         """The inputs of update number `update`, restored by this process, scored and compared with each other."""
         ids = self.order.ids(update, rank=self.rank, world=self.world)
         degraded, references = (images.to(self.accelerator.device) for images in self.pairs.batch(ids))
-        trajectory, condition, rewards, difficulty = collect(
+        trajectory, condition, rewards, distances = collect(
             self.policy,
             self.reward,
             degraded,
@@ -180,7 +191,7 @@ class DifficultyAdaptiveTrainer:
         memory = self.memory if purpose == ROLLOUT else None
         advantages, active = compare(rewards, groups, std_floor=self.options.std_floor, memory=memory)
         active = active.view(len(ids), -1).any(1)
-        return Experience(tuple(ids), references, condition, trajectory, rewards, difficulty, advantages, active)
+        return Experience(tuple(ids), references, condition, trajectory, rewards, distances, advantages, active)
 
     def validate(self) -> dict[str, Any]:
         """Judge the held-out inputs; save their restorations, and the model if it is the best so far."""

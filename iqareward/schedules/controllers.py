@@ -1,7 +1,7 @@
 """Weightings that steer themselves: by the RL share they give, or by how noisy the two gradients are."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ class TargetTracking:
     alpha: float = 2.0
     low: float = -20.0
     high: float = 20.0
+
+    signal: Literal["difficulty"] = field(default="difficulty", init=False, repr=False)
 
     def __call__(
         self,
@@ -139,8 +141,9 @@ class NoiseAware:
     """One SFT share for all rows, from how noisy the gradients are: mu = s_r^2 / (s_r^2 + s_s^2 + D^2) (GAC type).
 
     That mu minimises the mean squared error of (1 - mu) g_rl + mu g_sft as an estimate of the mean RL gradient, for
-    variances s_r^2, s_s^2 and squared disagreement D^2 (our derivation). `observe` moves the share towards it, smoothed
-    and by at most `max_step`. The published controller also follows a schedule; that part is not here.
+    variances s_r^2, s_s^2 and squared disagreement D^2 (our derivation). Only `observe` moves the share towards it,
+    smoothed and by at most `max_step`: `DifficultyAdaptiveTrainer`, which measures no gradient noise, refuses this
+    weighting. The published controller also follows a schedule; that part is not here.
 
     Args:
         share: first SFT share.
@@ -162,6 +165,8 @@ class NoiseAware:
     ema: float = 0.9
     max_step: float = 0.05
     noise: Tensor | None = None
+
+    signal: Literal["gradient_noise"] = field(default="gradient_noise", init=False, repr=False)
 
     def __call__(
         self,

@@ -175,7 +175,8 @@ def logistic_success(
 
     Args:
         pass_rate: `[B]` in [0, 1]; NaN gets rl = 0.
-        advantages: `[B]`, only for their sign; without them every row counts as positive.
+        advantages: `[B]`, only for their sign; without them every row counts as positive, as in
+            `DifficultyAdaptiveTrainer`, which weighs inputs and not rollouts.
         low: factor of inputs that always succeed.
         high: factor of inputs that never do.
         centre: pass rate of the middle.

@@ -86,6 +86,6 @@ def experience(policy, num_rollouts, advantages=None) -> Experience:
     rewards = reward(path.sample)
     if advantages is None:
         advantages = (rewards - rewards.mean()) * num_rollouts / (num_rollouts - 1)
-    ones = torch.ones(1)
+    distances, active = torch.ones(num_rollouts), torch.ones(1, dtype=torch.bool)
     condition = policy.condition(degraded)
-    return Experience((0,), degraded, condition, path, rewards[None], ones, advantages[None], ones.bool())
+    return Experience((0,), degraded, condition, path, rewards[None], distances, advantages[None], active)
