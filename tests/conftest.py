@@ -9,6 +9,9 @@ from torch import Tensor
 
 import iqareward
 
+# helper modules keep their assertions under `python -O`; pytest rewrites only the tests themselves unasked
+pytest.register_assert_rewrite(*(f"tests.{path.stem}" for path in Path(__file__).parent.iterdir()))
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start, for the reason below
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")

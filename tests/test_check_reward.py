@@ -1,6 +1,11 @@
 """The public check passes good rewards and names what is wrong with bad ones."""
 
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,48 +93,70 @@ def raises_always(images: Tensor) -> Tensor:
     raise RuntimeError("CUDA out of memory")
 
 
-@pytest.mark.parametrize(
-    ("score", "complaint"),
-    [
-        (batch_mean, "when images are scored one at a time"),
-        (scalar, r"must give shape \[1\], got \[\]"),
-        (half, r"the same pixels come as torch\.bfloat16"),
-        (zero_for_broken, "an image with a nan pixel must score NaN"),
-        (everyone_pays, "when another image has a nan pixel"),
-        (leaks_graph, "promises no graph"),
-        (random_each_time, "from call to call"),
-        (upside_down, "is the sign right"),
-        (raises_always, "RuntimeError: CUDA out of memory"),
-    ],
-)
-def test_faults_are_named(score: Callable[[Tensor], Tensor], complaint: str) -> None:
-    """Each kind of fault appears in the error in words that tell the author what to mend."""
-    with pytest.raises(RewardContractError, match=complaint):
-        check_reward(Plain(score), IMAGES, degraded=FLAT)
+def no_tensor(images: Tensor) -> list[float]:
+    return contrast(images.float().detach()).tolist()
 
 
-def test_in_place_clamping_is_found() -> None:
-    """A reward that writes into the caller's images is caught."""
-    with pytest.raises(RewardContractError, match="it wrote into `images`"):
-        check_reward(InPlace(), IMAGES)
+def in_double(images: Tensor) -> Tensor:
+    return contrast(images.double().detach())
+
+
+def infinite(images: Tensor) -> Tensor:
+    return 1 / contrast(images.float().detach())
+
+
+def never_scored(images: Tensor) -> Tensor:
+    return contrast(images.float().detach()) * torch.nan
+
+
+def no_gradient(images: Tensor) -> Tensor:
+    return contrast(images.detach()) + 0 * images.mean(dim=(1, 2, 3))
+
+
+def broken_gradient(images: Tensor) -> Tensor:
+    return contrast(images) + (images - images.detach()).square().sum(dim=(1, 2, 3)).sqrt()  # sqrt'(0) * 0
+
+
+class Stated(Plain):
+    """A reward that states something false about itself."""
+
+    def __init__(self, **facts: object) -> None:
+        super().__init__(nothing_wrong)
+        vars(self).update(facts)
+
+
+def nothing_wrong(images: Tensor) -> Tensor:
+    return contrast(images.float().detach())
+
+
+class Renamed(Stated):
+    def __reduce__(self) -> object:
+        return Stated, ()
 
 
 class InPlace(Plain):
-    def __init__(self) -> None:
-        super().__init__(contrast)
-
     def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
         if isinstance(images, Tensor):
             images.detach().clamp_(0, 1)
         return super().__call__(images)
 
 
-def test_modules_and_unpicklable_rewards_are_refused() -> None:
-    """An nn.Module and a lambda break two trainers each; both are named."""
-    with pytest.raises(RewardContractError, match=r"must not be an nn\.Module"):
-        check_reward(Module(), IMAGES)  # type: ignore[arg-type]
-    with pytest.raises(RewardContractError, match=r"FAIL  survives pickling: .*lambda"):
-        check_reward(NoReference(lambda images: contrast(images), higher_is_better=True, name="l"), IMAGES)
+class InPlaceOfReferences(Plain):
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        if isinstance(references, Tensor):
+            references.clamp_(0, 1)
+        return super().__call__(images)
+
+
+class OneShort(Plain):
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        return super().__call__(images)[1:]
+
+
+class ListsAreOne(Plain):
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        same_size = len({image.shape for image in images}) < 2
+        return super().__call__(images if same_size else images[:1])
 
 
 class Module(nn.Module):
@@ -137,6 +164,66 @@ class Module(nn.Module):
 
     def forward(self, images, references=None, prompts=None, **ignored) -> Tensor:
         return contrast(torch.stack(list(images)))
+
+
+FAULTS = [
+    (object(), "this one lacks name, needs_references"),
+    (Module(), r"must not be an nn\.Module"),
+    (Stated(name=""), "`name` must be a non-empty str, got ''"),
+    (Stated(differentiable=1), "`differentiable` must be a bool, got 1"),
+    (Stated(bounds=(1.0, 0.0)), r"`bounds` must be \(low, high\), got \(1\.0, 0\.0\)"),
+    (Stated(bounds=(0.0, 1e-3)), r"lies outside the bounds \(0\.0, 0\.001\)"),
+    (Stated(bounds=(1.0, None)), r"lies outside the bounds \(1\.0, None\)"),
+    (Stated(needs_references=True), "a call without `references` must raise ValueError"),
+    (Renamed(name="other"), "the unpickled copy of 'other' is named 'plain'"),
+    (InPlace(nothing_wrong), "it wrote into `images`"),
+    (InPlaceOfReferences(nothing_wrong), "it wrote into `references`"),
+    (OneShort(nothing_wrong), r"expected shape \[4\], got \[3\]"),
+    (ListsAreOne(nothing_wrong), r"a list of 4 must give that many scores, got \[1\]"),
+    (Plain(batch_mean), "when images are scored one at a time"),
+    (Plain(scalar), r"must give shape \[1\], got \[\]"),
+    (Plain(no_tensor), "expected a tensor, got list"),
+    (Plain(in_double), "expected float32, got torch.float64"),
+    (Plain(half), r"the same pixels come as torch\.bfloat16"),
+    (Plain(infinite), "scores must be finite or NaN, never infinite"),
+    (Plain(never_scored), "ordinary images must get finite scores"),
+    (Plain(zero_for_broken), "an image with a nan pixel must score NaN, got 0.0"),
+    (Plain(everyone_pays), "when another image has a nan pixel"),
+    (Plain(leaks_graph), "promises no graph"),
+    (NoReference(no_gradient, higher_is_better=True, differentiable=True), r"of images \[0, 1, 2, 3\] is zero"),
+    (NoReference(broken_gradient, higher_is_better=True, differentiable=True), "the gradient has non-finite values"),
+    (Plain(upside_down), "is the sign right"),
+    (Plain(raises_always), "RuntimeError: CUDA out of memory"),
+]
+
+
+def report_on(reward: object) -> str:
+    """What `check_reward` says about a reward that it must refuse."""
+    with pytest.raises(RewardContractError) as refused:
+        check_reward(reward, IMAGES, 1 - IMAGES, degraded=FLAT)  # type: ignore[arg-type]
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("reward", "complaint"), FAULTS, ids=[complaint for _, complaint in FAULTS])
+def test_faults_are_named(reward: object, complaint: str) -> None:
+    """Each kind of fault appears in the error in words that tell the author what to mend."""
+    assert re.search(complaint, report_on(reward))
+
+
+def test_random_and_unpicklable_rewards_are_refused() -> None:
+    """A reward that draws random numbers and one that holds a lambda are refused."""
+    assert "from call to call" in report_on(Plain(random_each_time))
+    unpicklable = NoReference(lambda images: contrast(images), higher_is_better=True, name="unpicklable")
+    assert re.search("FAIL  survives pickling: .*lambda", report_on(unpicklable))
+
+
+def test_python_without_assertions_finds_the_same() -> None:
+    """Under `python -O` every faulty reward is refused with the same words."""
+    script = "import json; from tests.test_check_reward import *; print(json.dumps([report_on(r) for r, _ in FAULTS]))"
+    command = [sys.executable, "-O", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [report_on(reward) for reward, _ in FAULTS]
 
 
 def test_arguments() -> None:

@@ -35,7 +35,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     text = page.read_text()
     for block in BLOCK.finditer(text):
         line = text[: block.start("code")].count("\n") + 1
-        code = compile("\n" * (line - 1) + block["code"], name_of(page), "exec")
+        code = compile("\n" * (line - 1) + block["code"], name_of(page), "exec", optimize=0)  # with its assertions
         if block["note"] is None:
             exec(code, vars(module))
     assert text.count("```python") == len(BLOCK.findall(text))

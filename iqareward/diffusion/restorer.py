@@ -59,9 +59,13 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
     Args:
         policy: whose `process` is a `DDIM`.
         folder: made if it is missing.
+
+    Raises:
+        TypeError: the policy has another `process`.
     """
     folder, process = Path(folder), policy.process
-    assert isinstance(process, DDIM), "pixel restorers are sampled by DDIM"
+    if not isinstance(process, DDIM):
+        raise TypeError(f"save_restorer expected a policy whose `process` is a DDIM, got a {type(process).__name__}.")
     unwrapped(policy.model).save_pretrained(folder / "unet")
     process.scheduler.save_pretrained(folder / "scheduler")
     (folder / SETTINGS).write_text(json.dumps({"residual": policy.residual}), encoding="utf-8")

@@ -17,7 +17,7 @@ from iqareward.adapters import flow_factory, unirl, unirl_service
 from tests.adapters.doubles import cosmos, flow_grpo, gradient_loops, miles, reward_models, verl
 from tests.adapters.doubles import flow_factory as flow_factory_double
 from tests.adapters.doubles import unirl as unirl_double
-from tests.adapters.doubles.pages import DOCS, blocks, package
+from tests.adapters.doubles.pages import DOCS, blocks, execute, package
 from tests.adapters.restoration_agent import as_pil
 from tests.adapters.test_scorers import CONTRAST, LooksLike
 from tests.diffusion.tiny import images as smooth
@@ -45,7 +45,7 @@ def run(heading: str, scope: dict | None = None) -> dict:
     """The names that a section's Python defines."""
     scope = {} if scope is None else scope
     for block in code(heading):
-        exec(block, scope)
+        execute(block, scope)
     return scope
 
 
@@ -201,7 +201,7 @@ def test_trl(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     scope: dict = {}
     for block in blocks("how-to/trl.md"):
-        exec(block, scope)
+        execute(block, scope)
     logs = [record for record in scope["trainer"].state.log_history if "reward" in record]
     assert len(logs) == 2
     assert all(0 <= record["adaptive/rl_share"] <= 1 for record in logs)

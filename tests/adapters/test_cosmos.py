@@ -9,7 +9,7 @@ import iqareward
 from iqareward.adapters import cosmos
 from iqareward.adapters.cosmos import reward_function
 from tests.adapters.doubles import cosmos as double
-from tests.adapters.doubles.pages import blocks
+from tests.adapters.doubles.pages import blocks, execute
 from tests.tolerances import NETWORK_BATCH
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -59,6 +59,6 @@ def test_what_the_docstring_says_to_write() -> None:
     """The line of the module docstring gives what the launcher takes."""
     scope: dict = {}
     (code,) = blocks(cosmos)
-    exec(code, scope)
+    execute(code, scope)
     image = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
     assert double.compute_rewards(scope["reward_fns"], image) == iqareward.load("niqe")(image[None]).item()

@@ -12,7 +12,7 @@ from iqareward.adapters import flow_factory
 from iqareward.adapters.flow_factory import adaptive_aggregation
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.doubles import flow_factory as double
-from tests.adapters.doubles.pages import blocks, package
+from tests.adapters.doubles.pages import blocks, execute, package
 from tests.tolerances import EXACT, NETWORK_BATCH
 
 POINTWISE, GROUPWISE = (f"iqareward.adapters.flow_factory.{name}" for name in ("IQARewardModel", "IQARankRewardModel"))
@@ -192,5 +192,5 @@ def test_page() -> None:
         "samples": rows,
         "rewards": {"q": torch.tensor([1.0, 2.0, 1.0, 3.0])},
     }
-    exec(code, scope)
+    execute(code, scope)
     assert all(0 < row.extra_kwargs["sft_weight"] < 1 for row in rows)

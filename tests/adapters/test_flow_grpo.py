@@ -17,7 +17,7 @@ from iqareward.adapters import flow_grpo
 from iqareward.adapters.flow_grpo import edit_reward_function, install, reward_function, weighted_samples
 from iqareward.losses import LossWeights
 from tests.adapters.doubles import flow_grpo as double
-from tests.adapters.doubles.pages import blocks, package
+from tests.adapters.doubles.pages import blocks, execute, package
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 
@@ -285,7 +285,7 @@ def test_what_the_docstring_says_to_write(monkeypatch: pytest.MonkeyPatch) -> No
     module = double.rewards_module()
     package(monkeypatch, flow_grpo__rewards=module)
     (code,) = blocks(flow_grpo)
-    exec(code, {})
+    execute(code, {})
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
     gathered = double.sampling_phase(module.multi_score("cpu", {}), [(images, ["", ""], metadata)])
@@ -299,7 +299,7 @@ def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
     package(monkeypatch, flow_grpo__rewards=module, diffbir__rewards=bfr)
     scope: dict = {}
     for code in blocks("how-to/flow-grpo.md"):
-        exec(code, scope)
+        execute(code, scope)
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
     gathered = double.sampling_phase(module.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])

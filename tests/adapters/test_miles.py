@@ -18,7 +18,7 @@ from iqareward.adapters.miles import adaptive_post_process, reference_difficulty
 from iqareward.difficulty import reference_distance
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.doubles import miles as double
-from tests.adapters.doubles.pages import blocks
+from tests.adapters.doubles.pages import blocks, execute
 from tests.tolerances import NETWORK_BATCH, OTHER_PACKAGE
 
 
@@ -145,7 +145,7 @@ def test_post_process_leaves_unscored_samples_out(module: ModuleType) -> None:
 def test_what_the_docstring_says_to_write(module: ModuleType) -> None:
     """The module of the docstring scores and post-processes a rollout."""
     (code,) = blocks(miles)
-    exec(code, vars(module))
+    execute(code, vars(module))
     rows = samples(4, side=96)
     asyncio.run(double.rollout("my_rewards.custom_rm", rows))
     images, clean, _ = stacked(rows)

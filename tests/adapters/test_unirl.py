@@ -14,7 +14,7 @@ from iqareward.adapters import unirl, unirl_service
 from iqareward.adapters.unirl import track_advantages
 from iqareward.losses import LossWeights
 from tests.adapters.doubles import unirl as double
-from tests.adapters.doubles.pages import blocks, package
+from tests.adapters.doubles.pages import blocks, execute, package
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
 MADE = (unirl._spec, unirl._backend, unirl._differentiable_backend, unirl_service._scorer)
@@ -41,7 +41,7 @@ def service(monkeypatch: pytest.MonkeyPatch):
     running = double.Service()
     package(monkeypatch, **running.modules())
     (code,) = blocks(unirl_service)
-    exec(code, {})
+    execute(code, {})
     yield running
     forget()
 

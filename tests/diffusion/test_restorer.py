@@ -8,6 +8,7 @@ from iqareward.diffusion.ddim import DDIM
 from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.restorer import build_restorer, load_restorer, save_restorer
 from iqareward.diffusion.rollout import rollout
+from tests.diffusion.gaussian_policy import TwoSteps
 from tests.diffusion.tiny import images, seeded, unet
 from tests.tolerances import EXACT
 
@@ -26,6 +27,14 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
     assert again.residual
     torch.testing.assert_close(restored(again), restored(policy), **EXACT)
     assert again.process.schedule(3) == policy.process.schedule(3)
+
+
+def test_another_process_is_not_saved(tmp_path):
+    """A folder cannot hold a sampling process that is no DDIM: the policy is refused before anything is written."""
+    policy = PixelPolicy(unet(), TwoSteps())
+    with pytest.raises(TypeError, match="`process` is a DDIM, got a TwoSteps"):
+        save_restorer(policy, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_seeds_and_the_callers_random_numbers():

@@ -17,6 +17,11 @@ def blocks(source: ModuleType | str, language: str = "python") -> list[str]:
     return [textwrap.dedent(code) for code in re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", text, re.M | re.S)]
 
 
+def execute(code: str, scope: dict) -> None:
+    """Run a block; its assertions count under `python -O` too."""
+    exec(compile(code, "<block>", "exec", optimize=0), scope)
+
+
 def package(monkeypatch, **modules: ModuleType) -> None:
     """Make modules importable under dotted names, given with `__` for the dot; parents are empty packages."""
     import sys
