@@ -68,11 +68,11 @@ def test_broken_files_are_reported_and_the_rest_is_scored(photos: Path) -> None:
 def test_globs_json_and_several_rewards(photos: Path, tmp_path: Path) -> None:
     """Globs work, JSON has one object a line, NaN becomes null, and rewards can be repeated and summed."""
     Image.new("RGB", (4, 4)).save(tmp_path / "tiny.png")
-    rewards = ["--reward", "piqe", "--reward", "0.5*piqe + 0.5*niqe"]
+    rewards = ["--reward", "piqe", "--reward", "0.5*piqe[-100, 0] + 0.5*niqe[-12, 0]"]
     lines = run("score", photos / "deep/*.png", tmp_path / "tiny.png", *rewards, "--format", "json").splitlines()
     rows = [json.loads(line) for line in lines]
     assert [Path(row["path"]).name for row in rows] == ["d.png", "tiny.png"]
-    assert list(rows[0]["scores"]) == ["piqe", "0.5*piqe + 0.5*niqe"]
+    assert list(rows[0]["scores"]) == ["piqe", "0.5*piqe[-100, 0] + 0.5*niqe[-12, 0]"]
     assert rows[1]["scores"]["piqe"] is None
 
 

@@ -41,7 +41,7 @@ def find_reward(
     """The reward of a name or sum of the catalogue, or the object itself; refuses one that cannot work here.
 
     Args:
-        reward: `"niqe"`, `"0.7*niqe + 0.3*ssim"`, or an object with the reward contract.
+        reward: `"qalign"`, `"0.7*qalign + 0.3*ssim"`, or an object with the reward contract.
         who: the adapter, for messages.
         references: the adapter's setting that says where references come from; None = nowhere.
         device: for weights of rewards that are loaded by name.

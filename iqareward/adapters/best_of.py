@@ -71,8 +71,9 @@ def generate_best(
         >>> def restore(image, generator, output_type):  # stands for a diffusers pipeline
         ...     noise = torch.stack([torch.rand(3, 32, 32, generator=g) for g in generator])
         ...     return SimpleNamespace(images=0.9 * image + 0.1 * noise)
+        >>> clean = torch.full((2, 3, 32, 32), 0.5)
         >>> best = generate_best(
-        ...     restore, "piqe", {"image": torch.full((2, 3, 32, 32), 0.5)}, num_candidates=4, show_progress=False
+        ...     restore, "ssim", {"image": clean}, references=clean, num_candidates=4, show_progress=False
         ... )
         >>> best.scores.shape, bool((best.scores.argmax(1) == best.chosen).all())
         (torch.Size([2, 4]), True)

@@ -11,7 +11,7 @@
 ```python
 from iqareward.adapters.cosmos import reward_function
 
-reward_fns = [(reward_function("niqe", value_range=(0, 1)), 1.0)]  # for the launcher
+reward_fns = [(reward_function("qalign", value_range=(0, 1)), 1.0)]  # for the launcher
 ```
 """
 

@@ -12,7 +12,7 @@ rewards:
   - name: quality
     reward_model: iqareward.adapters.flow_factory.IQARewardModel
     weight: 1.0
-    reward: "0.7*niqe + 0.3*ssim"   # ours from here on
+    reward: "0.7*qalign + 0.3*ssim"   # ours from here on
     references: condition_images
     on_nan: raise
 ```

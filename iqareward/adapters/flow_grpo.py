@@ -14,7 +14,7 @@ the training script looks it up, and leave in `config.reward_fn` only what you w
 import flow_grpo.rewards
 from iqareward.adapters.flow_grpo import install
 
-install(flow_grpo.rewards, {"niqe": 0.5, "ssim": 0.5}, references="gt_path", groups="input_id")
+install(flow_grpo.rewards, {"qalign": 0.5, "ssim": 0.5}, references="gt_path", groups="input_id")
 ```
 
 Their tracker groups by prompt text, and in restoration all prompts are alike. `groups` passes each sample's input id
@@ -42,6 +42,7 @@ from iqareward.adapters._values import (
 )
 from iqareward.images import to_images
 from iqareward.losses import LossWeights
+from iqareward.rewards.catalog import on_unit_scale
 from iqareward.types import Reward
 
 Fn: TypeAlias = Callable[..., tuple[Any, dict[str, Any]]]
@@ -74,8 +75,9 @@ def reward_function(
         The function; its scores are a float32 array `(N,)`, or a tensor with its graph if the reward is differentiable.
 
     Example:
-        >>> fn = reward_function("piqe")
-        >>> scores, info = fn(torch.full((2, 3, 32, 32), 0.5), ["", ""], [{}, {}])
+        >>> fn = reward_function("ssim", references="clean")
+        >>> images = torch.full((2, 3, 32, 32), 0.5)
+        >>> scores, info = fn(images, ["", ""], [{"clean": image} for image in images])
         >>> scores.dtype, scores.shape
         (dtype('float32'), (2,))
     """
@@ -127,7 +129,8 @@ def install(
 
     Args:
         module: `flow_grpo.rewards` or what a child calls it; call `install` before the script reads `multi_score`.
-        rewards: name -> weight, or (weight, name or reward) pairs.
+        rewards: name -> weight, or (weight, name or reward) pairs. Where several are added, named ones must lie in
+            [-1, 1], as in `iqareward.load`: `"psnr[10, 50]"`.
         references: as in `reward_function`.
         groups: the key of `metadata` that holds each sample's input id, an integer below 2**24; passed on as component
             `groups`.
@@ -136,7 +139,7 @@ def install(
 
     Raises:
         ValueError: the module has no `multi_score` of its own, or an option is unknown; when the script builds its
-            rewards: two have one name, or one needs references and there are none.
+            rewards: two have one name, one needs references and there are none, or one is not on the scale of a sum.
     """
     original = getattr(module, "multi_score", None)
     if original is None or original.__module__ == __name__:
@@ -217,6 +220,11 @@ def _named(
         judge = find_reward(reward, who="install", references=references, device=device)
         if judge.name in named or judge.name in taken:
             raise ValueError(f"install expected rewards with unique names, got {judge.name!r} twice.")
+        if len(pairs) + len(taken) > 1 and isinstance(reward, str) and reward != (part := on_unit_scale(reward, judge)):
+            raise ValueError(
+                f"install adds scores of different scales: {reward!r} may leave [-1, 1]. Write {part!r}: the first "
+                "score in brackets becomes 0, the second 1."
+            )
         named[judge.name] = (float(weight), reward_function(judge, references=source, on_nan=on_nan))
     return named
 

@@ -14,7 +14,7 @@ Its options name a function, and settings have no place there, so write a module
 from iqareward.adapters.miles import adaptive_post_process, reference_difficulty, reward_function
 from iqareward.weighting import AdaptiveWeighter
 
-custom_rm = reward_function("0.7*niqe + 0.3*ssim", references="gt_path")
+custom_rm = reward_function("0.7*haarpsi + 0.3*ssim", references="gt_path")
 weighter = AdaptiveWeighter(calibrate_on_first=True, mode="convex")
 post_process = adaptive_post_process(weighter, reference_difficulty("gt_path"))
 ```

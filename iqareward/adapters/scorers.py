@@ -62,7 +62,7 @@ class ImscoreModel(nn.Module):
         on_nan: what an image without a score becomes: "raise", "mean", "worst" or a number.
 
     Example:
-        >>> model = ImscoreModel("piqe", differentiable=False)
+        >>> model = ImscoreModel("piqe", differentiable=False)  # cheap; to train, a judge such as "qalign"
         >>> model.score(torch.full((2, 3, 32, 32), 0.5), ["a cat", "a dog"]).shape
         torch.Size([2])
     """
@@ -140,7 +140,7 @@ def mixgrpo_model(
         ValueError: another slot, or a reward that needs references.
 
     Example:
-        >>> model = mixgrpo_model("piqe")
+        >>> model = mixgrpo_model("qalign")
         >>> type(model).__name__
         'PickScoreRewardModel'
     """

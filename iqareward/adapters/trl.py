@@ -26,7 +26,7 @@ class TRLReward:
 
     A completion whose image cannot be scored gets `None`: TRL leaves it out of its group and gives it no advantage.
     With several reward functions, though, TRL 1.16 adds up those that did score, as if the missing one were 0; put the
-    parts into one reward (`"0.7*piqe + 0.3*ssim"`), or set `multi_objective_aggregation="normalize_then_sum"`.
+    parts into one reward (`"0.7*qalign + 0.3*ssim"`), or set `multi_objective_aggregation="normalize_then_sum"`.
 
     Pixels: PIL images and uint8 as they are; floats must lie in [0, 1]. `log_metric` receives the mean of every part
     of a weighted sum, and the share of completions with no image and of images that were not scored.
@@ -148,7 +148,7 @@ class AsyncTRLReward:
 
     Example:
         >>> import inspect
-        >>> inspect.iscoroutinefunction(AsyncTRLReward(TRLReward("piqe", "restored")))
+        >>> inspect.iscoroutinefunction(AsyncTRLReward(TRLReward("qalign", "restored")))
         True
     """
 

@@ -15,7 +15,7 @@ reward:
     base_device: cuda
     config:
       _target_: iqareward.adapters.unirl.IQASpec
-      reward: "0.7*niqe + 0.3*ssim"
+      reward: "0.7*qalign + 0.3*ssim"
       references: conditioning
 ```
 """

@@ -15,7 +15,7 @@ reward:
       name: compute_score
       weight: 1.0
       required: true
-      reward: "0.7*niqe + 0.3*ssim"   # ours from here on
+      reward: "0.7*haarpsi + 0.3*ssim"   # ours from here on
       references: gt_path
       max_batch: 16
 ```

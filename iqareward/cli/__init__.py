@@ -48,13 +48,14 @@ def list_rewards(
         needs, graph = ("yes" if flag else "" for flag in (entry.needs_references, entry.differentiable))
         table.add_row(name, entry.summary, needs, graph, entry.licence, entry.extra)
     Console().print(table)
-    typer.echo('Sums: "0.7*niqe + 0.3*ssim". Any pyiqa metric: "pyiqa:musiq" (non-commercial licence).')
+    typer.echo('Sums: "0.7*qalign + 0.3*ssim"; with a range where scores leave [-1, 1]: "0.7*ssim + 0.3*psnr[10, 50]".')
+    typer.echo('Any pyiqa metric: "pyiqa:musiq" (non-commercial licence).')
 
 
 @app.command()
 def score(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders (searched recursively) or globs.")],
-    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*niqe + 0.3*ssim"; may be repeated.')],
+    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
     reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
     format: Annotated[Format | None, typer.Option(help="Default: table, or csv with --output.")] = None,
     output: Annotated[
@@ -99,7 +100,7 @@ def check(
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of results.")],
     second: Annotated[Path, typer.Argument(help="Another, with the same file names.")],
-    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*niqe + 0.3*ssim"; may be repeated.')],
+    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
     reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
     output: Annotated[Path, typer.Option(help="Page with the pairs.")] = Path("comparison.html"),
     pairs: Annotated[int, typer.Option(min=0, help="Pairs on the page.")] = 24,
@@ -182,7 +183,7 @@ def train(
 
 @app.command()
 def serve(
-    rewards: Annotated[list[str], typer.Argument(help='Names or sums, e.g. qalign or "0.7*niqe + 0.3*ssim".')],
+    rewards: Annotated[list[str], typer.Argument(help='Names or sums, e.g. qalign or "0.7*qalign + 0.3*ssim".')],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 = all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
     address: Annotated[

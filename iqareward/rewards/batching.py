@@ -48,10 +48,10 @@ class MicroBatched:
     Example:
         >>> import torch, iqareward
         >>> from concurrent.futures import ThreadPoolExecutor
-        >>> images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        >>> with iqareward.MicroBatched(iqareward.load("piqe")) as reward, ThreadPoolExecutor(8) as threads:
-        ...     rows = list(threads.map(lambda image: reward(image[None]), images))
-        >>> torch.equal(torch.cat(rows), iqareward.load("piqe")(images))
+        >>> images, clean = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> with iqareward.MicroBatched(iqareward.load("ssim")) as reward, ThreadPoolExecutor(8) as threads:
+        ...     rows = list(threads.map(lambda a, b: reward(a[None], references=b[None]), images, clean))
+        >>> torch.equal(torch.cat(rows), iqareward.load("ssim")(images, references=clean))
         True
     """
 

@@ -43,9 +43,10 @@ class Cached:
 
     Example:
         >>> import torch, iqareward
-        >>> reward = iqareward.Cached(iqareward.load("piqe"))
-        >>> images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        >>> torch.equal(reward(images), reward(images)), reward.hits, reward.misses
+        >>> reward = iqareward.Cached(iqareward.load("ssim"))
+        >>> images, clean = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> first, again = reward(images, references=clean), reward(images, references=clean)
+        >>> torch.equal(first, again), reward.hits, reward.misses
         (True, 2, 2)
     """
 

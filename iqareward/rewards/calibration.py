@@ -184,9 +184,9 @@ def save_map(score_map: ScoreMap, path: str | Path) -> None:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_map(AffineMap(-100.0, 0.0), f"{folder}/piqe.json")
-        ...     print(load_map(f"{folder}/piqe.json"))
-        AffineMap(low=-100.0, high=0.0)
+        ...     save_map(AffineMap(10.0, 50.0), f"{folder}/psnr.json")
+        ...     print(load_map(f"{folder}/psnr.json"))
+        AffineMap(low=10.0, high=50.0)
     """
     kind = next(name for name, cls in _MAPS.items() if isinstance(score_map, cls))
     Path(path).write_text(json.dumps({"map": kind, **asdict(score_map)}) + "\n")

@@ -15,6 +15,7 @@ from iqareward.functional.ms_ssim import MIN_SIDE as MS_SSIM_MIN_SIDE
 from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
+from iqareward.rewards.calibration import AffineMap, Calibrated
 from iqareward.rewards.compose import WeightedSum
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference, NoReference
@@ -24,6 +25,7 @@ from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS
 from iqareward.rewards.mllm.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
+from iqareward.rewards.pyiqa_facts import METRICS
 from iqareward.types import Reward
 
 
@@ -38,6 +40,7 @@ class Entry(NamedTuple):
         weights: where its weights come from, a hub id or "torchvision:<backbone>"; "" = it has none.
         licence: of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
+        usual: the scores between which most photographs lie, from bad to best.
     """
 
     build: Callable[..., Reward]
@@ -47,6 +50,7 @@ class Entry(NamedTuple):
     weights: str = ""
     licence: str = "Apache-2.0"
     extra: str = ""
+    usual: tuple[float, float] = (0.0, 1.0)
 
 
 _similarity = partial(FullReference, higher_is_better=True)
@@ -57,21 +61,23 @@ _flaws = partial(NoReference, higher_is_better=False)
 CATALOG: dict[str, Entry] = {
     # name           reward, what a score says, needs references, can be differentiable
     "psnr": Entry(partial(_similarity, psnr, bounds=(None, 100.0)),
-                  "pixel error in dB; 100 = identical", True, True),
+                  "pixel error in dB; 100 = identical", True, True, usual=(10.0, 50.0)),
     "psnr_y": Entry(partial(_similarity, partial(psnr, color="y"), name="psnr_y", bounds=(None, 100.0)),
-                    "pixel error of Y as restoration papers report it", True, True),
+                    "pixel error of Y as restoration papers report it", True, True, usual=(10.0, 50.0)),
     "ssim": Entry(partial(_similarity, ssim, bounds=(-1.0, 1.0), min_side=SSIM_MIN_SIDE),
                   "local structure of luma; 1 = identical", True, True),
     "ms_ssim": Entry(partial(_similarity, ms_ssim, bounds=(0.0, 1.0), min_side=MS_SSIM_MIN_SIDE),
                      "structure at five scales; 1 = identical", True, True),
     "gmsd": Entry(partial(_distance, gmsd, bounds=(None, 0.0), min_side=GMSD_MIN_SIDE),
-                  "evenness of edge errors; 0 = identical", True, True),
+                  "evenness of edge errors; 0 = identical", True, True, usual=(-0.35, 0.0)),
     "haarpsi": Entry(partial(_similarity, haarpsi, bounds=(0.0, 1.0), min_side=HAARPSI_MIN_SIDE),
                      "wavelet similarity in colour; 1 = identical", True, True),
     "piqe": Entry(partial(_flaws, piqe, bounds=(-100.0, 0.0), min_side=PIQE_MIN_SIDE),
-                  "blockwise distortion; 0 = none", False, False),
+                  "blockwise distortion; 0 = none; light noise raises it", False, False,
+                  usual=(-100.0, 0.0)),
     "niqe": Entry(partial(_flaws, niqe, bounds=(None, 0.0), min_side=NIQE_MIN_SIDE),
-                  "distance from natural statistics; sides >= 256", False, False),
+                  "distance from natural statistics; sides >= 256; a latent autoencoder's output raises it",
+                  False, False, usual=(-12.0, 0.0)),
     "qalign": Entry(QAlignReward, "quality level by one-align, in [0, 1]",
                     False, True, "q-future/one-align", "MIT, LLaMA-2"),
     "deqa": Entry(DeQAReward, "quality level by DeQA-Score, in [0, 1]",
@@ -87,17 +93,17 @@ CATALOG: dict[str, Entry] = {
     "qinsight": Entry(QInsightReward, "expected rating by Q-Insight, in [0, 1]",
                       False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm"),
     "lpips": Entry(partial(LPIPSReward, "alex"), "AlexNet feature distance; 0 = identical",
-                   True, True, "torchvision:alex", "BSD-2", "perceptual"),
+                   True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0)),
     "lpips_vgg": Entry(partial(LPIPSReward, "vgg"), "VGG feature distance; 0 = identical",
-                       True, True, "torchvision:vgg", "BSD-2", "perceptual"),
+                       True, True, "torchvision:vgg", "BSD-2", "perceptual", (-1.0, 0.0)),
     "dists": Entry(DISTSReward, "structure and texture distance; 0 = identical",
-                   True, True, "torchvision:vgg", "MIT", "perceptual"),
+                   True, True, "torchvision:vgg", "MIT", "perceptual", (-1.0, 0.0)),
     "fsim": Entry(partial(PIQReward, "fsim"), "phase and gradient similarity; 1 = identical",
                   True, False, extra="perceptual"),
     "vsi": Entry(partial(PIQReward, "vsi"), "saliency-weighted similarity; 1 = identical",
                  True, False, extra="perceptual"),
     "mdsi": Entry(partial(PIQReward, "mdsi"), "gradient and chroma deviation; 0 = identical",
-                  True, False, extra="perceptual"),
+                  True, False, extra="perceptual", usual=(-0.5, 0.0)),
     "srsim": Entry(partial(PIQReward, "srsim"), "spectral-residual similarity; 1 = identical",
                    True, False, extra="perceptual"),
     "dss": Entry(partial(PIQReward, "dss"), "DCT subband similarity; 1 = identical",
@@ -109,16 +115,24 @@ CATALOG: dict[str, Entry] = {
 PYIQA_PREFIX = "pyiqa:"
 
 # names may hold + and -, so operators need spaces around them
-_TERM = re.compile(r"(?:(?P<weight>\d*\.?\d+(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<name>[A-Za-z][^\s*]*)")
+_NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
+_TERM = re.compile(
+    rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z][^\s*\[\]]*)"
+    rf"(?:\[\s*(?P<low>-?{_NUMBER})\s*,\s*(?P<high>-?{_NUMBER})\s*\])?"
+)
 _OPERATOR = re.compile(r"\s+([+-])\s+")
 
 
 def load(spec: str, *, device: torch.device | str | None = None, differentiable: bool = False) -> Reward:
     """The reward behind a name, or behind a weighted sum of names.
 
+    A sum adds the scores as they are, so its parts must share a scale: each must lie in [-1, 1]. Write
+    `"psnr[10, 50]"` for a reward that does not: a score of 10 becomes 0, one of 50 becomes 1, linear between and
+    constant beyond.
+
     Args:
-        spec: a name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, or a sum such as `"0.7*niqe + 0.3*ssim"`,
-            with spaces around the operators.
+        spec: a name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, or a sum such as
+            `"0.7*qalign + 0.3*ssim"`, with spaces around the operators; `[low, high]` may follow each name.
         device: where rewards that have weights keep them; None = their default. Others run where the images are.
         differentiable: keep the graph from scores to pixels.
 
@@ -126,31 +140,73 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
         A reward: `[B]` float32 scores, higher is better, NaN = not scored.
 
     Raises:
-        ValueError: an unknown name (near ones are listed), or `differentiable` for a reward that cannot be.
+        ValueError: an unknown name (near ones are listed), parts that do not share a scale (the message has the line to
+            write), or `differentiable` for a reward that cannot be.
         ImportError: the reward needs an extra that is not installed.
 
     Example:
-        >>> load("0.7*niqe + 0.3*ssim").name
-        '0.7*niqe + 0.3*ssim'
+        >>> load("0.7*haarpsi + 0.3*psnr[10, 50]").bounds
+        (0.0, 1.0)
+        >>> load("0.7*haarpsi + 0.3*psnr")
+        Traceback (most recent call last):
+        ValueError: '0.7*haarpsi + 0.3*psnr' adds scores of different scales: psnr may leave [-1, 1]. Write
+        '0.7*haarpsi + 0.3*psnr[10, 50]': the first score in brackets becomes 0, the second 1.
         >>> load("nique")
         Traceback (most recent call last):
         ValueError: unknown reward 'nique'; near names: niqe, piqe. `iqareward list` shows all.
     """
     first, *rest = _OPERATOR.split(spec.strip())
-    signed = [("+", first), *zip(rest[::2], rest[1::2], strict=True)]
-    terms = []
-    for sign, text in signed:
-        match = _TERM.fullmatch(text.strip())
+    signs, texts = ["+", *rest[::2]], [text.strip() for text in (first, *rest[1::2])]
+    terms: list[tuple[float, Reward]] = []
+    for sign, text in zip(signs, texts, strict=True):
+        match = _TERM.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{spec!r} is no reward: expected names or a sum such as '0.7*niqe + 0.3*ssim' "
-                f"(spaces around + and -), could not read {text.strip()!r}."
+                f"{spec!r} is no reward: expected names or a sum such as '0.7*haarpsi + 0.3*psnr[10, 50]' "
+                f"(spaces around + and -), could not read {text!r}."
             )
-        weight = float(match["weight"] or 1.0) * (1 if sign == "+" else -1)
-        terms.append((weight, _build(match["name"], device, differentiable), match["weight"]))
-    if len(terms) == 1 and terms[0][2] is None:
-        return terms[0][1]
-    return WeightedSum([(weight, reward) for weight, reward, _ in terms])
+        reward = _build(match["name"], device, differentiable)
+        if match["low"] is not None:
+            low, high = float(match["low"]), float(match["high"])
+            reward = Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{low:g}, {high:g}]")
+        if len(texts) == 1 and match["weight"] is None:
+            return reward
+        terms.append((float(match["weight"] or 1.0) * (1 if sign == "+" else -1), reward))
+    if len(texts) > 1:
+        parts = [on_unit_scale(text, reward) for text, (_, reward) in zip(texts, terms, strict=True)]
+        if parts != texts:
+            line = parts[0] + "".join(f" {sign} {part}" for sign, part in zip(signs[1:], parts[1:], strict=True))
+            wide = ", ".join(r.name for text, part, (_, r) in zip(texts, parts, terms, strict=True) if part != text)
+            raise ValueError(
+                f"{spec!r} adds scores of different scales: {wide} may leave [-1, 1]. "
+                f"Write {line!r}: the first score in brackets becomes 0, the second 1."
+            )
+    return WeightedSum(terms)
+
+
+def on_unit_scale(spec: str, reward: Reward) -> str:
+    """The spec of a reward as a part of a sum.
+
+    Args:
+        spec: from which `load` built the reward.
+        reward: that reward.
+
+    Returns:
+        `spec` if its scores lie in [-1, 1] or it is a sum itself, otherwise `spec` with a range that brings them there.
+
+    Example:
+        >>> on_unit_scale("piqe", load("piqe")), on_unit_scale("ssim", load("ssim"))
+        ('piqe[-100, 0]', 'ssim')
+    """
+    low, high = reward.bounds
+    if isinstance(reward, WeightedSum) or (low is not None and high is not None and -1 <= low < high <= 1):
+        return spec
+    match = _TERM.fullmatch(spec.strip())
+    if match is None:
+        raise ValueError(f"on_unit_scale expected the spec of {reward.name!r}, got {spec!r}.")
+    name = match["name"]
+    metric = METRICS[name.removeprefix(PYIQA_PREFIX)] if name.startswith(PYIQA_PREFIX) else CATALOG[name]
+    return f"{spec}[{metric.usual[0]:g}, {metric.usual[1]:g}]"
 
 
 def _build(name: str, device: torch.device | str | None, differentiable: bool) -> Reward:

@@ -46,22 +46,24 @@ def evaluate(
 class WeightedSum:
     """The weighted sum of several rewards, `sum_k weight_k * score_k`; NaN where any of them is NaN.
 
-    Different rewards have different scales (PSNR spans tens, SSIM one): bring them to one scale first, with
-    `Calibrated`, or choose the weights accordingly.
+    Scores are added as they are. Different rewards have different scales (PSNR spans tens, SSIM one): bring them to one
+    scale with `Calibrated`, or the widest decides alone. `load` refuses a sum whose parts do not share a scale. This
+    class checks nothing, because rewards of your own need not declare bounds.
 
     Args:
         terms: (weight, reward) pairs; the names of the rewards must be unique.
-        name: default: the formula, e.g. `"0.7*niqe + 0.3*ssim"`.
+        name: default: the formula, e.g. `"0.7*qalign + 0.3*ssim"`.
 
     Raises:
         ValueError: no terms, or two rewards of the same name.
 
     Example:
         >>> import torch, iqareward
-        >>> reward = iqareward.WeightedSum([(0.1, iqareward.load("psnr")), (1.0, iqareward.load("ssim"))])
+        >>> psnr = iqareward.Calibrated(iqareward.load("psnr"), iqareward.AffineMap(10.0, 50.0))
+        >>> reward = iqareward.WeightedSum([(0.5, psnr), (0.5, iqareward.load("ssim"))])
         >>> images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         >>> reward(images, references=images)
-        tensor([11.])
+        tensor([1.])
     """
 
     def __init__(self, terms: Sequence[tuple[float, Reward]], *, name: str | None = None) -> None:

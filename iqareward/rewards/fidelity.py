@@ -30,9 +30,10 @@ class FidelityFloor:
 
     Example:
         >>> import torch, iqareward
-        >>> reward = iqareward.FidelityFloor(iqareward.load("piqe"), iqareward.load("psnr"), floor=25.0)
-        >>> references = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        >>> reward(torch.zeros_like(references), references=references) < -100
+        >>> judge = iqareward.load("niqe[-12, 0]")  # stands for a judge such as "qalign"
+        >>> reward = iqareward.FidelityFloor(judge, iqareward.load("psnr"), floor=25.0)
+        >>> references = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+        >>> reward(1 - references, references=references) < 0  # below every score of the judge
         tensor([True])
     """
 

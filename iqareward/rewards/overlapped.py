@@ -35,11 +35,11 @@ class Overlapped:
 
     Example:
         >>> import torch, iqareward
-        >>> reward = iqareward.Overlapped(iqareward.load("piqe"))
-        >>> images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        >>> pending = reward.submit(images)
+        >>> reward = iqareward.Overlapped(iqareward.load("ssim"))
+        >>> images, clean = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> pending = reward.submit(images, references=clean)
         >>> # ... draw the next samples here ...
-        >>> torch.equal(pending.result(), iqareward.load("piqe")(images))
+        >>> torch.equal(pending.result(), iqareward.load("ssim")(images, references=clean))
         True
     """
 

@@ -26,6 +26,14 @@ class Metric(NamedTuple):
     high: float | None
     half: float | None = None
 
+    @property
+    def usual(self) -> tuple[float, float]:
+        """The usual range of the reward, that is after the sign; an open end lies two `half` away from the other."""
+        reach = 2 * (self.half or 0.0)
+        low = self.low if self.low is not None else (self.high or 0.0) - reach
+        high = self.high if self.high is not None else low + reach
+        return (low, high) if self.higher_is_better else (-high, -low)
+
     def normalized(self, values: Tensor) -> Tensor:
         """Values on [0, 1], 1 = best: linear in [low, high], constant beyond, d / (d + half) where one end is open."""
         if self.low is not None and self.high is not None:

@@ -8,6 +8,7 @@ from PIL import Image
 import iqareward
 from iqareward.adapters import cosmos
 from iqareward.adapters.cosmos import reward_function
+from iqareward.types import Reward
 from tests.adapters.doubles import cosmos as double
 from tests.adapters.doubles.pages import blocks, execute
 from tests.tolerances import NETWORK_BATCH
@@ -55,10 +56,10 @@ def test_unscored_images() -> None:
         reward_function("ssim")
 
 
-def test_what_the_docstring_says_to_write() -> None:
+def test_what_the_docstring_says_to_write(qalign: Reward) -> None:
     """The line of the module docstring gives what the launcher takes."""
     scope: dict = {}
     (code,) = blocks(cosmos)
     execute(code, scope)
     image = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
-    assert double.compute_rewards(scope["reward_fns"], image) == iqareward.load("niqe")(image[None]).item()
+    assert double.compute_rewards(scope["reward_fns"], image) == qalign(image[None]).item()

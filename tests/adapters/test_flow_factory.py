@@ -10,6 +10,7 @@ from torch import Tensor
 import iqareward
 from iqareward.adapters import flow_factory
 from iqareward.adapters.flow_factory import adaptive_aggregation
+from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.doubles import flow_factory as double
 from tests.adapters.doubles.pages import blocks, execute, package
@@ -168,7 +169,7 @@ def test_weights() -> None:
     assert all(row.extra_kwargs["advantage"] == old for row, old in zip(rows, before))
 
 
-def test_what_the_docstring_says_to_write() -> None:
+def test_what_the_docstring_says_to_write(qalign: Reward) -> None:
     """The YAML entry of the module docstring builds a model that scores."""
     (text,) = blocks(flow_factory, "yaml")
     (entry,) = yaml.safe_load(text)["rewards"]
@@ -179,7 +180,7 @@ def test_what_the_docstring_says_to_write() -> None:
     torch.testing.assert_close(rewards["quality"], expected, **NETWORK_BATCH)
 
 
-def test_page() -> None:
+def test_page(qalign: Reward) -> None:
     """The page's YAML builds a model, and its Python weights the advantages."""
     (text,) = blocks("how-to/flow-factory.md", "yaml")
     (entry,) = yaml.safe_load(text)["rewards"]

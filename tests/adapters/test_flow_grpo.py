@@ -16,6 +16,7 @@ from iqareward import FullReference, NoReference
 from iqareward.adapters import flow_grpo
 from iqareward.adapters.flow_grpo import edit_reward_function, install, reward_function, weighted_samples
 from iqareward.losses import LossWeights
+from iqareward.types import Reward
 from tests.adapters.doubles import flow_grpo as double
 from tests.adapters.doubles.pages import blocks, execute, package
 from tests.tolerances import EXACT, OTHER_PACKAGE
@@ -72,16 +73,28 @@ def test_objects_and_partials_are_no_factories(factory) -> None:
 def test_install_adds_to_the_trainers_own_rewards(takes_ref_images: bool) -> None:
     """After `install` the script's own line gives their components, ours and the weighted sum of all."""
     module = double.rewards_module(takes_ref_images=takes_ref_images)
-    install(module, [(0.01, "piqe"), (2.0, BRIGHTNESS)])
+    install(module, [(0.1, "piqe[-100, 0]"), (2.0, BRIGHTNESS)])
     batches = [batch(3, seed) for seed in range(12)]
     if takes_ref_images:
         batches = [(*one, [Image.new("RGB", (16, 16))] * 3) for one in batches]
     gathered = double.sampling_phase(module.multi_score("cpu", {"pickscore": 0.5}), batches)
-    assert set(gathered) == {"pickscore", "piqe", "brightness", "avg"}
+    assert set(gathered) == {"pickscore", "piqe[-100, 0]", "brightness", "avg"}
     images = torch.cat([one[0] for one in batches])
-    expected = 0.5 * brightness(images) + 0.01 * iqareward.load("piqe")(images) + 2 * brightness(images)
+    expected = 0.5 * brightness(images) + 0.1 * iqareward.load("piqe[-100, 0]")(images) + 2 * brightness(images)
     torch.testing.assert_close(torch.from_numpy(gathered["avg"]), expected, **OTHER_PACKAGE)
     torch.testing.assert_close(torch.from_numpy(gathered["brightness"]), brightness(images), **OTHER_PACKAGE)
+
+
+def test_installed_names_share_a_scale() -> None:
+    """A named reward that leaves [-1, 1] may be trained on alone; added to others, it needs the range printed."""
+    module = double.rewards_module()
+    install(module, {"psnr": 0.5}, references="gt_path")
+    module.multi_score("cpu", {})
+    with pytest.raises(ValueError, match=r"'psnr' may leave \[-1, 1\]. Write 'psnr\[10, 50\]'"):
+        module.multi_score("cpu", {"pickscore": 1.0})
+    module = double.rewards_module()
+    install(module, {"psnr[10, 50]": 0.5, "0.2*ssim": 1.0, "3*haarpsi + 2*ssim": 0.1}, references="gt_path")
+    module.multi_score("cpu", {"pickscore": 1.0})
 
 
 def test_install_alone() -> None:
@@ -273,14 +286,14 @@ def test_mistakes_before_training() -> None:
     with pytest.raises(ValueError, match="found none"):
         install(ModuleType("empty"), {"niqe": 1.0})
     module = double.rewards_module()
-    install(module, [(1.0, "niqe"), (2.0, "niqe")])
-    with pytest.raises(ValueError, match="'niqe' twice"):
+    install(module, [(1.0, "qalign"), (2.0, "qalign")])
+    with pytest.raises(ValueError, match="'qalign_quality' twice"):
         module.multi_score("cpu", {})
     with pytest.raises(ValueError, match="ours, from an earlier call"):
         install(module, {"piqe": 1.0})
 
 
-def test_what_the_docstring_says_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_docstring_says_to_write(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     """The lines of the module docstring work in a script like theirs."""
     module = double.rewards_module()
     package(monkeypatch, flow_grpo__rewards=module)
@@ -289,11 +302,11 @@ def test_what_the_docstring_says_to_write(monkeypatch: pytest.MonkeyPatch) -> No
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
     gathered = double.sampling_phase(module.multi_score("cpu", {}), [(images, ["", ""], metadata)])
-    assert set(gathered) == {"niqe", "ssim", "groups", "avg"}
+    assert set(gathered) == {"qalign_quality", "ssim", "groups", "avg"}
     np.testing.assert_allclose(gathered["ssim"], 1, rtol=1e-5)
 
 
-def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     """The page's lines for flow_grpo, BFR_RL, Edit-R1 and the slot of the table work in scripts like theirs."""
     module, bfr = double.rewards_module(), double.rewards_module()
     package(monkeypatch, flow_grpo__rewards=module, diffbir__rewards=bfr)
@@ -303,11 +316,11 @@ def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
     gathered = double.sampling_phase(module.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])
-    assert set(gathered) == {"pickscore", "niqe", "ssim", "groups", "avg"}
+    assert set(gathered) == {"pickscore", "qalign_quality", "ssim", "groups", "avg"}
     gathered = double.sampling_phase(bfr.multi_score("cpu", {}), [double.bfr_batch(images, ["", ""], images)])
     np.testing.assert_allclose(gathered["avg"], 1, rtol=1e-5)
     slot = double.rewards_module()
     slot.pickscore_score = scope["pickscore_score"]
     scored = double.sampling_phase(slot.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])
-    np.testing.assert_allclose(scored["pickscore"], iqareward.load("piqe")(images).numpy(), rtol=1e-4)
+    np.testing.assert_allclose(scored["pickscore"], qalign(images).numpy(), rtol=1e-4)
     assert scope["edit"]([images[0]], images[:1], [""], [{}])[0] == pytest.approx(1)

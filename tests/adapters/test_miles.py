@@ -149,7 +149,7 @@ def test_what_the_docstring_says_to_write(module: ModuleType) -> None:
     rows = samples(4, side=96)
     asyncio.run(double.rollout("my_rewards.custom_rm", rows))
     images, clean, _ = stacked(rows)
-    expected = iqareward.load("0.7*niqe + 0.3*ssim")(images, references=clean)
+    expected = iqareward.load("0.7*haarpsi + 0.3*ssim")(images, references=clean)
     torch.testing.assert_close(torch.tensor([row.reward for row in rows]), expected, **NETWORK_BATCH)
     _, rewards = double.post_process("my_rewards.post_process", rows, 2)
     assert all(math.isfinite(value) for value in rewards)

@@ -73,12 +73,12 @@ def test_components_are_logged() -> None:
     """Each part of a weighted sum is logged with its mean over the images that it scored."""
     metrics = {}
     rows = [IMAGES[0], IMAGES[1], None]
-    reward = TRLReward("2*ssim + 1*gmsd", "restored", references="clean", name="both")
+    reward = TRLReward("2*ssim + 1*haarpsi", "restored", references="clean", name="both")
     scores = call(reward, {"restored": rows, "clean": list(CLEAN)}, log_metric=metrics.__setitem__)
-    parts = iqareward.evaluate([iqareward.load("ssim"), iqareward.load("gmsd")], IMAGES[:2], CLEAN[:2])
+    parts = iqareward.evaluate([iqareward.load("ssim"), iqareward.load("haarpsi")], IMAGES[:2], CLEAN[:2])
     for name, part in parts.items():
         assert metrics[f"both/{name}"] == pytest.approx(part.mean().item())
-    assert scores[:2] == pytest.approx((2 * parts["ssim"] + parts["gmsd"]).tolist())
+    assert scores[:2] == pytest.approx((2 * parts["ssim"] + parts["haarpsi"]).tolist())
 
 
 def test_tool_images_takes_the_last_image() -> None:

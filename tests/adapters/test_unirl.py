@@ -13,6 +13,7 @@ from iqareward import NoReference
 from iqareward.adapters import unirl, unirl_service
 from iqareward.adapters.unirl import track_advantages
 from iqareward.losses import LossWeights
+from iqareward.types import Reward
 from tests.adapters.doubles import unirl as double
 from tests.adapters.doubles.pages import blocks, execute, package
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
@@ -151,7 +152,7 @@ def test_weights_leave_the_device_when_told(new: bool) -> None:
     assert moves == ["off", "on"]
 
 
-def test_what_the_docstring_says_to_write(new: bool) -> None:
+def test_what_the_docstring_says_to_write(new: bool, qalign: Reward) -> None:
     """The targets of the YAML exist, and build a backend from its settings."""
     (text,) = blocks(unirl, "yaml")
     entry = yaml.safe_load(text)["reward"]["backend"]

@@ -183,7 +183,7 @@ def test_what_the_docstring_says_to_write() -> None:
     manager = double.MultiVisualRewardManager(yaml.safe_load(text)["reward"]["reward_functions"])
     images = pixels(2, side=96)
     results = score_all(manager, images, extra_info=[{"gt_path": image} for image in images])
-    expected = iqareward.load("0.7*niqe + 0.3*ssim")(images / 255, references=images / 255)
+    expected = iqareward.load("0.7*haarpsi + 0.3*ssim")(images / 255, references=images / 255)
     torch.testing.assert_close(double.rm_scores(results)[:, 0], expected, **NETWORK_BATCH)
 
 

@@ -1,12 +1,13 @@
 """Every reward with a name keeps the contract and tells the truth about itself; sums are parsed as written."""
 
 import pickle
+import re
 
 import pytest
 import torch
 from torch import Tensor
 
-from iqareward import WeightedSum, check_reward, load
+from iqareward import WeightedSum, check_reward, evaluate, load
 from iqareward.rewards.catalog import CATALOG
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
@@ -92,15 +93,61 @@ def test_a_long_strip() -> None:
 
 def test_sums(photographs: Tensor) -> None:
     """A sum is read with weights, signs and scientific notation, and keeps its parts."""
-    reward = load("0.7*piqe - ssim + 1e-1 * psnr")
+    reward = load("0.7*piqe[-100, 0] - ssim + 1e-1 * psnr[1e1,50.5]")
     assert isinstance(reward, WeightedSum)
-    assert [(weight, part.name) for weight, part in reward.terms] == [(0.7, "piqe"), (-1.0, "ssim"), (0.1, "psnr")]
+    names = [(0.7, "piqe[-100, 0]"), (-1.0, "ssim"), (0.1, "psnr[10, 50.5]")]
+    assert [(weight, part.name) for weight, part in reward.terms] == names
+    assert (reward.bounds[0], reward.bounds[1]) == pytest.approx((-1.0, 1.8))
     images = photographs[:2] * 0.9
-    parts = [load(name)(images, references=photographs[:2]) for name in ("piqe", "ssim", "psnr")]
-    expected = 0.7 * parts[0] - parts[1] + 0.1 * parts[2]
+    piqe, ssim, psnr = (load(name)(images, references=photographs[:2]) for name in ("piqe", "ssim", "psnr"))
+    expected = 0.7 * (piqe + 100) / 100 - ssim + 0.1 * (psnr - 10) / 40.5
     torch.testing.assert_close(reward(images, references=photographs[:2]), expected, **OTHER_PACKAGE)
     assert isinstance(load("2*ssim"), WeightedSum)
+    assert isinstance(load("0.01*piqe"), WeightedSum)  # alone it has no scale to share
     assert pickle.loads(pickle.dumps(reward)).name == reward.name
+    differentiable = load("ssim + psnr[10, 50]", differentiable=True)
+    assert differentiable(images.requires_grad_(), references=photographs[:2]).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("spec", "wide", "line"),
+    [
+        ("0.7*niqe + 0.3*ssim", "niqe", "0.7*niqe[-12, 0] + 0.3*ssim"),
+        ("0.02*psnr - piqe + haarpsi", "psnr, piqe", "0.02*psnr[10, 50] - piqe[-100, 0] + haarpsi"),
+        ("ssim + gmsd", "gmsd", "ssim + gmsd[-0.35, 0]"),
+    ],
+)
+def test_sums_of_different_scales(spec: str, wide: str, line: str, photographs: Tensor) -> None:
+    """A part that may leave [-1, 1] is refused with the line to write, and that line loads."""
+    with pytest.raises(ValueError, match=re.escape(f"{wide} may leave [-1, 1]. Write {line!r}")):
+        load(spec)
+    assert load(line)(photographs[:1], references=photographs[1:2]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_every_name_can_be_part_of_a_sum(name: str) -> None:
+    """Each reward of the table is on the scale of sums, or the message's range brings it there, best scores to 1."""
+    if CATALOG[name].extra:
+        pytest.importorskip("piq")
+        pytest.importorskip("transformers")
+    low, high = CATALOG[name].usual
+    assert load(f"{name}[{low:g}, {high:g}]").bounds == (0.0, 1.0)
+    try:
+        load(f"{name} + 0.5*{'haarpsi' if name == 'ssim' else 'ssim'}")
+    except ValueError as error:
+        assert f"Write '{name}[{low:g}, {high:g}] + 0.5*" in str(error)
+        best = load(name).bounds[1]
+        assert high == best or name.startswith("psnr")  # 100 dB stands for identical; photographs end far below
+
+
+def test_one_scale_moves_alike(photographs: Tensor) -> None:
+    """Under noise both parts of a calibrated sum move by the same order; before, NIQE drowned SSIM."""
+    noise = 0.1 * torch.randn(photographs.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (photographs + noise).clamp(0, 1)
+    reward = load("0.7*niqe[-12, 0] + 0.3*ssim")
+    before, after = (evaluate(reward.rewards, images, photographs) for images in (photographs, noisy))
+    fall = {name: (before[name] - after[name]).mean().item() for name in before}
+    assert 0.2 < fall["niqe[-12, 0]"] / fall["ssim"] < 5
 
 
 @pytest.mark.parametrize(
@@ -111,8 +158,10 @@ def test_sums(photographs: Tensor) -> None:
         ("", "could not read ''"),
         ("0.7*niqe+0.3*ssim", "spaces around"),
         ("0.7 niqe", "could not read"),
+        ("psnr[10 50]", "could not read"),
+        ("ssim + psnr[50, 10]", "low < high"),
         ("ssim + ssim", "unique names"),
-        ("0.5*piqe + 0.5*wrong", "unknown reward 'wrong'"),
+        ("0.5*ssim + 0.5*wrong", "unknown reward 'wrong'"),
     ],
 )
 def test_what_cannot_be_loaded(spec: str, message: str) -> None:

@@ -35,7 +35,7 @@ def remote(urls: Any, **options: Any) -> RemoteReward:
     return RemoteReward(urls, "brightness", **{"facts": FREE, "timeout": 20.0} | options)
 
 
-@pytest.mark.parametrize("name", ["ssim", "piqe", "0.7*haarpsi + 0.3*psnr"])
+@pytest.mark.parametrize("name", ["ssim", "piqe", "0.7*haarpsi + 0.3*psnr[10, 50]"])
 def test_keeps_the_contract(name: str, photographs: Tensor, degraded_photographs: Tensor) -> None:
     """`check_reward` finds nothing wrong with a reward that is somewhere else."""
     with Double([iqareward.load(name)]) as double, RemoteReward(double.url, name) as reward:
