@@ -23,6 +23,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32 on a GPU: cuDNN rounds what goes in to TF32, 11 significant bits, unless told not to."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
     """Folder of reference figures beside the checkout; they are not ours to distribute."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from iqareward.diffusion.autoencoder import Autoencoder
-from iqareward.diffusion.policy import Condition, denoising_loss
+from iqareward.diffusion.policy import Condition, denoising_loss, dtype_of
 from iqareward.diffusion.transition import Process
 
 
@@ -57,13 +57,19 @@ class ControlNetPolicy:
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The UNet's answer with the ControlNet's residuals."""
-        dtype = next(self.unet.parameters()).dtype
-        latents, prompt = latents.to(dtype), self.prompt.to(latents.device, dtype).expand(latents.shape[0], -1, -1)
+        self.prompt = self.prompt.to(latents.device)  # once: a copy in every step would make the host wait
+        prompt = self.prompt.expand(latents.shape[0], -1, -1)
+        # The trained ControlNet is usually float32 (accelerate even makes its residuals so), the frozen UNet bfloat16.
+        own, frozen = dtype_of(self.model), dtype_of(self.unet)
         down, middle = self.model(
-            latents, times, prompt, controlnet_cond=condition["degraded"].to(dtype), return_dict=False
+            latents.to(own), times, prompt.to(own), controlnet_cond=condition["degraded"].to(own), return_dict=False
         )
         return self.unet(
-            latents, times, prompt, down_block_additional_residuals=down, mid_block_additional_residual=middle
+            latents.to(frozen),
+            times,
+            prompt.to(frozen),
+            down_block_additional_residuals=[residual.to(frozen) for residual in down],
+            mid_block_additional_residual=middle.to(frozen),
         ).sample
 
     def decode(self, latents: Tensor) -> Tensor:

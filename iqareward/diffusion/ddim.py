@@ -10,7 +10,7 @@ At the last step a' = 1 (unless the scheduler says otherwise), so std = 0: it ca
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class DDIM:
     """
 
     scheduler: Any
+    # copied to each device once: a copy in every call would make the host wait
+    _alpha_bars: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.scheduler.config.thresholding:
@@ -127,7 +129,9 @@ class DDIM:
         return self._split(output.float(), latents.float(), *self._levels(times, latents.float()))[0]
 
     def _levels(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bars = self.scheduler.alphas_cumprod.to(times.device)[times.long()]
+        if times.device not in self._alpha_bars:
+            self._alpha_bars[times.device] = self.scheduler.alphas_cumprod.to(times.device)
+        alpha_bars = self._alpha_bars[times.device][times.long()]
         return per_row(alpha_bars.sqrt(), like), per_row((1 - alpha_bars).sqrt(), like)
 
     def _split(self, output: Tensor, latents: Tensor, signal: Any, noise_level: Any) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from iqareward.diffusion.autoencoder import Autoencoder
-from iqareward.diffusion.policy import Condition, denoising_loss
+from iqareward.diffusion.policy import Condition, denoising_loss, dtype_of
 from iqareward.diffusion.transition import Process
 
 
@@ -53,12 +53,14 @@ class FlowPolicy:
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The velocity."""
-        prompt, pooled = self.prompt.to(latents), self.pooled_prompt.to(latents)
+        # once: a copy in every step would make the host wait
+        self.prompt, self.pooled_prompt = self.prompt.to(latents.device), self.pooled_prompt.to(latents.device)
+        dtype, rows = dtype_of(self.model), latents.shape[0]
         return self.model(
-            hidden_states=torch.cat([latents, condition["degraded"].to(latents)], 1),
+            hidden_states=torch.cat([latents.to(dtype), condition["degraded"].to(dtype)], 1),
             timestep=times,
-            encoder_hidden_states=prompt.expand(latents.shape[0], -1, -1),
-            pooled_projections=pooled.expand(latents.shape[0], -1),
+            encoder_hidden_states=self.prompt.to(dtype).expand(rows, -1, -1),
+            pooled_projections=self.pooled_prompt.to(dtype).expand(rows, -1),
         ).sample
 
     def decode(self, latents: Tensor) -> Tensor:

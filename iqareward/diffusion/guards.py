@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from iqareward.functional._checks import check_images
 from iqareward.functional.color import luma
+from iqareward.functional.filters import weighted_slices
 
 DARK = 0.1
 CLIPPED = 1 / 255  # nearer to 0 or 1 than this is saturated
@@ -69,10 +69,12 @@ def edge_density(images: Tensor) -> Tensor:
         tensor([0.1000])
     """
     images = check_images("edge_density", images, min_side=3)
-    smooth, slope = images.new_tensor([1.0, 2.0, 1.0]) / 4, images.new_tensor([-1.0, 0.0, 1.0]) / 2
-    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
-    gradient = F.conv2d(luma(images).view(-1, 1, *images.shape[2:]), kernels)
-    return _unless_broken(gradient.norm(dim=1).flatten(1).mean(1), images)
+    planes = luma(images).view(-1, *images.shape[2:])
+    slopes = [
+        weighted_slices(weighted_slices(planes, [-0.5, 0.0, 0.5], along), [0.25, 0.5, 0.25], across)
+        for along, across in ((-1, -2), (-2, -1))
+    ]
+    return _unless_broken(torch.stack(slopes).norm(dim=0).flatten(1).mean(1), images)
 
 
 def high_frequency_share(images: Tensor) -> Tensor:

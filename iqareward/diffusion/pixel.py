@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iqareward.diffusion.policy import Condition, denoising_loss
+from iqareward.diffusion.policy import Condition, denoising_loss, dtype_of
 from iqareward.diffusion.transition import Process
 
 
@@ -62,7 +62,7 @@ class PixelPolicy:
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The UNet's answer, added to the degraded image if it is residual."""
         degraded = condition["degraded"].to(latents)
-        answer = self.model(torch.cat([latents, degraded], 1), times).sample
+        answer = self.model(torch.cat([latents, degraded], 1).to(dtype_of(self.model)), times).sample
         return degraded + answer if self.residual else answer
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from iqareward.diffusion.transition import Process
@@ -106,6 +107,11 @@ def repeat(condition: Condition, group_size: int) -> Condition:
 def unwrapped(model: nn.Module) -> Any:
     """The model itself, out of `DistributedDataParallel`."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a network's weights, which its inputs need as well."""
+    return next(module.parameters()).dtype
 
 
 def add_lora(model: nn.Module, *, rank: int = 16, targets: str | list[str] = "all-linear") -> nn.Module:

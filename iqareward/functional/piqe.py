@@ -93,9 +93,9 @@ def _noise(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _has_flat_edge(blocks: Tensor) -> Tensor:
     """Whether any 6 neighbouring pixels along any of a block's four edges are nearly equal, `[B, rows, columns]`."""
-    last = BLOCK - 1
-    horizontal = blocks[:, :, (0, last)].permute(0, 1, 3, 2, 4)
-    vertical = blocks[..., (0, last)].permute(0, 1, 3, 4, 2)
+    # the first and the last line of each; a tuple of indices would be copied to the device, and waited for
+    horizontal = blocks[:, :, :: BLOCK - 1].permute(0, 1, 3, 2, 4)
+    vertical = blocks[..., :: BLOCK - 1].permute(0, 1, 3, 4, 2)
     edges = torch.cat([horizontal, vertical], dim=3)  # [B, rows, columns, 4, 16]
     variance = _variance(_window_sum(edges), _window_sum(edges.square()), SEGMENT)
     return variance.flatten(3).amin(-1) < IMPAIRED_STD**2

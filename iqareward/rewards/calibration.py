@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from iqareward.functional._constants import constant
 from iqareward.rewards.compose import joint_facts
 from iqareward.rewards.scoring import reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
@@ -126,8 +127,7 @@ class CDFMap:
         return cls(tuple(knots.tolist()), tuple(middle.tolist()))
 
     def __call__(self, scores: Tensor) -> Tensor:
-        knots = torch.tensor(self.knots, dtype=scores.dtype, device=scores.device)
-        levels = torch.tensor(self.levels, dtype=scores.dtype, device=scores.device)
+        knots, levels = (constant(row, scores.dtype, scores.device) for row in (self.knots, self.levels))
         upper = torch.searchsorted(knots, scores.detach().contiguous()).clamp(1, len(self.knots) - 1)
         position = ((scores - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
         return torch.lerp(levels[upper - 1], levels[upper], position)

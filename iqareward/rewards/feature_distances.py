@@ -90,9 +90,15 @@ class DISTSNetwork(nn.Module):
 class _HanningPool(nn.Module):
     """L2 pooling of stride 2 with a 3 x 3 Hanning window: DISTS's max pooling without aliasing."""
 
+    window: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        row = torch.tensor([0.25, 0.5, 0.25], device="cpu")
+        self.register_buffer("window", torch.outer(row, row))
+
     def forward(self, features: Tensor) -> Tensor:
-        row = torch.tensor([0.25, 0.5, 0.25], dtype=features.dtype, device=features.device)
-        kernel = torch.outer(row, row).expand(features.shape[1], 1, 3, 3)
+        kernel = self.window.expand(features.shape[1], 1, 3, 3)
         power = nn.functional.conv2d(features.square(), kernel, stride=2, padding=1, groups=features.shape[1])
         return (power + 1e-12).sqrt()  # inside the root, for a finite gradient at 0
 

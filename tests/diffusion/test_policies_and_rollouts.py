@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from iqareward.diffusion.noise import noise_per_input
 from iqareward.diffusion.policy import add_lora, repeat
@@ -38,6 +39,22 @@ def test_shapes(kind):
     assert trajectory.clean[2].shape == (4, *latent)
     assert policy.decode(trajectory.sample).shape == (4, 3, SIZE, SIZE)
     assert trajectory.latents.isfinite().all()
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_keep_their_own_dtypes(kind, trained, mixed_precision):
+    """Beside frozen parts in bfloat16 a model of any dtype, prepared by accelerate or not, answers much as in fp32."""
+    policy, exact = policy_of(kind), policy_of(kind)
+    latents = torch.randn(2, *policy.latent_shape(images(1)), generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([40, 700])
+    expected = exact.predict(latents, times, exact.condition(images(2)))
+    for part in (getattr(policy, "unet", None), getattr(getattr(policy, "autoencoder", None), "vae", None)):
+        if part is not None:
+            part.to(torch.bfloat16)
+    policy.model = Accelerator(cpu=True, mixed_precision=mixed_precision).prepare(policy.model.to(trained))
+    answer = policy.predict(latents, times, policy.condition(images(2))).float()
+    assert (answer - expected).norm() < 0.02 * expected.norm()  # eight bits of bfloat16, through a few layers
 
 
 def test_replayed_log_probs_are_those_of_the_rollout(kind):

@@ -14,6 +14,7 @@ from PIL import Image
 from iqareward.functional.natural_model import NaturalModel, packaged_model
 from iqareward.functional.niqe import MIN_SIDE, niqe
 from iqareward.functional.nss import clipped_luma, natural_features
+from tests.gpu import no_waits
 from tests.tolerances import EXACT, FORMULA_FP32, OTHER_PACKAGE
 
 # (figure of the authors' MATLAB release, relative tolerance). Two per cent of the pixels of I03 and I08 lie in exactly
@@ -217,11 +218,8 @@ def test_cuda_agrees_and_never_waits():
     images[3] = 0.0
     on_device = images.cuda()
     niqe(on_device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         scores = niqe(on_device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(scores.cpu(), niqe(images), **FORMULA_FP32, equal_nan=True)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iqareward.functional._checks import check_images
+from iqareward.functional._constants import constant
 
 BLOCK, UNIT = 8, 16  # side of a block, and of the 2 x 2 blocks of luma that share one block of each chroma
 # Weights of red, green and blue in luma and the two chroma planes (BT.601), as libjpeg counts them, in 1/65536.
@@ -91,7 +92,7 @@ def _table_scale(quality: Tensor) -> Tensor:
 def _lossy(planes: Tensor, steps: tuple[tuple[int, ...], ...], scale: Tensor) -> Tensor:
     """Planes `[B, H, W]` of levels 0..255 after their cosine transforms were rounded to steps of a table."""
     num, height, width = planes.shape
-    table = torch.tensor(steps, dtype=torch.float32, device=planes.device)
+    table = constant(steps, torch.float32, planes.device)
     table = ((table * scale[:, None, None] + 50) / 100).floor().clamp(1, 255)[:, None, :, None, :]
     blocks = (planes - 128).reshape(num, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
     basis = _cosines()
@@ -99,7 +100,7 @@ def _lossy(planes: Tensor, steps: tuple[tuple[int, ...], ...], scale: Tensor) ->
     frequencies = _combine(_quarters(_combine(blocks, basis, 4)), basis, 2).round() / 8
     # Halves go away from zero, as in libjpeg; torch.round would take them to even.
     coefficients = torch.copysign((frequencies.abs() / table + 0.5).floor(), frequencies) * table
-    inverse = [list(column) for column in zip(*basis, strict=True)]
+    inverse = tuple(zip(*basis, strict=True))
     pixels = _combine(_quarters(_combine(coefficients, inverse, 2)), inverse, 4) / 8
     return (pixels.reshape(num, height, width) + 128.5).floor().clamp(0, 255)
 
@@ -108,17 +109,16 @@ def _quarters(values: Tensor) -> Tensor:
     return (values * 4).round() / 4
 
 
-def _cosines() -> list[list[float]]:
+def _cosines() -> tuple[tuple[float, ...], ...]:
     """Rows of the cosine transform times sqrt(8): the first is exactly 1, so that means of blocks are exact."""
-    rows = [
-        [math.sqrt(2) * math.cos((2 * place + 1) * order * math.pi / 16) for place in range(BLOCK)]
-        for order in range(BLOCK)
-    ]
-    rows[0] = [1.0] * BLOCK
-    return rows
+    rows = (
+        tuple(math.sqrt(2) * math.cos((2 * place + 1) * order * math.pi / 16) for place in range(BLOCK))
+        for order in range(1, BLOCK)
+    )
+    return ((1.0,) * BLOCK, *rows)
 
 
-def _combine(blocks: Tensor, matrix: list[list[float]], dim: int) -> Tensor:
+def _combine(blocks: Tensor, matrix: tuple[tuple[float, ...], ...], dim: int) -> Tensor:
     """`matrix` times the vectors along `dim`, added up one by one.
 
     A matrix product may add in another order in a batch of another size, and a sum near half a step would then round
@@ -126,7 +126,7 @@ def _combine(blocks: Tensor, matrix: list[list[float]], dim: int) -> Tensor:
     """
     shape = [1] * blocks.ndim
     shape[dim] = BLOCK
-    columns = torch.tensor(matrix, dtype=torch.float32, device=blocks.device).unbind(1)
+    columns = constant(matrix, torch.float32, blocks.device).unbind(1)
     parts = [blocks.narrow(dim, place, 1) * column.view(shape) for place, column in enumerate(columns)]
     total = parts[0]
     for part in parts[1:]:

@@ -1,23 +1,14 @@
 """From images in [0, 1] to the pixels that mPLUG-Owl2 was trained on, as its Pillow pipeline makes them."""
 
-from functools import lru_cache
-from typing import NamedTuple
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iqareward.functional._constants import constant
 from iqareward.functional.resize import resize_levels, to_levels
 
 PAD_LEVELS = (122.0, 116.0, 104.0)  # CLIP's mean colour in whole levels
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class _Constants(NamedTuple):
-    pad: Tensor
-    mean: Tensor
-    std: Tensor
 
 
 def preprocess(images: Tensor, image_size: int) -> Tensor:
@@ -36,10 +27,11 @@ def preprocess(images: Tensor, image_size: int) -> Tensor:
         >>> preprocess(torch.rand(2, 3, 30, 50), 448).shape
         torch.Size([2, 3, 448, 448])
     """
-    constants = _constants(images.dtype, images.device)
-    levels = _pad_to_square(to_levels(images), constants.pad)
-    levels = resize_levels(levels, (image_size, image_size))
-    return (levels / 255 - constants.mean) / constants.std
+    pad, mean, std = (
+        constant(row, images.dtype, images.device).view(3, 1, 1) for row in (PAD_LEVELS, CLIP_MEAN, CLIP_STD)
+    )
+    levels = resize_levels(_pad_to_square(to_levels(images), pad), (image_size, image_size))
+    return (levels / 255 - mean) / std
 
 
 def _pad_to_square(levels: Tensor, color: Tensor) -> Tensor:
@@ -51,10 +43,3 @@ def _pad_to_square(levels: Tensor, color: Tensor) -> Tensor:
     padding = (left, side - width - left, top, side - height - top)
     # F.pad fills with one number for all channels, so the colour is moved to zero and back; both are exact.
     return F.pad(levels - color, padding) + color
-
-
-@lru_cache(maxsize=16)  # built once per device: copying constants at every call would wait for the device
-def _constants(dtype: torch.dtype, device: torch.device) -> _Constants:
-    with torch.inference_mode(False):
-        rows = (PAD_LEVELS, CLIP_MEAN, CLIP_STD)
-        return _Constants(*(torch.tensor(row, dtype=dtype, device=device).view(3, 1, 1) for row in rows))

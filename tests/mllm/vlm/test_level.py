@@ -255,7 +255,7 @@ def test_old_transformers_are_refused(monkeypatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_gpu_scores_are_those_of_the_cpu(family) -> None:
+def test_gpu_scores_are_those_of_the_cpu(family, exact_convolutions) -> None:
     """Every family runs on the device, with images there."""
     tok = tiny.pair(family)[1].tokenizer
     made = reward(family, model=(tiny.model(family, tok), tiny.pair(family)[1]), device="cuda")

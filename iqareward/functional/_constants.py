@@ -1,0 +1,15 @@
+"""Constants on a device, copied there once: a copy in every call would make the host wait for the device each time."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def constant(
+    values: tuple[float, ...] | tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`values` as a tensor that all callers share and none may change."""
+    with torch.inference_mode(False):  # an ordinary tensor whoever asks first: later callers may want gradients
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -1,0 +1,145 @@
+"""No warm call copies between the host and a device, which would make the host wait; counted with and without a GPU."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import iqareward
+from iqareward.diffusion.data.jpeg import jpeg
+from iqareward.diffusion.monitor import STATISTICS
+from iqareward.rewards.calibration import CDFMap
+from iqareward.rewards.mllm.preprocess import preprocess
+from tests.diffusion import tiny
+from tests.gpu import no_waits
+from tests.tolerances import NETWORK_BATCH
+
+# The last that a fake may have: constants that its calls leave in caches must not be found by calls on a real one.
+GPU = torch.device("cuda", 7)
+REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe")
+
+
+class Copies(TorchDispatchMode):
+    """Lists the operators that copy between two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if "copy" in func.__name__ and len({tensor.device for tensor in tensors}) > 1:
+            self.found.append(f"{func.__name__}{[tuple(tensor.shape) for tensor in tensors]}")
+        return result
+
+
+def copies_of_second(call):
+    """What a call copies between devices when it has been made once before."""
+    call()
+    with Copies() as copies:
+        call()
+    return copies.found
+
+
+def network(kind):
+    """LPIPS or DISTS over seeded weights that keep the size of activations."""
+    models = pytest.importorskip("torchvision.models", reason="the extra `perceptual` is not installed")
+    from iqareward.rewards.feature_distances import DISTSNetwork, LPIPSNetwork
+
+    with torch.device("meta"):
+        whole = (models.vgg16 if kind == "dists" else models.alexnet)(weights=None).state_dict()
+    rng = torch.Generator().manual_seed(0)
+    backbone = {
+        name: torch.randn(weight.shape, generator=rng) * (2 / weight[0].numel()) ** 0.5
+        for name, weight in whole.items()
+        if name.startswith("features.")
+    }
+    if kind == "dists":
+        return DISTSNetwork(backbone, {name: torch.ones(1, 1475, 1, 1) for name in ("alpha", "beta")})
+    widths = (64, 192, 384, 256, 256)
+    heads = {f"lin{k}.model.1.weight": torch.ones(1, width, 1, 1) for k, width in enumerate(widths)}
+    return LPIPSNetwork("alex", backbone, heads)
+
+
+def test_a_copy_is_seen():
+    """The counter itself: a constant made on the device costs one copy, one that is already there none."""
+    with FakeTensorMode():
+        there = torch.ones(2, device=GPU)
+        assert len(copies_of_second(lambda: there * torch.tensor([1.0, 2.0], device=GPU))) == 1
+        assert copies_of_second(lambda: there * 2) == []
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rewards_copy_nothing(name):
+    """Scores are computed from what is on the device."""
+    with FakeTensorMode():
+        images, reward = torch.rand(2, 3, 192, 192, device=GPU), iqareward.load(name)
+        assert copies_of_second(lambda: reward(images, references=images)) == []
+
+
+@pytest.mark.parametrize("kind", ["lpips", "dists"])
+def test_feature_distances_copy_nothing(kind):
+    """The networks hold their constants as buffers, which move with them."""
+    model = network(kind)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.rand(2, 3, 64, 64, device=GPU)
+        state = {name: torch.empty(tensor.shape, device=GPU) for name, tensor in model.state_dict().items()}
+        assert copies_of_second(lambda: functional_call(model, state, (images, images))) == []
+
+
+@pytest.mark.parametrize("name", [*STATISTICS, "jpeg", "calibration", "preprocess"])
+def test_functions_copy_nothing(name):
+    """Constants are on the device from the first call on."""
+    quantiles = CDFMap((0.0, 0.5, 1.0), (0.0, 0.2, 1.0))
+    functions = {
+        **STATISTICS,
+        "jpeg": lambda images: jpeg(images, images[:, 0, 0, 0]),
+        "calibration": lambda images: quantiles(images[:, 0, 0, 0]),
+        "preprocess": lambda images: preprocess(images, 28),
+    }
+    with FakeTensorMode():
+        images = torch.rand(2, 3, 40, 64, device=GPU)
+        assert copies_of_second(lambda: functions[name](images)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [*REWARDS, "lpips", "dists"])
+def test_gpu_scores_are_those_of_the_cpu(name, exact_convolutions):
+    """On a real one: no wait, and the same scores."""
+    images = torch.rand(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    call = iqareward.load(name) if name in REWARDS else network(name)
+    expected = call(images, references=images.flip(-1))
+    if isinstance(call, nn.Module):
+        call.to("cuda")
+    there = images.cuda(), images.flip(-1).cuda()
+    call(there[0], references=there[1])
+    with no_waits():
+        scores = call(there[0], references=there[1])
+    torch.testing.assert_close(scores.cpu(), expected, **NETWORK_BATCH)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_policies_copy_nothing(kind):
+    """A denoising step, and the noising and its inverse, with a prompt that was encoded on the CPU ("meta": no GPU)."""
+    policy = tiny.policy_of(kind)
+    for part in vars(policy).values():
+        if isinstance(part, nn.Module):
+            part.to("meta")
+    if hasattr(policy, "autoencoder"):
+        policy.autoencoder.vae.to("meta")
+    latents = torch.zeros(2, *policy.latent_shape(tiny.images(1)), device="meta")
+    times = torch.zeros(2, dtype=torch.long, device="meta")
+    condition = policy.condition(tiny.images(2).to("meta"))
+
+    def step():
+        noisy = policy.process.add_noise(latents, latents, times)
+        answer = policy.predict(noisy, times, condition)
+        policy.process.clean(answer, noisy, times)
+        policy.decode(latents)
+
+    assert copies_of_second(step) == []
