@@ -6,7 +6,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from iqareward.groups import batch_statistics, check_rows, group_index, group_statistics, group_sum, place_in_group
+from iqareward.groups import (
+    batch_statistics,
+    check_ids,
+    check_rows,
+    group_index,
+    group_statistics,
+    group_sum,
+    place_in_group,
+)
 from iqareward.types import Groups, Scores
 
 # TRL's and DDPO's, added to the standard deviation, outside the root.
@@ -55,8 +63,8 @@ def group_advantages(
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"group_advantages expected scale 'group', 'batch' or 'none', got {scale!r}.")
-    rewards = check_rows("group_advantages", rewards, groups)
-    statistics = group_statistics(rewards, groups)
+    rewards = check_rows("group_advantages", rewards)
+    statistics = group_statistics(rewards, check_ids("group_advantages", groups, rewards))
     divisor = torch.ones_like(rewards)
     if scale == "group":
         divisor = statistics.std + STD_EPSILON
@@ -82,8 +90,8 @@ def leave_one_out_advantages(rewards: Scores, groups: Groups, *, std_floor: floa
         Ahmadian et al., Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
         LLMs, 2024, https://arxiv.org/abs/2402.14740
     """
-    rewards = check_rows("leave_one_out_advantages", rewards, groups)
-    num_scored, mean, std = group_statistics(rewards, groups)
+    rewards = check_rows("leave_one_out_advantages", rewards)
+    num_scored, mean, std = group_statistics(rewards, check_ids("leave_one_out_advantages", groups, rewards))
     active = rewards.isfinite() & (std > std_floor)
     return _where_active((rewards - mean) * num_scored / (num_scored - 1), active)
 
@@ -102,10 +110,11 @@ def rank_advantages(rewards: Scores, groups: Groups, *, std_floor: float = 0.0) 
         >>> rank_advantages(torch.tensor([0.1, 99.0, 0.2]), torch.tensor([5, 5, 5])).values.tolist()
         [-1.0, 1.0, 0.0]
     """
-    rewards = check_rows("rank_advantages", rewards, groups)
-    num_scored, _, std = group_statistics(rewards, groups)
+    rewards = check_rows("rank_advantages", rewards)
+    ids = check_ids("rank_advantages", groups, rewards)
+    num_scored, _, std = group_statistics(rewards, ids)
     finite = rewards.isfinite()
-    index = group_index(groups)
+    index = group_index(ids)
     # Rows without a score go last, so that they leave the places of the others alone.
     order = torch.argsort(torch.where(finite, rewards, torch.inf), stable=True)
     place = place_in_group(index, order).to(rewards.dtype)
@@ -121,53 +130,62 @@ def combine_advantages(
     *,
     weights: Sequence[float],
     order: Literal["normalize_then_sum", "sum_then_normalize"] = "normalize_then_sum",
-    scale: Literal["group", "batch", "none"] = "group",
+    scale: Literal["group", "batch", "none"] = "batch",
     std_floor: float = 0.0,
 ) -> Advantages:
     """One advantage from several rewards, each normalised before they are added (GDPO) or only their sum.
 
-    Normalising first makes weights mean the same for a 5-point and a 100-point judge. It also gives a nearly constant
+    Normalising first makes weights mean the same for a 5-point and a 100-point reward. It also gives a nearly constant
     reward its full say: floor it with `std_floor`.
 
+    A missing score never helps a rollout. "normalize_then_sum" counts it as the mean of the input's other rollouts.
+    A sum without it could not be compared with theirs, so "sum_then_normalize" leaves out a rollout that lacks a score
+    that another rollout of its input has. A reward that scored no rollout of an input is left out for that input.
+
     Args:
-        rewards: `[B, N]`, one column per reward, higher is better; NaN = not scored by that judge.
+        rewards: `[B, N]`, one column per reward, higher is better; NaN = not scored by that reward.
         groups: `[B]` integer ids of the inputs.
-        weights: one number per column; a judge that gave no score adds nothing.
+        weights: one number per column; columns with weight 0 are not looked at.
         order: "normalize_then_sum": sum of weight * group advantage, then standardised over the batch;
             "sum_then_normalize": `group_advantages` of the weighted sum.
         scale: as in `group_advantages`.
         std_floor: as in `group_advantages`; per reward with "normalize_then_sum".
 
     Returns:
-        `Advantages` of `[B]`; rows that no judge scored get 0 and are not active.
+        `Advantages` of `[B]`; rows without any score, and rows that are left out, get 0 and are not active.
 
     Raises:
-        ValueError: the number of weights is not that of columns, or an option is unknown.
+        ValueError: the number of weights is not that of columns, all are 0, or an option is unknown.
 
     Example:
         >>> mos = torch.tensor([[1.0, 10.0], [3.0, 10.0], [1.0, 10.0], [3.0, 30.0]])
         >>> combine_advantages(mos, torch.tensor([0, 0, 1, 1]), weights=[1.0, 1.0]).values
-        tensor([-0.5477,  0.5477, -1.0954,  1.0954])
+        tensor([-0.5155,  0.5155, -1.1109,  1.1109])
 
     References:
         GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization, 2026,
-        https://arxiv.org/abs/2601.05242. Formulas as in TRL's GRPOTrainer.
+        https://arxiv.org/abs/2601.05242. Formulas as in TRL's GRPOTrainer, whose sum counts a missing score as 0.
     """
     if rewards.ndim != 2 or rewards.shape[1] != len(weights):
         got = list(rewards.shape)
         raise ValueError(f"combine_advantages expected `rewards` [B, {len(weights)}], a column per weight, got {got}.")
+    if not any(weights):
+        raise ValueError(f"combine_advantages expected at least one weight that is not 0, got {list(weights)}.")
     if order not in ("normalize_then_sum", "sum_then_normalize"):
         raise ValueError(f"combine_advantages expected one of the two orders in its documentation, got {order!r}.")
     options: dict[str, Any] = {"scale": scale, "std_floor": std_floor}
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    columns = list(zip(weights, rewards.unbind(1), strict=True))
-    scored = rewards.isfinite().any(1)
+    columns = [(weight, column) for weight, column in zip(weights, rewards.unbind(1), strict=True) if weight != 0]
+    ids = check_ids("combine_advantages", groups, rewards[:, 0])
+    scored = torch.stack([column.isfinite() for _, column in columns])
     if order == "sum_then_normalize":
-        total = sum(torch.where(column.isfinite(), weight * column, 0.0) for weight, column in columns)
-        return group_advantages(torch.where(scored, total, torch.nan), groups, **options)
-    parts = [(weight, group_advantages(column, groups, **options)) for weight, column in columns]
-    total = torch.where(scored, torch.stack([weight * part.values for weight, part in parts]).sum(0), torch.nan)
-    _, mean, std = batch_statistics(total)
+        known = torch.stack([group_statistics(column, ids).num_scored > 0 for _, column in columns])
+        total = torch.stack([torch.where(column.isfinite(), weight * column, 0.0) for weight, column in columns]).sum(0)
+        comparable = (scored == known).all(0) & scored.any(0)
+        return group_advantages(torch.where(comparable, total, torch.nan), ids, **options)
+    parts = [(weight, group_advantages(column, ids, **options)) for weight, column in columns]
+    total = torch.stack([weight * part.values for weight, part in parts]).sum(0)
+    _, mean, std = batch_statistics(torch.where(scored.any(0), total, torch.nan))
     return _where_active((total - mean) / (std + STD_EPSILON), torch.stack([p.active for _, p in parts]).any(0))
 
 
@@ -196,34 +214,44 @@ class RewardMemory:
     """
 
     def __init__(self, num_inputs: int, *, length: int = 16, clip: float = 5.0, std_floor: float = 0.0) -> None:
-        self.length, self.clip, self.std_floor = length, clip, std_floor
+        self.num_inputs, self.length, self.clip, self.std_floor = num_inputs, length, clip, std_floor
         # The last row takes what is not to be remembered, so that shapes do not depend on values.
         self._rewards = torch.full((num_inputs + 1, length), torch.nan, dtype=torch.float32, device="cpu")
         self._counts = torch.zeros(num_inputs + 1, dtype=torch.int64, device="cpu")
 
     def update(self, rewards: Scores, groups: Groups) -> None:
-        """Remember `rewards` `[B]` of the inputs `groups` `[B]`; rows that are not finite are forgotten."""
-        rewards = self._prepare(rewards, groups)
-        inputs = torch.where(rewards.isfinite(), groups, self._counts.shape[0] - 1)
+        """Remember `rewards` `[B]` of the inputs `groups` `[B]`; rows that are not finite are left out.
+
+        Raises:
+            ValueError: an id is not in [0, num_inputs); on a device its row is left out instead.
+        """
+        rewards, ids = self._prepare(rewards, groups)
+        inputs = torch.where(rewards.isfinite(), ids, self.num_inputs)
         index = group_index(inputs)
         place, ones = place_in_group(index), torch.ones_like(index)
         # Of more rollouts than there are slots the last ones stay.
         kept = place >= group_sum(ones, index) - self.length
         slots = (self._counts[inputs] + place) % self.length
-        self._rewards[torch.where(kept, inputs, self._counts.shape[0] - 1), slots] = rewards.float()
+        kept &= inputs < self.num_inputs
+        self._rewards[torch.where(kept, inputs, self.num_inputs), slots] = torch.where(kept, rewards, torch.nan)
         self._counts.index_add_(0, inputs, ones)
 
     def advantages(self, rewards: Scores, groups: Groups) -> Advantages:
-        """`(reward - mean) / (std + 1e-6)` of the input's history, clipped; `Advantages` of `[B]`."""
-        rewards = self._prepare(rewards, groups)
-        first = self._rewards[groups, 0]
-        history = self._rewards[groups] - first[:, None]  # differences, so that equal rewards have no spread at all
-        full = self._counts[groups] >= self.length
+        """`(reward - mean) / (std + 1e-6)` of the input's history, clipped; `Advantages` of `[B]`.
+
+        Raises:
+            ValueError: an id is not in [0, num_inputs); on a device its row gets 0 instead and is not active.
+        """
+        rewards, ids = self._prepare(rewards, groups)
+        first = self._rewards[ids, 0]
+        history = self._rewards[ids] - first[:, None]  # differences, so that equal rewards have no spread at all
+        full = self._counts[ids] >= self.length
         num_scored, batch_mean, batch_std = batch_statistics(rewards)
         mean = torch.where(full, first + history.mean(1), batch_mean)
         std = torch.where(full, history.std(1, correction=0), batch_std * (1 - 1 / num_scored).sqrt())
-        values = ((rewards - mean) / (std + MEMORY_EPSILON)).clamp(-self.clip, self.clip)
-        return _where_active(values, rewards.isfinite() & (std > self.std_floor))
+        active = rewards.isfinite() & (std > self.std_floor) & (ids < self.num_inputs)
+        values, active = _where_active((rewards - mean) / (std + MEMORY_EPSILON), active)
+        return Advantages(values.clamp(-self.clip, self.clip), active)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the histories."""
@@ -236,11 +264,14 @@ class RewardMemory:
             raise ValueError(f"RewardMemory expected rewards of shape {list(self._rewards.shape)}, got {got}")
         self._rewards, self._counts = state["rewards"].clone(), state["counts"].clone()
 
-    def _prepare(self, rewards: Scores, groups: Groups) -> Tensor:
-        rewards = check_rows("RewardMemory", rewards, groups)
+    def _prepare(self, rewards: Scores, groups: Groups) -> tuple[Tensor, Tensor]:
+        # In fp32 like the history, so that a reward that is infinite there is not taken for finite.
+        rewards = check_rows("RewardMemory", rewards).float()
+        ids = check_ids("RewardMemory", groups, rewards, size=self.num_inputs)
         self._rewards, self._counts = self._rewards.to(rewards.device), self._counts.to(rewards.device)
-        return rewards
+        return rewards, ids
 
 
 def _where_active(values: Tensor, active: Tensor) -> Advantages:
+    active = active & values.isfinite()  # finite rewards near the end of their range overflow
     return Advantages(torch.where(active, values, 0.0), active)

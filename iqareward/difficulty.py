@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqareward.groups import check_rows, group_statistics
+from iqareward.groups import check_ids, check_rows, group_statistics
 from iqareward.types import Groups, Images, Scores
 
 
@@ -72,7 +72,7 @@ def reference_distance(
     best = _best_value(metric) if best is None else best
     with torch.no_grad():
         scores = metric(images, references)
-    scores = check_rows("reference_distance", scores, groups)
+    scores = check_rows("reference_distance", scores)
     return _per_input((best - scores).abs(), groups)
 
 
@@ -106,8 +106,8 @@ def reward_gap(rewards: Scores, reference_rewards: Scores, *, groups: Groups | N
         >>> reward_gap(torch.tensor([3.0, 4.5]), torch.tensor([4.0, 4.0])).tolist()
         [1.0, 0.0]
     """
-    rewards = check_rows("reward_gap", rewards, groups)
-    reference_rewards = check_rows("reward_gap", reference_rewards, None)
+    rewards = check_rows("reward_gap", rewards)
+    reference_rewards = check_rows("reward_gap", reference_rewards)
     return _finite_or_nan((reference_rewards - _per_input(rewards, groups)).clamp(min=0))
 
 
@@ -126,7 +126,7 @@ def pass_rate(rewards: Scores, groups: Groups, *, threshold: float) -> Tensor:
         >>> pass_rate(torch.tensor([0.2, 0.9, 0.8]), torch.tensor([0, 0, 1]), threshold=0.5).tolist()
         [0.5, 0.5, 1.0]
     """
-    rewards = check_rows("pass_rate", rewards, groups)
+    rewards = check_rows("pass_rate", rewards)
     passed = torch.where(rewards.isfinite(), (rewards >= threshold).to(rewards.dtype), torch.nan)
     return group_statistics(passed, groups).mean
 
@@ -145,7 +145,7 @@ def group_spread(rewards: Scores, groups: Groups) -> Tensor:
         >>> group_spread(torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1]))
         tensor([1.4142, 1.4142, 0.0000, 0.0000])
     """
-    return group_statistics(check_rows("group_spread", rewards, groups), groups).std
+    return group_statistics(check_rows("group_spread", rewards), groups).std
 
 
 def blind_difficulty(degraded_scores: Scores, *, best: float, groups: Groups | None = None) -> Tensor:
@@ -165,7 +165,7 @@ def blind_difficulty(degraded_scores: Scores, *, best: float, groups: Groups | N
         >>> blind_difficulty(torch.tensor([1.5, 4.5]), best=5.0).tolist()
         [3.5, 0.5]
     """
-    scores = check_rows("blind_difficulty", degraded_scores, groups)
+    scores = check_rows("blind_difficulty", degraded_scores)
     return _finite_or_nan((best - _per_input(scores, groups)).clamp(min=0))
 
 
@@ -201,41 +201,55 @@ class DifficultyMemory:
             raise ValueError(
                 f"DifficultyMemory expected decay in [0, 1) and half_life > 0, got {decay} and {half_life}."
             )
-        self.decay, self.half_life, self._step = decay, half_life, 0
-        self._values = torch.full((num_inputs,), torch.nan, dtype=torch.float32, device="cpu")
-        self._seen = torch.zeros(num_inputs, dtype=torch.int64, device="cpu")
+        self.num_inputs, self.decay, self.half_life, self._step = num_inputs, decay, half_life, 0
+        # The last entry is that of ids out of range on a device, see `check_ids`: never seen, and it stays so.
+        self._values = torch.full((num_inputs + 1,), torch.nan, dtype=torch.float32, device="cpu")
+        self._seen = torch.zeros(num_inputs + 1, dtype=torch.int64, device="cpu")
 
     def update(self, difficulty: Tensor, groups: Groups) -> None:
-        """Take in the difficulties `[B]` of the inputs `groups` `[B]`; rows that are not finite change nothing."""
+        """Take in the difficulties `[B]` of the inputs `groups` `[B]`; rows that are not finite change nothing.
+
+        Raises:
+            ValueError: an id is not in [0, num_inputs); on a device its row is left out instead.
+        """
+        difficulty = check_rows("DifficultyMemory", difficulty)
+        ids = self._ids(groups, difficulty)
         self._step += 1
-        new = self._prepare(difficulty, groups)
-        old, keep = self._values[groups], self.decay * self._trust()[groups]
+        new = group_statistics(difficulty, ids).mean.to(self._values.dtype)
+        usable = new.isfinite() & (ids < self.num_inputs)
+        old, keep = self._values[ids], self.decay * self._trust()[ids]
         blended = torch.where(old.isnan(), new, keep * old + (1 - keep) * new)
-        self._values[groups] = torch.where(new.isnan(), old, blended)
-        self._seen[groups] = torch.where(new.isnan(), self._seen[groups], self._step)
+        self._values[ids] = torch.where(usable, blended, old)
+        self._seen[ids] = torch.where(usable, self._step, self._seen[ids])
 
     def recall(self, groups: Groups) -> Tensor:
-        """The difficulty `[B]` of the inputs `groups` `[B]`, stale ones drawn to the mean; NaN if never seen."""
-        self._values, self._seen = self._values.to(groups.device), self._seen.to(groups.device)
+        """The difficulty `[B]` of the inputs `groups` `[B]`, stale ones drawn to the mean; NaN if never seen.
+
+        Raises:
+            ValueError: an id is not in [0, num_inputs); on a device its row is NaN instead.
+        """
+        ids = self._ids(groups)
         trust = torch.where(self._values.isnan(), 0.0, self._trust())
-        typical = (trust * self._values.nan_to_num()).sum() / trust.sum()
-        return torch.lerp(typical.expand(groups.shape), self._values[groups], trust[groups])
+        typical = (trust / trust.sum() * self._values.nan_to_num()).sum()
+        return torch.lerp(typical.expand(ids.shape), self._values[ids], trust[ids])
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all entries and their ages."""
-        return {"values": self._values.clone(), "seen": self._seen.clone(), "step": self._step}
+        return {"values": self._values[:-1].clone(), "seen": self._seen[:-1].clone(), "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict()` was taken; ValueError if it holds another number of inputs."""
-        if state["values"].shape != self._values.shape:
+        if state["values"].shape != (self.num_inputs,):
             got = f"{len(state['values'])}. Build the memory with the num_inputs of the saved one."
-            raise ValueError(f"DifficultyMemory expected a state of {len(self._values)} inputs, got {got}")
-        self._values, self._seen, self._step = state["values"].clone(), state["seen"].clone(), state["step"]
+            raise ValueError(f"DifficultyMemory expected a state of {self.num_inputs} inputs, got {got}")
+        values, seen, self._step = state["values"], state["seen"], state["step"]
+        self._values = torch.cat([values.float(), values.new_full((1,), torch.nan, dtype=torch.float32)])
+        self._seen = torch.cat([seen, seen.new_zeros(1)])
 
-    def _prepare(self, difficulty: Tensor, groups: Groups) -> Tensor:
-        difficulty = check_rows("DifficultyMemory", difficulty, groups)
-        self._values, self._seen = self._values.to(groups.device), self._seen.to(groups.device)
-        return group_statistics(difficulty, groups).mean.to(self._values.dtype)
+    def _ids(self, groups: Groups, rows: Tensor | None = None) -> Tensor:
+        ids = check_ids("DifficultyMemory", groups, rows, size=self.num_inputs)
+        self._values, self._seen = self._values.to(ids.device), self._seen.to(ids.device)
+        return ids
 
     def _trust(self) -> Tensor:
         return torch.exp2((self._seen - self._step).float() / self.half_life)

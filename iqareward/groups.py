@@ -4,11 +4,16 @@ Ids identify inputs, never prompts: in restoration every input often has the sam
 them all. Nothing here waits for a device, except the functions that talk to other processes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from iqareward.types import Groups
+
+# Integers that gloo or NCCL cannot send.
+_NOT_SENT = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
 
 class GroupStatistics(NamedTuple):
@@ -25,23 +30,70 @@ class GroupStatistics(NamedTuple):
     std: Tensor
 
 
-def check_rows(caller: str, values: Tensor, groups: Tensor | None) -> Tensor:
-    """Return `values` as detached fp32 (fp64 stays fp64), or say why these `[B]` rows and ids do not fit together.
+def check_rows(caller: str, values: Tensor) -> Tensor:
+    """Return `values` as detached fp32 (fp64 stays fp64), or say why they are not one value per row.
 
     Example:
-        >>> check_rows("demo", torch.tensor([1, 2]), torch.tensor([7, 7])).dtype
+        >>> check_rows("demo", torch.tensor([1, 2])).dtype
         torch.float32
     """
     if not isinstance(values, Tensor) or values.ndim != 1:
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{caller} expected one value per row, a tensor [B], got {got}. Flatten it first.")
-    if groups is not None and (groups.shape != values.shape or groups.is_floating_point() or groups.is_complex()):
-        raise ValueError(
-            f"{caller} expected ids (`groups` or `bucket`) as integers of shape {list(values.shape)}, got "
-            f"{groups.dtype} {list(groups.shape)}. Give every row one integer: that of its input or of its bucket."
-        )
     values = values.detach()
     return values if values.dtype == torch.float64 else values.float()
+
+
+def check_ids(caller: str, ids: Groups, rows: Tensor | None = None, *, size: int | None = None) -> Tensor:
+    """Return ids as int64, or say why they are not integers, one per row, in their range.
+
+    Args:
+        caller: named in messages.
+        ids: `[B]` integers of inputs or buckets: a tensor of any integer dtype, an array or a list.
+        rows: `[B]` values that the ids belong to; the result is on their device.
+        size: ids lie in [0, size). An id outside is an error on the CPU. On another device, where looking at the ids
+            would wait for it, it becomes `size`, so that no other entry is touched.
+
+    Returns:
+        `[B]` int64.
+
+    Raises:
+        TypeError: `ids` is neither a tensor nor an array nor a list of numbers.
+        ValueError: they are not integers, not of the shape of `rows`, or out of range.
+
+    Example:
+        >>> check_ids("demo", [7, 8], torch.tensor([0.1, 0.2]), size=9)
+        tensor([7, 8])
+    """
+    found = _tensor(caller, ids, None if rows is None else rows.device)
+    shape = found.shape if rows is None else rows.shape
+    other = found.is_floating_point() or found.is_complex() or found.dtype == torch.bool
+    if found.ndim != 1 or found.shape != shape or (other and found.numel() > 0):
+        wanted = "[B]" if rows is None else list(shape)
+        raise ValueError(
+            f"{caller} expected ids (`groups` or `bucket`) as integers of shape {wanted}, got {found.dtype} "
+            f"{list(found.shape)}. Give every row one integer: that of its input or of its bucket."
+        )
+    found = found.long()
+    if size is None:
+        return found
+    outside = (found < 0) | (found >= size)
+    if found.device.type == "cpu" and outside.any():
+        raise ValueError(
+            f"{caller} expected ids in [0, {size}), got {sorted(set(found[outside].tolist()))[:5]}. "
+            "Number them from 0, or build it for more of them."
+        )
+    return torch.where(outside, size, found)
+
+
+def _tensor(caller: str, rows: Any, device: torch.device | None) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows if device is None else rows.to(device)
+    try:
+        return torch.tensor(rows, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{type(rows).__name__} ({error})"
+        raise TypeError(f"{caller} expected a tensor, an array or a list of numbers [B], got {got}.") from error
 
 
 def group_index(groups: Tensor) -> Tensor:
@@ -95,7 +147,7 @@ def place_in_group(index: Tensor, order: Tensor | None = None) -> Tensor:
     return place - first.gather(0, index)
 
 
-def group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
+def group_statistics(values: Tensor, groups: Groups) -> GroupStatistics:
     """Count, mean and standard deviation of each row's input over its rollouts; rows that are not finite do not count.
 
     Args:
@@ -112,8 +164,8 @@ def group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
         >>> group_statistics(torch.tensor([1.0, 5.0, 3.0, float("nan")]), torch.tensor([4, 9, 4, 9])).mean.tolist()
         [2.0, 5.0, 2.0, 5.0]
     """
-    values = check_rows("group_statistics", values, groups)
-    index = group_index(groups)
+    values = check_rows("group_statistics", values)
+    index = group_index(check_ids("group_statistics", groups, values))
     finite = values.isfinite()
     # Measured from the group's smallest value, equal values have a spread of exactly 0: a mean of three 0.1 is not 0.1.
     low = group_min(torch.where(finite, values, torch.inf), index)
@@ -155,14 +207,15 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def gather_rows(*rows: Tensor) -> tuple[tuple[Tensor, ...], slice]:
+def gather_rows(*rows: Tensor | Groups) -> tuple[tuple[Tensor, ...], slice]:
     """The rows of all processes, in the order of their ranks, and the slice of them that is ours.
 
     Every process must call it, with the same number of tensors; the number of rows may differ between processes. It
     waits for the device once, to learn that number. Without a process group it returns its input.
 
     Args:
-        rows: tensors `[B, ...]` with one B; `[b, ...]` may differ between processes in b only.
+        rows: tensors `[B, ...]` with one B, or lists or arrays of B numbers; `[b, ...]` may differ between processes in
+            b only. Integers of dtypes that not every backend can send become int64.
 
     Returns:
         The gathered tensors `[sum of B, ...]`, detached, and the slice that holds this process's rows.
@@ -175,17 +228,21 @@ def gather_rows(*rows: Tensor) -> tuple[tuple[Tensor, ...], slice]:
         >>> group_statistics(rewards, groups).mean[mine]
         tensor([0.2000, 0.2000])
     """
-    num_rows = rows[0].shape[0]
-    if any(tensor.shape[0] != num_rows for tensor in rows):
-        raise ValueError(f"gather_rows expected tensors with one number of rows, got {[list(r.shape) for r in rows]}.")
+    device = next((row.device for row in rows if isinstance(row, Tensor)), None)
+    tensors = [_tensor("gather_rows", row, device).detach() for row in rows]
+    tensors = [tensor.long() if tensor.dtype in _NOT_SENT else tensor for tensor in tensors]
+    num_rows = tensors[0].shape[0]
+    if any(tensor.shape[0] != num_rows for tensor in tensors):
+        got = [list(tensor.shape) for tensor in tensors]
+        raise ValueError(f"gather_rows expected tensors with one number of rows, got {got}.")
     if not is_distributed():
-        return tuple(tensor.detach() for tensor in rows), slice(0, num_rows)
-    own = torch.tensor([num_rows], dtype=torch.int64, device=rows[0].device)
+        return tuple(tensors), slice(0, num_rows)
+    own = torch.tensor([num_rows], dtype=torch.int64, device=tensors[0].device)
     sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, own)
     counts = torch.cat(sizes).tolist()
     start = sum(counts[: dist.get_rank()])
-    return tuple(_gather_one(tensor.detach(), counts) for tensor in rows), slice(start, start + num_rows)
+    return tuple(_gather_one(tensor, counts) for tensor in tensors), slice(start, start + num_rows)
 
 
 def _gather_one(rows: Tensor, counts: list[int]) -> Tensor:
@@ -197,7 +254,7 @@ def _gather_one(rows: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def distributed_group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
+def distributed_group_statistics(values: Tensor, groups: Groups) -> GroupStatistics:
     """`group_statistics` over the rows of all processes, for this process's rows; every process must call it.
 
     Args:
@@ -211,6 +268,7 @@ def distributed_group_statistics(values: Tensor, groups: Tensor) -> GroupStatist
         >>> distributed_group_statistics(torch.tensor([1.0, 3.0]), torch.tensor([0, 0])).mean.tolist()
         [2.0, 2.0]
     """
-    values = check_rows("distributed_group_statistics", values, groups)
-    (all_values, all_groups), mine = gather_rows(values, groups)
+    values = check_rows("distributed_group_statistics", values)
+    ids = check_ids("distributed_group_statistics", groups, values)
+    (all_values, all_groups), mine = gather_rows(values, ids)
     return GroupStatistics(*(field[mine] for field in group_statistics(all_values, all_groups)))

@@ -11,17 +11,32 @@ from torch import Tensor
 class LossWeights(NamedTuple):
     """What each row's two losses are multiplied with.
 
+    A row whose two weights are 0 should not even be computed: a NaN in its forward pass reaches the gradient of the
+    model (0 * NaN is NaN), whatever is done to its loss. Take the rows of `taking_part` before the forward pass.
+
     Attributes:
         rl: `[B]` >= 0, detached, never NaN.
         sft: likewise.
 
     Example:
-        >>> mixed_loss(torch.ones(2), torch.ones(2), LossWeights(rl=torch.ones(2), sft=torch.tensor([0.0, 0.5])))
-        tensor(1.2500)
+        >>> weights = LossWeights(rl=torch.tensor([1.0, 0.0]), sft=torch.tensor([0.5, 0.0]))
+        >>> weights.taking_part
+        tensor([ True, False])
+        >>> weights.rows(weights.taking_part).rl  # the weights of the rows that are left
+        tensor([1.])
     """
 
     rl: Tensor
     sft: Tensor
+
+    @property
+    def taking_part(self) -> Tensor:
+        """`[B]` bool: which rows weigh anything."""
+        return self.rl + self.sft > 0
+
+    def rows(self, index: Tensor | slice) -> "LossWeights":
+        """The weights of these rows."""
+        return LossWeights(self.rl[index], self.sft[index])
 
 
 def mix(
@@ -69,7 +84,8 @@ def mixed_loss(
         sft_scale: brings the two losses to one scale, e.g. from `GradientBalance`.
 
     Returns:
-        A scalar to minimise. A row with weight 0 contributes nothing, even if its loss is NaN.
+        A scalar to minimise. A NaN loss with weight 0 does not reach its value. It does reach the gradient of the
+        weights that computed it: leave such rows out of the forward pass, see `LossWeights.taking_part`.
 
     Raises:
         ValueError: the shapes differ, or `beta` is given without `kl`.
@@ -89,10 +105,9 @@ def mixed_loss(
     if beta != 0 and kl is None:
         raise ValueError("mixed_loss expected `kl` [B] because beta is not 0, got None.")
     loss = _weighted(weights.rl, rl_loss) + sft_scale * _weighted(weights.sft, sft_loss)
-    taking_part = weights.rl + weights.sft > 0
     if kl is not None:
-        loss = loss + beta * torch.where(taking_part, kl, 0.0)
-    return loss.sum() / taking_part.sum().clamp(min=1)
+        loss = loss + beta * torch.where(weights.taking_part, kl, 0.0)
+    return loss.sum() / weights.taking_part.sum().clamp(min=1)
 
 
 def _weighted(weight: Tensor, loss: Tensor) -> Tensor:
@@ -123,14 +138,14 @@ def mixed_advantages(quality: Tensor, fidelity: Tensor, weights: LossWeights) ->
         weights: from a weighter.
 
     Returns:
-        `[B]` advantages.
+        `[B]` advantages, detached; one with weight 0 adds nothing, even if it is NaN.
 
     Example:
         >>> weights = LossWeights(rl=torch.tensor([0.25]), sft=torch.tensor([0.75]))
         >>> mixed_advantages(torch.tensor([1.0]), torch.tensor([-1.0]), weights)
         tensor([-0.5000])
     """
-    return _weighted(weights.rl, quality) + _weighted(weights.sft, fidelity)
+    return _weighted(weights.rl, quality.detach()) + _weighted(weights.sft, fidelity.detach())
 
 
 def optimality_probability(advantages: Tensor, weights: LossWeights | None = None, *, clip: float = 5.0) -> Tensor:
@@ -139,7 +154,7 @@ def optimality_probability(advantages: Tensor, weights: LossWeights | None = Non
     The ground truth of an input takes part as one more sample with r = 1, its loss multiplied with the SFT weight.
 
     Args:
-        advantages: `[B]`, higher is better; NaN gives 0.5.
+        advantages: `[B]`, higher is better; one that is not finite gives 0.5.
         weights: from a weighter; without them RL is whole.
         clip: the advantage that counts as certain.
 
@@ -151,8 +166,37 @@ def optimality_probability(advantages: Tensor, weights: LossWeights | None = Non
         Zheng et al., DiffusionNFT: Online Diffusion Reinforcement with Forward Process, 2025,
         https://arxiv.org/abs/2509.16117 (r as in its published trainer; the factor rl is ours)
     """
-    certainty = (advantages.detach() / clip).nan_to_num(nan=0.0).clamp(-1, 1)
+    certainty = (advantages.detach() / clip).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
     return 0.5 + 0.5 * (certainty if weights is None else weights.rl * certainty)
+
+
+def drop_broken_gradients(images: Tensor) -> Tensor:
+    """The same images; in the backward pass an image whose gradient is not finite gets none.
+
+    Put it between a model and a reward: an image that the reward cannot score, or where it has no derivative, would
+    make the gradient of all weights NaN. Each image's score depends on that image only, so the others lose nothing.
+
+    Args:
+        images: `[B, ...]` of the model, or one image `[3, H, W]`, with or without a graph.
+
+    Example:
+        >>> images = torch.tensor([[4.0], [0.0]], requires_grad=True)
+        >>> drop_broken_gradients(images).sqrt().sum().backward()  # sqrt has no derivative at 0
+        >>> images.grad
+        tensor([[0.2500],
+                [0.0000]])
+    """
+    if not images.requires_grad:
+        return images
+    images = images.view_as(images)  # the hook stays with this use of the images
+    images.register_hook(_drop_broken)
+    return images
+
+
+def _drop_broken(gradient: Tensor) -> Tensor:
+    rows = gradient if gradient.ndim != 3 else gradient[None]
+    finite = rows.isfinite().flatten(1).all(1)
+    return torch.where(finite.view(-1, *[1] * (rows.ndim - 1)), rows, 0.0).view_as(gradient)
 
 
 def gradient_norm(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -195,10 +239,11 @@ class GradientBalance:
 
     @property
     def sft_scale(self) -> Tensor | float:
-        """Running norm of the RL gradient over that of the SFT gradient, clipped; 1 before the first update."""
+        """Running norm of the RL gradient over that of the SFT gradient, clipped; 1 until both were measured."""
         if self.rl_norm is None or self.sft_norm is None:
             return 1.0
-        return (self.rl_norm / self.sft_norm).nan_to_num(nan=1.0).clamp(self.low, self.high)
+        measured = (self.rl_norm > 0) & (self.sft_norm > 0)
+        return torch.where(measured, self.rl_norm / self.sft_norm, 1.0).clamp(self.low, self.high)
 
     def update(self, *, rl_norm: Tensor, sft_norm: Tensor) -> None:
         """Take in the norms of one step's gradients, scalars from `gradient_norm`; those not finite are left out."""
@@ -206,10 +251,9 @@ class GradientBalance:
         self.sft_norm = self._blend(self.sft_norm, sft_norm.detach().float())
 
     def _blend(self, old: Tensor | None, new: Tensor) -> Tensor:
-        if old is None:
-            return new
-        blended = torch.where(new.isfinite(), self.ema * old + (1 - self.ema) * new, old)
-        return torch.where(old.isfinite(), blended, new)
+        old = torch.zeros_like(new) if old is None else old  # 0: nothing measured yet
+        blended = torch.where(old > 0, self.ema * old + (1 - self.ema) * new, new)
+        return torch.where(new.isfinite(), blended, old)
 
     def state_dict(self) -> dict[str, Any]:
         """The two running norms."""

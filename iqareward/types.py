@@ -1,9 +1,12 @@
 """The words of the library: what an image batch, a score and a reward are."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union, runtime_checkable
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Images: TypeAlias = Tensor | Sequence[Tensor]
 """`[B, 3, H, W]` float RGB in [0, 1], or a sequence of `[3, H, W]` whose sizes may differ."""
@@ -11,8 +14,8 @@ Images: TypeAlias = Tensor | Sequence[Tensor]
 Scores: TypeAlias = Tensor
 """`[B]` float32, higher is better, NaN = not scored."""
 
-Groups: TypeAlias = Tensor
-"""`[B]` integer ids: rows with the same id are rollouts of the same input."""
+Groups: TypeAlias = Union[Tensor, Sequence[int], "NDArray[Any]"]
+"""`[B]` integer ids, a tensor of any integer dtype, a list or an array; rows with one id are rollouts of one input."""
 
 Bounds: TypeAlias = tuple[float | None, float | None]
 """(low, high) that no score can leave; None = unbounded on that side."""

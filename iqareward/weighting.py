@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iqareward.groups import check_rows, is_distributed
+from iqareward.groups import check_ids, check_rows, is_distributed
 from iqareward.losses import LossWeights, mix
 from iqareward.types import Groups
 
@@ -74,7 +74,7 @@ class AdaptiveWeighter:
 
     signal: Literal["difficulty"] = field(default="difficulty", init=False, repr=False)
 
-    # m0, s0^2, m, s^2, each [num_buckets]; replaced, never written into.
+    # m0, s0^2, m, s^2, each [num_buckets] and fp32, whoever calls first; replaced, never written into.
     _statistics: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False)
     # Centre and slope of the sigmoid per bucket; follows from the statistics.
     _line: tuple[Tensor, Tensor] = field(init=False, repr=False)
@@ -109,17 +109,19 @@ class AdaptiveWeighter:
 
         Args:
             difficulty: `[B]` >= 0, larger = harder, the same for all rollouts of an input (see `iqareward.difficulty`).
-            bucket: `[B]` integers in [0, num_buckets).
+            bucket: `[B]` integers in [0, num_buckets). On a device, where a check would wait for it, a row out of range
+                counts as one whose difficulty is NaN.
             active: `[B]` bool; False (the input's rewards have no spread) gives SFT only.
             valid: `[B]` bool; False gives 0 for both.
 
         Returns:
-            `LossWeights` of `[B]`; in convex mode they sum to 1 in every valid row.
+            `LossWeights` of `[B]`, fp32 whatever the difficulty is; in convex mode they sum to 1 in every valid row.
 
         Raises:
             RuntimeError: `calibrate` was not called.
+            ValueError: a bucket on the CPU is out of range.
         """
-        share = self._share(self._start(difficulty, bucket), bucket).nan_to_num(nan=self.w_min)
+        share = self._share(*self._start(difficulty, bucket)).nan_to_num(nan=self.w_min)
         return mix(share, active=active, valid=valid, additive=self.mode == "additive")
 
     def calibrate(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
@@ -134,10 +136,10 @@ class AdaptiveWeighter:
         Raises:
             ValueError: difficulties are negative, or a bucket has fewer than two of them.
         """
-        log_difficulty = self._log(difficulty, bucket)
+        log_difficulty, place = self._log(difficulty, bucket)
         negative = (difficulty < 0).to(log_difficulty.dtype)
         zero = log_difficulty.new_zeros(self.num_buckets)
-        count, first, _, negatives = self._sums(log_difficulty, bucket, zero, negative)
+        count, first, _, negatives = self._sums(log_difficulty, place, zero, negative)
         if negatives.max().item() > 0:
             raise ValueError(
                 "AdaptiveWeighter.calibrate expected `difficulty` >= 0 with larger = harder, got negative values. "
@@ -149,21 +151,21 @@ class AdaptiveWeighter:
                 f"AdaptiveWeighter.calibrate expected two finite difficulties per bucket, got {got}. Pass more rows."
             )
         mean = first / count
-        var = self._sums(log_difficulty, bucket, mean, negative)[2] / (count - 1)
+        var = self._sums(log_difficulty, place, mean, negative)[2] / (count - 1)
         self._follow((mean, var, mean, var))
         self._history.clear()
 
     def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
         """Let the running statistics follow; once per optimiser step, by every process, after the step's weights."""
-        log_difficulty = self._start(difficulty, bucket)
+        log_difficulty, place = self._start(difficulty, bucket)
         assert self._statistics is not None, "_start calibrates or raises"
         mean0, var0, mean, var = self._statistics
-        sums = self._sums(log_difficulty, bucket, mean, self._share(log_difficulty, bucket))
+        sums = self._sums(log_difficulty, place, mean, self._share(log_difficulty, place))
         # The variance of a mixture of old and new, so that batches of one row are as good as large ones.
         seen, shift, square, _ = (sums / sums[0].clamp(min=1)).unbind()
         gain = (1 - self.ema) * seen  # 0 in buckets without a row
         step = gain * shift
-        new_var = torch.lerp(var, square, gain).addcmul(step, step, value=-1)
+        new_var = torch.lerp(var, square, gain).addcmul(step, step, value=-1).clamp(min=0)  # rounding, if ema is 0
         self._statistics = (mean0, var0, mean + step, new_var)
         if self.rho < 1:  # otherwise the line depends on the frozen half only
             self._follow(self._statistics)
@@ -194,19 +196,25 @@ class AdaptiveWeighter:
             )
         self._statistics = None
         if state["statistics"] is not None:
-            self._follow(state["statistics"].unbind())
+            self._follow(state["statistics"].float().unbind())
 
-    def _log(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
-        """Log-difficulty; NaN where the difficulty is NaN, infinite or negative."""
-        difficulty = check_rows("AdaptiveWeighter", difficulty, bucket)
+    def _log(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor | None]:
+        """Log-difficulty in fp32, NaN where the difficulty is NaN, infinite or negative; and the buckets, checked."""
+        difficulty = check_rows("AdaptiveWeighter", difficulty)
         if bucket is None and self.num_buckets > 1:
             raise ValueError(
                 f"AdaptiveWeighter expected `bucket`, integers [B] in [0, {self.num_buckets}), got None. "
                 "Name each row's bucket, or build the weighter with num_buckets=1."
             )
-        return difficulty.log().clamp(min=math.log(self.floor)).nan_to_num(nan=torch.nan, posinf=torch.nan)
+        # The logarithm before fp32, where 1e300 would be infinite.
+        logs = difficulty.log().clamp(min=math.log(self.floor)).nan_to_num(nan=torch.nan, posinf=torch.nan).float()
+        if bucket is None:
+            return logs, None
+        place = check_ids("AdaptiveWeighter", bucket, difficulty, size=self.num_buckets)
+        outside = place == self.num_buckets
+        return torch.where(outside, torch.nan, logs), torch.where(outside, 0, place)
 
-    def _start(self, difficulty: Tensor, bucket: Groups | None) -> Tensor:
+    def _start(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor | None]:
         """`_log`, with the statistics ready and on its device."""
         if self._statistics is None:
             if self.rho > 0 and not self.calibrate_on_first:
@@ -227,22 +235,22 @@ class AdaptiveWeighter:
         slope = (self.kappa if self.direction == "hard_to_rl" else -self.kappa) / scale
         self._statistics, self._line = statistics, (centre, slope)
 
-    def _share(self, log_difficulty: Tensor, bucket: Groups | None) -> Tensor:
-        centre, slope = self._line if bucket is None else (row[bucket.long()] for row in self._line)
-        share = torch.sigmoid((log_difficulty - centre) * slope).to(log_difficulty.dtype)
+    def _share(self, log_difficulty: Tensor, bucket: Tensor | None) -> Tensor:
+        centre, slope = self._line if bucket is None else (row[bucket] for row in self._line)
+        share = torch.sigmoid((log_difficulty - centre) * slope)
         return share if (self.w_min, self.w_max) == (0, 1) else self.w_min + (self.w_max - self.w_min) * share
 
-    def _sums(self, log_difficulty: Tensor, bucket: Groups | None, pivot: Tensor, extra: Tensor) -> Tensor:
+    def _sums(self, log_difficulty: Tensor, bucket: Tensor | None, pivot: Tensor, extra: Tensor) -> Tensor:
         """Per bucket, over all processes: number, sum and squares of `log - pivot`, and sum of `extra`, without NaN.
 
         Differences to a pivot near the mean, because squares of large logarithms would drown a small variance.
         """
-        offset = log_difficulty - (pivot if bucket is None else pivot[bucket.long()])
+        offset = log_difficulty - (pivot if bucket is None else pivot[bucket])
         columns = torch.stack([offset * 0 + 1, offset, offset.square(), extra]).nan_to_num(nan=0.0)
         if bucket is None:
             sums = columns.sum(1, keepdim=True)
         else:
-            sums = columns.new_zeros(4, self.num_buckets).index_add_(1, bucket.long(), columns)
+            sums = columns.new_zeros(4, self.num_buckets).index_add_(1, bucket, columns)
         if is_distributed():
             dist.all_reduce(sums)
         return sums

@@ -74,11 +74,16 @@ def test_group_advantages_are_those_of_trl(scale, seed):
 @pytest.mark.parametrize("order", ["normalize_then_sum", "sum_then_normalize"])
 @pytest.mark.parametrize("seed", range(5))
 def test_combined_advantages_are_those_of_trl(order, seed):
-    """Both orders equal the statements of the installed TRL trainer, with three rewards and missing scores."""
+    """Both orders equal the statements of the installed TRL trainer, with three rewards and missing scores.
+
+    A plain sum only if a row has all scores or none: TRL counts a missing one as 0.
+    """
     rewards, groups = rewards_with_gaps(seed, columns=3)
+    if order == "sum_then_normalize":
+        rewards[rewards.isnan().any(1)] = torch.nan
     weights = [0.5, 2.0, 1.0]
     expected = trl_advantages(rewards, weights, 4, scale_rewards="group", multi_objective_aggregation=order)
-    result = combine_advantages(rewards, groups, weights=weights, order=order)
+    result = combine_advantages(rewards, groups, weights=weights, order=order, scale="group")
     torch.testing.assert_close(result.values[result.active], expected[result.active], **OTHER_PACKAGE)
 
 
@@ -145,6 +150,56 @@ def test_normalising_first_makes_weights_free_of_scale():
         assert torch.allclose(plain.values, scaled.values, atol=0.02) == same
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("order", ["normalize_then_sum", "sum_then_normalize"])
+def test_a_missing_score_never_wins(order, scale):
+    """Rewards that are never above 0: the rollout that lacks one is not better than those that have it."""
+    rewards = torch.tensor([[5.0, -40.0], [5.0, torch.nan], [5.0, -40.0], [5.0, -41.0]])
+    groups = torch.zeros(4, dtype=torch.int64)
+    values, active = combine_advantages(rewards, groups, weights=[1.0, 1.0], order=order, scale=scale)
+    assert active.tolist() == [True, False, True, True]
+    assert values[1] == 0
+    alone = combine_advantages(rewards[[0, 2, 3]], groups[:3], weights=[1.0, 1.0], order=order, scale=scale).values
+    if order == "sum_then_normalize":
+        torch.testing.assert_close(values[[0, 2, 3]], alone, **FORMULA_FP32)
+    assert values[0] > 0 > values[3]
+
+
+def test_a_sum_is_compared_within_the_rewards_of_its_input():
+    """A reward that scored no rollout of an input is left out there; one with weight 0 is not looked at."""
+    nan = torch.nan
+    rewards = torch.tensor([[1.0, nan, nan], [3.0, nan, 0.0], [1.0, -40.0, nan], [3.0, nan, nan], [3.0, -41.0, nan]])
+    groups = torch.tensor([0, 0, 1, 1, 1])
+    options = {"weights": [1.0, 1.0, 0.0], "order": "sum_then_normalize", "scale": "none"}
+    values, active = combine_advantages(rewards, groups, **options)
+    torch.testing.assert_close(values, torch.tensor([-1.0, 1.0, -0.5, 0.0, 0.5]), **FORMULA_FP32)
+    assert active.tolist() == [True, True, True, False, True]
+
+
+def test_both_functions_scale_alike_by_default():
+    """One reward combined by its sum is that reward's advantage."""
+    rewards, groups = rewards_with_gaps(0)
+    combined = combine_advantages(rewards, groups, weights=[1.0], order="sum_then_normalize")
+    torch.testing.assert_close(combined.values, group_advantages(rewards[:, 0], groups).values, **EXACT)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, 3e38, -3e38, 1e300])
+def test_advantages_are_finite_whatever_the_rewards_are(value):
+    """Infinite rewards are not scored; finite ones whose spread overflows say nothing; the memory forgets both."""
+    groups, ids = torch.tensor([0, 0, 1, 1]), torch.arange(2)
+    rewards = torch.tensor([value, -value, 1.0, 2.0], dtype=torch.float64).float()
+    for kind in (group_advantages, leave_one_out_advantages, rank_advantages):
+        assert kind(rewards, groups).values.isfinite().all()
+    for order in ("normalize_then_sum", "sum_then_normalize"):
+        assert combine_advantages(rewards[:, None], groups, weights=[1.0], order=order).values.isfinite().all()
+    memory = RewardMemory(2, length=2)
+    memory.update(torch.tensor([value, 1.0], dtype=torch.float64), ids)
+    assert not memory.state_dict()["rewards"].isinf().any()
+    for _ in range(3):
+        memory.update(torch.tensor([1.0, 2.0]), ids)
+        assert memory.advantages(torch.tensor([1.0, 2.0]), ids).values.isfinite().all()
+
+
 def test_options_are_checked():
     """Unknown names and a wrong number of weights are named."""
     rewards, groups = torch.rand(4), torch.zeros(4, dtype=torch.int64)
@@ -154,6 +209,8 @@ def test_options_are_checked():
         combine_advantages(rewards[:, None], groups, weights=[1.0, 1.0])
     with pytest.raises(ValueError, match="'mean'"):
         combine_advantages(rewards[:, None], groups, weights=[1.0], order="mean")
+    with pytest.raises(ValueError, match="not 0"):
+        combine_advantages(rewards[:, None], groups, weights=[0.0])
 
 
 def test_memory_measures_against_the_history_of_the_input():

@@ -149,6 +149,26 @@ def test_memory_ignores_what_was_not_scored():
     torch.testing.assert_close(after["seen"], before["seen"], **EXACT)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e300])
+def test_memory_never_takes_in_what_is_not_finite(value):
+    """Alone or beside a healthy rollout, as the first value or later, in fp64 too; others' recall is not touched."""
+    memory, ids = DifficultyMemory(3, half_life=1e9), torch.tensor([0, 1])
+    for rows in ([value, 2.0], [1.0, 2.0], [value, 2.0]):
+        memory.update(torch.tensor(rows, dtype=torch.float64), ids)
+    assert memory.recall(ids).tolist() == [1.0, 2.0]
+    memory.update(torch.tensor([1.0, value]), torch.tensor([0, 0]))
+    assert memory.recall(ids).isfinite().all()
+
+
+def test_memory_of_huge_difficulties():
+    """Means of finite entries are finite, where their sum would overflow."""
+    memory, ids = DifficultyMemory(4, half_life=1.0), torch.arange(4)
+    for _ in range(3):
+        memory.update(torch.full((4,), 3e38), ids)
+    memory.update(torch.full((1,), 3e38), ids[:1])
+    torch.testing.assert_close(memory.recall(ids), torch.full((4,), 3e38), **FORMULA_FP32)
+
+
 def test_memory_state_round_trip_is_exact():
     """A restored or pickled memory recalls and continues bit for bit; a foreign one is refused."""
     memory = DifficultyMemory(8, half_life=3.0)

@@ -1,11 +1,36 @@
 """Statistics per input id: right, NaN-aware, indifferent to order, and exact where spreads are zero."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqareward.groups import check_rows, gather_rows, group_index, group_statistics, place_in_group
+from iqareward.advantages import (
+    RewardMemory,
+    combine_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    rank_advantages,
+)
+from iqareward.difficulty import (
+    DifficultyMemory,
+    blind_difficulty,
+    group_spread,
+    pass_rate,
+    reference_distance,
+    reward_gap,
+)
+from iqareward.groups import (
+    check_ids,
+    check_rows,
+    distributed_group_statistics,
+    gather_rows,
+    group_index,
+    group_statistics,
+    place_in_group,
+)
+from iqareward.weighting import AdaptiveWeighter
 from tests.gpu import no_waits
 from tests.tolerances import EXACT, FORMULA_FP32
 
@@ -94,14 +119,112 @@ def test_gather_without_a_process_group_is_the_identity():
         gather_rows(torch.rand(3), torch.rand(2))
 
 
-@pytest.mark.parametrize(
-    ("values", "groups"),
-    [(torch.rand(4, 1), None), ([0.1, 0.2], None), (torch.rand(4), torch.zeros(3)), (torch.rand(3), torch.rand(3))],
-)
-def test_rows_that_do_not_fit_are_refused(values, groups):
-    """The message names the caller and the expected shape or dtype."""
+@pytest.mark.parametrize("values", [torch.rand(4, 1), [0.1, 0.2]])
+def test_rows_that_are_not_one_value_each_are_refused(values):
+    """The message names the caller and the expected shape."""
     with pytest.raises(ValueError, match="somebody expected"):
-        check_rows("somebody", values, groups)
+        check_rows("somebody", values)
+
+
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+SPELLINGS = {
+    **{f"tensor {name}": lambda ids, name=name: torch.tensor(ids).to(getattr(torch, name)) for name in INTEGERS},
+    **{f"array {name}": lambda ids, name=name: np.array(ids, dtype=name) for name in INTEGERS},
+    "list": list,
+    "tuple": tuple,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_everything_with_ids_takes_any_integers(spelling):
+    """Tensors of every integer dtype, arrays and lists mean the same to every function and memory."""
+    rows, ids = torch.tensor([1.0, 3.0, 2.0, 5.0]), [0, 0, 1, 1]
+    spelled = SPELLINGS[spelling](ids)
+
+    def results(groups):
+        memory, difficulty = RewardMemory(2, length=2), DifficultyMemory(2, half_life=5.0)
+        memory.update(rows, groups)
+        difficulty.update(rows, groups)
+        weighter = AdaptiveWeighter(num_buckets=2, mode="convex")
+        weighter.calibrate(rows, groups)
+        weighter.update(rows, groups)
+        (gathered_rows, gathered_groups), _ = gather_rows(rows, groups)
+        return [
+            check_ids("test", groups, rows, size=2),
+            memory.advantages(rows, groups).values,
+            difficulty.recall(groups),
+            weighter(rows, bucket=groups).rl,
+            group_statistics(rows, groups).mean,
+            distributed_group_statistics(rows, groups).mean,
+            group_statistics(gathered_rows, gathered_groups).mean,
+            group_advantages(rows, groups).values,
+            leave_one_out_advantages(rows, groups).values,
+            rank_advantages(rows, groups).values,
+            combine_advantages(rows[:, None], groups, weights=[1.0]).values,
+            reference_distance(rows[:, None], torch.zeros(4, 1), groups=groups),
+            reward_gap(rows, rows, groups=groups),
+            pass_rate(rows, groups, threshold=2.0),
+            group_spread(rows, groups),
+            blind_difficulty(rows, best=5.0, groups=groups),
+        ]
+
+    for found, expected in zip(results(spelled), results(torch.tensor(ids)), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        (torch.zeros(3), ValueError),
+        (torch.zeros(3, dtype=torch.bool), ValueError),
+        ([0.0, 1.0, 2.0], ValueError),
+        (torch.zeros(4, dtype=torch.int64), ValueError),
+        (torch.zeros(3, 1, dtype=torch.int64), ValueError),
+        (["a", "b", "c"], TypeError),
+        (None, TypeError),
+    ],
+)
+def test_what_is_no_id_is_refused(ids, error):
+    """The message names the caller and says what ids are."""
+    with pytest.raises(error, match="somebody expected"):
+        check_ids("somebody", ids, torch.rand(3))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_ids_out_of_range_are_refused_by_both_memories(wrong):
+    """Neither the last input's entry nor one that does not exist is taken, and nothing is changed."""
+    rows, ids = torch.tensor([1.0, 2.0]), torch.tensor([0, wrong])
+    memory, difficulty = RewardMemory(3, length=1), DifficultyMemory(3, half_life=5.0)
+    for one in (memory, difficulty):
+        before = one.state_dict()
+        with pytest.raises(ValueError, match=r"\[0, 3\)"):
+            one.update(rows, ids)
+        for name, value in one.state_dict().items():
+            torch.testing.assert_close(value, before[name], equal_nan=True, **EXACT)
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        memory.advantages(rows, ids)
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        difficulty.recall(ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ids_out_of_range_on_a_device_touch_no_other_input():
+    """Their rows are left out without waiting for the device, and every other entry stays as it was."""
+    memory, difficulty = RewardMemory(3, length=1), DifficultyMemory(3, half_life=5.0)
+    all_ids, wrong = torch.arange(3).cuda(), torch.tensor([-1, 3, 0]).cuda()
+    rows, others = torch.tensor([1.0, 2.0, 4.0]).cuda(), torch.tensor([7.0, 8.0, 4.0]).cuda()
+    for one in (memory, difficulty):
+        one.update(rows, all_ids)
+    torch.cuda.synchronize()
+    with no_waits():
+        for one in (memory, difficulty):
+            one.update(others, wrong)
+        advantages, recalled = memory.advantages(others, wrong), difficulty.recall(wrong)
+    assert memory.state_dict()["rewards"][:3, 0].tolist() == [4.0, 2.0, 4.0]
+    assert advantages.active.tolist() == [False] * 3  # a history of length 1 has no spread
+    assert difficulty.state_dict()["values"][1:].tolist() == [2.0, 4.0]
+    assert recalled.isnan().tolist() == [True, True, False]
 
 
 @pytest.mark.gpu

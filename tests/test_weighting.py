@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iqareward.losses import mix
 from iqareward.weighting import AdaptiveWeighter
+from tests.gpu import no_waits
 from tests.tolerances import EXACT, FORMULA_FP32
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)
@@ -303,10 +304,78 @@ def test_batch_sizes_one_and_zero():
 
 
 def test_half_precision_is_computed_in_fp32():
-    """bf16 difficulties give fp32 weights; fp64 stays fp64."""
-    rows = difficulties(0)
-    assert calibrated()(rows.bfloat16()).rl.dtype == torch.float32
-    assert calibrated()(rows.double()).rl.dtype == torch.float64
+    """bf16 difficulties give fp32 weights."""
+    assert calibrated()(difficulties(0).bfloat16()).rl.dtype == torch.float32
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("second", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("num_buckets", [1, 2])
+def test_state_has_a_dtype_of_its_own(first, second, num_buckets):
+    """Calibrated in one dtype and used in another, weights and statistics are fp32 and those of fp32 up to rounding."""
+    bucket = None if num_buckets == 1 else torch.arange(32) % 2
+    weighter, plain = (convex(num_buckets=num_buckets, rho=0.5) for _ in range(2))
+    for one, kinds in ((weighter, (first, second)), (plain, (torch.float32, torch.float32))):
+        one.calibrate(difficulties(0).to(kinds[0]), bucket)
+        one.update(difficulties(1).to(kinds[1]), bucket)
+    found = weighter(difficulties(2).to(second), bucket=bucket)
+    assert weighter.state_dict()["statistics"].dtype == found.rl.dtype == found.sft.dtype == torch.float32
+    torch.testing.assert_close(found.rl, plain(difficulties(2), bucket=bucket).rl, rtol=0.0, atol=5e-3)  # fp16 rows
+
+
+def test_difficulties_made_by_numpy():
+    """fp64 rows from numpy work with a weighter that was calibrated in fp32."""
+    weighter = calibrated()
+    rows = torch.from_numpy(difficulties(1).numpy().astype("float64"))
+    weighter.update(rows)
+    torch.testing.assert_close(weighter(rows).rl, calibrated()(difficulties(1)).rl, **FORMULA_FP32)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("ema", [0.0, 0.98])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, -1.0, 0.0, 1e-45, 1e38, 1e300])
+def test_no_value_spoils_the_statistics(rho, ema, value):
+    """Whatever is among the rows, or alone, statistics stay finite and later weights are numbers."""
+    weighter = calibrated(rho=rho, ema=ema)
+    for rows in (torch.tensor([0.1, value], dtype=torch.float64), torch.tensor([value] * 3, dtype=torch.float64)):
+        weighter.update(rows)
+        statistics = weighter.state_dict()["statistics"]
+        assert statistics.isfinite().all()
+        assert (statistics[[1, 3]] >= 0).all()
+    assert weighter(difficulties(1)).rl.isfinite().all()
+    assert weighter(torch.tensor([1e9])).rl.item() >= weighter(torch.tensor([1e-5])).rl.item()
+
+
+@pytest.mark.parametrize("bucket", [[0, -1], [0, 2]])
+def test_buckets_out_of_range_are_refused(bucket):
+    """-1 is not the last bucket; lists are taken like tensors."""
+    weighter = convex(num_buckets=2)
+    for use in (weighter.calibrate, weighter.update, weighter):
+        if use is not weighter.calibrate:
+            weighter.calibrate(difficulties(0, 8), [0, 1] * 4)
+        with pytest.raises(ValueError, match=r"\[0, 2\)"):
+            use(torch.tensor([0.1, 0.2]), bucket=bucket)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_buckets_out_of_range_on_a_device_do_not_wrap():
+    """Such a row counts as one whose difficulty is NaN, and the device is not waited for."""
+    weighter = convex(num_buckets=2, rho=0.0)
+    weighter.calibrate(difficulties(0, 8).cuda(), torch.arange(8).cuda() % 2)
+    rows, bucket = torch.tensor([0.1, 0.2, 0.3]).cuda(), torch.tensor([0, -1, 2]).cuda()
+    torch.cuda.synchronize()
+    with no_waits():
+        weights = weighter(rows, bucket=bucket)
+        weighter.update(rows, bucket)
+    assert weights.rl[1:].tolist() == [0.0, 0.0]
+    assert weights.rl[0] > 0
+    plain = convex(num_buckets=2, rho=0.0)
+    plain.calibrate(difficulties(0, 8), torch.arange(8) % 2)
+    plain.update(torch.tensor([0.1]), torch.tensor([0]))
+    torch.testing.assert_close(
+        weighter.state_dict()["statistics"].cpu(), plain.state_dict()["statistics"], **FORMULA_FP32
+    )
 
 
 def test_weights_survive_another_default_dtype():

@@ -10,6 +10,7 @@ from iqareward.losses import (
     LossWeights,
     advantage_multipliers,
     balance_gradients,
+    drop_broken_gradients,
     gradient_norm,
     mixed_advantages,
     mixed_loss,
@@ -42,8 +43,8 @@ def test_gradients_flow_through_losses_only():
     torch.testing.assert_close(sft.grad, 2 * (1 - share) / 4, **EXACT)
 
 
-def test_rows_that_weigh_nothing_do_not_exist():
-    """A padded row changes neither value nor gradient, even if its losses are NaN."""
+def test_rows_that_weigh_nothing_do_not_reach_the_value():
+    """A padded row changes neither the value nor the gradient of the losses, even if its losses are NaN."""
     rl = torch.tensor([1.0, torch.nan], requires_grad=True)
     sft, kl = torch.tensor([3.0, torch.nan]), torch.tensor([5.0, torch.nan])
     weights = LossWeights(torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.0]))
@@ -52,6 +53,35 @@ def test_rows_that_weigh_nothing_do_not_exist():
     torch.testing.assert_close(loss.detach(), torch.tensor(2.5), **FORMULA_FP32)
     torch.testing.assert_close(rl.grad, torch.tensor([0.5, 0.0]), **EXACT)
     assert mixed_loss(rl, sft, LossWeights(torch.zeros(2), torch.zeros(2))).item() == 0
+
+
+def test_rows_left_out_of_the_forward_pass_do_not_reach_the_weights():
+    """With the rows of `taking_part` alone, value and gradient are those of the healthy rows."""
+    layer, inputs = torch.nn.Linear(2, 1), torch.tensor([[1.0, 1.0], [torch.nan, 1.0], [2.0, 1.0]])
+    weights = LossWeights(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 0.0, 0.5]))
+    kept = weights.rows(weights.taking_part)
+    losses = layer(inputs[weights.taking_part]).squeeze(1)
+    mixed_loss(losses, losses.square(), kept, losses.abs(), beta=0.1).backward()
+    assert layer.weight.grad.isfinite().all()
+    torch.testing.assert_close(kept.rl, torch.tensor([1.0, 0.5]), **EXACT)
+    torch.testing.assert_close(weights.rows(slice(1, 3)).sft, torch.tensor([0.0, 0.5]), **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 5)])
+def test_a_broken_gradient_does_not_leave_its_image(shape):
+    """An image without a score, or with an infinite gradient, gets none; the others keep theirs to the last bit."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    images[1] = 0  # sqrt has no derivative there
+    for broken in (lambda rows: rows.sqrt(), lambda rows: rows / rows, lambda rows: (rows.log() * 0).exp() * rows):
+        whole, alone = images.clone().requires_grad_(), images[:1].clone().requires_grad_()
+        broken(drop_broken_gradients(whole)).flatten(1).mean(1).sum().backward()
+        broken(alone).flatten(1).mean(1).sum().backward()
+        torch.testing.assert_close(whole.grad[:1], alone.grad, **EXACT)
+        assert (whole.grad[1] == 0).all()
+    single = torch.tensor([[[0.0]], [[1.0]], [[1.0]]], requires_grad=True)  # [3, H, W] is one image
+    drop_broken_gradients(single).sqrt().sum().backward()
+    assert (single.grad == 0).all()
+    assert not drop_broken_gradients(images).requires_grad
 
 
 def test_a_broken_loss_that_counts_is_not_hidden():
@@ -95,6 +125,20 @@ def test_balance_is_smooth_clipped_and_survives_broken_steps():
     assert balance.sft_scale == 10.0
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e300, 0.0])
+def test_balance_never_takes_in_what_is_not_a_norm(value):
+    """As the first measurement and later: the state stays finite, and the scale is 1 until both were measured."""
+    balance, bad = GradientBalance(), torch.tensor(value, dtype=torch.float64)
+    balance.update(rl_norm=bad, sft_norm=torch.tensor(2.0))
+    assert float(balance.sft_scale) == 1.0
+    assert all(norm.isfinite() for norm in balance.state_dict().values())
+    balance.update(rl_norm=torch.tensor(6.0), sft_norm=torch.tensor(2.0))
+    torch.testing.assert_close(balance.sft_scale, torch.tensor(3.0), **FORMULA_FP32)
+    balance.update(rl_norm=bad, sft_norm=bad)
+    assert all(norm.isfinite() for norm in balance.state_dict().values())
+    torch.testing.assert_close(balance.sft_scale, torch.tensor(3.0), **FORMULA_FP32)
+
+
 def test_multipliers_keep_or_rescale_the_share():
     """mean_one keeps the proportions; a batch without RL stays without."""
     weights = weights_of(torch.tensor([0.1, 0.3]))
@@ -108,6 +152,7 @@ def test_mixed_advantages_are_the_weighted_sum():
     quality, fidelity = torch.tensor([1.0, torch.nan, 2.0]), torch.tensor([torch.nan, -3.0, 4.0])
     mixed = mixed_advantages(quality, fidelity, weights_of(torch.tensor([1.0, 0.0, 0.5])))
     torch.testing.assert_close(mixed, torch.tensor([1.0, -3.0, 3.0]), **EXACT)
+    assert not mixed_advantages(quality.requires_grad_(), fidelity, weights_of(torch.ones(3))).requires_grad
 
 
 def test_optimality_is_the_published_r_and_neutral_without_rl():
@@ -117,4 +162,4 @@ def test_optimality_is_the_published_r_and_neutral_without_rl():
     torch.testing.assert_close(optimality_probability(advantages), published, **FORMULA_FP32)
     none = optimality_probability(advantages, weights_of(torch.zeros(19)))
     torch.testing.assert_close(none, torch.full((19,), 0.5), **EXACT)
-    assert optimality_probability(torch.tensor([torch.nan])).item() == 0.5
+    assert optimality_probability(torch.tensor([torch.nan, torch.inf, -torch.inf])).tolist() == [0.5, 0.5, 0.5]

@@ -135,6 +135,31 @@ def test_target_tracking_holds_its_share():
     assert weighter.state_dict()["centre"] == before
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, -1.0, 0.0, 1e38, 1e300])
+def test_no_value_spoils_a_controller(value):
+    """Centre, share and noise stay finite fp32, whatever comes first or later, in fp32 or in fp64."""
+    for dtype in (torch.float32, torch.float64):
+        bad = torch.tensor([value, value], dtype=dtype)
+        tracking, noise = TargetTracking(centre=-1.0), NoiseAware()
+        for _ in range(2):
+            tracking.update(bad)
+            tracking.update(torch.cat([bad, rows().to(dtype)]))
+            noise.observe(GradientNoise(bad[0], bad[0], bad[0]))
+            noise.observe(GradientNoise(*torch.tensor([3.0, 1.0, 2.0], dtype=dtype)))
+        for state in (*tracking.state_dict().values(), *noise.state_dict().values()):
+            assert state.dtype == torch.float32
+            assert state.isfinite().all()
+        assert 0 <= noise.share <= 1
+        assert tracking(rows()).rl.isfinite().all()
+
+
+def test_variances_near_the_end_of_their_range_give_their_share():
+    """Three equal ones give a third each, although their sum overflows."""
+    weighter = NoiseAware(max_step=1.0)
+    weighter.observe(GradientNoise(*torch.full((3,), 3e38)))
+    torch.testing.assert_close(weighter(torch.zeros(1)).sft, torch.tensor([1 / 3]), **FORMULA_FP32)
+
+
 def test_gradient_noise_is_unbiased():
     """Over many draws the estimates average to the true variances and squared distance."""
     generator = torch.Generator().manual_seed(0)

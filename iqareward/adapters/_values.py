@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iqareward.images import ImageLike, to_images
-from iqareward.losses import LossWeights
+from iqareward.losses import LossWeights, drop_broken_gradients
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward, Scores
 
@@ -72,7 +72,7 @@ def score(
     prompts: Sequence[str] | None = None,
     on_nan: OnNan = "raise",
 ) -> Scores:
-    """Scores `[B]` of whatever a trainer hands over.
+    """Scores `[B]` of whatever a trainer hands over; an image without a score gets no gradient.
 
     Args:
         reward: with the contract of this library.
@@ -83,7 +83,10 @@ def score(
         on_nan: what becomes of images that were not scored.
     """
     converted = to_images(images, value_range=value_range)
-    device = converted.device if isinstance(converted, Tensor) else converted[0].device
+    if isinstance(converted, Tensor):
+        converted, device = drop_broken_gradients(converted), converted.device
+    else:
+        converted, device = [drop_broken_gradients(image) for image in converted], converted[0].device
     if references is not None:
         references = to_images(references, value_range=value_range, device=device)
     scores = reward(converted, references=references, prompts=prompts)

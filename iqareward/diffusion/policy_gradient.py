@@ -12,6 +12,8 @@ from iqareward.diffusion.policy import Policy, repeat
 from iqareward.diffusion.reference import as_reference
 from iqareward.diffusion.rollout import replay
 
+LARGEST_LOG_RATIO = 20.0
+
 
 class RLTerm(NamedTuple):
     """One part of an RL loss: `loss` and divergence from the reference policy, both `[B]`, one value per input."""
@@ -48,6 +50,8 @@ class Objective(Protocol):
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
     """PPO's clipped surrogate, `-min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A)` with `ratio = exp(new - old)`.
 
+    The ratio stops at exp(+-20): an infinite one would make the gradient NaN, even of rows that are clipped.
+
     Args:
         log_probs: `[N]` of the step under the policy that learns.
         old_log_probs: `[N]` under the policy that took it.
@@ -65,7 +69,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *,
     References:
         Schulman et al., Proximal Policy Optimization Algorithms, 2017, https://arxiv.org/abs/1707.06347
     """
-    ratio = (log_probs - old_log_probs).exp()
+    ratio = (log_probs - old_log_probs).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 

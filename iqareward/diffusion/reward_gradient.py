@@ -13,6 +13,7 @@ from iqareward.diffusion.noise import generator
 from iqareward.diffusion.policy import Condition, Policy, repeat
 from iqareward.diffusion.policy_gradient import RLTerm, mean_per_input
 from iqareward.diffusion.rollout import replay
+from iqareward.losses import drop_broken_gradients
 from iqareward.types import Reward
 
 
@@ -64,7 +65,7 @@ class RewardGradient:
     def __call__(
         self, policy: Policy, experience: Experience, term: int, *, seed: int, frozen: nn.Module | None, kl: bool
     ) -> RLTerm:
-        """The negative reward, averaged over the rollouts of each input.
+        """The negative reward, averaged over the rollouts of each input; 0, without gradient, where there is none.
 
         Raises:
             ValueError: KL is asked for; the reward's gradient has no transition to measure it on.
@@ -79,10 +80,10 @@ class RewardGradient:
             late = range(len(trajectory.schedule) // 2, len(trajectory.schedule))
             choice = torch.randint(len(late), (), generator=generator(seed, len(late)))
             clean = replay(policy, trajectory, late[int(choice)], condition).clean
-        images = clamp_straight_through(policy.decode(clean))
+        images = drop_broken_gradients(clamp_straight_through(policy.decode(clean)))
         references = experience.references.repeat_interleave(trajectory.group_size, 0)
         loss = -self.reward(images, references=references)
-        loss = torch.where(loss.isfinite(), loss, 0.0)  # not scored: says nothing
+        loss = torch.where(loss.isfinite(), loss, 0.0)  # not scored: says nothing, and its image gets no gradient
         return RLTerm(mean_per_input(loss, experience), torch.zeros_like(experience.difficulty))
 
     def _last_steps(self, policy: Policy, experience: Experience, condition: Condition) -> Tensor:

@@ -171,7 +171,9 @@ class Calibrated:
         """The calibrated score of each image; `[B]` float32 in [0, 1], higher is better, NaN = not scored."""
         scores = self.reward(images, references=references, prompts=prompts)
         with reward_mode(scores.device.type, differentiable=self.differentiable):
-            return torch.where(scores.isnan(), torch.nan, self.score_map(scores))
+            scored = scores.isfinite()
+            # Masked before the map, too: its gradient at NaN would be NaN.
+            return torch.where(scored, self.score_map(torch.where(scored, scores, 0.0)), torch.nan)
 
 
 def save_map(score_map: ScoreMap, path: str | Path) -> None:

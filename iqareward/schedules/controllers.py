@@ -1,5 +1,6 @@
 """Weightings that steer themselves: by the RL share they give, or by how noisy the two gradients are."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from iqareward.groups import check_rows, is_distributed
 from iqareward.losses import LossWeights, mix
 from iqareward.types import Groups
+
+LOG_FLOOR = math.log(1e-6)  # smallest difficulty told apart
 
 
 @dataclass
@@ -59,7 +62,7 @@ class TargetTracking:
         active: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> LossWeights:
-        """The weights of the rows; a difficulty that is not finite gets SFT, `bucket` is not used."""
+        """The weights of the rows; a difficulty that is NaN, infinite or negative gets SFT, `bucket` is not used."""
         return mix(self._share(difficulty)[0], active=active, valid=valid)
 
     def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
@@ -80,7 +83,8 @@ class TargetTracking:
         self.centre = state["centre"]
 
     def _share(self, difficulty: Tensor) -> tuple[Tensor, Tensor]:
-        log_difficulty = check_rows("TargetTracking", difficulty, None).clamp(min=1e-6).log()
+        logs = check_rows("TargetTracking", difficulty).log().clamp(min=LOG_FLOOR)  # NaN of negative numbers stays
+        log_difficulty = logs.float()  # whoever calls first, the centre is fp32
         usable = log_difficulty.isfinite()
         share = torch.sigmoid(self.kappa * (log_difficulty - self.centre))
         return torch.where(usable, share, 0.0), usable
@@ -177,16 +181,19 @@ class NoiseAware:
         valid: Tensor | None = None,
     ) -> LossWeights:
         """The same weights for every row; only the shape of `difficulty` counts, `bucket` is not used."""
-        rows = check_rows("NoiseAware", difficulty, None)
+        rows = check_rows("NoiseAware", difficulty)
         return mix(torch.ones_like(rows) - self.share, active=active, valid=valid)
 
     def observe(self, noise: GradientNoise) -> None:
         """Take in one measurement, the same on every process; one that is not finite changes nothing."""
-        new = torch.stack(list(noise))
-        old = new if self.noise is None else torch.where(self.noise.isfinite().all(), self.noise, new)
-        smooth = torch.where(new.isfinite().all(), self.ema * old + (1 - self.ema) * new, old)
-        step = (smooth[0] / smooth.sum() - self.share).clamp(-self.max_step, self.max_step)
-        self.noise, self.share = smooth, self.share + torch.where(new.isfinite().all(), step, 0.0).nan_to_num(nan=0.0)
+        new = torch.stack(list(noise)).detach().float()
+        usable = new.isfinite().all()
+        old = torch.zeros_like(new) if self.noise is None else self.noise  # zeros: nothing measured yet
+        blended = torch.where(old.any(), self.ema * old + (1 - self.ema) * new, new)
+        self.noise = torch.where(usable, blended, old)
+        relative = self.noise / self.noise.amax()  # large variances would overflow in their sum
+        step = (relative[0] / relative.sum() - self.share).nan_to_num(nan=0.0).clamp(-self.max_step, self.max_step)
+        self.share = self.share + torch.where(usable, step, 0.0)
 
     def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
         """Nothing: difficulties do not matter here, see `observe`."""

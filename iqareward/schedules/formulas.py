@@ -34,7 +34,7 @@ def constant(
         >>> constant(torch.tensor([0.1, 9.0]), share=0.75).rl
         tensor([0.7500, 0.7500])
     """
-    return mix(torch.full_like(check_rows("constant", difficulty, None), share), active=active, valid=valid)
+    return mix(torch.full_like(check_rows("constant", difficulty), share), active=active, valid=valid)
 
 
 def cosine(
@@ -113,8 +113,9 @@ def gate(
         Lv et al., Towards a Unified View of Large Language Model Post-Training, 2025, https://arxiv.org/abs/2509.04419;
         SuperRL, 2025, https://arxiv.org/abs/2506.01096
     """
-    rows = check_rows("gate", pass_rate, None)
+    rows = check_rows("gate", pass_rate)
     passed = rows > threshold if direction == "hard_to_sft" else rows <= threshold
+    passed = passed & rows.isfinite()
     return mix(passed.to(rows.dtype), active=active, valid=valid)
 
 
@@ -147,7 +148,7 @@ def soft_gate(
     References:
         Lv et al., Towards a Unified View of Large Language Model Post-Training, 2025, https://arxiv.org/abs/2509.04419
     """
-    rows = check_rows("soft_gate", pass_rate, None)
+    rows = check_rows("soft_gate", pass_rate)
     entries = torch.tensor(list(table), dtype=rows.dtype, device=rows.device)
     place = ((rows if direction == "hard_to_sft" else 1 - rows) * (len(table) - 1)).round()
     rl, sft = entries[place.nan_to_num(nan=0.0).clamp(0, len(table) - 1).long()].unbind(1)
@@ -197,7 +198,7 @@ def logistic_success(
         Zhang and Zuo, GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning
         in Language Models, 2025, https://arxiv.org/abs/2504.09696
     """
-    rows = check_rows("logistic_success", pass_rate, None)
+    rows = check_rows("logistic_success", pass_rate)
     position = rows if advantages is None else torch.where(advantages < 0, 1 - rows, rows)
     factor = low + (high - low) * torch.sigmoid(-slope * (position - centre))
     return _beside_sft(torch.where(rows.isfinite(), factor, 0.0), sft, active, valid)
@@ -236,7 +237,7 @@ def softmax_batch(
         Dai et al., Harder Is Better: Boosting Mathematical Reasoning via Difficulty-Aware GRPO and Multi-Aspect
         Question Reformulation, 2026, https://arxiv.org/abs/2601.20614
     """
-    rows = check_rows("softmax_batch", difficulty, None)
+    rows = check_rows("softmax_batch", difficulty)
     logits = rows.log() / temperature
     counted = logits.isfinite()
     for mask in (active, valid):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from iqareward.adapters._values import OnNan
 from iqareward.adapters.reward_losses import ReNOLoss, alignprop_loss, vader_loss
 from iqareward.losses import LossWeights
 from iqareward.rewards.metric import NoReference
@@ -45,6 +46,30 @@ def test_alignprop_loss_takes_prompts_and_weights() -> None:
     assert images.grad is not None
     assert images.grad[0].abs().sum() > 0
     assert images.grad[1].abs().sum() == 0
+
+
+def half_scored(images: Tensor) -> Tensor:
+    """Brightness, except for the first image: NaN, with a gradient that is NaN."""
+    first, others = brightness(images).split([1, len(images) - 1])
+    zero = first - first.detach()
+    return torch.cat([zero.sqrt() / zero, others])
+
+
+@pytest.mark.parametrize("on_nan", ["mean", "worst", 0.0])
+def test_an_image_without_a_score_spoils_no_weights(on_nan: OnNan) -> None:
+    """In each of the three losses its gradient is 0, and that of the other image is a number."""
+    judge = NoReference(half_scored, higher_is_better=True, differentiable=True)
+    losses = (
+        lambda images: alignprop_loss(judge, on_nan=on_nan)(images)[0].sum(),
+        lambda images: vader_loss(judge, on_nan=on_nan)(2 * images - 1)[0],
+        lambda images: ReNOLoss(judge, on_nan=on_nan)(images, "a"),
+    )
+    for loss in losses:
+        images = IMAGES.clone().requires_grad_()
+        loss(images).backward()
+        assert images.grad is not None
+        assert images.grad[0].eq(0).all()
+        assert images.grad[1].lt(0).all()
 
 
 def test_vader_converts_its_range() -> None:

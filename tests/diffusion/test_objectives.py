@@ -35,6 +35,19 @@ class Brightness(Quadratic):
         return images.flatten(1).mean(1)
 
 
+class Broken(Brightness):
+    """Brightness, except for the first two images: NaN, or a number without a derivative."""
+
+    def __init__(self, breaks):
+        self.breaks = breaks
+
+    def __call__(self, images, references=None, **_):
+        first, others = super().__call__(images).split([2, len(images) - 2])
+        zero = first - first.detach()
+        broken = {"score": zero.sqrt() / zero, "gradient": zero.sqrt() + 1, "nothing": first}[self.breaks]
+        return torch.cat([broken, others])
+
+
 def gradient_of(objective, policy, experience):
     """Gradient of the mean of all terms with respect to theta."""
     policy.model.zero_grad()
@@ -59,6 +72,17 @@ def test_policy_loss_stops_where_the_ratio_is_clipped():
     assert new.grad[1] > 0
     assert new.grad[2] < 0
     assert new.grad[3] == 0
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_that_overflows_has_a_finite_gradient(advantage):
+    """A rollout that became e^1000 times as likely, or as unlikely, spoils no other."""
+    new = torch.tensor([1000.0, -1000.0, 0.05], requires_grad=True)
+    loss = policy_loss(new, torch.zeros(3), torch.full((3,), advantage), clip=0.1)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert new.grad.isfinite().all()
+    assert new.grad[2].sign() == -torch.tensor(advantage).sign()
 
 
 def test_reward_gradient_through_all_steps_is_the_pathwise_derivative():
@@ -100,6 +124,24 @@ def test_reward_gradient_reaches_every_policy(kind, last_steps):
     gradients = [weight.grad for weight in policy.model.parameters() if weight.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
+
+
+@pytest.mark.parametrize("last_steps", [1, 0])
+def test_a_broken_reward_does_not_reach_the_policy(last_steps):
+    """A NaN score, and a finite score with a NaN gradient, of one input: the weights get that of the others alone."""
+    gradients = {}
+    for breaks in ("score", "gradient", "nothing"):
+        policy = pixel_policy("sample")
+        experience = pixel_experience(policy)
+        objective = RewardGradient(Broken(breaks), last_steps=last_steps)
+        loss = objective(policy, experience, 0, **CALL).loss
+        assert loss.isfinite().all()
+        (loss.sum() if breaks != "nothing" else loss[1]).backward()
+        gradients[breaks] = [weight.grad for weight in policy.model.parameters()]
+    for found in (gradients["score"], gradients["gradient"]):
+        for one, expected in zip(found, gradients["nothing"], strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-7)
+    assert sum(gradient.abs().sum() for gradient in gradients["score"]) > 0
 
 
 def test_reward_gradient_needs_a_differentiable_reward():

@@ -163,6 +163,25 @@ class Recorder:
         return torch.tensor([float(ord(prompt)) for prompt in prompts])
 
 
+@pytest.mark.parametrize("score_map", [AffineMap(0.0, 1.0), LogisticMap(0.5, 0.1), CDFMap((0.0, 1.0), (0.0, 1.0))])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_a_score_is_not_calibrated(score_map, value):
+    """An infinite reward becomes NaN like a missing one, not the best of all, and neither has a gradient."""
+    images = torch.full((2, 3, 4, 4), 0.5, requires_grad=True)
+
+    class Half:
+        name, needs_references, needs_prompts, differentiable, bounds = "half", False, False, True, (None, None)
+
+        def __call__(self, images, **_):
+            return images.flatten(1).mean(1) + torch.tensor([value, 0.0])
+
+    scores = Calibrated(Half(), score_map)(images)
+    assert scores.isnan().tolist() == [True, False]
+    scores[1].backward()
+    assert images.grad.isfinite().all()
+    assert images.grad[1].abs().sum() > 0
+
+
 @pytest.mark.parametrize("kind", [AffineMap, LogisticMap, CDFMap])
 def test_fitted_maps(kind, tmp_path) -> None:
     """A fitted map is monotone, stays in [0, 1], puts the median near 1/2, and survives a file exactly."""
