@@ -53,6 +53,26 @@ def correlation(document: Document) -> str:
     return table(("reward", "all", *kinds, "damaged above original"), cells)
 
 
+def light_noise(document: Document) -> str:
+    """On how many photographs light noise raises a score without a reference, and the mean change."""
+    rows = [row for row in document["rows"] if row["set"] == "light noise"]
+    cells = [
+        (f"`{row['reward']}`", *(f"{count} of {row['images']} ({gain:+.2f})"
+                                 for count, gain in zip(row["raised"], row["gain"], strict=True)))
+        for row in rows
+    ]  # fmt: skip
+    return table(("reward", *(f"{sigma}/255" for sigma in rows[0]["sigma"])), cells)
+
+
+def round_trip(document: Document) -> str:
+    """How many photographs a reward prefers after a latent autoencoder, and the mean change."""
+    cells = [
+        (f"`{row['reward']}`", f"{row['raised']} of {row['images']}", f"{row['gain']:+.2f}")
+        for row in document["rows"] if row["set"] == "round trip"
+    ]  # fmt: skip
+    return table(("reward", "prefers the round trip", "mean change"), cells)
+
+
 def jpeg(document: Document) -> str:
     """Kendall's tau and mean shift of every reward after each transport."""
     rows = {(row["reward"], row["transport"]): row for row in document["rows"]}

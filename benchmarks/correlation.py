@@ -2,14 +2,18 @@
 
     python -m benchmarks.correlation                                # four photographs, four kinds of damage
     python -m benchmarks.correlation --kadid10k DIR --koniq10k DIR   # and image sets with human opinions that you have
+    python -m benchmarks.correlation --clean DIR --taesd DIR         # and small faults that rewards pay for
     python -m benchmarks.correlation --quick                         # smoke run
 
 On the photographs -1 is perfect: the score falls at every level of damage. On rated sets +1 is: it rises with opinion.
-Every reward of the catalogue that can be built here is measured, and the others are named. The last line of standard
-output is one JSON document.
+`--clean` takes clean photographs, such as the 24 of Kodak, and counts those whose score without a reference rises when
+light noise is added; with `--taesd`, also those that score higher after TAESD has encoded and decoded them. Every
+reward of the catalogue that can be built here is measured, and the others are named, as is what was left out. The last
+line of standard output is one JSON document.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks._harness import document, finish
 from benchmarks._iqa_datasets import DATASETS, Rated
+from iqareward.cli.files import find_images
 from iqareward.cli.reading import pixels
 from iqareward.demo import measure
 from iqareward.demo.statistics import spearman
@@ -27,7 +34,12 @@ from iqareward.demo.summary import summarise
 from iqareward.rewards.catalog import CATALOG, load
 from iqareward.types import Reward
 
-PACKAGES = ["scikit-image", "piq", "torchvision"]
+PACKAGES = ["scikit-image", "piq", "torchvision", "diffusers"]
+NOISE = (0, 1, 2, 3, 4, 6, 8, 12)  # standard deviations, of 255
+CROP = 256  # side of the middle of a photograph that the autoencoder sees
+
+RoundTrip = Callable[[Tensor], Tensor]
+"""Images `[B, 3, H, W]` in [0, 1] to their encoded and decoded selves."""
 
 
 def buildable(names: list[str] | None) -> tuple[list[str], dict[str, str]]:
@@ -77,6 +89,63 @@ def on_rated(name: str, images: list[Rated], rewards: list[Reward], console: Con
     return rows
 
 
+def on_clean(files: list[Path], rewards: list[Reward], console: Console) -> list[dict[str, Any]]:
+    """A row per reward: on how many photographs each strength of noise raises its score, and by how much on average."""
+    scores: dict[str, list[list[float]]] = {reward.name: [] for reward in rewards}
+    for place, file in enumerate(track(files, "light noise", console=console, transient=True)):
+        image = pixels(file, "cpu")[None]
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(place))
+        noisy = [(image + sigma / 255 * noise).clamp(0, 1) for sigma in NOISE]
+        for reward in rewards:
+            scores[reward.name].append([reward(one).item() for one in noisy])
+    rows = []
+    for name, values in scores.items():
+        found = torch.tensor(values)
+        gains = found - found[:, :1]
+        rows.append({
+            "set": "light noise", "reward": name, "images": len(files),
+            "spearman": float(spearman(found, torch.tensor(NOISE)).nanmean()),
+            "sigma": list(NOISE[1:]), "raised": (gains > 0).sum(0).tolist()[1:], "gain": gains.mean(0).tolist()[1:],
+        })  # fmt: skip
+    return rows
+
+
+def on_round_trip(
+    files: list[Path], rewards: list[Reward], round_trip: RoundTrip, console: Console
+) -> list[dict[str, Any]]:
+    """A row per reward: how many photographs score higher after an autoencoder, and by how much all do on average."""
+    gains: dict[str, list[float]] = {reward.name: [] for reward in rewards}
+    for file in track(files, "round trip", console=console, transient=True):
+        image = pixels(file, "cpu")[None]
+        top, left = ((side - CROP) // 2 for side in image.shape[2:])
+        image = image[..., top : top + CROP, left : left + CROP]
+        decoded = round_trip(image)
+        for reward in rewards:
+            gains[reward.name].append((reward(decoded) - reward(image)).item())
+    return [
+        {"set": "round trip", "reward": name, "images": len(files), "spearman": None,
+         "raised": sum(gain > 0 for gain in values), "gain": float(torch.tensor(values).mean())}
+        for name, values in gains.items()
+    ]  # fmt: skip
+
+
+def taesd(folder: Path) -> RoundTrip:
+    """TAESD from `taesd_encoder.safetensors` and `taesd_decoder.safetensors` of https://github.com/madebyollin/taesd."""
+    from diffusers import AutoencoderTiny
+
+    network = AutoencoderTiny().eval()
+    network.encoder.layers.load_state_dict(load_file(folder / "taesd_encoder.safetensors"))
+    decoder = load_file(folder / "taesd_decoder.safetensors")  # its layer 0, a clamp, stands outside in diffusers
+    shifted = {f"{int(key.partition('.')[0]) - 1}.{key.partition('.')[2]}": value for key, value in decoder.items()}
+    network.decoder.layers.load_state_dict(shifted)
+
+    @torch.no_grad()
+    def round_trip(images: Tensor) -> Tensor:
+        return ((network.decode(network.encode(2 * images - 1).latents).sample + 1) / 2).clamp(0, 1)
+
+    return round_trip
+
+
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """A table per image set, best first."""
     for name in dict.fromkeys(row["set"] for row in rows):
@@ -84,14 +153,19 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_column("reward")
         table.add_column("correlation", justify="right")
         here = [row for row in rows if row["set"] == name]
+        if raised := "raised" in here[0]:
+            table.add_column(f"photographs raised, of {here[0]['images']}")
         for row in sorted(here, key=lambda row: -abs(row["spearman"] or 0)):
-            table.add_row(row["reward"], "-" if row["spearman"] is None else f"{row['spearman']:+.3f}")
+            found = "-" if row["spearman"] is None else f"{row['spearman']:+.3f}"
+            table.add_row(row["reward"], found, *([str(row["raised"])] if raised else []))
         console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="+", help="names of `iqareward list` or pyiqa:<metric>; default: all")
+    parser.add_argument("--clean", type=Path, metavar="DIR", help="folder of clean photographs, for light noise")
+    parser.add_argument("--taesd", type=Path, metavar="DIR", help="folder of TAESD's weights; needs --clean")
     for name in DATASETS:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"folder of {name}")
     parser.add_argument("--limit", type=int, help="use only every n-th rated image, so that about this many remain")
@@ -106,6 +180,16 @@ def main() -> None:
             images = list(read(folder))
             step = max(1, len(images) // options.limit) if options.limit else 1
             rows += on_rated(name, images[::step], [load(reward) for reward in names], console)
+    blind = [reward for reward in map(load, names) if not reward.needs_references]
+    files = list(find_images([str(options.clean)])) if options.clean and options.clean.is_dir() else []
+    if files:
+        rows += on_clean(files, blind, console)
+    else:
+        missing["light noise"] = f"no photographs in --clean {options.clean}"
+    if files and options.taesd and options.taesd.is_dir():
+        rows += on_round_trip(files, blind, taesd(options.taesd), console)
+    else:
+        missing["round trip"] = f"needs --clean, and TAESD's weights in --taesd {options.taesd}"
     show(rows, console)
     finish(document("correlation", rows, [], PACKAGES) | {"missing": missing}, options.json)
 
