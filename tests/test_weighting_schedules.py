@@ -10,6 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iqareward.adapters.flow_factory import adaptive_aggregation
+from iqareward.adapters.miles import adaptive_post_process
+from iqareward.adapters.trl import TRLReward
+from iqareward.adapters.trl_adaptive import adaptive_trainer
 from iqareward.schedules import (
     GradientNoise,
     NoiseAware,
@@ -82,6 +86,19 @@ def test_rows_without_a_value_are_never_nan(name):
     assert sft.isfinite().all()
     if name not in ("adaptive", "constant", "cosine", "noise_aware"):
         assert rl[0] == 0
+
+
+@pytest.mark.parametrize("weighter", [Schedule(gate), Schedule(soft_gate, pass_distance=0.1), NoiseAware()])
+def test_adapters_refuse_what_does_not_go_by_difficulty(weighter):
+    """They give weightings a distance, which a gate would take for a pass rate."""
+    fidelity = TRLReward("gmsd", "restored", references="clean")
+    for adapter in (
+        lambda: adaptive_aggregation(weighter, lambda samples: rows()),
+        lambda: adaptive_post_process(weighter, lambda samples: rows()),
+        lambda: adaptive_trainer(object, weighter, fidelity),
+    ):
+        with pytest.raises(ValueError, match="`signal` is 'difficulty'"):
+            adapter()
 
 
 def test_cosine_follows_chord():

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from iqareward.adapters._values import check_on_nan, column, find_reward, framework, score, weigh_advantages
 from iqareward.advantages import rank_advantages
+from iqareward.schedules.schedule import check_signal
 from iqareward.types import Scores
 from iqareward.weighting import AdaptiveWeighter
 
@@ -146,7 +147,11 @@ def adaptive_aggregation(
 
     Returns:
         `aggregate(processor, samples, rewards, store_to_samples) -> [N]` advantages.
+
+    Raises:
+        ValueError: the weighter does not go by difficulty.
     """
+    check_signal("adaptive_aggregation", weighter)
 
     def aggregate(processor: Any, samples: Sequence[Any], rewards: dict[str, Tensor], store_to_samples: bool) -> Tensor:
         advantages = processor.compute_advantages(samples, rewards, store_to_samples, aggregation)

@@ -33,6 +33,7 @@ from iqareward.advantages import group_advantages
 from iqareward.difficulty import rmse
 from iqareward.groups import group_statistics
 from iqareward.images import to_images
+from iqareward.schedules.schedule import check_signal
 from iqareward.types import Reward, Scores
 from iqareward.weighting import AdaptiveWeighter
 
@@ -95,7 +96,11 @@ def adaptive_post_process(
 
     Returns:
         `post_process(args, samples) -> (raw rewards, advantages)`, lists of floats.
+
+    Raises:
+        ValueError: the weighter does not go by difficulty.
     """
+    check_signal("adaptive_post_process", weighter)
 
     def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
         raw = [sample.get_reward_value(args) for sample in samples]

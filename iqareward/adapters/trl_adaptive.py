@@ -10,6 +10,7 @@ from iqareward.adapters._values import weigh_advantages
 from iqareward.adapters.trl import TRLReward
 from iqareward.groups import group_statistics
 from iqareward.optional import require
+from iqareward.schedules.schedule import check_signal
 from iqareward.weighting import AdaptiveWeighter
 
 
@@ -32,7 +33,7 @@ def adaptive_trainer(trainer: type, weighter: AdaptiveWeighter, fidelity: TRLRew
         A class that is built like `trainer`.
 
     Raises:
-        ValueError: the weighter would scale nothing, or the reward is not bounded above.
+        ValueError: the weighter would scale nothing or does not go by difficulty, or the reward is not bounded above.
 
     Example:
         >>> weighter = AdaptiveWeighter(mode="convex", calibrate_on_first=True)
@@ -40,6 +41,7 @@ def adaptive_trainer(trainer: type, weighter: AdaptiveWeighter, fidelity: TRLRew
         >>> adaptive_trainer(object, weighter, fidelity).__name__
         'Adaptiveobject'
     """
+    check_signal("adaptive_trainer", weighter)
     best = fidelity.reward.bounds[1]
     if weighter.mode != "convex":
         raise ValueError(
