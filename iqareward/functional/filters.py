@@ -1,8 +1,8 @@
-"""Small separable filters as sums of shifted slices: the same digits in any batch, and no others on another device.
+"""Small separable filters as sums of shifted slices: the same digits in any batch, and up to rounding on any device.
 
 A convolution or a matrix product would be the usual way. Both obey process-wide switches (TF32, bfloat16, autocast)
-that trainers turn on, and may sum in another order for another batch size. Slices do neither, and on a CPU they are
-faster, which benchmarks/bench_classical.py shows.
+that trainers turn on, and may sum in another order for another batch size. Slices do neither. On a CPU they are faster,
+which benchmarks/bench_classical.py shows; on a GPU they are as fast for one plane and slower for RGB.
 """
 
 import math

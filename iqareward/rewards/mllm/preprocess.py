@@ -24,6 +24,7 @@ def preprocess(images: Tensor, image_size: int) -> Tensor:
         `[B, 3, image_size, image_size]` in units of CLIP's standard deviation, dtype of `images`.
 
     Example:
+        >>> import torch
         >>> preprocess(torch.rand(2, 3, 30, 50), 448).shape
         torch.Size([2, 3, 448, 448])
     """
