@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import iqareward
 
 # helper modules keep their assertions under `python -O`; pytest rewrites only the tests themselves unasked
 pytest.register_assert_rewrite(*(f"tests.{path.stem}" for path in Path(__file__).parent.iterdir()))
+
+# how fast an example is found and tried says how busy the machine is
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start, for the reason below
 

@@ -124,7 +124,7 @@ def test_page_in_a_browser(folders: Path, width: int) -> None:
         f"--user-data-dir={folders / 'profile'}",
     ]
     options += [f"--window-size={width},1600", f"--screenshot={shot}", (folders / "page.html").as_uri()]
-    subprocess.run([str(BROWSER), *options], check=True, capture_output=True, timeout=120)
+    subprocess.run([str(BROWSER), *options], check=True, capture_output=True, timeout=600)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape[1] == width
     colourful = (pixels.max(2) - pixels.min(2) > 60).mean()

@@ -21,7 +21,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the sdist, and the wheel that was built from it; offline, with the installed build backend."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     return folder
 
 
@@ -54,7 +54,7 @@ def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) -> Non
     python = tmp_path / "env" / "bin" / "python"
     (wheel,) = built.glob("*.whl")
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)]
-    subprocess.run([python, *install], check=True, capture_output=True, timeout=120)
+    subprocess.run([python, *install], check=True, capture_output=True, timeout=600)
     # the dependencies are gigabytes: those of this environment are borrowed, without the checkout that it points to
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
     borrowed = next(Path(path) for path in sys.path if path.endswith("site-packages"))
@@ -64,7 +64,7 @@ def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) -> Non
         "x = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0));"
         "print(iqareward.load('niqe')(x).isfinite().all().item())"
     )
-    done = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     file, version, scored = done.stdout.splitlines()
     assert Path(file).is_relative_to(site)
     assert version == iqareward.__version__

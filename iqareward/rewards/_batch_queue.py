@@ -80,6 +80,7 @@ class BatchQueue:
         self._rows = 0
         self._company = 1
         self._closed = False
+        self.silent = False  # nobody is to be answered any more
 
     def put(self, waiting: Waiting) -> None:
         """Queue a call; its `admitted` is done when it has a place inside.
@@ -119,17 +120,17 @@ class BatchQueue:
             self._company = calls + len(self._inside)
             self._patience = self._limits.patience(seconds)
 
-    def close(self, *, abandon: bool = False) -> None:
-        """Take nothing more; what is inside is still answered, or with `abandon` fails."""
+    def close(self, *, abandon: bool = False, silent: bool = False) -> None:
+        """Take nothing more; what is inside is still answered, or with `abandon` fails, unless callers are not told."""
         error = RuntimeError("this MicroBatched was closed while the call was waiting.")
         with self._changed:
-            self._closed = True
+            self._closed, self.silent = True, silent
             lost = [*self._inside, *self._outside] if abandon else [*self._outside]
             self._outside.clear()
             if abandon:
                 self._inside.clear()
             self._changed.notify_all()
-        for waiting in lost:
+        for waiting in lost if not silent else ():
             for future in (waiting.admitted, waiting.scores):
                 if not future.done() and future.set_running_or_notify_cancel():
                     future.set_exception(error)

@@ -198,6 +198,8 @@ def _serve(queue: BatchQueue, reward: Reward) -> None:
         started = time.monotonic()
         outcomes = _outcomes(batch, reward)
         queue.finished(len(batch), time.monotonic() - started)
+        if queue.silent:
+            return
         for waiting, outcome in outcomes:
             if isinstance(outcome, BaseException):
                 waiting.scores.set_exception(outcome)
@@ -239,6 +241,9 @@ def _gathered(call: Call, parts: list[tuple[Scores, Any]]) -> Scores:
 def _abandon(queue: BatchQueue, thread: threading.Thread, process: int) -> None:
     if os.getpid() != process:  # a forked child has the objects but not the thread
         return
-    queue.close(abandon=True)
-    if not threading.main_thread().is_alive():  # the interpreter exits; a mere collection must not wait
+    exiting = not threading.main_thread().is_alive()
+    # At exit only daemon threads still wait. A thread woken now would free its tensors while the interpreter ends; torch
+    # releases the GIL for that, cannot take it back, and aborts ("terminate called without an active exception").
+    queue.close(abandon=True, silent=exiting)
+    if exiting:  # a mere collection must not wait
         thread.join(_EXIT_SECONDS)

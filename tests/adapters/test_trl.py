@@ -164,7 +164,7 @@ def test_async_rewards_run_beside_each_other() -> None:
         order = []
 
         def slow(completions, **columns):
-            asyncio.run_coroutine_threadsafe(other(), loop).result(timeout=10)
+            asyncio.run_coroutine_threadsafe(other(), loop).result(timeout=60)
             order.append("slow")
             return [None] * len(completions)
 

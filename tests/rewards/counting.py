@@ -62,7 +62,7 @@ class Held(Brightness):
 
     def __call__(self, images: Images, *arguments: Any, **keywords: Any) -> Scores:
         self.entered.set()
-        assert self.let_go.wait(30)
+        assert self.let_go.wait(120)
         return super().__call__(images)
 
 

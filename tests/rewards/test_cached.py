@@ -186,8 +186,8 @@ def test_processes_share_a_directory(method: str, tmp_path: Path) -> None:
     results = context.Queue()
     child = context.Process(target=in_child, args=(reward, images, results))
     child.start()
-    assert results.get(timeout=60) == (expected.tolist(), 0)
-    child.join(30)
+    assert results.get(timeout=300) == (expected.tolist(), 0)
+    child.join(60)
     assert child.exitcode == 0
 
 

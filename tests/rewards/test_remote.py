@@ -189,14 +189,14 @@ def test_a_request_that_is_too_large_is_halved() -> None:
 
 def test_the_deadline_is_total() -> None:
     """Slow answers, busy answers and queues all end by `timeout`, with the last failure in the message."""
-    for script in ([slow(60)], [says(429, BUSY, Retry_After="30")] * 9, [slow(2)] * 40):
+    for script in ([slow(60)], [says(429, BUSY, Retry_After="60")] * 9, [slow(6)] * 40):
         with Double([Brightness()], script=script) as double:
             options = {"timeout": 0.5, "batch_size": 1, "max_in_flight": 2}
             with remote(double.url, **options) as reward:
                 start = time.monotonic()
                 with pytest.raises(RemoteError) as caught:
                     reward(flat(*[0.5] * 20))
-                assert time.monotonic() - start < 15  # 20 seconds and more without a deadline
+                assert time.monotonic() - start < 50  # a minute and more without a deadline
                 assert caught.value.code in ("deadline_exceeded", "busy")
             assert all(request.deadline and request.deadline <= 0.5 for request in double.requests)
 
@@ -248,7 +248,8 @@ def test_cancelling_frees_the_slot() -> None:
 
     async def scenario(reward: RemoteReward) -> list[float]:
         task = asyncio.create_task(reward.ascore(flat(0.25)))
-        await asyncio.sleep(0.2)
+        while not double.sizes:  # until the request is under way
+            await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -288,8 +289,8 @@ def test_works_in_worker_processes(method: str) -> None:
         results = context.Queue()
         child = context.Process(target=in_child, args=(reward, results))
         child.start()
-        assert results.get(timeout=60) == [0.125, 0.25]
-        child.join(30)
+        assert results.get(timeout=300) == [0.125, 0.25]
+        child.join(60)
         assert child.exitcode == 0
         assert reward(flat(0.5)).tolist() == [0.5]
 
@@ -314,7 +315,7 @@ def test_nothing_is_left_behind() -> None:
             f"reward = RemoteReward({double.url!r}, 'brightness', facts=RemoteFacts(False, False, (None, None)))\n"
             "print(reward(flat(0.5)).item())"
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.5\n", "")
 
 

@@ -12,6 +12,7 @@ from iqareward.serving.replica import WARM_UP_SIDE
 from iqareward.types import Images
 
 FAILS, IS_SLOW, ENDS_THE_PROCESS = 9, 11, 13  # widths of the images that make `Moody` so
+SLOW_SECONDS = 4.0
 
 
 def means(images: Images) -> Tensor:
@@ -50,7 +51,10 @@ class Fragile:
 
 
 class Moody:
-    """The mean of each image, unless their width says otherwise; leaves its process id where the test finds it."""
+    """The mean of each image, unless their width says otherwise.
+
+    Each process leaves a file named by its id, with a line for the begin and the end of each slow batch.
+    """
 
     name, bounds = "moody", (0.0, 1.0)
     needs_references = needs_prompts = differentiable = False
@@ -59,11 +63,18 @@ class Moody:
         self.folder = folder
 
     def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
-        (Path(self.folder) / str(os.getpid())).touch()
+        diary = Path(self.folder) / str(os.getpid())
+        diary.touch()
         widths = {image.shape[-1] for image in images}
         if FAILS in widths:
             raise RuntimeError("as told")
         if ENDS_THE_PROCESS in widths:
             os._exit(1)
-        time.sleep(1.5 if IS_SLOW in widths else 0.01)
+        if IS_SLOW in widths:
+            with diary.open("a") as lines:
+                lines.write("begin\n")
+                lines.flush()
+                time.sleep(SLOW_SECONDS)
+                lines.write("end\n")
+        time.sleep(0.01)
         return means(images)

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import time
 from dataclasses import replace
 
 import httpx2
@@ -170,9 +169,10 @@ def test_requests_in_flight_are_bounded(limit):
     """When the server holds as much as it may, the next request is told when to come back, and later served."""
 
     async def scenario() -> None:
-        release = asyncio.Event()
+        entered, release = asyncio.Event(), asyncio.Event()
 
         async def wait(call: Call) -> Scored:
+            entered.set()
             await release.wait()
             return await _zeros(call)
 
@@ -180,7 +180,7 @@ def test_requests_in_flight_are_bounded(limit):
         room = {"max_inflight_bytes": len(content) + 10, "max_inflight_requests": 1}[limit]
         app = application({"r": answering(wait)}, Settings(**{limit: room}))
         first = asyncio.create_task(send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS))
-        await asyncio.sleep(0.05)
+        await entered.wait()
         second = await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)
         assert error_of(second) == (429, "overloaded")
         assert int(second.headers["retry-after"]) >= 1
@@ -221,7 +221,7 @@ def test_work_for_a_client_that_hangs_up_is_cancelled(path):
         sent.append(message)
 
     async def scenario() -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await application({"r": answering(forever)})(scope, receive, keep)
 
     run(scenario())
@@ -243,11 +243,9 @@ def test_deadline(by):
         raise AssertionError
 
     app = application({"r": answering(forever)}, Settings(deadline=0.2 if by == "server" else 60))
-    started = time.monotonic()
     deadline = 60.0 if by == "server" else 0.2
     response = post(app, content=body(rewards=["r"], deadline=deadline), headers=SAFETENSORS)
     assert error_of(response) == (504, "deadline_exceeded")
-    assert time.monotonic() - started < 5
     assert cancelled == [1]
 
 

@@ -24,7 +24,7 @@ def test_scores_and_errors_through_the_proxies():
         deploy(
             {"piqe": iqareward.load("piqe")},
             Deployment(replicas=1, num_cpus=0.5),
-            Settings(deadline=20.0),
+            Settings(deadline=120.0),
             host="127.0.0.1",
             port=port,
             everywhere=True,
@@ -32,7 +32,7 @@ def test_scores_and_errors_through_the_proxies():
         url = f"http://127.0.0.1:{port}"
         with RemoteReward(url, "piqe", batch_size=2) as remote:
             assert torch.equal(remote(images), iqareward.load("piqe")(images))
-        with httpx2.Client(base_url=url) as client:
+        with httpx2.Client(base_url=url, timeout=120) as client:
             content = encode_request(images, rewards=["ssim"])
             assert error_of(client.post("/v1/score", content=content, headers=SAFETENSORS)) == (404, "unknown_reward")
             assert client.get("/-/healthz").status_code == 200

@@ -21,17 +21,19 @@ LIMITS = Limits(max_bytes=2**20)
 CONTENT = encode_request(torch.full((1, 3, 8, 8), 0.5), rewards=["r"])
 
 
-async def after(seconds: float, call: Call) -> Scored:
-    await asyncio.sleep(seconds)
+async def ones(call: Call) -> Scored:
     return Scored(torch.ones(len(call)))
 
 
-def listening(work: Callable[[Listener, str], Coroutine[Any, Any, None]], seconds: float = 0.0) -> None:
+def listening(
+    work: Callable[[Listener, str], Coroutine[Any, Any, None]],
+    score: Callable[[Call], Coroutine[Any, Any, Scored]] = ones,
+) -> None:
     """Run a listener, and the work beside it."""
 
     async def scenario() -> None:
         address = Address("127.0.0.1", free_port())
-        app = application({"r": answering(lambda call: after(seconds, call))}, Settings(limits=LIMITS))
+        app = application({"r": answering(score)}, Settings(limits=LIMITS))
         listener = object.__new__(Listener)  # as Ray Serve does, which awaits __init__
         await listener.__init__(lambda: app, address)
         try:
@@ -47,7 +49,7 @@ def test_a_large_body_is_refused_before_it_is_sent():
     """The answer arrives although the client would have sent 200 MB, and the next request is served."""
 
     async def work(listener: Listener, url: str) -> None:
-        async with httpx2.AsyncClient(base_url=url, timeout=20) as client:
+        async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
             response = await client.post("/v1/score", content=bytes(200 * 2**20), headers=SAFETENSORS)
             assert error_of(response) == (413, "body_too_large")
             response = await client.post("/v1/score", content=CONTENT, headers=SAFETENSORS)
@@ -72,7 +74,7 @@ def test_headers_without_end(endless):
                 sent += len(endless)
             pytest.fail("the server went on reading")
         assert sent <= 2**21
-        async with httpx2.AsyncClient(base_url=url) as client:
+        async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
             headers = {"x": "y" * 60_000}
             assert (await client.get("/healthz", headers=headers)).status_code == 200
 
@@ -84,7 +86,7 @@ def test_remote_reward_halves_what_is_too_large():
 
     async def work(listener: Listener, url: str) -> None:
         images = torch.rand(60, 3, 16, 16).repeat(1, 1, 16, 16)
-        with RemoteReward(url, "r", facts=RemoteFacts(False, False, (0.0, 1.0)), timeout=30) as remote:
+        with RemoteReward(url, "r", facts=RemoteFacts(False, False, (0.0, 1.0)), timeout=120) as remote:
             assert (await remote.ascore(images)).tolist() == [1.0] * 60
 
     listening(work)
@@ -93,13 +95,21 @@ def test_remote_reward_halves_what_is_too_large():
 def test_stopping_answers_what_has_come_in():
     """A request that is being scored when the process is told to end gets its answer; after it nothing listens."""
 
+    entered, release = asyncio.Event(), asyncio.Event()
+
+    async def held(call: Call) -> Scored:
+        entered.set()
+        await release.wait()
+        return await ones(call)
+
     async def work(listener: Listener, url: str) -> None:
-        async with httpx2.AsyncClient(base_url=url, timeout=10) as client:
+        async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
             request = asyncio.create_task(client.post("/v1/score", content=CONTENT, headers=SAFETENSORS))
-            await asyncio.sleep(0.2)
+            await entered.wait()
             listener.check_health()
             stopping = listener.__del__()  # as Ray Serve calls it
             assert stopping is not None
+            asyncio.get_running_loop().call_later(0.2, release.set)  # while it is stopping
             await stopping
             assert (await request).json()["scores"] == {"r": [1.0]}
             with pytest.raises(httpx2.ConnectError):
@@ -107,7 +117,7 @@ def test_stopping_answers_what_has_come_in():
         with pytest.raises(RuntimeError, match="has ended"):
             listener.check_health()
 
-    listening(work, seconds=0.6)
+    listening(work, held)
 
 
 def test_addresses():

@@ -20,7 +20,7 @@ from PIL import Image
 VOCABULARY = [*"0123456789", ".", "<", " ", " excellent", " good", " fair", " poor", " bad", "The", "\n", "Yes", "No"]
 LEVELS = [" excellent", " good", " fair", " poor", " bad"]
 MAX_LOGPROBS = 20
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 60.0
 
 
 @functools.cache

@@ -64,16 +64,15 @@ def test_the_timeout_covers_all_images_and_attempts(double, make) -> None:
     assert len(double.requests) <= 5
     double.always = "429 for an hour"
     with pytest.raises(RemoteError, match="http_429"):
-        make(timeout=5.0)(_images(1))
+        make(timeout=60.0)(_images(1))
 
 
 def test_images_before_the_timeout_keep_their_scores(double, make) -> None:
     """With on_error="nan" only those that did not make it are NaN."""
-    double.seconds = 0.2
-    with pytest.warns(RuntimeWarning, match="of 12 images are not scored: deadline_exceeded"):
-        scores = make(max_in_flight=1, timeout=1.0, on_error="nan")(_images(12))
-    assert 1 <= scores.isfinite().sum() <= 5
-    assert scores[5:].isnan().all()
+    double.faults.extend(["", "", "slow"])
+    with pytest.warns(RuntimeWarning, match="2 of 4 images are not scored: deadline_exceeded"):
+        scores = make(max_in_flight=1, timeout=3.0, on_error="nan")(_images(4))
+    assert scores.isfinite().tolist() == [True, True, False, False]
 
 
 def test_a_hanging_request_is_hedged(double, make) -> None:
