@@ -124,6 +124,8 @@ def start_loop(purpose: str, max_in_flight: int, token_variable: str | None, num
 def _serve(loop: asyncio.AbstractEventLoop, http: Any) -> None:
     asyncio.set_event_loop(loop)
     loop.run_forever()
+    if not threading.main_thread().is_alive() and asyncio.all_tasks(loop):
+        return  # only daemon threads still wait; to wake them while the interpreter ends could abort it: see batching
     loop.run_until_complete(_wind_up(http))
     loop.close()
 

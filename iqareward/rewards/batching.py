@@ -242,7 +242,7 @@ def _abandon(queue: BatchQueue, thread: threading.Thread, process: int) -> None:
     if os.getpid() != process:  # a forked child has the objects but not the thread
         return
     exiting = not threading.main_thread().is_alive()
-    # At exit only daemon threads still wait. A thread woken now would free its tensors while the interpreter ends; torch
+    # At exit only daemon threads still wait. One woken now would free its tensors while the interpreter ends; torch
     # releases the GIL for that, cannot take it back, and aborts ("terminate called without an active exception").
     queue.close(abandon=True, silent=exiting)
     if exiting:  # a mere collection must not wait

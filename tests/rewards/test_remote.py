@@ -319,6 +319,30 @@ def test_nothing_is_left_behind() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.5\n", "")
 
 
+def test_the_interpreter_exits_during_a_call() -> None:
+    """A process ends at once although a daemon thread waits for an answer; the thread is not woken for it."""
+    with Double([Brightness()], script=[slow(60)]) as double:
+        script = (
+            "import os, threading\n"
+            "from iqareward.rewards.remote import RemoteFacts, RemoteReward\n"
+            "from tests.rewards.counting import flat\n"
+            f"reward = RemoteReward({double.url!r}, 'brightness', facts=RemoteFacts(False, False, (None, None)))\n"
+            "def call():\n"
+            "    try:\n"
+            "        reward(flat(0.5))\n"
+            "    finally:\n"
+            "        os.write(1, b'woken')\n"
+            "threading.Thread(target=call, daemon=True).start()\n"
+            "input()"
+        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        with subprocess.Popen([sys.executable, "-c", script], text=True, **pipes) as process:
+            while not double.sizes and process.poll() is None:
+                time.sleep(0.01)
+            output = process.communicate("\n", timeout=300)
+    assert (process.returncode, *output) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     "options",
     [{"timeout": 0}, {"batch_size": 0}, {"on_error": "zero"}, {"attempts": 0}, {"max_in_flight": 0}, {"urls": "judge"}],
