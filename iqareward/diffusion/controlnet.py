@@ -17,10 +17,11 @@ class ControlNetPolicy:
     guidance, whose two passes would make the policy another one than the one trained.
 
     Args:
-        model: the ControlNet; the part that trains.
-        unet: the `UNet2DConditionModel`; frozen.
+        model: the ControlNet; the part that trains, usually in float32.
+        unet: the `UNet2DConditionModel`; frozen, in any dtype.
         autoencoder: the frozen autoencoder.
-        prompt: `[1, L, D]` embedding of the fixed prompt, e.g. from `pipeline.encode_prompt`.
+        prompt: `[1, L, D]` embedding of the fixed prompt, e.g. from `pipeline.encode_prompt`; moved to the latents'
+            device by the first call.
         process: `DDIM.from_scheduler(pipeline.scheduler)`.
 
     Example:
