@@ -38,8 +38,10 @@ def check_rows(caller: str, values: Tensor) -> Tensor:
         torch.float32
     """
     if not isinstance(values, Tensor) or values.ndim != 1:
-        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{caller} expected one value per row, a tensor [B], got {got}. Flatten it first.")
+        got, advice = type(values).__name__, "Make a tensor of it with torch.as_tensor."
+        if isinstance(values, Tensor):
+            got, advice = list(values.shape), "Flatten it first."
+        raise ValueError(f"{caller} expected one value per row, a tensor [B], got {got}. {advice}")
     values = values.detach()
     return values if values.dtype == torch.float64 else values.float()
 

@@ -57,7 +57,7 @@ class DifficultyAdaptiveTrainer:
 
     Raises:
         ValueError: `inputs_per_update` does not divide by the number of processes, or exceeds the number of pairs; or
-            the weighter takes a signal that is not measured here, such as `NoiseAware`.
+            the weighter takes a signal that is not measured here, such as `NoiseAware`; or `memory` has fewer inputs.
 
     Example:
         >>> import tempfile, iqareward
@@ -99,6 +99,11 @@ class DifficultyAdaptiveTrainer:
         self.policy, self.reward, self.pairs, self.metric, self.seed = policy, reward, pairs, metric, seed
         self.weighter: Weighter = AdaptiveWeighter() if weighter is None else weighter
         check_signal("DifficultyAdaptiveTrainer", self.weighter, ("difficulty", "pass_rate"))
+        if memory is not None and memory.num_inputs < len(pairs):
+            raise ValueError(
+                f"DifficultyAdaptiveTrainer expected a memory of {len(pairs)} inputs, got {memory.num_inputs}. "
+                "Build it with RewardMemory(len(pairs))."
+            )
         self.sampling, self.validation, self.memory = sampling or Sampling(), validation, memory
         self.output_dir, self.show_progress = Path(output_dir), show_progress
         self.options = optimization or Optimization()

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from iqareward.advantages import RewardMemory
 from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.learner import Optimization
 from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
@@ -138,6 +139,12 @@ def test_weightings_that_would_not_get_their_signal_are_refused(weighter, advice
     """When the trainer is built, with what to do instead."""
     with pytest.raises(ValueError, match=advice):
         trained(weighter, tmp_path)
+
+
+def test_a_memory_of_fewer_inputs_is_refused(tmp_path):
+    """On a GPU ids beyond it could not be seen, and their inputs would never learn by RL."""
+    with pytest.raises(ValueError, match="16 inputs, got 15"):
+        trainer(tmp_path, memory=RewardMemory(15))
 
 
 def test_formulas_name_their_signal():
