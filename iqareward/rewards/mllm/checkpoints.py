@@ -1,117 +1,136 @@
-"""Find the files of a published checkpoint and read their tensors one at a time."""
+"""Find the files of a published checkpoint and open them."""
 
 import json
-import pickle
+import os
 import re
-import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from iqareward.weight_files import WeightFile, listed
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_NAME = re.compile(r"[\w. +=()-]{1,200}", re.ASCII)  # no folders, and short enough for every file system
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # preferred first
-_ZIP_START = b"PK\x03\x04"
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ["adapter_model.*", "non_lora_trainables.bin"]
 
 
-def checkpoint_folder(source: str | Path) -> Path:
+def checkpoint_folder(source: str | Path, *, inner: str = "", also: Sequence[str] = ()) -> Path:
     """The local folder of a checkpoint: `source` itself if it is one, else downloaded from the Hugging Face hub.
 
     Args:
         source: a folder, or a hub id such as `q-future/one-align`. A download that was interrupted resumes; one that is
             complete is read from the hub's cache, also without a network.
+        inner: folder inside of it.
+        also: patterns of file names to download besides weights and JSON.
+
+    Raises:
+        OSError: it cannot be downloaded.
+        ValueError: `source` is neither.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    if os.path.isdir(source):  # pathlib raises where the name is too long
+        return Path(source) / inner
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         raise ValueError(
             f"expected a folder or a hub id like 'q-future/one-align', got {str(source)!r}: no such folder."
         )
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(source, allow_patterns=["*.json"]))
+    start = f"{inner}/" if inner else ""
+
+    def fetch(*patterns: str) -> Path:
+        allowed = [start + pattern for pattern in ("*.json", *also, *patterns)]
+        return Path(snapshot_download(source, allow_patterns=allowed, ignore_patterns=[f"{start}*/*"])) / start
+
+    folder = fetch()
     if (folder / ADAPTER_CONFIG).is_file():
-        return Path(snapshot_download(source, allow_patterns=["*.json", *_ADAPTER_FILES]))
+        return fetch(*_ADAPTER_FILES)
     indexed = [pattern for index, pattern in zip(_INDEXES, _WEIGHTS, strict=True) if (folder / index).is_file()]
     for pattern in indexed or _WEIGHTS:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", pattern]))
+        folder = fetch(pattern)
         if any(folder.glob(pattern)):
             break
     return folder
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the checkpoint."""
+    """The object in a JSON file of the checkpoint.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is no JSON object, or names one key twice.
+    """
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a checkpoint folder with {name}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_bytes()
+    try:
+        content = json.loads(text, object_pairs_hook=_once_each)
+    except Exception as error:  # not UTF-8, not JSON, nested too deeply, a number of too many digits, a key twice
+        raise ValueError(f"{path} cannot be read as JSON: {error}. Delete it and get it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} expected a JSON object, got {type(content).__name__}.")
+    return content
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder: what its index lists, else what it holds; safetensors before .bin."""
+def open_weights(folder: Path) -> list[WeightFile]:
+    """The weight files of a checkpoint folder: what its index lists, else what it holds; safetensors before .bin.
+
+    Raises:
+        FileNotFoundError: the folder holds no weights, or not all that its index lists.
+        ValueError: a file or the index is damaged, they contradict each other, or a tensor is in two files.
+    """
+    promised = _promised(folder)
+    files = [WeightFile(path) for path in promised]
+    owners: dict[str, WeightFile] = {}
+    for file in files:
+        if lacking := promised[file.path] - file.keys():
+            raise ValueError(f"{file.path} lacks {listed(lacking)}, which the index of {folder} lists there.")
+        for key in sorted(file.keys()):
+            if key in owners:
+                raise ValueError(
+                    f"{file.path} holds {key}, which {owners[key].path} holds too. Remove one of the files."
+                )
+            owners[key] = file
+    return files
+
+
+def _promised(folder: Path) -> dict[Path, set[str]]:
+    """Weight files, and the tensors that an index says are in each; none where there is no index."""
     for index, pattern in zip(_INDEXES, _WEIGHTS, strict=True):
         if (folder / index).is_file():
-            names = sorted(set(read_json(folder, index)["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise FileNotFoundError(
-                    f"{folder} lacks {', '.join(missing)}, which {index} lists. "
-                    "The download was interrupted: download the checkpoint again."
-                )
-            return [folder / name for name in names]
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found
+            return _indexed(folder, index, Path(pattern).suffix)
+        single = folder / Path(index).stem.removesuffix(".index")  # "model.safetensors", the name of unsharded weights
+        if found := [single] if single.is_file() else sorted(folder.glob(pattern)):
+            return {path: set() for path in found}
     raise FileNotFoundError(f"{folder} holds no weights; expected *.safetensors or pytorch_model*.bin.")
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in a weight file, on the CPU and memory-mapped, so that little is held at once.
-
-    Raises:
-        ValueError: the file is truncated or damaged, or holds anything but tensors.
-    """
-    if path.suffix == ".safetensors":
-        yield from _read_safetensors(path)
-    else:
-        yield from _read_pickle(path).items()
-
-
-def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                yield key, file.get_tensor(key)
-    except SafetensorError as error:
-        raise ValueError(_damaged(path)) from error
+def _indexed(folder: Path, index: str, suffix: str) -> dict[Path, set[str]]:
+    entries = read_json(folder, index).get("weight_map")
+    if not isinstance(entries, Mapping) or not entries:
+        raise ValueError(f"{folder / index} expected `weight_map` from tensor to file, got {str(entries)[:100]!r}.")
+    promised: dict[Path, set[str]] = {}
+    for key, name in entries.items():
+        # A file of this folder and nothing else, e.g. not "../x"; it may be a link, as in the hub's cache.
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or not name.endswith(suffix):
+            raise ValueError(
+                f"{folder / index} says that {key} is in {name!r}; expected the name of a {suffix} file beside it."
+            )
+        promised.setdefault(folder / name, set()).add(key)
+    if missing := [path.name for path in promised if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {listed(missing)}, which {index} lists. "
+            "The download was interrupted: download the checkpoint again."
+        )
+    return dict(sorted(promised.items()))
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_START))
-    whole_zip = zipfile.is_zipfile(path)  # its table of contents is at the end
-    if not start or (start == _ZIP_START and not whole_zip):
-        raise ValueError(_damaged(path))
-    try:
-        # Files of the zip format can be mapped into memory instead of read; older ones cannot.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=whole_zip)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(_damaged(path)) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} expected a dictionary of tensors, got {type(tensors).__name__} of other things.")
-    return tensors
-
-
-def _damaged(path: Path) -> str:
-    return (
-        f"{path} cannot be read as weights: it is truncated or damaged (an interrupted download?), or holds more than "
-        "tensors. Delete it and download the checkpoint again."
-    )
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"it names {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
+    return content

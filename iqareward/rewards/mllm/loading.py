@@ -1,29 +1,36 @@
 """Load a published mPLUG-Owl2 checkpoint, tensor by tensor, straight to its device and dtype."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from iqareward.optional import require
-from iqareward.rewards.mllm.checkpoints import (
-    ADAPTER_CONFIG,
-    checkpoint_folder,
-    read_json,
-    read_tensors,
-    weight_files,
-)
-from iqareward.rewards.mllm.lora import Adapter, read_adapter
+from iqareward.rewards.mllm.checkpoints import ADAPTER_CONFIG, checkpoint_folder, open_weights, read_json
+from iqareward.rewards.mllm.lora import Adapter, LoraSettings, read_adapter
 from iqareward.rewards.mllm.owl2 import Owl2, Owl2Config
+from iqareward.weight_files import Shape, WeightFile, check_values, listed
 
-_SHOWN = 5  # names in an error message
+# Stacks of layers: field of the configuration, key in config.json, and what the names of their tensors begin with.
+_STACKS = (
+    ("layers", "num_hidden_layers", "model.layers."),
+    ("vision_layers", "visual_config.visual_model.num_hidden_layers", "model.vision_model.encoder.layers."),
+    (
+        "abstractor_layers",
+        "visual_config.visual_abstractor.num_hidden_layers",
+        "model.visual_abstractor.encoder.layers.",
+    ),
+)
 
 
 def load_owl2(source: str | Path, *, device: torch.device, dtype: torch.dtype) -> Owl2:
     """A frozen `Owl2` with the weights of a checkpoint; host memory holds about one tensor at a time.
+
+    Names, shapes and dtypes are compared before anything is read. Values are checked where the weights go: NaN,
+    infinity and matrices of zeros are refused.
 
     Args:
         source: hub id or folder, of full weights (safetensors or .bin shards) or of a LoRA adapter, which is merged.
@@ -32,17 +39,24 @@ def load_owl2(source: str | Path, *, device: torch.device, dtype: torch.dtype) -
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
-        ValueError: a file is damaged, a tensor is missing, unknown or of another shape, or the architecture is another.
+        ValueError: a file is damaged, a tensor is missing, unknown, quantised or of another shape, or the architecture
+            is another.
     """
     folder = checkpoint_folder(source)
-    adapter = read_adapter(folder) if (folder / ADAPTER_CONFIG).is_file() else None
-    weights = folder if adapter is None else checkpoint_folder(adapter.base)
+    lora = LoraSettings.read(folder) if (folder / ADAPTER_CONFIG).is_file() else None
+    weights = folder if lora is None else checkpoint_folder(lora.base)
     described = folder if (folder / "config.json").is_file() else weights
-    config = Owl2Config.from_hub_dict(read_json(described, "config.json"))
+    config = Owl2Config.from_hub_dict(read_json(described, "config.json"), source=str(described / "config.json"))
+    files = open_weights(weights)
+    _check_depth(described / "config.json", config, files)
     with torch.device("meta"):
         model = Owl2(config)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    _check_names(weights, files, expected)
+    adapter = None if lora is None else read_adapter(folder, lora, expected)
     with torch.no_grad():
-        _fill(model, weights, adapter, device, dtype)
+        while files:  # each is closed as soon as it has been read
+            _fill(model, files.pop(0), expected, adapter, device, dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -52,38 +66,58 @@ def quantize_decoder(model: Owl2) -> None:
     torchao.quantize_(model.model.layers, torchao.Int8WeightOnlyConfig())
 
 
-def _fill(model: Owl2, folder: Path, adapter: Adapter | None, device: torch.device, dtype: torch.dtype) -> None:
-    expected = {key: value.shape for key, value in model.state_dict().items()}
-    unknown = sorted((adapter.names() if adapter else set()) - expected.keys())
-    if unknown:
-        raise ValueError(f"the LoRA adapter changes {_list(unknown)}, which mPLUG-Owl2 does not have.")
+def _check_depth(path: Path, config: Owl2Config, files: list[WeightFile]) -> None:
+    """Refuse another number of layers than the weights have, before any are built."""
+    keys = set[str]().union(*(file.keys() for file in files))
+    for field, where, start in _STACKS:
+        found = len({match[1] for key in keys if (match := re.match(re.escape(start) + r"(\d+)\.", key))})
+        if getattr(config, field) != found:
+            raise ValueError(
+                f"{path} says {where} = {getattr(config, field)}, but the weights {start}* are those of {found} layers."
+            )
+
+
+def _check_names(folder: Path, files: list[WeightFile], expected: Mapping[str, Shape]) -> None:
+    """Refuse missing, unknown, misshapen and quantised tensors by the headers of the files."""
     missing = set(expected)
+    for file in files:
+        for key in sorted(_own(file)):
+            if key not in expected:
+                raise ValueError(
+                    f"{file.path} holds {key}, which mPLUG-Owl2 does not have. Is it another architecture?"
+                )
+            file.tensor(key, expected[key])
+        missing -= file.keys()
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(expected)} tensors: {listed(missing)}; "
+            f"its weights are in {listed(file.path.name for file in files)}."
+        )
+
+
+def _fill(
+    model: Owl2,
+    file: WeightFile,
+    expected: Mapping[str, Shape],
+    adapter: Adapter | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Put the tensors of one file into the network."""
+    tensors = {}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"loading {folder.name}", total=len(expected))
-        for path in weight_files(folder):
-            tensors = {}
-            for key, value in _checked(path, expected):
-                merged = adapter.merge(key, value) if adapter else value
-                tensors[key] = merged.to(device=device, dtype=dtype)
-                progress.advance(task)
-            model.load_state_dict(tensors, strict=False, assign=True)
-            missing -= tensors.keys()
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(expected)} tensors: {_list(sorted(missing))}.")
+        for key in progress.track(sorted(_own(file)), description=f"loading {file.path.name}"):
+            value = file.tensor(key, expected[key])
+            if adapter and key in adapter.names():
+                check_values(file.path, {key: value})
+                value = adapter.merge(key, value)
+            tensors[key] = value.to(device=device, dtype=dtype)
+    check_values(file.path, tensors)
+    model.load_state_dict(tensors, strict=False, assign=True)
 
 
-def _checked(path: Path, expected: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a file that belong to the network; others than positions that it computes itself are an error."""
-    for key, value in read_tensors(path):
-        if key.endswith("rotary_emb.inv_freq"):
-            continue
-        if key not in expected:
-            raise ValueError(f"{path} holds {key}, which mPLUG-Owl2 does not have. Is it another architecture?")
-        if value.shape != expected[key]:
-            raise ValueError(f"{path} has {key} of shape {list(value.shape)}, expected {list(expected[key])}.")
-        yield key, value
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+def _own(file: WeightFile) -> set[str]:
+    """Tensors that belong to the network: all but positions that it computes itself."""
+    keys = file.keys()
+    return {key for key in keys if not key.endswith("rotary_emb.inv_freq")}

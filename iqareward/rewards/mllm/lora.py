@@ -1,17 +1,74 @@
 """Merge a LoRA adapter into the weights it was trained on, while they are being loaded."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from iqareward.rewards.mllm.checkpoints import ADAPTER_CONFIG, read_json, read_tensors
+from iqareward.rewards.mllm.checkpoints import ADAPTER_CONFIG, read_json
+from iqareward.weight_files import Shape, WeightFile, check_values
 
 _PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
 _BASE_HUB_ID = "MAGAer13/mplug-owl2-llama2-7b"
+# Keys of adapter_config.json that do not change what the adapter's tensors mean: how it was trained, which layers it
+# was put into (the names of the tensors say it), and numbers that only count where another key, refused below, is set.
+_WITHOUT_EFFECT = {
+    "auto_mapping", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",
+    "megatron_core", "peft_version", "qalora_group_size", "target_modules", "task_type",
+}  # fmt: skip
+# Settings with one answer here, and what stands for it. Other ways to start training change the base weights as well.
+_ANSWERS: dict[str, tuple[Any, ...]] = {
+    "peft_type": (None, "LORA"),
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+}
+_READ = {"r", "lora_alpha", "use_rslora", "base_model_name_or_path"}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What adapter_config.json says.
+
+    Attributes:
+        base: folder or hub id of the weights that the adapter was trained on.
+        rank: inner size of every low-rank product.
+        scale: factor of the low-rank product.
+    """
+
+    base: str
+    rank: int
+    scale: float
+
+    @classmethod
+    def read(cls, folder: Path) -> "LoraSettings":
+        """Read a PEFT folder's adapter_config.json.
+
+        Raises:
+            ValueError: it asks for a variant of LoRA that cannot be merged here, or a setting is missing or impossible.
+        """
+        path, config = folder / ADAPTER_CONFIG, read_json(folder, ADAPTER_CONFIG)
+        for key, value in config.items():
+            if key in _READ or key in _WITHOUT_EFFECT or (key in _ANSWERS and value in _ANSWERS[key]):
+                continue
+            if value or key in _ANSWERS:
+                raise ValueError(
+                    f"{path} sets {key} = {value!r:.100}, which cannot be merged here. Merge the adapter with peft and "
+                    "pass the result."
+                )
+        rank, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
+        rslora = config.get("use_rslora") or False
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{path} expected a whole number of at least 1 as r, got {rank!r:.100}.")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
+            raise ValueError(f"{path} expected a number as lora_alpha, got {alpha!r:.100}.")
+        if rslora not in (True, False):
+            raise ValueError(f"{path} expected true or false as use_rslora, got {rslora!r:.100}.")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{path} expected a folder or hub id as base_model_name_or_path, got {base!r:.100}.")
+        return cls(_base_of(base), rank, alpha / (math.sqrt(rank) if rslora else rank))
 
 
 @dataclass
@@ -19,14 +76,12 @@ class Adapter:
     """What an adapter changes, by published parameter name.
 
     Attributes:
-        base: folder or hub id of the weights that it was trained on.
         scale: factor of the low-rank product.
         down: `[r, in]` per name.
         up: `[out, r]` per name.
         replaced: tensors that were trained in full.
     """
 
-    base: str
     scale: float
     down: dict[str, Tensor] = field(default_factory=dict)
     up: dict[str, Tensor] = field(default_factory=dict)
@@ -41,56 +96,74 @@ class Adapter:
         base = self.replaced.get(name, base)
         if name not in self.down:
             return base
-        down, up = self.down[name].float(), self.up[name].float()
-        if (up.shape[0], down.shape[1]) != tuple(base.shape) or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"the LoRA adapter has {list(up.shape)} @ {list(down.shape)} for {name}, "
-                f"which does not fit its weight {list(base.shape)}."
-            )
-        return base.float() + self.scale * (up @ down)
+        return base.float() + self.scale * (self.up[name].float() @ self.down[name].float())
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read a PEFT LoRA folder: `adapter_config.json`, `adapter_model.*` and, if any, `non_lora_trainables.bin`.
+def read_adapter(folder: Path, settings: LoraSettings, shapes: Mapping[str, Shape]) -> Adapter:
+    """Read the tensors of a PEFT LoRA folder: `adapter_model.*` and, if any, `non_lora_trainables.bin`.
+
+    Args:
+        folder: of the adapter.
+        settings: its adapter_config.json.
+        shapes: of the weights that it may change, by name.
 
     Raises:
-        ValueError: the adapter uses a variant of LoRA, or tensors, that this cannot merge.
+        ValueError: a tensor is no LoRA weight, changes no weight of the network, or contradicts `settings`.
 
     References:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2022, https://arxiv.org/abs/2106.09685
     """
-    config = read_json(folder, ADAPTER_CONFIG)
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise ValueError(f"{folder / ADAPTER_CONFIG} sets {key}, which cannot be merged here. Merge it with peft.")
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    adapter = Adapter(_base_of(config["base_model_name_or_path"]), scale)
+    adapter = Adapter(settings.scale)
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has {ADAPTER_CONFIG} but neither adapter_model.safetensors nor .bin.")
-    for key, value in read_tensors(path):
-        _sort_in(adapter, path, key, value)
-    if adapter.down.keys() != adapter.up.keys():
-        raise ValueError(f"{path} has lora_A without lora_B for {sorted(adapter.down.keys() ^ adapter.up.keys())[0]}.")
+    file = WeightFile(path)
+    for key in sorted(file.keys()):
+        _sort_in(adapter, file, key, settings.rank, shapes)
+    if alone := sorted(adapter.down.keys() ^ adapter.up.keys()):
+        raise ValueError(f"{path} has one of lora_A and lora_B, but not the other, for {alone[0]}.")
+    for name in adapter.down:
+        down, up = adapter.down[name], adapter.up[name]
+        check_values(path, {f"{name} (lora_A)": down, f"{name} (lora_B)": up})
+        if not (down.any() or up.any()):  # either may be zero before training, never both
+            raise ValueError(f"{path} has nothing but zeros in lora_A and lora_B of {name}: it is damaged.")
     full = folder / "non_lora_trainables.bin"
     if full.is_file():
-        adapter.replaced = {_published_name(key): value for key, value in read_tensors(full)}
+        _read_replaced(adapter, WeightFile(full), shapes)
     return adapter
 
 
-def _sort_in(adapter: Adapter, path: Path, key: str, value: Tensor) -> None:
+def _sort_in(adapter: Adapter, file: WeightFile, key: str, rank: int, shapes: Mapping[str, Shape]) -> None:
     for marker, target in ((".lora_A", adapter.down), (".lora_B", adapter.up)):
-        name, found, rest = _published_name(key).partition(marker)
-        if found and rest in (".weight", ".default.weight"):
-            target[f"{name}.weight"] = value.to(torch.float32)
-            return
-    raise ValueError(f"{path} holds {key}, which is no LoRA weight. Merge the adapter with peft and pass the result.")
+        stem, found, rest = key.removeprefix(_PREFIX).partition(marker)
+        if not found or rest not in (".weight", ".default.weight"):
+            continue
+        name = f"{stem}.weight"
+        if len(shapes.get(name, ())) != 2:
+            raise ValueError(f"{file.path} holds {key}, but mPLUG-Owl2 has no matrix {name} that it could change.")
+        if name in target:
+            raise ValueError(f"{file.path} holds {key} under two names.")
+        rows, columns = shapes[name]
+        shape = (rank, columns) if target is adapter.down else (rows, rank)
+        try:
+            target[name] = file.tensor(key, shape)
+        except ValueError as error:
+            raise ValueError(f"{error} {ADAPTER_CONFIG} says r = {rank}.") from error
+        return
+    raise ValueError(
+        f"{file.path} holds {key}, which is no LoRA weight. Merge the adapter with peft and pass the result."
+    )
 
 
-def _published_name(key: str) -> str:
-    return key.removeprefix(_PREFIX)
+def _read_replaced(adapter: Adapter, file: WeightFile, shapes: Mapping[str, Shape]) -> None:
+    for key in sorted(file.keys()):
+        name = key.removeprefix(_PREFIX)
+        if name not in shapes:
+            raise ValueError(f"{file.path} holds {key}, which mPLUG-Owl2 does not have.")
+        if name in adapter.names():
+            raise ValueError(f"{file.path} holds {key}, which another tensor of the adapter changes too.")
+        adapter.replaced[name] = file.take({key: shapes[name]})[key]
 
 
 def _base_of(path: str) -> str:

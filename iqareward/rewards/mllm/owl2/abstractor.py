@@ -60,11 +60,6 @@ class _Attention(nn.Module):
 
     def __init__(self, config: Owl2Config) -> None:
         super().__init__()
-        if config.abstractor_hidden != config.vision_hidden:
-            raise ValueError(
-                "Owl2Config expected `abstractor_hidden` equal to `vision_hidden` (their rows are attended together), "
-                f"got {config.abstractor_hidden} and {config.vision_hidden}."
-            )
         width = config.abstractor_hidden
         self.heads = config.abstractor_heads
         self.query = nn.Linear(width, width)
