@@ -1,11 +1,13 @@
 """LevelReward keeps the contract for every supported family and reads the level words as documented."""
 
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iqareward.rewards.mllm.vlm import patches, scorer, tiles
@@ -231,6 +233,85 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path) -> None:
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks weights of its model: lm_head\.weight"):
         LevelReward(tmp_path)(tiny.images(1))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_saved_models_load(tmp_path, family) -> None:
+    """No check of files refuses what transformers itself wrote, whatever the family, also in shards."""
+    model, processor = tiny.pair(family)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    processor.save_pretrained(tmp_path)
+    expected = LevelReward((model, processor))(tiny.images(2))
+    torch.testing.assert_close(LevelReward(tmp_path)(tiny.images(2)), expected, **NETWORK_BATCH)
+
+
+HEAD = "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state[HEAD].fill_(torch.nan), r"safetensors has NaN or infinite values in lm_head\.weight"),
+        (lambda state: state[HEAD].zero_(), r"nothing but zeros in lm_head\.weight"),
+        (
+            lambda state: state.update({HEAD: state[HEAD].to(torch.int8)}),
+            r"safetensors has lm_head\.weight as torch\.int8",
+        ),
+        (lambda state: state.update({"adapter.bias": torch.ones(1)}), r"does not: adapter\.bias"),
+        (lambda state: state.update({HEAD: state[HEAD][1:].clone()}), r"cannot load .*|lacks weights .*lm_head"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path, change, message) -> None:
+    """Weights that transformers would take as they are, or replace, or leave out."""
+    model, processor = tiny.pair("qwen2_5_vl")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = {key: value.clone() for key, value in load_file(file).items()}
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        LevelReward(tmp_path)(tiny.images(1))
+
+
+@pytest.mark.parametrize("value", [10**6, 10**9, 0, -1, True, "2", 2.5, [2]])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_absurd_sizes_are_refused(tmp_path, key, value) -> None:
+    """Sizes that the weights cannot have are found before transformers builds them."""
+    model, processor = tiny.pair("qwen2_5_vl")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"][key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json says text_config\.{key} = "):
+        LevelReward(tmp_path)(tiny.images(1))
+
+
+def test_damaged_files_are_refused(tmp_path) -> None:
+    """A truncated or contradictory file of the folder is a ValueError, or the library's error that names it."""
+    model, processor = tiny.pair("qwen2_5_vl")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+    ):
+        path = tmp_path / name
+        if not path.is_file():
+            continue
+        whole = path.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], b"[]", b"\xff\xfe" + whole):
+            path.unlink()
+            path.write_bytes(damaged)
+            with pytest.raises((ValueError, OSError)):
+                LevelReward(tmp_path)(tiny.images(1))
+        path.write_bytes(whole)
+    assert LevelReward(tmp_path)(tiny.images(1)).isfinite().all()
 
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch) -> None:

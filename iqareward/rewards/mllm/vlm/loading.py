@@ -1,18 +1,22 @@
 """Load a vision-language model and its processor with the native classes of transformers, never with remote code."""
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from iqareward.optional import require
+from iqareward.rewards.mllm.checkpoints import checkpoint_folder, open_weights, read_json
 from iqareward.rewards.mllm.vlm.families import check_family
 from iqareward.rewards.mllm.vlm.network import Network
+from iqareward.weight_files import FLOATS, Shape, check_values, listed
 
 # the version that this was tested with; earlier ones do not all take image features ready-made
 _OLDEST = "transformers>=5.23"
-_SHOWN = 5  # names in an error message
+_PROCESSOR_FILES = ("*.txt", "*.jinja", "*.model")
 
 
 def require_transformers(name: str) -> ModuleType:
@@ -42,36 +46,74 @@ def load_network(
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: the model's family is not supported, or the checkpoint lacks weights.
+        OSError: a file is missing, or cannot be downloaded.
+        ValueError: the model's family is not supported, a file is damaged, or the weights are not those of the model
+            that config.json describes.
     """
     transformers = require_transformers(name)
-    where, options = _where(source)
-    check_family(transformers.AutoConfig.from_pretrained(where, **options).model_type)
-    processor = transformers.AutoProcessor.from_pretrained(where, **options)
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        where, dtype=dtype, device_map=str(device), output_loading_info=True, **options
-    )
-    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    folder = _folder(source)
+    config = read_json(folder, "config.json")
+    check_family(str(config.get("model_type")))
+    owners = _check_stored(folder, config)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, device_map=str(device), output_loading_info=True, trust_remote_code=False
+        )
+    except (ImportError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises anything for files that contradict each other
+        raise ValueError(f"{name} cannot load {folder}: {type(error).__name__}: {error}") from error
+    lost = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
     if lost:  # transformers would draw them at random
-        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-        raise ValueError(f"{source} lacks weights of its model: {', '.join(lost[:_SHOWN])}{more}.")
+        raise ValueError(f"{folder} lacks weights of its model: {listed(lost)}.")
+    if report["unexpected_keys"]:  # transformers would leave them out
+        raise ValueError(f"{folder} has weights that its model does not: {listed(report['unexpected_keys'])}.")
     model.requires_grad_(False).eval()
+    found: dict[Path, dict[str, Tensor]] = {}
+    for key, value in model.named_parameters():
+        if value.dtype in FLOATS:
+            found.setdefault(owners.get(key, folder), {})[key] = value
+    for path, tensors in found.items():
+        check_values(path, tensors)
     if checkpointing:
         _recompute_layers(model)
     return Network(model, processor)
 
 
-def _where(source: str | Path) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes: folders stay whole, hub ids may end in a folder of the repository."""
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if Path(source).is_dir():
-        return str(source), options
-    parts = str(source).split("/")
-    if isinstance(source, Path) or len(parts) < 2 or not all(parts):
-        raise ValueError(f"expected a folder or a hub id like 'owner/name', got {str(source)!r}: no such folder.")
-    if len(parts) > 2:
-        options["subfolder"] = "/".join(parts[2:])
-    return "/".join(parts[:2]), options
+def _folder(source: str | Path) -> Path:
+    """Folders stay whole, hub ids may end in a folder of the repository."""
+    if isinstance(source, Path) or os.path.isdir(source):
+        return checkpoint_folder(source)
+    repository, inner = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+    return checkpoint_folder(repository, inner=inner, also=_PROCESSOR_FILES)
+
+
+def _check_stored(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """Refuse quantised weights, and sizes that the weights cannot have: building those could take minutes.
+
+    Returns:
+        The file of each tensor.
+    """
+    path, owners, headers = folder / "config.json", dict[str, Path](), dict[str, tuple[Shape, torch.dtype]]()
+    for file in open_weights(folder):
+        headers |= file.headers()
+        owners |= dict.fromkeys(file.keys(), file.path)
+        for key, (_, dtype) in file.headers().items():
+            if dtype not in FLOATS and key.endswith((".weight", ".bias")) and "quantization_config" not in config:
+                raise ValueError(f"{file.path} has {key} as {dtype}, but {path} says nothing of a quantisation.")
+    largest = max((side for shape, _ in headers.values() for side in shape), default=0)
+    most = {"hidden_size": largest, "intermediate_size": largest, "num_hidden_layers": len(headers)}
+    sections = {"": config} | {f"{key}.": value for key, value in config.items() if isinstance(value, dict)}
+    for where, section in sections.items():
+        bounds = most | {"vocab_size": largest} if where in ("", "text_config.") else most | {"depth": len(headers)}
+        for key in bounds.keys() & section.keys():
+            value = section[key]
+            if value is not None and (type(value) is not int or not 0 < value <= bounds[key]):
+                raise ValueError(
+                    f"{path} says {where}{key} = {value!r:.100}; its weights have room for 1 to {bounds[key]}."
+                )
+    return owners
 
 
 def _recompute_layers(model: Any) -> None:
