@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from iqareward.functional._checks import check_images
 from iqareward.functional.nss import clipped_luma, local_statistics, natural_features, split_blocks
 from iqareward.functional.resize import pillow_resize
+from iqareward.weight_files import WeightFile
 
 NUM_FEATURES = 36
 PACKAGED = "niqe_natural.safetensors"
@@ -65,26 +65,53 @@ class NaturalModel:
 
     @classmethod
     def load(cls, path: str | Path) -> "NaturalModel":
-        """Read a file that `save` wrote."""
-        with safe_open(path, framework="pt", device="cpu") as file:
-            block_size = int((file.metadata() or {})["block_size"])
-            return cls(file.get_tensor("mean"), file.get_tensor("covariance"), block_size)
+        """Read a safetensors file that `save` wrote.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the file is damaged, or does not hold such statistics.
+        """
+        file = WeightFile(path)
+        found = file.take({"mean": (NUM_FEATURES,), "covariance": (NUM_FEATURES, NUM_FEATURES)})
+        block_size = file.metadata.get("block_size", "")
+        if not block_size.isdecimal():
+            raise ValueError(f"{path} expected a whole number as block_size in its metadata, got {block_size!r:.100}.")
+        return _read_model(path, found["mean"], found["covariance"], int(block_size[:9]))
 
     @classmethod
     def from_npz(cls, path: str | Path, *, block_size: int = 96) -> "NaturalModel":
         """Read published NIQE parameters: an npz with `mu_pris_param` and `cov_pris_param`, fitted on 96-pixel blocks.
 
         Raises:
-            ValueError: the file lacks one of the two, or holds values that are not finite.
+            OSError: there is no such file.
+            ValueError: the file is damaged, or does not hold such statistics.
         """
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = {"mu_pris_param", "cov_pris_param"} - set(arrays.files)
-            if missing:
-                raise ValueError(f"from_npz expected mu_pris_param and cov_pris_param, {path} lacks {sorted(missing)}.")
-            mean, covariance = arrays["mu_pris_param"].reshape(-1), arrays["cov_pris_param"]
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError(f"from_npz expected finite statistics, {path} holds NaN or inf.")
-        return cls(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), block_size)
+        with Path(path).open("rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    mean, covariance = (
+                        torch.from_numpy(arrays[key].astype(np.float64, casting="same_kind"))
+                        for key in ("mu_pris_param", "cov_pris_param")
+                    )
+            except Exception as error:  # a damaged file makes the decoders raise anything
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(
+                    f"from_npz expected numbers mu_pris_param, cov_pris_param in {path}: {what}"
+                ) from error
+        return _read_model(path, mean.reshape(-1), covariance, block_size)
+
+
+def _read_model(path: str | Path, mean: Tensor, covariance: Tensor, block_size: int) -> NaturalModel:
+    """A model from a file; statistics that no photographs have are refused."""
+    try:
+        model = NaturalModel(mean, covariance, block_size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a natural model: {error}") from error
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"{path} expected a finite mean and covariance, got NaN or inf.")
+    if not torch.allclose(covariance, covariance.T) or bool((covariance.diagonal() < 0).any()) or not covariance.any():
+        raise ValueError(f"{path} expected a symmetric covariance with variances >= 0, got something else.")
+    return model
 
 
 @lru_cache(maxsize=8)

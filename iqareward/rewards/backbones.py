@@ -1,9 +1,7 @@
 """ImageNet backbones as feature extractors, and where their weights come from."""
 
 import importlib.util
-import pickle
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -11,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iqareward.optional import require
-
-StateDict = Mapping[str, Tensor]
+from iqareward.weight_files import WeightFile
 
 
 class Backbone(NamedTuple):
@@ -22,19 +19,23 @@ class Backbone(NamedTuple):
         function: in `torchvision.models`.
         weights: the enumeration of its published weights there.
         taps: indices of the compared layers in `.features`.
+        widths: their channels.
         min_side: smallest image side that leaves every compared layer a pixel.
     """
 
     function: str
     weights: str
     taps: tuple[int, ...]
+    widths: tuple[int, ...]
     min_side: int
 
 
 BACKBONES = {
-    "alex": Backbone("alexnet", "AlexNet_Weights", (1, 4, 7, 9, 11), 31),
-    "vgg": Backbone("vgg16", "VGG16_Weights", (3, 8, 15, 22, 29), 16),
-    "squeeze": Backbone("squeezenet1_1", "SqueezeNet1_1_Weights", (1, 4, 7, 9, 10, 11, 12), 17),
+    "alex": Backbone("alexnet", "AlexNet_Weights", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
+    "vgg": Backbone("vgg16", "VGG16_Weights", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
+    "squeeze": Backbone(
+        "squeezenet1_1", "SqueezeNet1_1_Weights", (1, 4, 7, 9, 10, 11, 12), (64, 128, 256, 384, 384, 512, 512), 17
+    ),
 }
 
 
@@ -47,23 +48,20 @@ class FeatureTrunk(nn.Module):
         weights: torchvision's state dict of the network, of which the `features.*` are used.
 
     Raises:
-        ValueError: the weights are of another network.
+        ValueError: the weights are of another network, or damaged.
     """
 
-    def __init__(self, net: str, weights: StateDict) -> None:
+    def __init__(self, net: str, weights: WeightFile) -> None:
         super().__init__()
         self.taps = BACKBONES[net].taps
         models = require("torchvision.models", extra="perceptual", purpose=f"the {net} backbone")
         with torch.device("meta"):  # weights are assigned below; a random start costs seconds and random numbers
             self.features = getattr(models, BACKBONES[net].function)(weights=None).features[: self.taps[-1] + 1]
-        expected = self.state_dict()
-        wrong = [key for key, value in expected.items() if key not in weights or weights[key].shape != value.shape]
-        if wrong:
-            raise ValueError(
-                f"expected torchvision's weights of {BACKBONES[net].function}; {len(wrong)} of {len(expected)} tensors "
-                f"are missing or have another shape, first {wrong[0]!r}."
-            )
-        self.load_state_dict({key: weights[key].float() for key in expected}, assign=True)
+        try:
+            found = weights.take({key: value.shape for key, value in self.state_dict().items()})
+        except ValueError as error:
+            raise ValueError(f"expected torchvision's weights of {BACKBONES[net].function}: {error}") from error
+        self.load_state_dict({key: value.float() for key, value in found.items()}, assign=True)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Activations of the compared layers, shallow to deep, of `images` normalised for ImageNet."""
@@ -75,7 +73,7 @@ class FeatureTrunk(nn.Module):
         return activations
 
 
-def backbone_weights(net: str, path: str | Path | None, *, purpose: str) -> StateDict:
+def backbone_weights(net: str, path: str | Path | None, *, purpose: str) -> WeightFile:
     """Torchvision's ImageNet weights: from a file, or from torch's cache, or downloaded into it.
 
     Args:
@@ -85,36 +83,26 @@ def backbone_weights(net: str, path: str | Path | None, *, purpose: str) -> Stat
 
     Raises:
         OSError: they are not here and cannot be downloaded; says where to put which file.
-        ValueError: the file holds anything but tensors.
+        ValueError: the file is damaged or holds anything but tensors.
     """
     if path is not None:
-        return read_weights(path)
+        return WeightFile(path)
     models = require("torchvision.models", extra="perceptual", purpose=purpose)
     published = getattr(models, BACKBONES[net].weights).IMAGENET1K_V1
     file = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rsplit("/", 1)[-1]
     try:
-        return published.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
-    except OSError as error:
+        if not file.is_file():
+            published.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError) as error:  # the latter where the file does not have the published hash
         raise OSError(
             f"{purpose} needs the ImageNet weights of {BACKBONES[net].function}, which are not in torch's cache and "
             f"could not be downloaded ({error}). Download {published.url} elsewhere and put it at {file}, or pass "
             "weights='<path of the file>'."
         ) from error
+    return WeightFile(file)
 
 
-def read_weights(path: str | Path) -> StateDict:
-    """The tensors of a `.safetensors` or `.pth` file, on the CPU; nothing in the file is executed."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"expected {path} to hold tensors only, so that loading it runs no code: {error}") from error
-
-
-def packaged_weights(package: str, *files: str, purpose: str) -> StateDict:
+def packaged_weights(package: str, *files: str, purpose: str) -> WeightFile:
     """The tensors of the first of `files` that an installed package brings, without importing it.
 
     Args:
@@ -131,4 +119,4 @@ def packaged_weights(package: str, *files: str, purpose: str) -> StateDict:
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{purpose} expected one of {', '.join(map(str, paths))}. Reinstall {package}.")
-    return read_weights(found)
+    return WeightFile(found)

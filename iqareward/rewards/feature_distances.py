@@ -6,7 +6,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from iqareward.rewards.backbones import FeatureTrunk, StateDict
+from iqareward.rewards.backbones import BACKBONES, FeatureTrunk
+from iqareward.weight_files import WeightFile
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -28,10 +29,11 @@ class LPIPSNetwork(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, net: str, backbone: StateDict, heads: StateDict) -> None:
+    def __init__(self, net: str, backbone: WeightFile, heads: WeightFile) -> None:
         super().__init__()
         self.trunk = FeatureTrunk(net, backbone)
-        self.heads = nn.ParameterList(heads[f"lin{k}.model.1.weight"].float() for k in range(len(self.trunk.taps)))
+        shapes = {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(BACKBONES[net].widths)}
+        self.heads = nn.ParameterList(head.float() for head in heads.take(shapes).values())
         # ImageNet's statistics, for pixels in [-1, 1]
         self.register_buffer("shift", _per_channel([2 * mean - 1 for mean in _IMAGENET_MEAN]))
         self.register_buffer("scale", _per_channel([2 * std for std in _IMAGENET_STD]))
@@ -65,15 +67,19 @@ class DISTSNetwork(nn.Module):
     alpha: Tensor
     beta: Tensor
 
-    def __init__(self, backbone: StateDict, weights: StateDict) -> None:
+    def __init__(self, backbone: WeightFile, weights: WeightFile) -> None:
         super().__init__()
         self.trunk = FeatureTrunk("vgg", backbone)
         for index, layer in enumerate(self.trunk.features):
             if isinstance(layer, nn.MaxPool2d):
                 self.trunk.features[index] = _HanningPool()
-        total = weights["alpha"].sum() + weights["beta"].sum()
-        self.register_buffer("alpha", weights["alpha"].float() / total)
-        self.register_buffer("beta", weights["beta"].float() / total)
+        channels = (1, 3 + sum(BACKBONES["vgg"].widths), 1, 1)  # of the image itself and of the compared layers
+        learned = weights.take({"alpha": channels, "beta": channels})
+        total = learned["alpha"].sum() + learned["beta"].sum()
+        if not total > 0:  # the weights are divided by it
+            raise ValueError(f"{weights.path} expected `alpha` and `beta` with a positive sum, got {total.item()}.")
+        self.register_buffer("alpha", learned["alpha"].float() / total)
+        self.register_buffer("beta", learned["beta"].float() / total)
         self.register_buffer("mean", _per_channel(_IMAGENET_MEAN))
         self.register_buffer("std", _per_channel(_IMAGENET_STD))
 

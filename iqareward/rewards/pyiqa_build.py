@@ -4,17 +4,17 @@ import difflib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from iqareward.optional import require
-from iqareward.rewards.backbones import read_weights
 from iqareward.rewards.pyiqa_facts import METRICS, MISSING_REQUIREMENTS, NEEDS_CUDA, NO_GRADIENT, REFUSED
+from iqareward.weight_files import FLOATS, check_values, decode
 
 _LOGGER = logging.getLogger(__name__)
 _RESERVED = {"as_loss", "loss_weight", "loss_reduction", "check_input_range", "pretrained_model_path"}
@@ -59,7 +59,7 @@ def build_metric(
     Raises:
         ImportError: a package is missing that pyiqa imports without requiring it.
         OSError: weights are neither in the cache nor to be downloaded.
-        ValueError: the metric takes no `weights`, or the file holds anything but tensors.
+        ValueError: the metric takes no `weights`, or the file is damaged, holds code, or does not fit.
         RuntimeError: the installed pyiqa contradicts what is known of the metric.
     """
     who = f"PyIQAReward({metric!r})"
@@ -67,9 +67,10 @@ def build_metric(
         raise ValueError(f"{who} runs on CUDA only (fixed in pyiqa), got device={str(device)!r}. Move the images.")
     pyiqa = require("pyiqa", extra="pyiqa", purpose=who)
     _say_licence()
+    content: Any = None
     if weights is not None:
         if Path(weights).suffix != ".mat":  # pyiqa would execute what a pickle holds; MATLAB files hold arrays only
-            read_weights(weights)
+            content, _ = decode(Path(weights))
         options = {**options, "pretrained_model_path": str(weights)}
     try:
         built = pyiqa.create_metric(metric, device=device, as_loss=False, check_input_range=False, **options)
@@ -81,13 +82,17 @@ def build_metric(
         ) from error
     except OSError as error:
         raise OSError(_missing_weights(who, error)) from error
-    except TypeError as error:
-        raise ValueError(f"{who} was given an option that this metric does not have: {error}.") from error
-    except (KeyError, RuntimeError) as error:
-        if weights is None:
+    except Exception as error:  # pyiqa raises anything for a file of another layout
+        if isinstance(error, TypeError) and "keyword argument" in str(error):
+            raise ValueError(f"{who} was given an option that this metric does not have: {error}.") from error
+        if weights is None or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"{who} expected `weights` laid out as in pyiqa's own file of this metric: {error}") from error
+        raise ValueError(
+            f"{who} expected {weights} laid out as pyiqa's own file of this metric: {type(error).__name__}: {error}"
+        ) from error
     _check_built(who, metric, built, weights)
+    if weights is not None:
+        _check_weights(Path(weights), content, network_of(built))
     return built
 
 
@@ -113,6 +118,25 @@ def _check_built(who: str, metric: str, built: nn.Module, weights: str | Path | 
         )
     if weights is not None and "pretrained_model_path" not in inspect.signature(type(built.net)).parameters:
         raise ValueError(f"{who} cannot read `weights`: pyiqa has no file option for this metric.")
+
+
+def _check_weights(file: Path, content: Any, network: nn.Module) -> None:
+    """Refuse quantised weights, which pyiqa would take for numbers, and those that are not finite."""
+    stored = dict(_tensors(content))
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    for name in parameters.keys() & stored.keys():
+        if stored[name].dtype not in FLOATS:
+            raise ValueError(f"{file} has {name} as {stored[name].dtype}, expected floating-point numbers.")
+    check_values(file, parameters, may_be_zero=True)  # some metrics have layers that were never trained
+
+
+def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a file by name, whatever dictionaries they are wrapped in."""
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Tensor):
+            yield str(key).removeprefix("module."), value
+        else:
+            yield from _tensors(value)
 
 
 def _missing_weights(who: str, error: OSError) -> str:

@@ -1,9 +1,12 @@
 """Fitting, storing and loading the statistics that NIQE compares with."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import iqareward
 from iqareward.functional.natural_model import PACKAGED, NaturalModel, fit_natural_model, packaged_model
@@ -72,9 +75,57 @@ def test_npz_refuses_pickles_missing_and_broken_arrays(tmp_path):
     np.savez(path, mu_pris_param=np.zeros(36))
     with pytest.raises(ValueError, match="cov_pris_param"):
         NaturalModel.from_npz(path)
-    np.savez(path, mu_pris_param=np.full(36, np.nan), cov_pris_param=np.eye(36))
-    with pytest.raises(ValueError, match="finite"):
-        NaturalModel.from_npz(path)
+    for mean, covariance, message in (
+        (np.full(36, np.nan), np.eye(36), "finite"),
+        (np.zeros(35), np.eye(36), "mean"),
+        (np.zeros(36, complex), np.eye(36), "numbers"),
+        (np.array(["a"] * 36), np.eye(36), "numbers"),
+        (np.zeros(36), np.zeros((36, 36)), "variances"),
+        (np.zeros(36), -np.eye(36), "variances"),
+        (np.zeros(36), np.triu(np.ones((36, 36))), "symmetric"),
+    ):
+        np.savez(path, mu_pris_param=mean, cov_pris_param=covariance)
+        with pytest.raises(ValueError, match=rf"params\.npz.*{message}|{message}.*params\.npz"):
+            NaturalModel.from_npz(path)
+    with pytest.raises(FileNotFoundError):
+        NaturalModel.from_npz(tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "compressed"])
+def test_damaged_files_raise_nothing_else(tmp_path, kind):
+    """A damaged parameter file is a ValueError that names it, or still holds statistics that are finite."""
+    path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.npz")
+    if kind == "safetensors":
+        model_of().save(path, {})
+    else:
+        save = np.savez if kind == "npz" else np.savez_compressed
+        save(path, mu_pris_param=np.arange(36.0), cov_pris_param=np.eye(36))
+    data, rng = path.read_bytes(), random.Random(0)
+    for number in range(100):
+        damaged, at = bytearray(data), rng.randrange(min(len(data), rng.choice([600, len(data)])))
+        if number % 2:
+            damaged[at] ^= 1 << rng.randrange(8)
+        else:
+            del damaged[at : at + rng.choice([1, 100, len(data)])]
+        path.unlink()
+        path.write_bytes(damaged)
+        try:
+            loaded = NaturalModel.load(path) if kind == "safetensors" else NaturalModel.from_npz(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert loaded.mean.isfinite().all()
+            assert loaded.covariance.isfinite().all()
+
+
+@pytest.mark.parametrize("block_size", [None, "", "48.0", "-48", "9" * 5000, "15"])
+def test_block_size_of_a_file_is_checked(tmp_path, block_size):
+    """A file without the size of its blocks, or with an impossible one, is named."""
+    path = tmp_path / "model.safetensors"
+    tensors = {"mean": torch.zeros(36, dtype=torch.float64), "covariance": torch.eye(36, dtype=torch.float64)}
+    save_file(tensors, path, metadata=None if block_size is None else {"block_size": block_size})
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        NaturalModel.load(path)
 
 
 def test_model_checks_its_fields():

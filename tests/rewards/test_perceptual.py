@@ -1,9 +1,11 @@
 """Metrics of piq, LPIPS and DISTS as rewards: the packages' figures, without their traps."""
 
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -18,6 +20,7 @@ from iqareward.rewards.loading import LazyModel
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.testing import check_reward
+from iqareward.weight_files import WeightFile
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
 piq = pytest.importorskip("piq", reason="the extra `perceptual` is not installed")
@@ -208,7 +211,8 @@ def test_dists_package(backbone_files: dict[str, Path], monkeypatch: pytest.Monk
         pretend_download("vgg", backbone_files, patch)
         network = package.DISTS(load_weights=False)  # it looks for its weights where this build does not put them
     learned = packaged_weights("DISTS_pytorch", "weights.pt", purpose="this test")
-    network.alpha.data, network.beta.data = learned["alpha"], learned["beta"]
+    shape = network.alpha.shape
+    network.alpha.data, network.beta.data = learned.take({"alpha": shape, "beta": shape}).values()
     references = textures(2, 48)
     images = noisy(references)
     scores = DISTSReward(weights=backbone_files["vgg"])(images, references=references)
@@ -321,7 +325,7 @@ class Bomb:
         return (Path.touch, (self.target,))
 
 
-def test_weight_files(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
+def testweight_files(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
     """Safetensors work; another network's file, code in a pickle, and a missing file are errors in words."""
     images = textures(1, 40)
     save_file(torch.load(backbone_files["alex"]), tmp_path / "alex.safetensors")
@@ -329,11 +333,61 @@ def test_weight_files(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="expected torchvision's weights of alexnet"):
         LPIPSReward("alex", weights=backbone_files["vgg"])(images, references=images)
     torch.save({"features.0.weight": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pth")
-    with pytest.raises(ValueError, match="tensors only"):
+    with pytest.raises(ValueError, match=r"bomb\.pth cannot be read as weights"):
         LPIPSReward("alex", weights=tmp_path / "bomb.pth")(images, references=images)
     assert not (tmp_path / "executed").exists()
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         LPIPSReward("alex", weights=tmp_path / "nowhere.pth")(images, references=images)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.fill_(torch.nan), "NaN"),
+        (lambda weight: weight.to(torch.int8), "int8"),
+        (torch.zeros_like, "nothing but zeros"),
+        (lambda weight: weight[1:], r"shape \[191, 64, 5, 5\]"),
+        (lambda weight: 3.0, "float for"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_damaged_weights(
+    tmp_path: Path, backbone_files: dict[str, Path], suffix: str, change: Any, message: str
+) -> None:
+    """Values that no trained network has, and tensors of another kind, are errors that name the file and the tensor."""
+    weights = torch.load(backbone_files["alex"])
+    weights["features.3.weight"] = change(weights["features.3.weight"].clone())
+    path = tmp_path / f"alex.{suffix}"
+    if suffix == "pth":
+        torch.save(weights, path)
+    elif isinstance(weights["features.3.weight"], Tensor):
+        save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    else:
+        path.write_bytes(b"no header")
+        message = "cannot be read as weights"
+    images = textures(1, 40)
+    with pytest.raises(ValueError, match=rf"alex\.{suffix}") as caught:
+        LPIPSReward("alex", weights=path)(images, references=images)
+    assert re.search(message, str(caught.value))
+    if "cannot be read" not in message:
+        assert "features.3.weight" in str(caught.value)
+
+
+def test_damaged_file_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone_files: dict[str, Path]
+) -> None:
+    """A file in torch's cache whose download was interrupted is named."""
+    from torchvision.models import AlexNet_Weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    file.parent.mkdir(parents=True)
+    data = backbone_files["alex"].read_bytes()
+    images = textures(1, 40)
+    for share in (0.0, 0.1, 0.9):
+        file.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(ValueError, match=rf"{file.name} cannot be read as weights"):
+            LPIPSReward("alex")(images, references=images)
 
 
 def test_refusals() -> None:
@@ -348,7 +402,7 @@ def test_refusals() -> None:
 
 def test_trunk_reads_the_compared_layers(backbone_files: dict[str, Path]) -> None:
     """Compared activations come from rectified layers and shrink with depth."""
-    trunk = FeatureTrunk("squeeze", torch.load(backbone_files["squeeze"]))
+    trunk = FeatureTrunk("squeeze", WeightFile(backbone_files["squeeze"]))
     activations = trunk(torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)))
     assert len(activations) == len(BACKBONES["squeeze"].taps)
     assert all(bool((activation >= 0).all()) for activation in activations)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from iqareward import to_images
 from iqareward.functional import piqe
 from iqareward.rewards import pyiqa_build
 from iqareward.rewards.pyiqa import PyIQAReward
@@ -555,7 +556,7 @@ class Bomb:
 def test_weights_that_hold_code(tmp_path: Path) -> None:
     """A weight file with code in it is refused unread, although pyiqa would run it."""
     torch.save({"params": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pth")
-    with pytest.raises(ValueError, match="tensors only"):
+    with pytest.raises(ValueError, match=r"bomb\.pth cannot be read as weights"):
         PyIQAReward("musiq", weights=tmp_path / "bomb.pth")(textures(1, 48))
     assert not (tmp_path / "executed").exists()
 
@@ -568,6 +569,38 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
             PyIQAReward(metric, weights=tmp_path / "other.pth")(textures(1, 48), references=textures(1, 48))
     with pytest.raises(FileNotFoundError):
         PyIQAReward("musiq", weights=tmp_path / "nowhere.pth")(textures(1, 48))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.fill_(torch.inf), "NaN or infinite"),
+        (lambda weight: weight.to(torch.int8), "int8"),
+        (lambda weight: "a string", "laid out as"),
+        (lambda weight: [weight], "laid out as"),
+    ],
+)
+def test_damaged_weights(tmp_path: Path, change: Callable[[Tensor], Any], message: str) -> None:
+    """Weights that pyiqa would take as they are, or fail on in its own way, are errors that name the file."""
+    path = seeded_weights("wadiqam_fr", tmp_path / "wadiqam.pth", lambda state: {"params": state})
+    state = torch.load(path)
+    name = next(key for key in state["params"] if key.endswith("weight"))
+    state["params"][name] = change(state["params"][name])
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        PyIQAReward("wadiqam_fr", weights=path)(textures(1, 48), references=textures(1, 48))
+    assert "wadiqam.pth" in str(caught.value)
+    assert name in str(caught.value) or message == "laid out as"
+
+
+def test_published_weights() -> None:
+    """ST-LPIPS with its authors' file passes the checks and gives their figure for their example."""
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "weights" / "stlpips"
+    if not folder.is_dir():
+        pytest.skip("the published weights are not distributed with the repository (no ../shared/data)")
+    image, reference = (to_images(folder / name) for name in ("ex_p0.png", "ex_ref.png"))
+    score = PyIQAReward("stlpips", weights=folder / "alex_shift_tolerant.pth")(image, references=reference)
+    torch.testing.assert_close(score, torch.tensor([-0.7777555]), **OTHER_PACKAGE)
 
 
 def test_licence_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
