@@ -79,7 +79,26 @@ def jpeg_order(file: Path, theme: str) -> None:
         figure.savefig(file, dpi=160, metadata={KEY: digest(theme), "Software": "iqareward benchmarks"})
 
 
+def light_noise(file: Path, theme: str) -> None:
+    """On what share of clean photographs noise raises a score without a reference, one line per reward."""
+    from iqareward.demo.figures import new_figure, style
+    from iqareward.demo.palette import DAY
+
+    rows = [row for row in newest(theme)["rows"] if row["set"] == "light noise"]
+    with style():
+        figure = new_figure((8, 4))
+        axes = figure.add_subplot()
+        for row, color in zip(rows, DAY.series, strict=False):
+            sigmas, shares = [0, *row["sigma"]], [0.0, *(count / row["images"] for count in row["raised"])]
+            axes.plot(sigmas, shares, "o-", color=color, lw=1.5, ms=5, label=row["reward"].upper())
+        axes.set(xlabel="standard deviation of the noise, of 255", ylabel="share of photographs", ylim=(-0.03, 1.03))
+        axes.legend()
+        axes.set_title(f"Noise raises the score of a clean photograph ({rows[0]['images']} of them)")
+        figure.savefig(file, dpi=160, metadata={KEY: digest(theme), "Software": "iqareward benchmarks"})
+
+
 FIGURES: dict[Path, tuple[str, Callable[[Path, str], None]]] = {
     ASSETS / "throughput.png": ("classical", throughput),
     ASSETS / "jpeg_order.png": ("jpeg-transport", jpeg_order),
+    ASSETS / "light_noise.png": ("correlation", light_noise),
 }

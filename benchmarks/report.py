@@ -30,6 +30,8 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "classical peaks": ("classical", classical.peaks, "python -m benchmarks.bench_classical"),
     "overhead": ("overhead", tables.overhead, "python -m benchmarks.bench_overhead"),
     "correlation": ("correlation", tables.correlation, "python -m benchmarks.correlation"),
+    "light noise": ("correlation", tables.light_noise, "python -m benchmarks.correlation --clean DIR"),
+    "round trip": ("correlation", tables.round_trip, "python -m benchmarks.correlation --clean DIR --taesd DIR"),
     "jpeg": ("jpeg-transport", tables.jpeg, "python -m benchmarks.jpeg_transport"),
     "preprocessing": ("preprocessing", tables.preprocessing, "python -m benchmarks.preprocessing"),
     "latency": ("latency", tables.latency, "python -m benchmarks.latency"),

@@ -108,7 +108,8 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     if "piqe" in mistakes:
         notes.append(
             "PIQE changes in steps. Its gradient is zero everywhere: a reward, not a loss. And it has a floor at which "
-            f"different pictures are tied, {mistakes['piqe']['at_lowest_score']} of {settings['damaged']} here."
+            f"different pictures are tied, {mistakes['piqe']['at_lowest_score']} of {settings['damaged']} here. Light "
+            "noise raises it on most photographs, so it must not be the only reward."
         )
     if "niqe" in mistakes:
         notes.append(

@@ -24,8 +24,9 @@ def niqe(images: Tensor, *, model: NaturalModel | None = None) -> Tensor:
 
     Limits. Statistics need blocks: judge images with a short side of 256 pixels or more. Of degraded photographs 3 %
     beat their original at 384x512, 10 % at 256x256 and 20 % at 128x128. An over-contrasted copy beats the original on
-    5 to 8 of 10 photographs, a sharpened one on 3, and light noise on a smooth photograph can pass for texture. Scores
-    under different models do not compare.
+    5 to 8 of 10 photographs, a sharpened one on 3, and light noise on a smooth photograph can pass for texture. A
+    latent autoencoder improves it: TAESD's round trip beats the truth on 17 of 24 crops of 256x256. Scores under
+    different models do not compare.
 
     Args:
         images: `[B, 3, H, W]` RGB in [0, 1], H, W >= 96; luma outside [0, 1] saturates. Rows and columns beyond the

@@ -23,9 +23,11 @@ def piqe(images: Tensor) -> Tensor:
     a maximum of 255 and rounded to whole levels. A side that is not a multiple of 16 repeats its last pixel up to the
     next one; for such sizes no official figure is known.
 
-    Limits. The score is piecewise constant: its gradient is zero, so no graph is built. It ties at 100 under heavy
-    degradation, is not monotone over fine steps of blur, cannot see a global darkening (luminance is scaled to its
-    maximum), and on 3 to 6 of 10 photographs, depending on the filter, a sharpened copy beats the original.
+    Limits. Light noise improves it: white noise with a standard deviation of 3/255 does so on 22 of the 24 Kodak
+    photographs, so do not train on it alone. The score is piecewise constant: its gradient is zero, so no graph is
+    built. It ties at 100 under heavy degradation, is not monotone over fine steps of blur, cannot see a global
+    darkening (luminance is scaled to its maximum), and on 3 to 6 of 10 photographs, depending on the filter, a
+    sharpened copy beats the original.
 
     Args:
         images: `[B, 3, H, W]` RGB in [0, 1], H, W >= 16; luminance outside [0, 1] saturates.

@@ -12,6 +12,7 @@ from scipy.ndimage import correlate1d
 
 from iqareward.functional.color import LUMA
 from iqareward.functional.piqe import MIN_SIDE, piqe
+from iqareward.functional.ssim import ssim
 from tests.tolerances import EXACT, FORMULA_FP32, OTHER_PACKAGE
 
 # MATLAB's piqe on the calibration pairs, two decimals
@@ -168,6 +169,14 @@ def test_blind_to_global_darkening():
     """The documented limit: halving every pixel leaves the score as it was."""
     images = textured(12, 64, 64, batch=2).float()
     torch.testing.assert_close(piqe(images * 0.5), piqe(images), **EXACT)
+
+
+def test_pays_for_light_noise(photographs):
+    """The documented fault: noise of 3/255 improves every photograph's score, while SSIM sees that it got worse."""
+    noise = torch.randn(photographs.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (photographs + 3 / 255 * noise).clamp(0, 1)
+    assert (piqe(noisy) < piqe(photographs)).all()
+    assert (ssim(noisy, photographs) < 0.99).all()
 
 
 def test_no_graph_is_built():
