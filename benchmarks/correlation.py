@@ -133,7 +133,7 @@ def taesd(folder: Path) -> RoundTrip:
     """TAESD from `taesd_encoder.safetensors` and `taesd_decoder.safetensors` of https://github.com/madebyollin/taesd."""
     from diffusers import AutoencoderTiny
 
-    network = AutoencoderTiny().eval()
+    network: Any = AutoencoderTiny().eval()
     network.encoder.layers.load_state_dict(load_file(folder / "taesd_encoder.safetensors"))
     decoder = load_file(folder / "taesd_decoder.safetensors")  # its layer 0, a clamp, stands outside in diffusers
     shifted = {f"{int(key.partition('.')[0]) - 1}.{key.partition('.')[2]}": value for key, value in decoder.items()}
