@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iqareward.functional._gradients import root
 from iqareward.groups import check_ids, check_rows, group_statistics
 from iqareward.types import Groups, Images, Scores
 
 
 def rmse(images: Tensor, references: Tensor) -> Tensor:
-    """Root mean squared error over everything but the batch; `[B]` >= 0, lower is better.
+    """Root mean squared error over everything but the batch; `[B]` >= 0, lower is better, gradient 0 at 0.
 
     Args:
         images: `[B, ...]` pixels or latents.
@@ -35,7 +36,7 @@ def rmse(images: Tensor, references: Tensor) -> Tensor:
             f"{list(references.shape)}. Repeat each reference for all rollouts of its input."
         )
     dtype = torch.float64 if torch.float64 in (images.dtype, references.dtype) else torch.float32
-    return (images.to(dtype) - references.to(dtype)).square().flatten(1).mean(1).sqrt()
+    return root((images.to(dtype) - references.to(dtype)).square().flatten(1).mean(1))
 
 
 def reference_distance(

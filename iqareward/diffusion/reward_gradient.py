@@ -13,6 +13,7 @@ from iqareward.diffusion.noise import generator
 from iqareward.diffusion.policy import Condition, Policy, repeat
 from iqareward.diffusion.policy_gradient import RLTerm, mean_per_input
 from iqareward.diffusion.rollout import replay
+from iqareward.functional._gradients import straight_through
 from iqareward.losses import drop_broken_gradients
 from iqareward.types import Reward
 
@@ -111,10 +112,13 @@ class RewardGradient:
 def clamp_straight_through(images: Tensor) -> Tensor:
     """Images clamped to [0, 1] whose gradient passes as if they were not, so that overshoots can come back.
 
+    Pixels that are not finite become NaN, so that their image is not scored.
+
     Example:
         >>> pixel = torch.tensor([1.5], requires_grad=True)
         >>> clamp_straight_through(pixel).backward()
         >>> pixel.grad
         tensor([1.])
     """
-    return images + (images.clamp(0, 1) - images).detach()
+    pixels = images.detach()
+    return straight_through(images, pixels.clamp(0, 1).where(pixels.isfinite(), torch.nan))

@@ -6,14 +6,15 @@ from typing import Literal
 from torch import Tensor
 
 from iqareward.functional._chunks import map_chunks
+from iqareward.functional._gradients import straight_through
 
 LumaColor = Literal["luma", "luma8"]
 Color = Literal["luma", "luma8", "y", "rgb"]
 """What a metric compares: luma, luma rounded to 256 levels, the Y of YCbCr, or the three channels, averaged.
 
 Published figures come from MATLAB, whose `rgb2gray` rounds the luma of an 8-bit image to 8 bits again; `"luma8"` does
-too. Rounding has gradient 0 and moves SSIM by up to 1e-3, so nothing rounds unless asked to. Restoration papers compare
-the Y of MATLAB's `rgb2ycbcr`, which spans 16 to 235, as if it spanned 0 to 255: `"y"`.
+too. Rounding moves SSIM by up to 1e-3, so nothing rounds unless asked to; its gradient passes straight through.
+Restoration papers compare the Y of MATLAB's `rgb2ycbcr`, which spans 16 to 235, as if it spanned 0 to 255: `"y"`.
 """
 
 # First row of the inverse of the NTSC matrix, as MATLAB's rgb2gray has it: 0.299, 0.587, 0.114 before rounding.
@@ -59,7 +60,8 @@ def luma_plane(metric: str, images: Tensor, color: LumaColor) -> Tensor:
     if color == "luma":
         return luma(images)
     if color == "luma8":
-        return (luma(images) * 255).round() / 255
+        levels = luma(images) * 255
+        return straight_through(levels, levels.detach().round()) / 255
     raise ValueError(f'{metric} expected `color` to be "luma" or "luma8", got {color!r}.')
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from iqareward.functional._checks import check_pair
 from iqareward.functional._chunks import map_chunks
+from iqareward.functional._gradients import root
 from iqareward.functional.color import LumaColor, luma_plane
 from iqareward.functional.filters import halve, mean_of_map, pad_zeros
 
@@ -29,9 +30,7 @@ def deviation(maps: Tensor) -> Tensor:
     """Standard deviation (Bessel-corrected) of each map: `[B, H, W]` to `[B]`, with gradient 0 for a constant map."""
     count = maps.shape[-2] * maps.shape[-1]
     centred = maps - mean_of_map(maps)[:, None, None]
-    variance = mean_of_map(centred.square()) * (count / (count - 1))
-    constant = variance == 0  # false for NaN, which must stay NaN
-    return variance.masked_fill(constant, 1).sqrt().masked_fill(constant, 0)
+    return root(mean_of_map(centred.square()) * (count / (count - 1)))
 
 
 def gmsd(images: Tensor, references: Tensor, *, color: LumaColor = "luma") -> Tensor:

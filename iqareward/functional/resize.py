@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._checks import check_images
+from iqareward.functional._gradients import clamp, straight_through
 
 CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
 CUBIC_SUPPORT = 2.0
@@ -38,7 +39,7 @@ def pillow_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
     Pillow filters rows, rounds and clips to 8 bits, then filters columns and rounds again (or columns first, where
     that is cheaper); the difference from a float resize reaches tens of grey levels at sharp edges. Rounding passes
-    gradients straight through; clipping stops them.
+    gradients straight through; clipping stops them where it changes a level.
 
     Args:
         images: `[B, 3, H, W]` in [0, 1]; rounded to 8 bits first.
@@ -66,8 +67,8 @@ def to_levels(images: Tensor) -> Tensor:
     """8-bit levels 0..255, as floats, of images in [0, 1]: rounded, not truncated, with a straight-through gradient."""
     if not (torch.is_grad_enabled() and images.requires_grad):
         return (images * 255).clamp_(0, 255).round_()
-    scaled = (images * 255).clamp(0, 255)
-    return _StraightThrough.apply(scaled, scaled.detach().round())  # pyright: ignore[reportReturnType]
+    scaled = clamp(images * 255, 0, 255)
+    return straight_through(scaled, scaled.detach().round())
 
 
 def resize_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -86,18 +87,6 @@ def resize_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
         return _resize_last(levels.mT, height).mT
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The value of `rounded` with the gradient of `smooth`."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, smooth: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 def _resize_last(levels: Tensor, out_size: int) -> Tensor:
     if levels.shape[-1] == out_size:  # Pillow skips a pass that changes nothing
         return levels
@@ -105,20 +94,21 @@ def _resize_last(levels: Tensor, out_size: int) -> Tensor:
     with torch.no_grad():
         exact = _exact(levels, bands)
     if not (torch.is_grad_enabled() and levels.requires_grad):
-        return exact
-    smooth = torch.cat([levels[..., b.start : b.stop] @ b.weights for b in bands], dim=-1).clamp(0, 255)
-    return _StraightThrough.apply(smooth, exact)  # pyright: ignore[reportReturnType]
+        return exact.clamp_(0, 255)
+    smooth = torch.cat([levels[..., b.start : b.stop] @ b.weights for b in bands], dim=-1)
+    # Clipped after rounding: in a white area `smooth` can lie a rounding error above 255.
+    return clamp(straight_through(smooth, exact), 0, 255)
 
 
 def _exact(levels: Tensor, bands: tuple[Band, ...]) -> Tensor:
-    """`round(levels @ coefficients)` clipped to 0..255 in integer arithmetic carried by floats."""
+    """`round(levels @ coefficients)`, not clipped, in integer arithmetic carried by floats."""
     products = [(levels[..., b.start : b.stop] @ b.digits).unflatten(-1, (NUM_DIGITS, -1)) for b in bands]
     high, middle, low = torch.cat(products, dim=-1).unbind(-2)
     base = 2.0**DIGIT_BITS
     carry = (low / base).floor_().add_(middle)
     carry = carry.div_(base).floor_().add_(high)
     unit = 2.0 ** (COEFFICIENT_BITS - 2 * DIGIT_BITS)
-    return carry.add_(unit / 2).div_(unit).floor_().clamp_(0, 255)
+    return carry.add_(unit / 2).div_(unit).floor_()
 
 
 @lru_cache(maxsize=64)

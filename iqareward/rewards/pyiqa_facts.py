@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from iqareward.functional._gradients import clamp
+
 FULL, NONE = True, False  # whether a metric compares with a reference
 HIGHER, LOWER = True, False  # which way is better
 
@@ -37,7 +39,7 @@ class Metric(NamedTuple):
     def normalized(self, values: Tensor) -> Tensor:
         """Values on [0, 1], 1 = best: linear in [low, high], constant beyond, d / (d + half) where one end is open."""
         if self.low is not None and self.high is not None:
-            unit = ((values - self.low) / (self.high - self.low)).clamp(0, 1)
+            unit = clamp((values - self.low) / (self.high - self.low), 0, 1)
         elif self.low is not None and self.half is not None:
             distance = (values - self.low).clamp(min=0)
             unit = distance / (distance + self.half)

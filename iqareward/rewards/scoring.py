@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._chunks import rows_in_cache
+from iqareward.functional._gradients import clamp
 from iqareward.rewards.batches import shape_buckets
 from iqareward.types import Images, Scores
 
@@ -45,13 +46,13 @@ def sanitize(images: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Float32 images in [0, 1], mid-grey where not valid; and `[B]` bool: all pixels finite and within `RANGE_SLACK`
-        of [0, 1]. Gradients reach valid images only.
+        of [0, 1]. Gradients reach the pixels of valid images that lie in [0, 1], bounds included.
     """
     images = images.float()
     pixels = images.detach().flatten(1)
     low, high = pixels.amin(1), pixels.amax(1)  # aminmax is ten times slower on a CPU (torch 2.15)
     valid = (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK)  # comparisons with NaN are False
-    return torch.where(valid[:, None, None, None], images.clamp(0, 1), 0.5), valid
+    return torch.where(valid[:, None, None, None], clamp(images, 0, 1), 0.5), valid
 
 
 def score_images(

@@ -56,7 +56,7 @@ def test_rgb_is_the_mean_over_channels() -> None:
 
 
 def test_luma8_is_luma_of_256_levels() -> None:
-    """Rounding changes a faint picture's score, not that of one with 256 levels of luma, and stops gradients."""
+    """Rounding changes a faint picture's score, not that of one with 256 levels of luma, and passes gradients through."""
     images, references = textured(3, 2, 32, 32)
     gray = (255 * images[:, :1]).round().div(255).expand(-1, 3, -1, -1)
     gray_references = (255 * references[:, :1]).round().div(255).expand(-1, 3, -1, -1)
@@ -65,7 +65,7 @@ def test_luma8_is_luma_of_256_levels() -> None:
     rounded = ssim(faint, references, color="luma8")
     assert (rounded - ssim(faint, references)).abs().max() > 1e-4
     (gradient,) = torch.autograd.grad(rounded.sum(), faint)
-    assert not gradient.any()
+    assert (gradient != 0).float().mean() > 0.9
 
 
 def test_window_of_nothing() -> None:

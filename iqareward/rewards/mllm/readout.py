@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iqareward.functional._gradients import root
+
 # worth of excellent, good, fair, poor, bad
 SCALES: dict[str, tuple[float, ...]] = {
     "unit": (1.0, 0.75, 0.5, 0.25, 0.0),
@@ -70,7 +72,7 @@ def level_distribution(logits: Tensor, worth: Sequence[float] = SCALES["mos"]) -
     probabilities = logits.softmax(dim=-1)
     mean = _mean(probabilities, worth)
     spread = [p * (level - mean).square() for p, level in zip(probabilities.unbind(-1), worth, strict=True)]
-    return LevelDistribution(probabilities, mean, torch.stack(spread).sum(0).sqrt())
+    return LevelDistribution(probabilities, mean, root(torch.stack(spread).sum(0)))
 
 
 def _mean(probabilities: Tensor, worth: Sequence[float | Tensor]) -> Tensor:
