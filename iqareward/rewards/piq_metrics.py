@@ -16,7 +16,7 @@ class _Metric(NamedTuple):
     function: str  # in piq
     higher_is_better: bool
     min_side: int
-    one_by_one: bool = False
+    double: bool = False  # in float64, each image on its own
 
 
 # min_side: SR-SIM, DSS and IW-SSIM raise or divide by zero below; the others stay defined down to a pixel, but their
@@ -25,10 +25,13 @@ _METRICS = {
     "fsim": _Metric("fsim", True, 8),
     "vsi": _Metric("vsi", True, 8),
     "mdsi": _Metric("mdsi", False, 8),
-    # piq normalises SR-SIM's saliency by the extremes of the whole batch, so a score depends on its neighbours (0.016)
-    "srsim": _Metric("srsim", True, 40, one_by_one=True),
-    "dss": _Metric("dss", True, 32),
-    "iwssim": _Metric("information_weighted_ssim", True, 161),
+    # piq normalises SR-SIM's saliency by the extremes of the whole batch, so a score would depend on its neighbours (by
+    # 0.3 on nearly flat images). In float32 all three lose digits on nearly flat or striped images: up to 0.02 in
+    # IW-SSIM (which inverts a covariance), 0.02 in SR-SIM, 3e-4 in DSS, and other ones in another batch. The metrics
+    # above agree with float64 within 1e-6 there.
+    "srsim": _Metric("srsim", True, 40, double=True),
+    "dss": _Metric("dss", True, 32, double=True),
+    "iwssim": _Metric("information_weighted_ssim", True, 161, double=True),
 }
 
 
@@ -36,15 +39,17 @@ _METRICS = {
 class PIQReward:
     """Closeness to the reference by a metric of the piq package: fsim, vsi, mdsi, srsim, dss or iwssim.
 
-    Scores are NaN where the reference is one flat colour, because these metrics compare structure and would call a
-    black and a white image the same, and where the metric has no value, as for IW-SSIM on nearly empty images.
-    Scores carry no gradient: piq's is non-finite on many ordinary photographs (FSIM 16 of 30, VSI 18 of 30).
+    An image that equals its reference has exactly the best score. Otherwise scores are NaN where the reference is one
+    flat colour, because these metrics compare structure and would call a black and a white image the same, and where
+    the metric has no value, as for IW-SSIM on stripes and nearly empty images. Scores carry no gradient: piq's is
+    non-finite on many ordinary photographs (FSIM 16 of 30, VSI 18 of 30).
 
     Args:
         metric: `"fsim"`, `"vsi"`, `"srsim"`, `"dss"`, `"iwssim"`: similarity, 1 = identical; `"mdsi"`: minus the
             deviation, 0 = identical.
         differentiable: only False.
-        batch_size: images per call of piq; None = chosen by pixels. SR-SIM is always computed one image at a time.
+        batch_size: images per call of piq; None = chosen by pixels. SR-SIM, DSS and IW-SSIM are always
+            computed one image at a time, in float64.
 
     Raises:
         ValueError: an unknown metric, or `differentiable=True`.
@@ -85,7 +90,7 @@ class PIQReward:
         require("piq", extra="perceptual", purpose=f"PIQReward({metric!r})")
         self.name = metric
         self.differentiable = False
-        self.batch_size = 1 if _METRICS[metric].one_by_one else batch_size
+        self.batch_size = 1 if _METRICS[metric].double else batch_size
         self.bounds: Bounds = (0.0, 1.0) if _METRICS[metric].higher_is_better else (None, 0.0)
 
     def __call__(
@@ -108,21 +113,18 @@ class PIQReward:
         )
 
     def _score_batch(self, images: Tensor, references: Tensor) -> Tensor:
+        metric = _METRICS[self.name]
+        pair = (images.double(), references.double()) if metric.double else (images, references)
         with plain_defaults(f"PIQReward({self.name!r})"):
-            values = self._measure(images, references)
-        # similarities overshoot 1 by a rounding error on identical images
-        scores = values.clamp(0, 1) if _METRICS[self.name].higher_is_better else torch.neg(values.clamp(min=0))
+            piq = require("piq", extra="perceptual", purpose=f"PIQReward({self.name!r})")
+            try:
+                values = getattr(piq, metric.function)(*pair, data_range=1.0, reduction="none")
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+                # IW-SSIM, one image at a time, inverts a covariance that is singular for one with too little content
+                values = images.new_full((1,), torch.nan)
+        # similarities overshoot 1 by a rounding error
+        scores = values.clamp(0, 1) if metric.higher_is_better else torch.neg(values.clamp(min=0))
         flat = (references.amax((2, 3)) == references.amin((2, 3))).all(1)
-        return torch.where(flat, torch.nan, scores)
-
-    def _measure(self, images: Tensor, references: Tensor) -> Tensor:
-        """piq's values; where it fails on an image that has too little content, NaN for that image alone."""
-        piq = require("piq", extra="perceptual", purpose=f"PIQReward({self.name!r})")
-        try:
-            return getattr(piq, _METRICS[self.name].function)(images, references, data_range=1.0, reduction="none")
-        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-            # IW-SSIM inverts a covariance that is singular for images with too little content
-            if images.shape[0] == 1:
-                return images.new_full((1,), torch.nan)
-            pairs = zip(images.split(1), references.split(1), strict=True)
-            return torch.cat([self._measure(*pair) for pair in pairs])
+        identical = (images == references).flatten(1).all(1)
+        best = 1.0 if metric.higher_is_better else 0.0
+        return torch.where(identical, best, torch.where(flat, torch.nan, scores))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from iqareward.rewards.loading import LazyModel, computing_on, plain_defaults
 from iqareward.rewards.pyiqa_build import build_metric, check_request, network_of
 from iqareward.rewards.pyiqa_facts import (
+    CEILING,
     FLAT_REFERENCE_UNDEFINED,
     HARD_RANGE,
     METRICS,
@@ -139,8 +140,10 @@ class PyIQAReward:
         signed = values if facts.higher_is_better else torch.neg(values)
         scores = facts.normalized(values) if self.normalize else signed
         if self.metric in FLAT_REFERENCE_UNDEFINED:
-            flat = (batch[1].amax((2, 3)) == batch[1].amin((2, 3))).all(1)
-            scores = torch.where(flat, torch.nan, scores)
+            undefined = (batch[1].amax((2, 3)) == batch[1].amin((2, 3))).all(1)
+            undefined |= values > CEILING.get(self.metric, torch.inf)
+            identical = (batch[0] == batch[1]).flatten(1).all(1)
+            scores = torch.where(identical, 1.0, torch.where(undefined, torch.nan, scores))
         return scores
 
     def _measure(self, model: nn.Module, *batch: Tensor) -> Tensor:

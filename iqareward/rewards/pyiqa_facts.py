@@ -199,6 +199,8 @@ ONE_IMAGE_PER_CALL = NEEDS_FACE | NEEDS_CUDA | {"qalign", "qalign_8bit", "qalign
 
 # On a reference of one colour CW-SSIM answers 1,000,000, VIF 0 even for identical images, VSI 1 for black on white.
 FLAT_REFERENCE_UNDEFINED = frozenset({"cw_ssim", "vif", "vsi"})
+# On stripes, where a band of its wavelet is empty, CW-SSIM answers 1,000,000 too.
+CEILING = {"cw_ssim": 1.001}
 
 # pyiqa's PIQE completes other sizes by `size % 16` pixels instead of up to the next multiple: up to 16 points wrong.
 PAD_TO_MULTIPLE = {"piqe": 16}

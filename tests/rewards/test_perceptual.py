@@ -67,12 +67,10 @@ def test_piq_figures(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", MIN_SIDE)
 def test_piq_identical(metric: str) -> None:
-    """Identical images get the best score, and no rounding error lifts it above the bound."""
+    """Identical images get exactly the best score."""
     images = noisy(textures(2, max(48, MIN_SIDE[metric])))
     scores = PIQReward(metric)(images, references=images)
-    best = 0.0 if metric == "mdsi" else 1.0
-    assert bool((scores <= best).all())
-    torch.testing.assert_close(scores, torch.full((2,), best), **OTHER_PACKAGE)
+    assert scores.tolist() == [0.0 if metric == "mdsi" else 1.0] * 2
 
 
 @pytest.mark.parametrize("metric", MIN_SIDE)
@@ -109,14 +107,60 @@ def test_piq_small_images(metric: str) -> None:
     assert PIQReward(metric)(images[..., 1:], references=references[..., 1:]).isnan()
 
 
-def test_srsim_does_not_see_its_neighbours() -> None:
-    """piq normalises SR-SIM by the extremes of the batch; the reward's score stays the same in any batch."""
-    references = textures(4, 64) * torch.tensor([0.1, 0.4, 0.7, 1.0]).view(4, 1, 1, 1)
-    images = noisy(references)
-    together = PIQReward("srsim", batch_size=4)(images, references=references)
-    alone = [PIQReward("srsim")(images[i : i + 1], references=references[i : i + 1]) for i in range(4)]
-    torch.testing.assert_close(together, torch.cat(alone), **EXACT)
-    assert (piq.srsim(images, references, reduction="none") - together).abs().max() > 1e-3
+def traps(side: int) -> dict[str, Tensor]:
+    """Batches of three `[3, 3, side, side]` on which metrics lose digits: nearly flat, striped, text; and textures."""
+    rng = torch.Generator().manual_seed(3)
+    flat = 0.5 + torch.tensor([0.01, 0.001, 0.003]).view(3, 1, 1, 1) * torch.randn(3, 3, side, side, generator=rng)
+    lines = torch.arange(side) // torch.tensor([[2], [4], [7]]) % 2
+    letters = (torch.rand(3, 1, side // 4 + 1, side // 4 + 1, generator=rng) < 0.8).float().repeat(1, 3, 4, 4)
+    stripes = lines.float()[:, None, None].expand(-1, 3, side, -1).contiguous()
+    return {
+        "nearly flat": flat,
+        "stripes": stripes,
+        "text": letters[..., :side, :side],
+        "textures": textures(3, side // 8 * 8 + 8)[..., :side, :side],
+    }
+
+
+TRAPS = ("nearly flat", "stripes", "text", "textures")
+
+
+@pytest.mark.parametrize("kind", TRAPS)
+@pytest.mark.parametrize("metric", MIN_SIDE)
+def test_piq_on_traps(metric: str, kind: str) -> None:
+    """A score does not depend on the batch, is the float64 figure, and is exactly the best one for an equal image."""
+    references = traps(max(48, MIN_SIDE[metric]))[kind]
+    images = noisy(references, 0.02)
+    images[2] = references[2]
+    reward = PIQReward(metric, batch_size=3)
+    together = reward(images, references=references)
+    alone = [reward(images[i : i + 1], references=references[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6, equal_nan=True)
+    assert together[2] == reward.bounds[1]
+    for score, image, reference in zip(together[:2], images.double(), references.double()):
+        try:
+            value = FUNCTION[metric](image[None], reference[None], reduction="none").clamp(max=1)[0]
+        except torch.linalg.LinAlgError:  # IW-SSIM has no value on stripes
+            assert (metric, kind) == ("iwssim", "stripes")
+            assert score.isnan()
+            continue
+        torch.testing.assert_close(score.double(), -value if metric == "mdsi" else value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_nearly_flat_pictures_keep_the_contract_under_iwssim() -> None:
+    """The public check passes on pictures whose covariances are next to singular."""
+    rng = torch.Generator().manual_seed(0)
+    references = 0.5 + 0.002 * torch.randn(4, 3, 161, 161, generator=rng)
+    check_reward(PIQReward("iwssim"), noisy(references, 0.001), references)
+
+
+@pytest.mark.parametrize("metric", MIN_SIDE)
+def test_piq_identical_flat_images(metric: str) -> None:
+    """Two black images are equal, so they get the best score although the reference is flat."""
+    black = torch.zeros(1, 3, 161, 161)
+    reward = PIQReward(metric)
+    assert reward(black, references=black).tolist() == [reward.bounds[1]]
 
 
 def test_fsim_official(fixtures_dir: Path) -> None:

@@ -102,6 +102,12 @@ def _marks(name: str) -> list[pytest.MarkDecorator]:
 EVERY = pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in BUILD])
 
 
+@pytest.fixture
+def reward(name: str, request: pytest.FixtureRequest) -> Reward:
+    """The reward of that name; weights of backbones are made only for those that need some."""
+    return BUILD[name](request.getfixturevalue("backbone_files") if name.startswith(("lpips", "dists")) else {})
+
+
 def _side(name: str) -> int:
     if name.startswith("pyiqa:"):
         return max(48, MIN_SIDE.get(name.removeprefix("pyiqa:"), 1))
@@ -131,11 +137,9 @@ def _gradient(reward: Any, images: Tensor, references: Tensor) -> Tensor:
 
 
 @EVERY
-def test_black_and_white_pixels_have_the_gradient_of_their_neighbours(
-    name: str, backbone_files: dict[str, Path]
-) -> None:
+def test_black_and_white_pixels_have_the_gradient_of_their_neighbours(name: str, reward: Reward) -> None:
     """A pixel of exactly 0 or 1 gets the gradient that it gets a millionth inside."""
-    reward, side = BUILD[name](backbone_files), _side(name)
+    side = _side(name)
     images = _textured(side)
     at_bounds = (images == 0) | (images == 1)
     gradient = _gradient(reward, images, _references(side))[at_bounds]
@@ -148,11 +152,9 @@ def test_black_and_white_pixels_have_the_gradient_of_their_neighbours(
 
 
 @EVERY
-def test_an_overshoot_gets_the_gradient_through_a_straight_through_clamp(
-    name: str, backbone_files: dict[str, Path]
-) -> None:
+def test_an_overshoot_gets_the_gradient_through_a_straight_through_clamp(name: str, reward: Reward) -> None:
     """Pixels up to 1.0 too bright or too dark get the gradient of their clamped value."""
-    reward, side = BUILD[name](backbone_files), _side(name)
+    side = _side(name)
     images = _textured(side)
     beyond = images.clone()
     beyond[images == 1] += 1.0
@@ -167,9 +169,9 @@ def test_an_overshoot_gets_the_gradient_through_a_straight_through_clamp(
 
 @EVERY
 @pytest.mark.parametrize("kind", ["identical", "black", "white", "flat", "black image", "white reference"])
-def test_gradients_are_finite(name: str, kind: str, backbone_files: dict[str, Path]) -> None:
+def test_gradients_are_finite(name: str, kind: str, reward: Reward) -> None:
     """Identical, black, white and flat pairs have finite gradients, also where the score is missing."""
-    reward, side = BUILD[name](backbone_files), _side(name)
+    side = _side(name)
     textured = _references(side)
     plain = {level: torch.full_like(textured, level) for level in (0.0, 0.5, 1.0)}
     pair = {
