@@ -56,7 +56,7 @@ def test_rgb_is_the_mean_over_channels() -> None:
 
 
 def test_luma8_is_luma_of_256_levels() -> None:
-    """Rounding changes a faint picture's score, not that of one with 256 levels of luma, and passes gradients through."""
+    """Rounding changes a faint picture's score, not that of one with 256 levels of luma; gradients pass."""
     images, references = textured(3, 2, 32, 32)
     gray = (255 * images[:, :1]).round().div(255).expand(-1, 3, -1, -1)
     gray_references = (255 * references[:, :1]).round().div(255).expand(-1, 3, -1, -1)

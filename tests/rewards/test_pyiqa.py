@@ -20,6 +20,7 @@ from iqareward.rewards import pyiqa_build
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.rewards.pyiqa_facts import METRICS, MIN_SIDE, NO_GRADIENT, REFUSED
 from iqareward.testing import check_reward
+from tests.rewards.pictures import TRAPS, traps
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
 pytestmark = [
@@ -245,6 +246,34 @@ def test_flat_reference(metric: str) -> None:
     scores = PyIQAReward(metric)(images, references=references)
     assert scores[1].isnan()
     torch.testing.assert_close(scores[0], expected[0], **NETWORK_BATCH)
+
+
+BEST = {"psnr": 80.0, "psnry": 80.0, "gmsd": 0.0, "nlpd": 0.0, **dict.fromkeys(("ssim", "fsim", "cw_ssim", "vif"), 1.0)}
+
+
+@pytest.mark.parametrize("kind", TRAPS)
+@pytest.mark.parametrize("metric", [*QUICK, "cw_ssim", "vif"])
+def test_traps(metric: str, kind: str) -> None:
+    """On nearly flat, striped and text pictures a score is the float64 figure, whatever the batch."""
+    references = traps(64)[kind]
+    images = noisy(references)
+    images[2] = references[2]
+    reward = PyIQAReward(metric)
+    together = reward(images, references=references)
+    alone = [reward(images[i : i + 1], references=references[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5, equal_nan=True)
+    if metric in BEST:
+        torch.testing.assert_close(together[2], torch.tensor(BEST[metric]), rtol=1e-6, atol=0)
+    if metric in ("cw_ssim", "vif"):  # they have no value on some stripes, and VIF's own filters are float32
+        assert ((together <= 1) | together.isnan()).all()
+        return
+    network = reward.model.net.double()  # pyright: ignore
+    pair = (images, references) if METRICS[metric].needs_references else (images,)
+    values = torch.as_tensor(network(*(side.double() for side in pair))).double().flatten()
+    expected = values if METRICS[metric].higher_is_better else -values
+    # pyiqa's PIQE thresholds float32 variances: 0.01 of its 100 points on nearly flat pictures
+    atol = 2e-2 if metric == "piqe" else 2e-5
+    torch.testing.assert_close(together.double(), expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("metric", ["psnr", "ssim", "fsim", "gmsd", "nlpd", "piqe", "entropy"])
