@@ -323,7 +323,7 @@ def test_a_reward_that_raises_fails_only_the_request_at_fault(error, status):
 def test_concurrent_single_images_share_batches(pairs):
     """Sixteen clients with one image each are scored in a few batches, each with its own score."""
     images = torch.cat([pairs[0], pairs[1]])[:16]
-    slow = Slow(0.05)
+    slow = Slow(0.3)  # long enough for the others to arrive, on a busy machine too
     served_slow = served(slow)
     app = application({"slow": served_slow})
     replica = served_slow.score.__closure__[0].cell_contents
