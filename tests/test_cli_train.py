@@ -214,6 +214,14 @@ def test_runs_are_not_mixed_up(folder: Path) -> None:
     assert len(Path("run/history.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_run_that_has_to_stop_says_why(folder: Path) -> None:
+    """A learning rate that breaks the weights: exit code 1, one sentence, and the checkpoint from before."""
+    said = train(settings(more="optimization.learning_rate = 1e30"), code=1)
+    assert "made weights that are not finite" in " ".join(said.split())
+    assert load_state(Path("run/checkpoint.pt"))["updates"] == 0
+    assert not Path("run/model").exists()
+
+
 def test_a_tracker_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not left out without a word, as accelerate does."""
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)

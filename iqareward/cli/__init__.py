@@ -109,6 +109,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
 ) -> None:
     """Compare two folders of results: paired differences with intervals, and a page of pairs to look at."""
+    from iqareward.atomic import write_text
     from iqareward.cli.compare import Scoring, show
     from iqareward.cli.compare import compare as run_comparison
     from iqareward.cli.compare_page import render
@@ -116,7 +117,7 @@ def compare(
     try:
         found = run_comparison(first, second, Scoring(reward, reference, device, batch_size, _messages))
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(render(found, reference=reference, num_pairs=pairs), encoding="utf-8")
+        write_text(output, render(found, reference=reference, num_pairs=pairs))
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
     if as_json:
@@ -164,6 +165,7 @@ def train(
 ) -> None:
     """Train a restorer on a folder of images: SFT, then difficulty-adaptive RL with a reward of your choice."""
     from iqareward.cli.train import EXAMPLE, run
+    from iqareward.diffusion.finite import TrainingError
 
     if example:
         typer.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
@@ -176,6 +178,9 @@ def train(
         run(config, _messages, resume=resume)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
+    except TrainingError as error:
+        _messages.print(f"[red]stopped:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as stop:
         _messages.print("Stopped. With --resume the run goes on from its last checkpoint.")
         raise typer.Exit(130) from stop

@@ -11,6 +11,8 @@ from typing import IO, Protocol
 from rich.console import Console
 from rich.table import Table
 
+from iqareward.atomic import write_text
+
 
 class Writer(Protocol):
     """Takes one image's scores at a time."""
@@ -92,7 +94,7 @@ def scored_paths(file: Path, rewards: Sequence[str]) -> set[str]:
     except _OtherRewardsError as error:
         raise ValueError(f"{file} holds scores of {error}, not of {list(rewards)}. Choose another --output.") from error
     if complete != text:  # only now that the file is known to be ours
-        file.write_text(complete)
+        write_text(file, complete)
     return done
 
 

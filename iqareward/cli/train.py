@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from safetensors.torch import load_file
 
+from iqareward.atomic import write_text
 from iqareward.cli.train_config import PRESETS, TrainConfig, read_config
 from iqareward.cli.train_data import Data, check_rewards, split
 from iqareward.diffusion.checkpoint import load_trained_weights
@@ -17,6 +18,7 @@ from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.policy import unwrapped
 from iqareward.diffusion.policy_gradient import PolicyGradient
 from iqareward.diffusion.restorer import build_restorer, load_restorer, save_restorer
+from iqareward.diffusion.run_folder import exclusive
 from iqareward.diffusion.sft import supervised
 from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
 from iqareward.diffusion.validation import Validation
@@ -37,7 +39,8 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
         resume: go on with the run in `output`.
 
     Raises:
-        ValueError: a key, image or earlier run does not fit; it is named.
+        ValueError: a key, image or earlier run does not fit, or another run uses `output`; it is named.
+        TrainingError: the run cannot go on; see `DifficultyAdaptiveTrainer.train`.
         ImportError: the extra `diffusers`, a tracker or a reward's package is missing.
     """
     config = read_config(file)
@@ -46,30 +49,31 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
     reward = load(config.reward, device=accelerator.device)
     judges = {name: load(name, device=accelerator.device) for name in config.validation.judges}
     check_rewards({"reward": reward, **{f"validation.judges {name}": judge for name, judge in judges.items()}}, data)
-    _open_output(config, file, accelerator, resume=resume)
 
     def say(text: str) -> None:
         if accelerator.is_main_process:
             messages.print(text, soft_wrap=True, highlight=False)
 
-    say(f"{len(data.train)} crops to train on, {len(data.held_out)} held out; everything goes to {config.output}/")
-    policy = _starting_policy(config, data, accelerator, resume=resume)
-    trainer = DifficultyAdaptiveTrainer(
-        policy,
-        reward,
-        data.train,
-        output_dir=config.output,
-        objective=ForwardProcess() if config.objective == "forward_process" else PolicyGradient(),
-        sampling=config.sampling,
-        optimization=config.optimization,
-        validation=_validation(config, data, judges),
-        accelerator=accelerator,
-        seed=config.seed,
-    )
-    every = config.validation.every
-    trainer.train(config.updates, save_every=config.save_every, validate_every=every, resume=resume)
-    accelerator.end_training()
-    return _finish(trainer, policy, config, say)
+    with exclusive(config.output, accelerator):
+        _open_output(config, file, accelerator, resume=resume)
+        say(f"{len(data.train)} crops to train on, {len(data.held_out)} held out; everything goes to {config.output}/")
+        policy = _starting_policy(config, data, accelerator, resume=resume)
+        trainer = DifficultyAdaptiveTrainer(
+            policy,
+            reward,
+            data.train,
+            output_dir=config.output,
+            objective=ForwardProcess() if config.objective == "forward_process" else PolicyGradient(),
+            sampling=config.sampling,
+            optimization=config.optimization,
+            validation=_validation(config, data, judges),
+            accelerator=accelerator,
+            seed=config.seed,
+        )
+        every = config.validation.every
+        trainer.train(config.updates, save_every=config.save_every, validate_every=every, resume=resume)
+        accelerator.end_training()
+        return _finish(trainer, policy, config, say)
 
 
 def _accelerator(config: TrainConfig) -> Any:
@@ -107,13 +111,12 @@ def _open_output(config: TrainConfig, file: Path, accelerator: Any, *, resume: b
             )
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
-        config.output.mkdir(parents=True, exist_ok=True)
-        copy.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+        write_text(copy, file.read_text(encoding="utf-8"))
 
 
 def _starting_policy(config: TrainConfig, data: Data, accelerator: Any, *, resume: bool) -> PixelPolicy:
     """The model before RL: from a folder, from the SFT of the run to be resumed, or from SFT now."""
-    kept, part = config.output / "sft", config.output / "sft.part"
+    kept = config.output / "sft"
     scratch = config.model in PRESETS
     if not scratch or (resume and kept.is_dir()):
         policy = load_restorer(kept if scratch else config.model)
@@ -136,8 +139,7 @@ def _starting_policy(config: TrainConfig, data: Data, accelerator: Any, *, resum
             seed=config.seed,
         )
         if accelerator.is_main_process:
-            save_restorer(policy, part)
-            part.rename(kept)  # whole, or not there
+            save_restorer(policy, kept)
         accelerator.wait_for_everyone()
     return policy
 
@@ -157,8 +159,7 @@ def _validation(config: TrainConfig, data: Data, judges: Mapping[str, Reward]) -
 def _finish(
     trainer: DifficultyAdaptiveTrainer, policy: PixelPolicy, config: TrainConfig, say: Callable[[str], None]
 ) -> Path:
-    """Write the last checkpoint and the model, and tell what became of the held-out images and where things are."""
-    trainer.save()
+    """Write the model, and tell what became of the held-out images and where things are."""
     best, model = config.output / "best.safetensors", config.output / "model"
     with trainer.learner.averaged():
         if config.validation.stop_on is not None and best.is_file():

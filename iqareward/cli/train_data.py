@@ -60,7 +60,7 @@ def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:
     """Score one crop with every reward, by key; ValueError for a reward that cannot score crops of this size."""
     degraded, references = data.train.batch([0])
     for key, reward in rewards.items():
-        if reward(degraded, references=references).isnan().any():
+        if not reward(degraded, references=references).isfinite().all():
             raise ValueError(
                 f"`{key}`: {reward.name} gives no score for crops of {degraded.shape[-1]} pixels. Raise `size`, or "
                 "choose another reward."

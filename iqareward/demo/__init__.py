@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from iqareward.atomic import write_text
 from iqareward.demo.experiment import Experiment, one_thread
 from iqareward.demo.training import TrainingSettings
 from iqareward.optional import require
@@ -84,7 +85,7 @@ def run(
         results = summarise(experiment)
         results["training"] = training_summary(trained)
         results["environment"] = environment(seconds)
-        report.write_text(render(experiment, results, trained), encoding="utf-8")
+        write_text(report, render(experiment, results, trained))
         write_results(results, document)
         write_scores(experiment, table)
     files = dict(zip((report, table, document, *figures), CONTENTS, strict=True))

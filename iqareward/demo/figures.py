@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from iqareward.atomic import atomic_write
 from iqareward.demo.degradations import to_pil
 from iqareward.demo.experiment import NUM_SAMPLES, Experiment, samples
 from iqareward.demo.palette import DAY
@@ -29,7 +30,8 @@ def save_figure(build: Callable[[], Any], path: Path) -> Path:
     with style():
         figure = build()
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.02, hspace=0.04)
-        figure.savefig(path, dpi=DPI, metadata={"Software": "iqareward demo"})
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=DPI, metadata={"Software": "iqareward demo"})
     return path
 
 

@@ -4,6 +4,7 @@ from iqareward.diffusion.autoencoder import Autoencoder as Autoencoder
 from iqareward.diffusion.controlnet import ControlNetPolicy as ControlNetPolicy
 from iqareward.diffusion.ddim import DDIM as DDIM
 from iqareward.diffusion.experience import Sampling as Sampling
+from iqareward.diffusion.finite import TrainingError as TrainingError
 from iqareward.diffusion.flow_cps import FlowCPS as FlowCPS
 from iqareward.diffusion.flow_sde import FlowSDE as FlowSDE
 from iqareward.diffusion.flow_transformer import FlowPolicy as FlowPolicy

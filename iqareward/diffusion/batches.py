@@ -1,9 +1,13 @@
 """Which inputs an update trains on: a new random order every epoch, from the seed and the update's number alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from iqareward.diffusion.data.pairs import Pairs
+from iqareward.diffusion.finite import usable_rows
 from iqareward.diffusion.noise import generator
 
 
@@ -44,3 +48,21 @@ class InputOrder:
         start = batch * self.batch_size
         first, last = (self.batch_size * place // world for place in (rank, rank + 1))
         return order[start + first : start + last]
+
+
+def read_batch(pairs: Pairs, ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Read pairs; one with a pixel that is not finite becomes grey, so that it cannot spoil the others of its batch.
+
+    Args:
+        pairs: where to read.
+        ids: B inputs.
+        device: where the tensors go; they are looked at on the device that they come from.
+
+    Returns:
+        Degraded images and references `[B, 3, H, W]`, and `[B]` bool, False for those that became grey: give them no
+        weight in the loss.
+    """
+    images = pairs.batch(ids)
+    usable = usable_rows(*images)
+    degraded, references = (torch.where(usable.view(-1, 1, 1, 1), rows, 0.5).to(device) for rows in images)
+    return degraded, references, usable.to(device)

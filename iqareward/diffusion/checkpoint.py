@@ -1,14 +1,21 @@
 """Saving a run so that it continues with the same numbers, whenever it is killed."""
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+
+from iqareward.atomic import PART, atomic_write, write_text
+
+# A checkpoint is what torch.save writes, followed by this word and the SHA-256 of all before it. torch.load reads past
+# both, so that other programs can open the file.
+MARK, DIGEST_BYTES = b"iqareward sha256", 32
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -25,34 +32,60 @@ def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Non
     """Put weights of `trained_weights` back.
 
     Raises:
-        ValueError: the names are not those of the weights that train.
+        ValueError: the names or shapes are not those of the weights that train; nothing is loaded.
     """
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if own.keys() != weights.keys():
-        differing = sorted(own.keys() ^ weights.keys())
+    shapes, saved = ({name: list(weight.shape) for name, weight in part.items()} for part in (own, weights))
+    differing = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+    if differing:
+        name = differing[0]
         raise ValueError(
             f"The checkpoint expected a model in which the same weights train, got a difference in {len(differing)} "
-            f"names, e.g. {differing[0]!r}. Build the policy as in the run that saved it."
+            f"of them, e.g. {name!r}: {saved.get(name, 'missing')} in the checkpoint, {shapes.get(name, 'missing')} in "
+            "the model. Build the policy as in the run that saved it."
         )
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])
 
 
+def previous(path: Path) -> Path:
+    """Where `save_state` leaves the checkpoint that was at `path` before.
+
+    Example:
+        >>> previous(Path("run/checkpoint.pt")).name
+        'checkpoint-previous.pt'
+    """
+    return path.with_name(f"{path.stem}-previous{path.suffix}")
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors, numbers, strings and containers of them; `path` holds the old or the new file, never a part.
+    """Write tensors, numbers, strings and containers of them with a checksum, and keep the file from before.
+
+    At every moment `path` holds the old or the new file, never a part; the old one goes on as `previous(path)`.
 
     Args:
         path: the file; its folder is made.
         state: what `load_state` will return.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".part")
-    with part.open("wb") as file:
+    with atomic_write(path) as file:
         torch.save(dict(state), file)
+        file.write(MARK + _digest(file, file.tell()))
         file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+        os.fsync(file.fileno())  # the new one is safe before the old one loses its name
+        if path.is_file():
+            _keep(path)
+
+
+def _keep(path: Path) -> None:
+    second_name = path.with_name(path.name + PART)
+    second_name.unlink(missing_ok=True)
+    try:
+        os.link(path, second_name)  # so that `path` never lacks a file
+    except OSError:  # a file system without hard links: `path` is missing for an instant, and `latest` looks on
+        path.replace(second_name)
+    second_name.replace(previous(path))
 
 
 def save_lines(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
@@ -61,9 +94,7 @@ def save_lines(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
         for record in history
     ]
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -71,11 +102,49 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, e.g. truncated.
+        ValueError: the file is no checkpoint or is damaged, e.g. truncated; if the one before it is whole, the message
+            says how to go on from that.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}. Give the folder that a run wrote, or start anew.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} expected a checkpoint of this library, got an unreadable file: {error}") from error
+        return _read(path)
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise ValueError(f"{path} expected a whole checkpoint of this library, but {error}. {_advice(path)}") from error
+
+
+def latest(path: Path) -> Path | None:
+    """The newest checkpoint of a run that writes to `path`, None if there is none."""
+    return next((file for file in (path, previous(path)) if file.is_file()), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - len(MARK) - DIGEST_BYTES
+        file.seek(max(size, 0))
+        mark, digest = file.read(len(MARK)), file.read()
+        if mark != MARK:
+            raise ValueError("it does not end in a checksum: it is truncated, or something else")
+        if digest != _digest(file, size):
+            raise ValueError("its content does not fit its checksum: it was changed on the disk")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _advice(path: Path) -> str:
+    older = previous(path)
+    try:
+        updates = _read(older)["updates"]
+    except Exception:
+        return "Start anew in another folder."
+    return f"The one before, {older} of update {updates}, is whole: move it over {path.name} to go on from there."
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the first `size` bytes; the file is at their end then."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while size > 0 and (piece := file.read(min(size, 1 << 20))):
+        digest.update(piece)
+        size -= len(piece)
+    return digest.digest()

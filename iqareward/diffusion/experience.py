@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iqareward.advantages import RewardMemory, group_advantages
 from iqareward.difficulty import pass_rate, reference_distance
+from iqareward.diffusion.finite import finite_or_nan
 from iqareward.diffusion.policy import Condition, Policy, select
 from iqareward.diffusion.rollout import Trajectory, rollout
 from iqareward.groups import gather_rows
@@ -29,6 +30,7 @@ class Experience:
         distances: `[N]` >= 0 of the samples to the ground truth, NaN where it cannot be told.
         advantages: `[S, N]`, 0 where nothing can be said.
         active: `[B]` whether the rewards of an input differ at all.
+        usable: `[B]` whether all pixels of an input are finite; others weigh nothing.
     """
 
     ids: tuple[int, ...]
@@ -39,6 +41,7 @@ class Experience:
     distances: Tensor
     advantages: Tensor
     active: Tensor
+    usable: Tensor
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,6 +71,7 @@ class Experience:
             distances=self.distances[rollouts],
             advantages=self.advantages[:, rollouts],
             active=self.active[inputs],
+            usable=self.usable[inputs],
         )
 
 
@@ -138,7 +142,7 @@ def collect(
         executor: runs `reward`; without it scoring waits.
 
     Returns:
-        The trajectory, the condition, rewards `[S, N]` and distances to the ground truth `[N]`.
+        The trajectory, the condition, rewards `[S, N]` (NaN where infinite) and distances to the ground truth `[N]`.
     """
     condition = policy.condition(degraded)
     size = sampling.inputs_at_once or len(ids)
@@ -165,7 +169,7 @@ def collect(
         distances.append(reference_distance(last, side_by_side, metric))
         trajectories.append(trajectory)
     rewards = torch.cat([part().to(degraded.device).view(len(sampling.reward_steps) + 1, -1) for part in pending], 1)
-    return _joined(trajectories), condition, rewards, torch.cat(distances)
+    return _joined(trajectories), condition, finite_or_nan(rewards), torch.cat(distances)
 
 
 def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: RewardMemory | None) -> tuple[Tensor, Tensor]:

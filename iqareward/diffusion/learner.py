@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iqareward.diffusion.checkpoint import load_trained_weights, trained_weights
 from iqareward.diffusion.experience import Experience
+from iqareward.diffusion.finite import TrainingError, step_if_finite
 from iqareward.diffusion.forward_process import draw_times
 from iqareward.diffusion.noise import noise_per_input, sub_seed
 from iqareward.diffusion.policy import Policy, unwrapped
@@ -36,9 +37,11 @@ class Optimization:
         balance_every: updates between two measurements of the gradients.
         std_floor: rewards of an input that spread no more than this say nothing: the judge's test-retest noise.
         ema_decay: decay of the averaged weights that validation uses; 0 uses the weights themselves.
+        max_failed_updates: updates in a row whose gradient is not finite, or of which the reward scores nothing, before
+            the run stops. The former are skipped.
 
     Raises:
-        ValueError: `sft_scale` is another word.
+        ValueError: `sft_scale` is another word, or `max_failed_updates` is below 1.
 
     Example:
         >>> Optimization(inputs_per_update=8, micro_batch=2, sft_scale="balanced").kl_beta
@@ -55,8 +58,11 @@ class Optimization:
     balance_every: int = 10
     std_floor: float = 0.0
     ema_decay: float = 0.0
+    max_failed_updates: int = 5
 
     def __post_init__(self) -> None:
+        if self.max_failed_updates < 1:
+            raise ValueError(f"Optimization expected max_failed_updates >= 1, got {self.max_failed_updates}.")
         if isinstance(self.sft_scale, str) and self.sft_scale != "balanced":
             raise ValueError(f"Optimization expected sft_scale as a number or 'balanced', got {self.sft_scale!r}.")
 
@@ -86,8 +92,10 @@ class Learner:
         self.balance = GradientBalance() if optimization.sft_scale == "balanced" else None
         self.ema = _average(self.weights, optimization.ema_decay) if optimization.ema_decay else None
 
-    def step(self, experience: Experience, weights: LossWeights, *, update: int, seed: int) -> dict[str, float]:
-        """Go through the terms of the loss part by part, then move the weights once.
+    def step(self, experience: Experience, weights: LossWeights, *, update: int, seed: int) -> dict[str, Any]:
+        """Go through the terms of the loss part by part, then move the weights once, if the gradient is finite.
+
+        Otherwise weights, averages and the optimiser stay as they are, in all processes alike.
 
         Args:
             experience: the inputs of this process.
@@ -96,13 +104,18 @@ class Learner:
             seed: of the noise of both losses.
 
         Returns:
-            Means over the inputs of all processes: `rl_loss`, `sft_loss`, `kl`; and `grad_norm` before clipping.
+            Means over the inputs of all processes that weigh anything: `rl_loss`, `sft_loss`, `kl`; `grad_norm` before
+            clipping; `skipped`, 1 if the gradient was not finite; and `problem`, what to tell of that. While a scaler
+            of fp16 looks for its scale, it skips steps without a problem.
+
+        Raises:
+            TrainingError: the gradient was finite, and the step made weights that are not.
         """
         terms, size = list(self.objective.terms(experience)), self.options.micro_batch or len(experience)
         parts = [slice(start, min(start + size, len(experience))) for start in range(0, len(experience), size)]
         work = [(part, term) for part in parts for term in terms]
-        totals = torch.zeros(3, device=weights.rl.device)
         measure = self.balance is not None and update % self.options.balance_every == 0
+        losses: list[Tensor] = []
         for number, (part, term) in enumerate(work):
             whole = number == len(work) - 1
             with nullcontext() if whole else self.accelerator.no_sync(self.policy.model):
@@ -113,15 +126,36 @@ class Learner:
                 share = len(rows) / len(experience) / len(terms)
                 loss = self._mixed(rl, sft, LossWeights(weights.rl[part], weights.sft[part]))
                 self.accelerator.backward(loss * share)
-            totals += share * torch.stack([rl.loss.mean(), sft.mean(), rl.kl.mean()]).detach()
+            losses.append(torch.stack([rl.loss, sft, rl.kl]).detach())
         norm = self.accelerator.clip_grad_norm_(self.weights, self.options.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        counted = torch.cat([(weights.rl + weights.sft > 0)[part] for part, _ in work])
+        sums = torch.where(counted, torch.cat(losses, 1), 0.0).sum(1)
+        # The only wait before the step. Reduced, the figures are the same everywhere, and so is what follows from them.
+        reduced = self.accelerator.reduce(torch.cat([sums, counted.sum().view(1), norm.float().view(1)]), "sum")
+        *means, count, norm = reduced.tolist()
+        record: dict[str, Any] = {
+            name: mean / max(count, 1) for name, mean in zip(("rl_loss", "sft_loss", "kl"), means, strict=True)
+        }
+        record["grad_norm"] = norm / self.accelerator.num_processes
+        step = step_if_finite(self.accelerator, self.optimizer, norm)
+        record |= {"skipped": int(not step.moved), "problem": ""}
+        if step.moved:
+            self._check_and_average(update, record["grad_norm"])
+        elif step.failed:
+            ids = [input_id for part, _ in work for input_id in experience.ids[part]]
+            record["problem"] = f"skipped, because the {_cause(torch.cat(losses, 1), ids)} is not finite"
+        return record
+
+    def _check_and_average(self, update: int, norm: float) -> None:
+        # A sum of squares in fp32 also overflows for weights that are finite and larger than any network can bear.
+        lengths = [torch.linalg.vector_norm(weight.detach().float()) for weight in self.weights]
+        if not bool(torch.stack(lengths).isfinite().all()):
+            raise TrainingError(
+                f"Update {update + 1} made weights that are not finite, with a gradient of norm {norm:.3g}. Lower "
+                f"learning_rate, which is {self.options.learning_rate:g}, and go on from the last checkpoint."
+            )
         if self.ema is not None:
             self.ema.step(self.weights)
-        totals = self.accelerator.reduce(totals, "mean")
-        names = ("rl_loss", "sft_loss", "kl", "grad_norm")
-        return dict(zip(names, [*totals.tolist(), float(norm)], strict=True))
 
     def _losses(self, experience: Experience, term: int, seed: int) -> tuple[RLTerm, Tensor]:
         """The RL term and the SFT loss, per input; both with fresh noise for every term."""
@@ -143,6 +177,11 @@ class Learner:
         norms = torch.stack([gradient_norm(loss, self.weights) for loss in (rl_loss, sft_loss)])
         rl_norm, sft_norm = self.accelerator.reduce(norms, "mean").unbind()
         self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """The weights that train, by name, as they are."""
+        named = unwrapped(self.policy.model).named_parameters()
+        return {name: weight.detach() for name, weight in named if weight.requires_grad}
 
     @contextmanager
     def averaged(self) -> Generator[None]:
@@ -169,19 +208,34 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict()` was taken."""
+        """Continue where `state_dict()` was taken, with the learning rate and decays of this learner."""
         load_trained_weights(unwrapped(self.policy.model), state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = self.options.learning_rate, self.options.weight_decay
         for name, own in (("balance", self.balance), ("ema", self.ema), ("scaler", self.accelerator.scaler)):
             if own is not None and state[name] is not None:
                 own.load_state_dict(state[name])
         if self.ema is not None:
+            if state["ema"] is None:
+                self.ema = _average(self.weights, self.options.ema_decay)
+            self.ema.decay = self.options.ema_decay
             self.ema.to(self.accelerator.device)
         if self.balance is not None and self.balance.rl_norm is not None and self.balance.sft_norm is not None:
             device = self.accelerator.device
             self.balance.rl_norm, self.balance.sft_norm = (
                 norm.to(device) for norm in (self.balance.rl_norm, self.balance.sft_norm)
             )
+
+
+def _cause(losses: Tensor, ids: Sequence[int]) -> str:
+    """What made a gradient not finite: the inputs whose `losses` `[3, N]` show it, of any process, or else all."""
+    from accelerate.utils import gather_object
+
+    finite = losses.isfinite().all(0).tolist()
+    bad = gather_object([input_id for input_id, good in zip(ids, finite, strict=True) if not good])
+    everyone = gather_object(list(ids))
+    return f"loss of inputs {sorted(set(bad))}" if bad else f"gradient over inputs {sorted(set(everyone))}"
 
 
 def _average(weights: Sequence[Tensor], decay: float) -> Any:

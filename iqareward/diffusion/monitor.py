@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iqareward.diffusion.finite import finite_or_nan
 from iqareward.diffusion.guards import (
     colorfulness,
     dark_fraction,
@@ -100,7 +101,8 @@ class HackingMonitor:
             rewards: `[V]` training rewards of `images`.
         """
         self._before = self._measure(images, references, rewards)
-        self._truth = {name: statistic(references).float().cpu() for name, statistic in self.statistics.items()}
+        truth = {name: statistic(references).float().cpu() for name, statistic in self.statistics.items()}
+        self._truth = {name: finite_or_nan(values) for name, values in truth.items()}
         self._in_a_row, self.history = {}, []
 
     @torch.no_grad()
@@ -143,7 +145,7 @@ class HackingMonitor:
         found = {"reward": rewards}
         found |= {name: judge(images, references=references) for name, judge in self.judges.items()}
         found |= {name: statistic(images) for name, statistic in self.statistics.items()}
-        return {name: values.detach().float().cpu() for name, values in found.items()}
+        return {name: finite_or_nan(values.detach().float().cpu()) for name, values in found.items()}
 
     def _moved(self, difference: Tensor, before: Tensor) -> tuple[float, int]:
         """(change in standard deviations of `before`, its sign if it counts, else 0)."""

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from iqareward.atomic import atomic_folder
 from iqareward.diffusion.ddim import DDIM
+from iqareward.diffusion.finite import require_finite
 from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.policy import unwrapped
 from iqareward.optional import require
@@ -58,17 +60,21 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
 
     Args:
         policy: whose `process` is a `DDIM`.
-        folder: made if it is missing.
+        folder: made if it is missing; one that is there is replaced as a whole.
 
     Raises:
         TypeError: the policy has another `process`.
+        TrainingError: a weight is not finite.
     """
-    folder, process = Path(folder), policy.process
+    process, model = policy.process, unwrapped(policy.model)
     if not isinstance(process, DDIM):
         raise TypeError(f"save_restorer expected a policy whose `process` is a DDIM, got a {type(process).__name__}.")
-    unwrapped(policy.model).save_pretrained(folder / "unet")
-    process.scheduler.save_pretrained(folder / "scheduler")
-    (folder / SETTINGS).write_text(json.dumps({"residual": policy.residual}), encoding="utf-8")
+    require_finite("The restorer", model.state_dict())
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as whole:
+        model.save_pretrained(whole / "unet")
+        process.scheduler.save_pretrained(whole / "scheduler")
+        (whole / SETTINGS).write_text(json.dumps({"residual": policy.residual}), encoding="utf-8")
 
 
 def load_restorer(folder: Path | str) -> PixelPolicy:

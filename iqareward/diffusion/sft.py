@@ -4,14 +4,16 @@ from typing import Any
 
 import torch
 
-from iqareward.diffusion.batches import InputOrder
+from iqareward.diffusion.batches import InputOrder, read_batch
 from iqareward.diffusion.data.pairs import Pairs
+from iqareward.diffusion.finite import TrainingError, step_if_finite
 from iqareward.diffusion.forward_process import draw_times
 from iqareward.diffusion.noise import noise_per_input, sub_seed
 from iqareward.diffusion.policy import Policy
 from iqareward.diffusion.progress import progress_bar
 
 ORDER, NOISE = range(2)  # purposes of random numbers
+MAX_FAILED_UPDATES = 5
 
 
 def supervised(
@@ -31,7 +33,8 @@ def supervised(
     """Train the policy's model on its own supervised loss, with AdamW and a cosine decay of the learning rate.
 
     The random numbers of an update follow from the seed, its number and the inputs' ids. `policy.model` is the bare
-    module again when this returns, ready for `DifficultyAdaptiveTrainer`.
+    module again when this returns, ready for `DifficultyAdaptiveTrainer`. An update whose gradient is not finite is
+    skipped, and an input with a pixel that is not finite is left out of its update.
 
     Args:
         policy: the model; weights that do not require a gradient stay.
@@ -51,6 +54,7 @@ def supervised(
 
     Raises:
         ValueError: there are fewer pairs than `batch_size`.
+        TrainingError: five updates in a row had a gradient that is not finite.
 
     References:
         Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2017, https://arxiv.org/abs/1711.05101
@@ -66,24 +70,30 @@ def supervised(
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, max(num_updates, 1))
     average = EMAModel(weights, decay=ema_decay, use_ema_warmup=True) if ema_decay else None
-    losses = []
+    losses, failures = [], 0
     with progress_bar("SFT", num_updates, shown=show_progress and accelerator.is_main_process) as advance:
         for update in range(num_updates):
             ids = order.ids(update, rank=rank, world=world)
-            degraded, references = (images.to(device) for images in pairs.batch(ids))
+            degraded, references, usable = read_batch(pairs, ids, device)
             noise_seed = sub_seed(seed, NOISE, update)
             shape = policy.latent_shape(references)
             noise = noise_per_input(ids, 1, shape, seed=noise_seed, step=0, device=device)
             times = draw_times(policy, ids, 1, seed=noise_seed, term=0, device=device)
             with torch.no_grad():
                 condition = policy.condition(degraded)
-            loss = policy.sft_loss(references, condition, noise, times).mean()
+            rows = policy.sft_loss(references, condition, noise, times)
+            loss = (usable * rows).sum() / usable.sum().clamp(min=1)
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(weights, max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            norm = accelerator.reduce(accelerator.clip_grad_norm_(weights, max_grad_norm), "mean")
+            step = step_if_finite(accelerator, optimizer, float(norm))
             schedule.step()
-            if average is not None:
+            failures = failures + 1 if step.failed else 0
+            if failures == MAX_FAILED_UPDATES:
+                raise TrainingError(
+                    f"{failures} updates of SFT in a row had a gradient that is not finite, the last with inputs "
+                    f"{ids}. Look at those inputs, and lower learning_rate, which is {learning_rate:g}."
+                )
+            if step.moved and average is not None:
                 average.step(weights)
             losses.append(loss.detach())
             advance({"sft_loss": loss.detach()} if update % 10 == 0 else {})

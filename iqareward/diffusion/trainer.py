@@ -1,25 +1,29 @@
 """The reference loop: RL where inputs are hard, SFT as they come near their ground truth."""
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from iqareward.advantages import RewardMemory
+from iqareward.atomic import atomic_write
 from iqareward.difficulty import rmse
-from iqareward.diffusion.batches import InputOrder
-from iqareward.diffusion.checkpoint import load_state, save_lines, save_state, trained_weights
+from iqareward.diffusion.batches import InputOrder, read_batch
+from iqareward.diffusion.checkpoint import latest, load_state, save_lines, save_state, trained_weights
 from iqareward.diffusion.data.pairs import Pairs
 from iqareward.diffusion.experience import Experience, Sampling, collect, compare
+from iqareward.diffusion.finite import TrainingError, finite_mean, finite_or_nan, require_finite
 from iqareward.diffusion.learner import Learner, Optimization
 from iqareward.diffusion.noise import sub_seed
 from iqareward.diffusion.policy import Policy, unwrapped
 from iqareward.diffusion.policy_gradient import Objective, PolicyGradient
 from iqareward.diffusion.progress import progress_bar
+from iqareward.diffusion.run_folder import described, differences, exclusive
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.losses import LossWeights
 from iqareward.schedules.schedule import Weighter, check_signal
@@ -35,7 +39,9 @@ class DifficultyAdaptiveTrainer:
     """Trains a restoration model by RL on inputs that are hard for it and by SFT on those near their ground truth.
 
     Runs under accelerate: `accelerate launch` gives several GPUs, mixed precision comes from the `Accelerator`. After a
-    kill at any moment `train(..., resume=True)` continues from the last checkpoint with the same numbers.
+    kill at any moment `train(..., resume=True)` continues from the last checkpoint with the same numbers. An update
+    whose gradient is not finite changes nothing, an input with a pixel that is not finite takes no part, and weights
+    that are not finite are never saved.
 
     Args:
         policy: the model after SFT.
@@ -116,40 +122,86 @@ class DifficultyAdaptiveTrainer:
         self.order = InputOrder(len(pairs), self.options.inputs_per_update, sub_seed(seed, ORDER))
         self.learner = Learner(policy, objective or PolicyGradient(), self.options, self.accelerator)
         self.executor = ThreadPoolExecutor(1) if overlap else None
-        self.updates, self.history = 0, []
+        self.updates, self.history, self.failures = 0, [], 0
+        # Taken now, because a weighter may change as it is used.
+        self.settings: dict[str, Any] = {
+            "seed": seed,
+            "num_inputs": len(pairs),
+            "mixed_precision": str(self.accelerator.mixed_precision),
+            "reward": described(reward),
+            "metric": described(metric),
+            "objective": described(self.learner.objective),
+            "sampling": described(self.sampling),
+            "optimization": described(self.options),
+            "weighter": described(self.weighter, without=tuple(self.weighter.state_dict())),
+            "memory": described(memory),
+            "validation": described(validation),
+        }
 
     def train(
-        self, num_updates: int, *, save_every: int = 50, validate_every: int = 50, resume: bool = False
+        self,
+        num_updates: int,
+        *,
+        save_every: int = 50,
+        validate_every: int = 50,
+        resume: bool = False,
+        allow_changes: bool = False,
     ) -> list[dict[str, Any]]:
         """Calibrate on the model as it is, then update it.
 
         Args:
             num_updates: updates in all, those before a resume included.
-            save_every: updates between checkpoints.
+            save_every: updates between checkpoints; one that is due waits for an update that did not fail.
             validate_every: updates between validations; there is one before the first update and one after the last.
             resume: continue from the checkpoint in `output_dir`, if there is one.
+            allow_changes: resume although settings differ from those of the checkpoint; see `load`.
 
         Returns:
             The history: one dictionary of numbers per update; validations add keys that begin with "validation/".
+            "alarms" says in words what was wrong.
+
+        Raises:
+            ValueError: `output_dir` holds a run and `resume` is False, another run uses it, or the checkpoint is
+                damaged or of other settings.
+            TrainingError: too many updates in a row failed, or weights are no longer finite.
         """
-        if not (resume and self.load()):
-            self.calibrate()
-            self.history.append({"update": 0} | self.validate())
-        if self.accelerator.log_with and not self.accelerator.trackers:
-            self.accelerator.init_trackers("iqareward")
-        shown = self.show_progress and self.accelerator.is_main_process
+        with exclusive(self.output_dir, self.accelerator):
+            begun = latest(self.checkpoint)
+            if begun is not None and not resume:
+                raise ValueError(
+                    f"{self.output_dir} holds a run: {begun.name}. Go on with resume=True, or choose another folder."
+                )
+            self.accelerator.wait_for_everyone()  # all have looked before one writes
+            if not (resume and self.load(allow_changes=allow_changes)):
+                self.calibrate()
+                self.history.append({"update": 0} | self.validate())
+                self.save()
+            elif self.accelerator.is_main_process:
+                save_lines(self.history_file, self.history)  # a kill may have come between the two files
+            if self.accelerator.log_with and not self.accelerator.trackers:
+                self.accelerator.init_trackers("iqareward")
+            self._updates(num_updates, save_every, validate_every)
+        return self.history
+
+    def _updates(self, num_updates: int, save_every: int, validate_every: int) -> None:
+        shown, due = self.show_progress and self.accelerator.is_main_process, False
         with progress_bar("RL", num_updates, done=self.updates, shown=shown) as advance:
             while self.updates < num_updates and not (self.validation and self.validation.stopped):
                 record = self.update()
                 last = self.updates == num_updates
                 if last or self.updates % validate_every == 0:
-                    record |= self.validate()
+                    found = self.validate()
+                    alarms = [text for text in (record["alarms"], found.get("alarms")) if text]
+                    record |= found | {"alarms": "; ".join(alarms)}
                 self.history.append(record)
                 self.accelerator.log({name: value for name, value in record.items() if name != "alarms"}, self.updates)
-                if last or self.updates % save_every == 0:
+                last = last or (self.validation is not None and self.validation.stopped)
+                due = due or self.updates % save_every == 0
+                # Weights can be finite and yet too large to work with. What shows it is the next update, which fails.
+                if last or (due and not self.failures):
                     self.save()
+                    due = False
                 advance(record)
-        return self.history
 
     def calibrate(self) -> None:
         """Tell the weighter how hard inputs are for the model before RL; most schedules have no such anchor."""
@@ -159,16 +211,42 @@ class DifficultyAdaptiveTrainer:
             anchor(torch.cat([self._signal(self.experience(batch, CALIBRATION)) for batch in batches]))
 
     def update(self) -> dict[str, Any]:
-        """One optimiser step: restore and score, weigh, learn. Returns the numbers to log."""
+        """One optimiser step: restore and score, weigh, learn. Returns the numbers to log.
+
+        Raises:
+            TrainingError: it is the last of `max_failed_updates` in a row that failed, or made weights not finite.
+        """
         experience = self.experience(self.updates, ROLLOUT)
         active = experience.active if self.learner.objective.relative else None
         signal = self._signal(experience)
-        weights = self.weighter(signal, active=active)
+        weights = self.weighter(signal, active=active, valid=experience.usable)
         seed = sub_seed(self.seed, LEARNING, self.updates)
         record = self.learner.step(experience, weights, update=self.updates, seed=seed)
         self.weighter.update(signal)
         self.updates += 1
-        return {"update": self.updates} | record | self._figures(experience, weights)
+        record = {"update": self.updates} | record | self._figures(experience, weights)
+        return record | {"alarms": self._alarms(record, experience)}
+
+    def _alarms(self, record: dict[str, Any], experience: Experience) -> str:
+        """What went wrong in an update, as a warning and in words for the history; or an error, if it goes on."""
+        failures = [record.pop("problem")]
+        if record["scored"] == 0:
+            failures.append(f"{self.reward.name} scored no image, so RL had nothing to learn from")
+        failures = [text for text in failures if text]
+        self.failures = self.failures + 1 if failures else 0
+        if self.failures >= self.options.max_failed_updates:
+            raise TrainingError(
+                f"{self.failures} updates in a row failed, the last with inputs {list(experience.ids)}: "
+                f"{'; '.join(failures)}. Look at the reward and those inputs. {self.checkpoint} is from before them."
+            )
+        notes: list[str] = []
+        if record["left_out"]:
+            bad = [row for row, good in zip(experience.ids, experience.usable.tolist(), strict=True) if not good]
+            notes = [f"left out {record['left_out']:g} inputs whose pixels are not all finite, here {bad}"]
+        alarms = "; ".join([*failures, *notes])
+        if alarms:
+            warnings.warn(f"update {self.updates}: {alarms}", RuntimeWarning, stacklevel=2)
+        return alarms
 
     def _signal(self, experience: Experience) -> Tensor:
         """What the weighter goes by, `[B]`."""
@@ -180,7 +258,7 @@ class DifficultyAdaptiveTrainer:
     def experience(self, update: int, purpose: int) -> Experience:
         """The inputs of update number `update`, restored by this process, scored and compared with each other."""
         ids = self.order.ids(update, rank=self.rank, world=self.world)
-        degraded, references = (images.to(self.accelerator.device) for images in self.pairs.batch(ids))
+        degraded, references, usable = read_batch(self.pairs, ids, self.accelerator.device)
         trajectory, condition, rewards, distances = collect(
             self.policy,
             self.reward,
@@ -193,59 +271,100 @@ class DifficultyAdaptiveTrainer:
             executor=self.executor,
         )
         groups = torch.tensor(ids, device=rewards.device).repeat_interleave(self.sampling.group_size)
+        scored = usable.repeat_interleave(self.sampling.group_size)
+        rewards, distances = (torch.where(scored, values, torch.nan) for values in (rewards, distances))
         memory = self.memory if purpose == ROLLOUT else None
         advantages, active = compare(rewards, groups, std_floor=self.options.std_floor, memory=memory)
         active = active.view(len(ids), -1).any(1)
-        return Experience(tuple(ids), references, condition, trajectory, rewards, distances, advantages, active)
+        rows = rewards, distances, advantages, active, usable
+        return Experience(tuple(ids), references, condition, trajectory, *rows)
 
     def validate(self) -> dict[str, Any]:
-        """Judge the held-out inputs; save their restorations, and the model if it is the best so far."""
+        """Judge the held-out inputs; save their restorations, and the model if it is the best so far.
+
+        Raises:
+            TrainingError: the weights, or their averages, are not finite.
+        """
         if self.validation is None:
             return {}
         with self.learner.averaged():
+            require_finite(f"The model after update {self.updates}", self.learner.named_weights())
             seed = sub_seed(self.seed, VALIDATION)
             found = self.validation(self.policy, self.reward, seed=seed, rank=self.rank, world=self.world)
             if self.accelerator.is_main_process:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
                 save_grid(self.output_dir / f"samples-{self.updates:06d}.png", self.validation, found["images"])
-                if self.validation.since_best == 0 and self.validation.stop_on is not None:
-                    save_file(trained_weights(unwrapped(self.policy.model)), self.output_dir / "best.safetensors")
-        record = {f"validation/{name}": float(scores.nanmean()) for name, scores in found["scores"].items()}
+                if found["best"]:
+                    with atomic_write(self.output_dir / "best.safetensors") as file:
+                        file.write(safetensors.torch.save(trained_weights(unwrapped(self.policy.model))))
+        record = {f"validation/{name}": finite_mean(scores) for name, scores in found["scores"].items()}
         return record | {"alarms": "; ".join(found["alarms"])}
 
     def _figures(self, experience: Experience, weights: LossWeights) -> dict[str, float]:
-        """Means over the inputs of all processes."""
+        """Means over the inputs of all processes, of what is finite; NaN if nothing is."""
         columns = {
-            "reward": experience.rewards[-1].nanmean(),
-            "difficulty": experience.difficulty.nanmean(),
-            "rl_share": weights.rl.mean(),
-            "sft_share": weights.sft.mean(),
-            "active": experience.active.float().mean(),
+            "reward": experience.rewards[-1],
+            "scored": experience.rewards[-1].isfinite().float(),
+            "difficulty": experience.difficulty,
+            "rl_share": weights.rl,
+            "sft_share": weights.sft,
+            "active": experience.active.float(),
+            "left_out": 1 - experience.usable.float(),
         }
-        means: Any = self.accelerator.reduce(torch.stack(list(columns.values())).float(), "mean")
-        return dict(zip(columns, means.tolist(), strict=True))
+        finite = {name: finite_or_nan(values.float()) for name, values in columns.items()}
+        rows = [torch.stack([values.nansum(), values.isfinite().sum()]) for values in finite.values()]
+        totals: Any = self.accelerator.reduce(torch.stack(rows), "sum")
+        sums = dict(zip(columns, totals.tolist(), strict=True))
+        means = {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
+        return means | {"left_out": sums["left_out"][0]}
 
     def save(self) -> None:
-        """Write checkpoint and history of this moment over the last ones; only the main process writes."""
+        """Write checkpoint and history of this moment, the last checkpoint stays beside; only the main process writes.
+
+        Raises:
+            TrainingError: a weight, an average or the state of the optimiser is not finite; nothing is written.
+        """
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        require_finite(f"The state after update {self.updates}", {"learner": state["learner"]})
         if self.accelerator.is_main_process:
-            save_state(self.checkpoint, state | {"updates": self.updates, "history": self.history, "seed": self.seed})
+            state |= {"updates": self.updates, "history": self.history, "settings": self.settings}
+            save_state(self.checkpoint, state)
             save_lines(self.history_file, self.history)
         self.accelerator.wait_for_everyone()
 
-    def load(self) -> bool:
+    def load(self, *, allow_changes: bool = False) -> bool:
         """Continue from the checkpoint in `output_dir`; False if there is none.
 
+        Args:
+            allow_changes: take the new settings where they differ. A weighter, memory or validation that was built in
+                another way starts anew; the weights, the optimiser and the history go on.
+
         Raises:
-            ValueError: it is of a run with another seed, model or weighter.
+            ValueError: the checkpoint is damaged, or of other settings or another model; the trainer stays as it was.
         """
-        if not self.checkpoint.is_file():
+        file = latest(self.checkpoint)
+        if file is None:
             return False
-        state = load_state(self.checkpoint)
-        if state["seed"] != self.seed:
-            raise ValueError(f"{self.checkpoint} is of a run with seed {state['seed']}, got seed {self.seed}.")
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.updates, self.history = state["updates"], state["history"]
+        state = load_state(file)
+        changed = differences(state["settings"], self.settings)
+        if changed and not allow_changes:
+            raise ValueError(
+                f"{file} is of a run with other settings: {'; '.join(f'{k} {v}' for k, v in changed.items())}. Restore "
+                "them, choose another output_dir, or go on with the new ones by allow_changes=True."
+            )
+        anew = {name.partition(".")[0] for name in changed}
+        parts = {name: part for name, part in self._parts().items() if name not in anew}
+        before = {name: part.state_dict() for name, part in parts.items()}
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except Exception:
+            for name, part in parts.items():
+                part.load_state_dict(before[name])
+            raise
+        self.updates, self.history, self.failures = state["updates"], state["history"], 0
+        if "weighter" in anew:
+            self.calibrate()
         return True
 
     def _parts(self) -> dict[str, Any]:

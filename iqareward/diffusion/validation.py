@@ -1,5 +1,6 @@
 """Judging the policy on images that it does not train on, by judges that it is not trained with."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from iqareward.atomic import atomic_write
 from iqareward.diffusion.experience import images_of
+from iqareward.diffusion.finite import finite_mean, finite_or_nan, usable_rows
 from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.policy import Policy
 from iqareward.diffusion.rollout import rollout
@@ -32,7 +35,7 @@ class Validation:
         inputs_at_once: inputs sampled together.
 
     Raises:
-        ValueError: `stop_on` is no judge.
+        ValueError: `stop_on` is no judge, or an image has a pixel that is not finite.
 
     Example:
         >>> import iqareward
@@ -57,6 +60,9 @@ class Validation:
     def __post_init__(self) -> None:
         if self.stop_on is not None and self.stop_on not in self.judges:
             raise ValueError(f"Validation expected `stop_on` among {list(self.judges)}, got {self.stop_on!r}.")
+        bad = (~usable_rows(self.degraded, self.references)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"Validation expected finite pixels, got others in the inputs {bad}. Leave them out.")
 
     @property
     def stopped(self) -> bool:
@@ -86,29 +92,33 @@ class Validation:
             world: number of processes.
 
         Returns:
-            `{"images": [V, 3, H, W], "scores": {name: [V]}, "alarms": (sentences)}`; the training reward is "reward".
+            `{"images": [V, 3, H, W], "scores": {name: [V]}, "alarms": (sentences), "best": bool}`; the training reward
+            is "reward", "best" says whether `stop_on` has not been as good before.
         """
         count = len(self.degraded)
         mine = slice(count * rank // world, count * (rank + 1) // world)
         images, references = self.restore(policy, seed=seed, rows=mine), self.references[mine]
         named: dict[str, Callable[..., Tensor]] = {"reward": reward, **self.judges}
-        own = torch.stack([judge(images, references=references).float().cpu() for judge in named.values()], 1)
+        scores = [judge(images, references=references).float().cpu() for judge in named.values()]
+        own = finite_or_nan(torch.stack(scores, 1))
         device = next(policy.model.parameters()).device
         (images, rows), _ = gather_rows(images.to(device), own.to(device))
         images, scores = images.cpu(), dict(zip(named, rows.cpu().unbind(1), strict=True))
-        alarms: Sequence[str] = ()
-        if self.monitor is not None:
+        alarms = [f"{name} scored no held-out image" for name, found in scores.items() if found.isnan().all()]
+        if self.monitor is not None and not scores["reward"].isnan().all():
             if self.monitor.calibrated:
-                alarms = self.monitor.update(images, self.references, scores["reward"]).alarms
+                alarms += self.monitor.update(images, self.references, scores["reward"]).alarms
             else:
                 self.monitor.calibrate(images, self.references, scores["reward"])
-        if self.stop_on is not None:
-            self._compare(float(scores[self.stop_on].nanmean()))
-        return {"images": images, "scores": scores, "alarms": tuple(alarms)}
+        best = self.stop_on is not None and self._compare(finite_mean(scores[self.stop_on]))
+        return {"images": images, "scores": scores, "alarms": tuple(alarms), "best": best}
 
-    def _compare(self, value: float) -> None:
+    def _compare(self, value: float) -> bool:
+        """Whether it is the best so far; NaN, where nothing was scored, counts neither way."""
         better = value > self.best
-        self.best, self.since_best = (value, 0) if better else (self.best, self.since_best + 1)
+        if not math.isnan(value):
+            self.best, self.since_best = (value, 0) if better else (self.best, self.since_best + 1)
+        return better
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far and the monitor."""
@@ -136,12 +146,12 @@ def image_grid(rows: Sequence[Tensor], *, columns: int = 8) -> Tensor:
         >>> image_grid([torch.zeros(3, 3, 4, 4), torch.ones(3, 3, 4, 4)], columns=2).shape
         torch.Size([3, 8, 8])
     """
-    lines = [torch.cat(list(images[:columns].float().clamp(0, 1)), 2) for images in rows]
+    lines = [torch.cat(list(images[:columns].float().nan_to_num(0.0).clamp(0, 1)), 2) for images in rows]
     return torch.cat(lines, 1)
 
 
 def save_grid(path: Path, validation: Validation, images: Tensor) -> None:
     """Write degraded, restored and true images, one line each, as a PNG."""
     pixels = image_grid([validation.degraded, images, validation.references]).mul(255).round().byte()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+    with atomic_write(path) as file:
+        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from iqareward.atomic import atomic_write
 from iqareward.functional._checks import check_images
 from iqareward.functional.nss import clipped_luma, local_statistics, natural_features, split_blocks
 from iqareward.functional.resize import pillow_resize
@@ -61,7 +62,8 @@ class NaturalModel:
     def save(self, path: str | Path, metadata: Mapping[str, str]) -> None:
         """Write a safetensors file; `metadata` says where the statistics come from."""
         tensors = {"mean": self.mean.cpu().contiguous(), "covariance": self.covariance.cpu().contiguous()}
-        save_file(tensors, path, metadata={**metadata, "block_size": str(self.block_size)})
+        with atomic_write(path) as file:
+            file.write(save(tensors, metadata={**metadata, "block_size": str(self.block_size)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "NaturalModel":

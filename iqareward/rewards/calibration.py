@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from iqareward.atomic import write_text
 from iqareward.functional._constants import constant
 from iqareward.rewards.compose import joint_facts
 from iqareward.rewards.scoring import reward_mode
@@ -191,7 +192,7 @@ def save_map(score_map: ScoreMap, path: str | Path) -> None:
         AffineMap(low=10.0, high=50.0)
     """
     kind = next(name for name, cls in _MAPS.items() if isinstance(score_map, cls))
-    Path(path).write_text(json.dumps({"map": kind, **asdict(score_map)}) + "\n")
+    write_text(path, json.dumps({"map": kind, **asdict(score_map)}) + "\n")
 
 
 def load_map(path: str | Path) -> ScoreMap:

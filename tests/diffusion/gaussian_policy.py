@@ -88,4 +88,4 @@ def experience(policy, num_rollouts, advantages=None) -> Experience:
         advantages = (rewards - rewards.mean()) * num_rollouts / (num_rollouts - 1)
     distances, active = torch.ones(num_rollouts), torch.ones(1, dtype=torch.bool)
     condition = policy.condition(degraded)
-    return Experience((0,), degraded, condition, path, rewards[None], distances, advantages[None], active)
+    return Experience((0,), degraded, condition, path, rewards[None], distances, advantages[None], active, active)

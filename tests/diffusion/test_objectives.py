@@ -156,7 +156,7 @@ def pixel_experience(policy):
     trajectory = rollout(policy, degraded, ids=[0, 1], group_size=2, num_steps=4, eta=0.5, seed=0)
     advantages, distances = torch.tensor([[1.0, -1.0, 2.0, -2.0]]), torch.ones(4)
     condition, active = policy.condition(degraded), torch.ones(2, dtype=torch.bool)
-    return Experience((0, 1), degraded, condition, trajectory, advantages, distances, advantages, active)
+    return Experience((0, 1), degraded, condition, trajectory, advantages, distances, advantages, active, active)
 
 
 def test_forward_process_pulls_towards_good_rollouts_only():

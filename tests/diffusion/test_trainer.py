@@ -2,11 +2,9 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,7 +26,7 @@ from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule
 from iqareward.schedules.formulas import constant
 from tests.diffusion.tiny import SIZE, pixel_policy
-from tests.diffusion.train_tiny import contrast, trainer
+from tests.diffusion.train_tiny import contrast, overflow, trainer
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROOT = Path(__file__).parents[2]
@@ -60,45 +58,19 @@ def test_history_has_a_line_per_update(tmp_path):
     assert [json.loads(line) for line in run.history_file.read_text().splitlines()] == history
 
 
-def test_resumed_run_ends_with_the_same_weights(tmp_path):
-    """Killed without warning in the middle of an update, again and again, it ends where an unbroken run does."""
-    unbroken = trainer(tmp_path / "unbroken", sft_scale="balanced")
-    unbroken.train(4, save_every=1, validate_every=2)
-    folder, kills = tmp_path / "broken", 0
-    for wanted in (1, 2):
-        process = start(folder, 4, "--wait", "0.15", "--balanced")
-        deadline = time.monotonic() + 300
-        try:
-            while not (folder / "checkpoint.pt").exists() or load_state(folder / "checkpoint.pt")["updates"] < wanted:
-                assert process.poll() is None, "the run ended by itself"
-                assert time.monotonic() < deadline, "the run made no checkpoint"
-                time.sleep(0.02)
-            time.sleep(0.1 * wanted)  # into the next update
-            kills += process.poll() is None
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert kills == 2, "the run was over before it could be killed"
-    resumed = trainer(folder, sft_scale="balanced")
-    history = resumed.train(4, save_every=1, validate_every=2, resume=True)
-    assert history == unbroken.history
-    for name, weight in weights_of(unbroken).items():
-        torch.testing.assert_close(weights_of(resumed)[name], weight, **EXACT)
-
-
 def test_two_processes_do_what_one_does(tmp_path):
-    """The same inputs in all, shared out by accelerate, end in the same weights up to rounding."""
+    """The same inputs, shared out, end in the same weights up to rounding; one NaN loss makes both skip."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     folder = tmp_path / "two"
-    ranks = [
-        start(folder, 2, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **shared)
-        for rank in range(2)
-    ]
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ranks = [start(folder, 2, "--overflow", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     one = trainer(tmp_path / "one")
-    one.train(2, save_every=1, validate_every=2)
+    overflow(one)
+    with pytest.warns(RuntimeWarning, match=rf"skipped, because the loss of inputs \[{one.order.ids(0)[-1]}\]"):
+        one.train(2, save_every=1, validate_every=2)
     assert [process.wait(timeout=300) for process in ranks] == [0, 0]
     found = torch.load(folder / "final.pt", weights_only=True)
     for name, weight in weights_of(one).items():
@@ -108,7 +80,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     for line, expected in zip(both, one.history, strict=True):
         assert line.keys() == expected.keys()
         for name, value in expected.items():
-            assert line[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)), name
+            wanted = value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True)
+            assert line[name] == wanted, name
 
 
 def test_micro_batches_and_overlap_change_nothing(tmp_path):
@@ -229,16 +202,6 @@ def test_validation_stops_a_run_that_gets_worse(tmp_path):
     history = run.train(50, validate_every=1)
     assert len(history) == 3
     assert (tmp_path / "best.safetensors").exists()
-
-
-def test_other_runs_checkpoints_are_refused(tmp_path):
-    """Another seed or other trained weights: a clear error, and nothing is changed."""
-    trainer(tmp_path).train(1, save_every=1)
-    with pytest.raises(ValueError, match="seed"):
-        trainer(tmp_path, seed=1).train(2, resume=True)
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="unreadable"):
-        trainer(tmp_path).train(2, resume=True)
 
 
 def test_input_order_visits_all_inputs_once_per_epoch():

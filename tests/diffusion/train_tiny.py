@@ -1,14 +1,19 @@
-"""A training run of seconds, also as a program: `python -m tests.diffusion.train_tiny FOLDER UPDATES [--wait S]`."""
+"""A training run of seconds, also as a program: `python -m tests.diffusion.train_tiny FOLDER UPDATES [--kills N]`."""
 
 import argparse
+import os
+import random
+import signal
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 
 from iqareward.advantages import RewardMemory
-from iqareward.diffusion.checkpoint import trained_weights
+from iqareward.diffusion.checkpoint import latest, load_state, trained_weights
 from iqareward.diffusion.data.pairs import SyntheticPairs
 from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.learner import Optimization
@@ -25,13 +30,8 @@ def contrast(images):
     return images.flatten(1).std(1)
 
 
-def trainer(folder, wait=0.0, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrainer:
+def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrainer:
     """A trainer of the tiny pixel policy with everything that has a state."""
-
-    def reward(images):
-        time.sleep(wait)
-        return contrast(images)
-
     pairs = SyntheticPairs(16, size=SIZE)
     held_out = SyntheticPairs(4, size=SIZE, seed=1).batch(range(4))
     defaults = {
@@ -45,9 +45,62 @@ def trainer(folder, wait=0.0, seed=0, sft_scale=1.0, **options) -> DifficultyAda
         "show_progress": False,
         "seed": seed,
     }
-    judged = NoReference(reward, name="contrast", higher_is_better=True)
+    judged = options.pop("reward", None) or NoReference(contrast, name="contrast", higher_is_better=True)
     policy = options.pop("policy", None) or pixel_policy()
     return DifficultyAdaptiveTrainer(policy, judged, pairs, output_dir=folder, **(defaults | options))
+
+
+def overflow(run: DifficultyAdaptiveTrainer) -> None:
+    """The SFT loss of the last input of the first update is NaN, on whichever process that is."""
+    plain, spoilt = run.policy.sft_loss, run.pairs.batch(run.order.ids(0)[-1:])[1]
+
+    def sft_loss(references, *more):
+        hit = (references.cpu() == spoilt).flatten(1).all(1) & (run.updates == 0)
+        return plain(references, *more) * torch.where(hit, torch.nan, 1.0)
+
+    run.policy.sft_loss = sft_loss
+
+
+def kill_again_and_again(folder: Path, kills: int) -> None:
+    """Train without end in `folder`; that many processes are killed, each after another, at moments of a seed.
+
+    Half of them die after some processor time, the others just before one of the steps that a save is made of.
+    """
+    moments = random.Random(0)
+    sys.stdout.reconfigure(line_buffering=True)  # nothing is pending that a child would repeat
+    trainer(folder)  # imports what the children would import one after another
+    for number in range(kills):
+        child = os.fork()
+        if child == 0:
+            if number % 2:
+                die_before_file_step(folder, moments.randrange(1, 25))
+            trainer(folder, sft_scale="balanced").train(10**6, save_every=1, validate_every=2, resume=True)
+            os._exit(1)
+        if number % 2 == 0:
+            seconds, process = moments.uniform(0.1, 0.7), psutil.Process(child)
+            while sum(process.cpu_times()[:2]) < seconds and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.005)
+            os.kill(child, signal.SIGKILL)
+        else:
+            moments.randrange(1, 25)  # as the child drew
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status), "the run ended by itself"
+        assert os.WTERMSIG(status) == signal.SIGKILL, status
+        file = latest(folder / "checkpoint.pt")
+        sys.stdout.write(f"{load_state(file)['updates'] if file else -1}\n")  # whole, whenever it was
+
+
+def die_before_file_step(folder: Path, count: int) -> None:
+    """Kill this process just before it opens, renames, links or removes something in the folder for that time."""
+    left, steps = [count], {"open", "os.rename", "os.link", "os.remove"}
+
+    def look(event: str, arguments: tuple) -> None:
+        if event in steps and str(arguments[0]).startswith(str(folder)):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
 
 
 def main() -> None:
@@ -55,11 +108,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("updates", type=int)
-    parser.add_argument("--wait", type=float, default=0.0)
-    parser.add_argument("--balanced", action="store_true")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--overflow", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run = trainer(options.folder, options.wait, sft_scale="balanced" if options.balanced else 1.0)
+    if options.kills:
+        kill_again_and_again(options.folder, options.kills)
+        return
+    run = trainer(options.folder)
+    if options.overflow:
+        overflow(run)
     run.train(options.updates, save_every=1, validate_every=2, resume=True)
     if run.accelerator.is_main_process:
         torch.save(trained_weights(unwrapped(run.policy.model)), options.folder / "final.pt")

@@ -1,0 +1,110 @@
+"""Write files so that a reader finds the old content or the new, whatever kills the writer."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+PART = ".part"  # suffix of what is not whole yet
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Generator[BinaryIO]:
+    """Open a new file that replaces `path` when the block ends, after it has reached the disk.
+
+    If the block raises or the process dies, `path` is what it was. A link is followed; a device or pipe, such as
+    /dev/stdout, is written to directly.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Yields:
+        A binary file, open for writing and reading.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(f"{folder}/figures.txt") as file:
+        ...         _ = file.write(b"1 2 3")
+        ...     Path(folder, "figures.txt").read_text()
+        '1 2 3'
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    part = _beside(path)
+    try:
+        with part.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` in UTF-8 by `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Generator[Path]:
+    """Make a new folder that takes the name `path` when the block ends; one that is there is removed after that.
+
+    Args:
+        path: the folder; the one that holds it must exist.
+
+    Yields:
+        The empty folder to write into.
+    """
+    path = Path(os.path.realpath(path))
+    part, old = _beside(path), _beside(path)
+    part.mkdir()
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                _sync(file, os.O_RDONLY)
+        if path.exists():
+            path.replace(old)
+        part.replace(path)
+    finally:
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
+    _sync_folder(path.parent)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed writers left in `folder`; only while nobody else writes there."""
+    for part in folder.glob(f"*{PART}"):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last; where folders cannot be opened, such as on Windows, the system does it by itself."""
+    if hasattr(os, "O_DIRECTORY"):
+        _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""Finite or stop: what a run does about NaN and infinity."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, because its weights, gradients or rewards are not usable; what it has saved is whole."""
+
+
+def require_finite(what: str, values: Any) -> None:
+    """Refuse NaN and infinity in tensors and numbers, however deep they lie in dictionaries, lists and tuples.
+
+    Args:
+        what: the whole of the values, for the message.
+        values: a tensor, a number, or containers of them; anything else is left alone.
+
+    Raises:
+        TrainingError: something is not finite; it is named.
+
+    Example:
+        >>> require_finite("the model", {"bias": torch.tensor([0.0, torch.inf])})
+        Traceback (most recent call last):
+        iqareward.diffusion.finite.TrainingError: the model is not finite in `bias`.
+    """
+    bad = [name for name, value in _leaves(values) if not _is_finite(value)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise TrainingError(f"{what} is not finite in `{bad[0]}`{more}.")
+
+
+class Step(NamedTuple):
+    """`moved`: whether the optimiser took its step; `failed`: whether it did not and nothing excuses that."""
+
+    moved: bool
+    failed: bool
+
+
+def step_if_finite(accelerator: Any, optimizer: Any, norm: float) -> Step:
+    """Take the optimiser's step, or leave weights and optimiser as they are, and forget the gradient.
+
+    A step in fp16 may be skipped while its scaler lowers the scale of the loss; below a scale of 1 it is a failure.
+
+    Args:
+        accelerator: of accelerate.
+        optimizer: prepared by it.
+        norm: of the gradient, the same number on all processes.
+    """
+    moved, scaler = math.isfinite(norm), accelerator.scaler
+    searching = not moved and scaler is not None and scaler.get_scale() > 1
+    if moved:
+        optimizer.step()
+    elif scaler is not None:
+        scaler.update()  # lowers the scale
+    optimizer.zero_grad()
+    return Step(moved, failed=not moved and not searching)
+
+
+def finite_or_nan(scores: Tensor) -> Tensor:
+    """`scores` with NaN, "not scored", in the place of infinity.
+
+    Example:
+        >>> finite_or_nan(torch.tensor([0.5, torch.inf]))
+        tensor([0.5000,    nan])
+    """
+    return torch.where(scores.isfinite(), scores, torch.nan)
+
+
+def finite_mean(values: Tensor) -> float:
+    """Mean of what is finite; NaN if nothing is.
+
+    Example:
+        >>> finite_mean(torch.tensor([1.0, 3.0, torch.inf]))
+        2.0
+    """
+    return float(finite_or_nan(values).nanmean())
+
+
+def usable_rows(*batches: Tensor) -> Tensor:
+    """`[B]` bool: whether every pixel of a row is finite in all `batches` `[B, ...]`.
+
+    Example:
+        >>> usable_rows(torch.tensor([[0.0], [torch.nan]]), torch.zeros(2, 1))
+        tensor([ True, False])
+    """
+    return torch.stack([rows.isfinite().flatten(1).all(1) for rows in batches]).all(0)
+
+
+def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping):
+        pairs: Any = values.items()
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        pairs = enumerate(values)
+    else:
+        yield name, values
+        return
+    for key, value in pairs:
+        yield from _leaves(value, f"{name}.{key}" if name else str(key))
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)

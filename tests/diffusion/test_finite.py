@@ -1,0 +1,288 @@
+"""Non-finite values anywhere in a run: no good weights are lost, and the run says what was wrong or goes on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from iqareward.diffusion.checkpoint import load_state, previous, trained_weights
+from iqareward.diffusion.data.pairs import SyntheticPairs
+from iqareward.diffusion.data.views import StoredPairs
+from iqareward.diffusion.experience import Sampling
+from iqareward.diffusion.finite import TrainingError, require_finite, step_if_finite
+from iqareward.diffusion.learner import Optimization
+from iqareward.diffusion.monitor import HackingMonitor
+from iqareward.diffusion.restorer import build_restorer, save_restorer
+from iqareward.diffusion.sft import supervised
+from iqareward.diffusion.validation import Validation
+from iqareward.functional.psnr import psnr
+from iqareward.rewards.metric import NoReference
+from tests.diffusion.tiny import SIZE, images
+from tests.diffusion.train_tiny import contrast, trainer
+from tests.tolerances import EXACT
+
+KINDS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+PLACES = ("loss", "gradient", "reward", "reference", "degraded", "EMA")
+INJECTIONS = [*((place, kind) for place in PLACES for kind in KINDS), ("learning rate", 1e30), ("learning rate", 1e37)]
+BAD_UPDATE, UPDATES = 1, 3  # the second of three
+
+
+class BadPixel:
+    """Pairs of which one image has a bad pixel, as long as `active` says so."""
+
+    def __init__(self, pairs, place, value, active):
+        self.pairs, self.place, self.value, self.active = pairs, place, value, active
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def batch(self, ids):
+        degraded, references = self.pairs.batch(ids)
+        if self.active():
+            (references if self.place == "reference" else degraded)[1, 0, 3, 3] = self.value
+        return degraded, references
+
+
+def inject(run, place, kind):
+    """Put the value in one place of the second update of `run`."""
+
+    def now():
+        return run.updates == BAD_UPDATE
+
+    value, policy, learner = KINDS.get(kind), run.policy, run.learner
+    if place == "loss":  # one row of one forward pass overflows
+        plain = policy.sft_loss
+
+        def overflowing(*arguments):
+            loss = plain(*arguments)
+            return torch.cat([loss[:1] * value, loss[1:]]) if now() else loss
+
+        policy.sft_loss = overflowing
+    elif place == "gradient":
+        learner.weights[0].register_hook(lambda gradient: gradient * value if now() else gradient)
+    elif place == "reward":
+        run.reward = Broken(run.reward, value, now)
+    elif place in ("reference", "degraded"):
+        run.pairs = BadPixel(run.pairs, place, value, now)
+    elif place == "EMA":
+        plain = learner.ema.step
+
+        def poisoned(weights):
+            plain(weights)
+            if now():
+                learner.ema.shadow_params[0].view(-1)[0] = value
+
+        learner.ema.step = poisoned
+    else:
+        for group in learner.optimizer.param_groups:
+            group["lr"] = kind
+
+
+class Broken:
+    """A reward that gives `value` for every image, as long as `active` says so; what a dead server does."""
+
+    def __init__(self, reward, value, active):
+        self.reward, self.value, self.active, self.name = reward, value, active, reward.name
+
+    def __call__(self, images, references=None):
+        scores = self.reward(images)
+        return torch.full_like(scores, self.value) if self.active() else scores
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A run that nothing happens to."""
+    from accelerate.state import AcceleratorState
+
+    run = trainer(tmp_path_factory.mktemp("clean"))
+    run.train(UPDATES, save_every=1, validate_every=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:update 2:RuntimeWarning")
+@pytest.mark.parametrize(("place", "kind"), INJECTIONS)
+def test_no_run_loses_its_last_good_weights(tmp_path, clean, place, kind):
+    """It goes on past the bad update or stops; then the checkpoint continues with the numbers of a clean run."""
+    run = trainer(tmp_path)
+    inject(run, place, kind)
+    fatal = place in ("EMA", "learning rate")
+    if fatal:
+        with pytest.raises(TrainingError, match="not finite"):
+            run.train(UPDATES, save_every=1, validate_every=2)
+    else:
+        run.train(UPDATES, save_every=1, validate_every=2)
+        bad, after = run.history[BAD_UPDATE + 1 :]
+        assert bad["skipped"] == (place in ("loss", "gradient"))
+        assert bad["scored"] == {"reward": 0, "reference": 0.75, "degraded": 0.75}.get(place, 1)
+        assert bad["left_out"] == (place in ("reference", "degraded"))
+        assert bad["alarms"]
+        assert (after["skipped"], after["scored"], after["left_out"]) == (0, 1, 0)
+        require_finite("the update after", after)
+    learning_rate = place == "learning rate"  # it was wrong from the first update on
+    good = 1 if learning_rate else BAD_UPDATE + 1
+    assert repr(run.history[:good]) == repr(clean.history[:good])
+    saved = load_state(tmp_path / "checkpoint.pt")
+    assert saved["updates"] == (good - 1 if fatal else UPDATES)
+    require_finite("the checkpoint", saved["learner"])
+    if fatal:
+        again = trainer(tmp_path)
+        again.train(UPDATES, save_every=1, validate_every=2, resume=True)
+        assert again.history == clean.history
+        for name, weight in trained_weights(again.policy.model).items():
+            torch.testing.assert_close(weight, trained_weights(clean.policy.model)[name], **EXACT)
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_skipped_step_changes_nothing_that_learns(tmp_path, place):
+    """Weights, their averages and the optimiser are those from before, and the inputs are named."""
+    run = trainer(tmp_path, validation=None)
+    run.calibrate()
+    inject(run, place, "nan")
+    run.update()
+    before = run.learner.state_dict()
+    before = {name: [part.clone() for part in tensors_of(before[name])] for name in ("model", "optimizer", "ema")}
+    with pytest.warns(RuntimeWarning, match="update 2: skipped") as told:
+        record = run.update()
+    assert record["skipped"] == 1
+    after = run.learner.state_dict()
+    for name, tensors in before.items():
+        for old, new in zip(tensors, tensors_of(after[name]), strict=True):
+            torch.testing.assert_close(new, old, **EXACT)
+    ids = run.order.ids(BAD_UPDATE)
+    named = sorted({ids[0], ids[2]}) if place == "loss" else sorted(ids)  # the first row of each of two parts
+    assert str(named) in str(told[0].message)
+
+
+def tensors_of(state):
+    """All tensors of a state, in their order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for child in children for tensor in tensors_of(child)]
+
+
+@pytest.mark.filterwarnings("ignore:update:RuntimeWarning")
+@pytest.mark.parametrize("place", ["gradient", "reward"])
+def test_failures_in_a_row_end_the_run(tmp_path, place):
+    """After as many as the option allows, with an error that names inputs; the last good checkpoint stays."""
+    options = Optimization(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
+    run = trainer(tmp_path, optimization=options, validation=None)
+    if place == "gradient":
+        run.learner.weights[0].register_hook(lambda gradient: gradient * (torch.nan if run.updates > 1 else 1))
+    else:
+        run.reward = Broken(run.reward, float("inf"), lambda: run.updates > 1)
+    with pytest.raises(TrainingError, match="2 updates in a row failed") as error:
+        run.train(9, save_every=1)
+    assert str(sorted(run.order.ids(3))) in str(error.value) or str(run.order.ids(3)) in str(error.value)
+    assert [line["update"] for line in run.history] == [0, 1, 2, 3]
+    assert load_state(tmp_path / "checkpoint.pt")["updates"] == 2
+    assert load_state(previous(tmp_path / "checkpoint.pt"))["updates"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:update:RuntimeWarning")
+def test_a_good_update_forgives(tmp_path):
+    """Every other update fails and the run ends well; a checkpoint that is due waits for a good update."""
+    options = Optimization(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
+    run = trainer(tmp_path, optimization=options, validation=None)
+    run.reward = Broken(run.reward, float("nan"), lambda: run.updates % 2 == 1)
+    history = run.train(5, save_every=2)
+    assert [line["scored"] for line in history[1:]] == [1, 0, 1, 0, 1]
+    assert load_state(previous(tmp_path / "checkpoint.pt"))["updates"] == 3
+
+
+def test_one_infinite_reward_is_not_scored(tmp_path):
+    """It has advantage 0 and enters no mean, and the memory of its input does not see it."""
+    run = trainer(tmp_path, validation=None)
+    plain = run.reward
+
+    def with_infinity(images, references):
+        scores = plain(images)
+        scores[0] = torch.inf
+        return scores
+
+    run.reward = with_infinity
+    experience = run.experience(0, 1)
+    assert experience.rewards.isnan().sum() == 2  # two parts of two inputs, one rollout each
+    assert experience.advantages.isfinite().all()
+    assert not run.memory.state_dict()["rewards"].isinf().any()
+
+
+def test_every_input_of_a_batch_can_be_unusable(tmp_path):
+    """With one input per update nothing is left of the update; the run goes on."""
+    run = trainer(
+        tmp_path, optimization=Optimization(inputs_per_update=1), validation=None, memory=None, sampling=Sampling(2, 2)
+    )
+    degraded, references = run.pairs.batch(range(16))
+    degraded[run.order.ids(0)] = torch.nan
+    run.pairs = StoredPairs(degraded, references)
+    with pytest.warns(RuntimeWarning, match="left out 1 inputs"):
+        history = run.train(2)
+    assert [line["left_out"] for line in history[1:]] == [1, 0]
+    require_finite("weights", trained_weights(run.policy.model))
+
+
+def test_a_scaler_may_look_for_its_scale_before_a_skipped_step_is_a_failure():
+    """Overflows while the loss is scaled are excused until the scale is 1; no step is taken."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    steps = []
+    for _ in range(4):
+        scaler.scale((weight * torch.inf).sum()).backward()
+        scaler.unscale_(optimizer)
+        steps.append(step_if_finite(SimpleNamespace(scaler=scaler), optimizer, float(weight.grad.norm())))
+    assert [step.failed for step in steps] == [False, False, True, True]
+    assert not any(step.moved for step in steps)
+    torch.testing.assert_close(weight.detach(), torch.ones(1), **EXACT)
+
+
+def test_validation_learns_nothing_from_what_is_not_scored():
+    """A judge that says NaN or infinity changes neither the best value nor the patience; both are told."""
+    values = iter([1.0, float("inf"), float("nan"), 0.5])
+    judge = lambda images, references: torch.full((len(images),), next(values))  # noqa: E731
+    validation = Validation(images(4), images(4), {"judge": judge}, num_steps=1, stop_on="judge", patience=2)
+    policy = build_restorer((8, 16))
+    found = [validation(policy, NoReference(contrast, name="c", higher_is_better=True), seed=0) for _ in range(4)]
+    assert [look["best"] for look in found] == [True, False, False, False]
+    assert (validation.best, validation.since_best) == (1.0, 1)
+    assert [bool(look["alarms"]) for look in found] == [False, True, True, False]
+
+
+def test_an_infinite_score_does_not_blind_the_monitor():
+    """One of sixteen images before RL scored infinity; a reward that rises while a judge falls is still told."""
+    truth, rewards = images(16, seed=1), torch.linspace(0, 1, 16)
+    monitor = HackingMonitor({"psnr": psnr}, patience=1)
+    broken = rewards.clone()
+    broken[3] = torch.inf
+    monitor.calibrate(0.9 * truth, truth, broken)
+    assert monitor.update(0.5 * truth, truth, rewards + 1).alarms
+
+
+def test_held_out_images_must_be_finite():
+    """They are looked at once, when the validation is built."""
+    degraded = images(3)
+    degraded[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"inputs \[1\]"):
+        Validation(degraded, images(3), {})
+
+
+def test_a_model_that_is_not_finite_is_not_written(tmp_path):
+    """The folder from before stays."""
+    policy = build_restorer((8, 16))
+    save_restorer(policy, tmp_path / "model")
+    with torch.no_grad():
+        policy.model.conv_in.bias[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"conv_in\.bias"):
+        save_restorer(policy, tmp_path / "model")
+    assert (tmp_path / "model" / "unet" / "config.json").is_file()
+
+
+def test_sft_leaves_out_a_bad_input():
+    """One NaN pixel in one degraded image: the model stays finite and learns from the others."""
+    degraded, references = SyntheticPairs(8, size=SIZE).batch(range(8))
+    degraded[3, 1, 2, 2] = torch.nan
+    policy = build_restorer((8, 16))
+    options = {"num_updates": 2, "batch_size": 4, "learning_rate": 1e-3, "show_progress": False}
+    losses = supervised(policy, StoredPairs(degraded, references), **options)
+    require_finite("losses", losses)
+    require_finite("weights", trained_weights(policy.model))
