@@ -257,7 +257,10 @@ HEAD = "lm_head.weight"
             lambda state: state.update({HEAD: state[HEAD].to(torch.int8)}),
             r"safetensors has lm_head\.weight as torch\.int8",
         ),
-        (lambda state: state.update({"adapter.bias": torch.ones(1)}), r"does not: adapter\.bias"),
+        (
+            lambda state: state.update({"model.layers.0.lora_A.weight": torch.ones(1)}),
+            r"adapter that is not merged: .*lora_A",
+        ),
         (lambda state: state.update({HEAD: state[HEAD][1:].clone()}), r"cannot load .*|lacks weights .*lm_head"),
     ],
 )
@@ -272,6 +275,18 @@ def test_damaged_checkpoints_are_refused(tmp_path, change, message) -> None:
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         LevelReward(tmp_path)(tiny.images(1))
+
+
+def test_weights_that_play_no_part_are_named(tmp_path) -> None:
+    """A value head that an RL trainer left behind does not keep a checkpoint from scoring."""
+    model, processor = tiny.pair("qwen2_5_vl")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"v_head.bias": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"v_head\.bias"):
+        scores = LevelReward(tmp_path)(tiny.images(1))
+    torch.testing.assert_close(scores, LevelReward((model, processor))(tiny.images(1)), **NETWORK_BATCH)
 
 
 @pytest.mark.parametrize("value", [10**6, 10**9, 0, -1, True, "2", 2.5, [2]])

@@ -1,6 +1,7 @@
 """Load a vision-language model and its processor with the native classes of transformers, never with remote code."""
 
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,8 +68,12 @@ def load_network(
     lost = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
     if lost:  # transformers would draw them at random
         raise ValueError(f"{folder} lacks weights of its model: {listed(lost)}.")
-    if report["unexpected_keys"]:  # transformers would leave them out
-        raise ValueError(f"{folder} has weights that its model does not: {listed(report['unexpected_keys'])}.")
+    unused = report["unexpected_keys"]
+    adapters = [key for key in unused if "lora_" in key]
+    if adapters:  # without them these are the weights before fine-tuning
+        raise ValueError(f"{folder} holds an adapter that is not merged: {listed(adapters)}. Merge it with peft first.")
+    if unused:  # such as the value head of an RL trainer, which plays no part in a score
+        warnings.warn(f"{name} leaves out weights of {folder} that its model has not: {listed(unused)}.", stacklevel=2)
     model.requires_grad_(False).eval()
     found: dict[Path, dict[str, Tensor]] = {}
     for key, value in model.named_parameters():
