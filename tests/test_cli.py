@@ -65,6 +65,7 @@ def test_broken_files_are_reported_and_the_rest_is_scored(photos: Path) -> None:
     assert all(name in result.stdout for name in ("a.png", "c.webp"))
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
 def test_globs_json_and_several_rewards(photos: Path, tmp_path: Path) -> None:
     """Globs work, JSON has one object a line, NaN becomes null, and rewards can be repeated and summed."""
     Image.new("RGB", (4, 4)).save(tmp_path / "tiny.png")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from iqareward.rewards.backbones import BACKBONES, backbone_weights, packaged_weights
 from iqareward.rewards.feature_distances import DISTSNetwork, LPIPSNetwork
 from iqareward.rewards.loading import LazyModel, computing_on
-from iqareward.rewards.scoring import score_images
+from iqareward.rewards.scoring import UnscoredWatch, score_images
 from iqareward.types import Bounds, Images, Scores
 
 
@@ -62,6 +62,7 @@ class LPIPSReward:
         self.name = "lpips" if net == "alex" else f"lpips_{net}"
         self.differentiable = differentiable
         self.batch_size = batch_size
+        self._watch = UnscoredWatch()
         self._min_side = BACKBONES[net].min_side
         self._loader = LazyModel(_build("LPIPSReward", partial(_lpips, net, weights), weights, model), device)
 
@@ -87,6 +88,7 @@ class LPIPSReward:
             differentiable=self.differentiable,
             min_side=self._min_side,
             batch_size=self.batch_size,
+            watch=self._watch,
         )
 
     def _score_batch(self, images: Tensor, references: Tensor) -> Tensor:
@@ -148,6 +150,7 @@ class DISTSReward:
     ) -> None:
         self.differentiable = differentiable
         self.batch_size = batch_size
+        self._watch = UnscoredWatch()
         self._loader = LazyModel(_build("DISTSReward", partial(_dists, weights), weights, model), device)
 
     @property
@@ -172,6 +175,7 @@ class DISTSReward:
             differentiable=self.differentiable,
             min_side=BACKBONES["vgg"].min_side,
             batch_size=self.batch_size,
+            watch=self._watch,
         )
 
     def to(self, device: torch.device | str) -> "DISTSReward":

@@ -1,13 +1,13 @@
 """Lift a metric, a function from image batches to `[B]` numbers, to a reward."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from iqareward.rewards.scoring import score_images
+from iqareward.rewards.scoring import UnscoredWatch, score_images
 from iqareward.types import Bounds, Images, Scores
 
 
@@ -43,6 +43,7 @@ class FullReference:
     min_side: int = 1
     differentiable: bool = False
     batch_size: int | None = None
+    _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
 
     needs_references = True
     needs_prompts = False
@@ -67,6 +68,7 @@ class FullReference:
             differentiable=self.differentiable,
             min_side=self.min_side,
             batch_size=self.batch_size,
+            watch=self._watch,
         )
 
 
@@ -101,6 +103,7 @@ class NoReference:
     min_side: int = 1
     differentiable: bool = False
     batch_size: int | None = None
+    _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
 
     needs_references = False
     needs_prompts = False
@@ -124,6 +127,7 @@ class NoReference:
             differentiable=self.differentiable,
             min_side=self.min_side,
             batch_size=self.batch_size,
+            watch=self._watch,
         )
 
 

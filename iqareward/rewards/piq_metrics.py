@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iqareward.optional import require
 from iqareward.rewards.loading import plain_defaults
-from iqareward.rewards.scoring import score_images
+from iqareward.rewards.scoring import UnscoredWatch, score_images
 from iqareward.types import Bounds, Images, Scores
 
 
@@ -90,6 +90,7 @@ class PIQReward:
         require("piq", extra="perceptual", purpose=f"PIQReward({metric!r})")
         self.name = metric
         self.differentiable = False
+        self._watch = UnscoredWatch()
         self.batch_size = 1 if _METRICS[metric].double else batch_size
         self.bounds: Bounds = (0.0, 1.0) if _METRICS[metric].higher_is_better else (None, 0.0)
 
@@ -110,6 +111,7 @@ class PIQReward:
             differentiable=False,
             min_side=_METRICS[self.name].min_side,
             batch_size=self.batch_size,
+            watch=self._watch,
         )
 
     def _score_batch(self, images: Tensor, references: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from iqareward.rewards.pyiqa_facts import (
     ONE_IMAGE_PER_CALL,
     PAD_TO_MULTIPLE,
 )
-from iqareward.rewards.scoring import score_images
+from iqareward.rewards.scoring import UnscoredWatch, score_images
 from iqareward.types import Bounds, Images, Scores
 
 _LOGGER = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class PyIQAReward:
         self.bounds: Bounds = (0.0, 1.0) if normalize else _bounds(metric)
         self._loader = LazyModel(partial(build_metric, metric, weights, options), device)
         self._reported: set[str] = set()
+        self._watch = UnscoredWatch()
 
     @property
     def model(self) -> nn.Module:
@@ -110,6 +111,7 @@ class PyIQAReward:
             differentiable=self.differentiable,
             min_side=MIN_SIDE.get(self.metric, 1),
             batch_size=self.batch_size,
+            watch=self._watch,
         )
 
     def to(self, device: torch.device | str) -> "PyIQAReward":

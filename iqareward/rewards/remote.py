@@ -13,6 +13,7 @@ from iqareward.rewards._http import HttpClient, RemoteError
 from iqareward.rewards._wire_header import MAX_DEADLINE
 from iqareward.rewards._wire_json import WireError, read_json
 from iqareward.rewards.calls import Call, checked_call
+from iqareward.rewards.scoring import UnscoredWatch
 from iqareward.rewards.wire import CONTENT_TYPE, decode_answer, encode_request
 from iqareward.types import Bounds, Images, Reward, Scores
 
@@ -96,6 +97,7 @@ class RemoteReward:
         self.max_in_flight = max_in_flight
         self.differentiable = False
         self._facts = facts
+        self._watch = UnscoredWatch()
         self._client = HttpClient(
             [urls] if isinstance(urls, str) else list(urls),
             purpose="RemoteReward",
@@ -120,7 +122,10 @@ class RemoteReward:
             ValueError: shapes are wrong, or references or prompts are missing or do not match.
         """
         call = checked_call(self, images, references, prompts)
-        return self._client.run(self._score(_on_cpu(call))).to(call.device) if len(call) else _none(call)
+        if not len(call):
+            return _none(call)
+        sent, lost = _on_cpu(call), list[RemoteError]()
+        return self._watched(sent, lost, self._client.run(self._score(sent, lost))).to(call.device)
 
     async def ascore(
         self,
@@ -135,7 +140,8 @@ class RemoteReward:
         call = checked_call(self, images, references, prompts)
         if not len(call):
             return _none(call)
-        return (await self._client.arun(self._score(_on_cpu(call)))).to(call.device)
+        sent, lost = _on_cpu(call), list[RemoteError]()
+        return self._watched(sent, lost, await self._client.arun(self._score(sent, lost))).to(call.device)
 
     @property
     def needs_references(self) -> bool:
@@ -175,14 +181,21 @@ class RemoteReward:
         deadline = asyncio.get_running_loop().time() + self.timeout
         return _facts_of(self.name, await self._client.request("GET", "/v1/rewards", deadline=deadline))
 
-    async def _score(self, call: Call) -> Scores:
-        """Scores of all pieces, or the first error, with the others cancelled."""
+    def _watched(self, call: Call, lost: list[RemoteError], scores: Scores) -> Scores:
+        """The scores, with a warning if there are none and no lost request has said so."""
+        if not lost:
+            reason = "the server has no score for these images; its log may say why"
+            self._watch.look(self.name, scores, call.images, call.references, otherwise=reason)
+        return scores
+
+    async def _score(self, call: Call, lost: list[RemoteError]) -> Scores:
+        """Scores of all pieces, or the first error, with the others cancelled; `lost` gets errors that became NaN."""
         deadline = asyncio.get_running_loop().time() + self.timeout
         slots = asyncio.Semaphore(self.max_in_flight)  # no more bodies in memory than can be on the way
 
         async def one(piece: Call) -> Scores:
             async with slots:
-                return await self._score_piece(piece, deadline)
+                return await self._score_piece(piece, deadline, lost)
 
         tasks = [asyncio.ensure_future(one(piece)) for piece in call.pieces(self.batch_size)]
         try:
@@ -191,15 +204,16 @@ class RemoteReward:
             for task in tasks:
                 task.cancel()
 
-    async def _score_piece(self, piece: Call, deadline: float) -> Scores:
+    async def _score_piece(self, piece: Call, deadline: float, lost: list[RemoteError]) -> Scores:
         try:
             return await self._request(piece, deadline)
         except RemoteError as error:
             if error.status == _TOO_LARGE and len(piece) > 1:
-                halves = [await self._score_piece(half, deadline) for half in piece.pieces((len(piece) + 1) // 2)]
-                return torch.cat(halves)
+                halves = piece.pieces((len(piece) + 1) // 2)
+                return torch.cat([await self._score_piece(half, deadline, lost) for half in halves])
             if self.on_error == "raise" or error.status in _REFUSED:
                 raise
+            lost.append(error)
             warnings.warn(f"{self.name}: {len(piece)} images are not scored: {error}", RuntimeWarning, stacklevel=2)
             return torch.full((len(piece),), torch.nan)
 

@@ -2,11 +2,16 @@
 
 It turns a function on clean batches into one that keeps the contract: it checks shapes, groups mixed sizes by shape,
 splits into micro-batches, computes in float32 whatever the caller's autocast, grad or inference mode is, and answers
-NaN for an image that cannot be scored without touching the others. Nothing here reads a pixel value on the host.
+NaN for an image that cannot be scored without touching the others. Nothing here reads a pixel value on the host, except
+that the first call of a reward looks whether anything was scored (every call if the images are on the CPU).
 """
 
+import inspect
+import math
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import final
 
 import torch
 from torch import Tensor
@@ -23,6 +28,95 @@ RANGE_SLACK = 0.25
 
 # 32 images of 1024 x 1024: a few GB for the classical metrics.
 DEVICE_PIXELS_PER_CALL = 32 * 1024 * 1024
+
+
+class UnscoredWarning(RuntimeWarning):
+    """A reward scored no image of a batch, so that a trainer would learn nothing from it."""
+
+
+@final
+class UnscoredWatch:
+    """Warns once in the life of a reward that it scored nothing, and says why: most often a forgotten conversion.
+
+    Looking at scores waits for their device. On a CPU that costs nothing, so every call is looked at; on other devices
+    only the first one is.
+
+    Example:
+        >>> watch = UnscoredWatch()
+        >>> watch.look("ssim", torch.tensor([0.5, torch.nan]), torch.rand(2, 3, 8, 8))  # one image is scored: silent
+    """
+
+    def __init__(self) -> None:
+        self._has_looked = self._has_warned = False
+
+    def look(
+        self,
+        name: str,
+        scores: Scores,
+        images: Images,
+        references: Images | None = None,
+        *,
+        min_side: int = 1,
+        otherwise: str = "it has no finite value for these images",
+    ) -> None:
+        """Warn if all scores are NaN.
+
+        Args:
+            name: of the reward.
+            scores: `[B]` of the images.
+            images: what was scored.
+            references: what they were compared with.
+            min_side: images with a shorter side are not scored.
+            otherwise: the reason if the pixels do not show one.
+        """
+        seen = self._has_warned or (self._has_looked and scores.device.type != "cpu")
+        if seen or scores.shape[0] == 0 or torch.compiler.is_compiling():
+            return
+        self._has_looked = True
+        if bool(scores.isnan().all()):
+            self._has_warned = True
+            why = "; ".join(_reasons(images, references, min_side)) or otherwise
+            warnings.warn(f"{name} scored no image of this batch: {why}.", UnscoredWarning, _first_foreign_frame())
+
+
+def _reasons(images: Images, references: Images | None, min_side: int) -> Iterator[str]:
+    """What about the pixels keeps them from being scored."""
+    num_small = sum(min(row.shape[-2:]) < min_side for row in images)
+    if num_small:
+        yield f"{num_small} of {len(images)} images have a side shorter than {min_side} pixels"
+    for argument, rows in (("images", images), ("references", references)):
+        if rows is None:
+            continue
+        pixels = [row.detach().float() for row in rows]
+        spans: list[list[float]] = torch.stack([torch.stack((row.amin(), row.amax())) for row in pixels]).tolist()
+        finite = [(low, high) for low, high in spans if math.isfinite(low) and math.isfinite(high)]
+        if len(finite) < len(spans):
+            yield f"{len(spans) - len(finite)} of {len(spans)} {argument} have NaN or infinite pixels"
+        outside = [(low, high) for low, high in finite if low < -RANGE_SLACK or high > 1 + RANGE_SLACK]
+        if outside:
+            low, high = min(low for low, _ in outside), max(high for _, high in outside)
+            looks, value_range = _likely_range(low, high)
+            yield (
+                f"{len(outside)} of {len(spans)} {argument} lie outside [0, 1]: their values span {low:.4g} to "
+                f"{high:.4g}{looks}; convert them with iqareward.to_images({argument}, value_range={value_range})"
+            )
+
+
+def _likely_range(low: float, high: float) -> tuple[str, str]:
+    """What values from `low` to `high` look like, a decoder's overshoot allowed for, and the range to state."""
+    if low >= -1.5 and high <= 1.5:
+        return ", which looks like [-1, 1]", "(-1, 1)"
+    if low >= -64 and 16 < high <= 320:
+        return ", which looks like [0, 255]", "(0, 255)"
+    return "", "(black, white)"
+
+
+def _first_foreign_frame() -> int:
+    """The `stacklevel`, for a warning of the caller, of the code that called this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "iqareward":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @contextmanager
@@ -65,6 +159,7 @@ def score_images(
     differentiable: bool,
     min_side: int = 1,
     batch_size: int | None = None,
+    watch: UnscoredWatch | None = None,
 ) -> Scores:
     """Score images of any number and sizes by a function on clean batches, under the reward contract.
 
@@ -79,6 +174,7 @@ def score_images(
         min_side: images with a shorter side are not scored.
         batch_size: images per call of `score_batch`; None = by pixels, so that a call stays in a CPU's cache or well
             within a GPU's memory.
+        watch: kept by the reward from call to call; warns if no image is scored.
 
     Returns:
         `[B]` float32 on the device of `images`; NaN where an image (or its reference) is too small, has a non-finite
@@ -102,6 +198,8 @@ def score_images(
             for piece in _split(bucket, batch_size)
         ]
         merged = scores[0] if len(scores) == 1 else torch.cat(scores)
+        if watch is not None:
+            watch.look(name, merged, images, references if needs_references else None, min_side=min_side)
         if order is None:
             return merged
         rows = merged.unbind(0)  # views, so that restoring the order copies no index to the device

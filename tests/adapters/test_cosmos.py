@@ -41,6 +41,7 @@ def test_pixels() -> None:
         fn(IMAGES[0])
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
 def test_unscored_images() -> None:
     """An image without a score stops training, or counts as told; a lone image has no mean to take."""
     broken = IMAGES.clone()

@@ -96,6 +96,7 @@ def test_mixgrpo_takes_two_models_side_by_side() -> None:
     assert merged == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
 def test_mixgrpo_stops_where_it_would_go_on_with_zeros() -> None:
     """An image that cannot be scored ends the process, through two handlers that swallow every exception."""
     tiny = [as_pil(image[:, :8, :8]) for image in IMAGES]

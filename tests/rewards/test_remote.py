@@ -18,6 +18,7 @@ from torch import Tensor
 import iqareward
 from iqareward.rewards import wire
 from iqareward.rewards.remote import TOKEN_VARIABLE, RemoteError, RemoteFacts, RemoteReward
+from iqareward.rewards.scoring import UnscoredWarning
 from tests.rewards.counting import Brightness, Together, flat
 from tests.rewards.http_double import Double, drops, says, slow, unused_url
 from tests.tolerances import EXACT
@@ -366,3 +367,28 @@ def test_facts_match_what_a_server_tells() -> None:
     with Double([local]) as double, RemoteReward(double.url, "ssim") as reward:
         assert reward.facts == RemoteFacts.of(local)
         assert json.loads(double.facts()[1])["rewards"]["ssim"]["needs_references"] is True
+
+
+def test_a_batch_without_scores_is_reported_once() -> None:
+    """The server answers null for every image; the client has the pixels, and says once what is wrong with them."""
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with (
+        Double([iqareward.load("psnr")]) as double,
+        RemoteReward(double.url, "psnr", batch_size=2) as reward,
+        pytest.warns(UnscoredWarning) as caught,
+    ):
+        scores = [reward(images, references=images), asyncio.run(reward.ascore(images, references=images))]
+    assert torch.stack(scores).isnan().all()
+    mine = [str(warning.message) for warning in caught if "5 of 5 images" in str(warning.message)]
+    assert len(mine) == 1
+    assert "value_range=(-1, 1)" in mine[0]
+
+
+def test_a_lost_request_is_reported_as_such() -> None:
+    """Where requests were lost, the warning about them is the only one."""
+    with (
+        remote(unused_url(), on_error="nan", attempts=1, timeout=5.0) as reward,
+        pytest.warns(RuntimeWarning, match="not scored") as caught,
+    ):
+        assert reward(flat(0.1, 0.2)).isnan().all()
+    assert len(caught) == 1

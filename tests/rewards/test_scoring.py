@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import iqareward
 from iqareward import FullReference, NoReference
-from iqareward.rewards.scoring import RANGE_SLACK, sanitize
+from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWarning, sanitize
+from tests.gpu import no_waits
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 
@@ -95,8 +97,8 @@ def test_slack() -> None:
 def test_metric_that_is_not_finite() -> None:
     """An infinite value of the metric is no score."""
     reward = NoReference(_reciprocal_minimum, higher_is_better=True)
-    assert reward(torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])).tolist()[1] == 1.0
-    assert reward(torch.zeros(1, 3, 4, 4)).isnan().all()
+    scores = reward(torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]))
+    torch.testing.assert_close(scores, torch.tensor([torch.nan, 1.0]), equal_nan=True, **EXACT)
 
 
 def _reciprocal_minimum(images: Tensor) -> Tensor:
@@ -181,6 +183,7 @@ def test_metric_that_reduces_over_the_batch() -> None:
         NoReference(torch.mean, higher_is_better=True, name="mean")(GOOD)
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=6),
@@ -198,3 +201,69 @@ def test_any_list_of_images(sizes: list[tuple[int, int]], dtype: torch.dtype, po
     assert scores.shape == (len(images),)
     for image, score in zip(images, scores, strict=True):
         torch.testing.assert_close(BRIGHTNESS(image[None])[0], score, equal_nan=True, **OTHER_PACKAGE)
+
+
+SIGNED, BYTES = photos() * 2 - 1, photos() * 255
+WHY_UNSCORED = [
+    (
+        SIGNED,
+        None,
+        r"4 of 4 images lie outside \[0, 1\].*looks like \[-1, 1\].*to_images\(images, value_range=\(-1, 1\)",
+    ),
+    (BYTES, None, r"looks like \[0, 255\]; convert them with .*value_range=\(0, 255\)"),
+    (list(BYTES), None, r"value_range=\(0, 255\)"),
+    (photos() * 7 - 3, None, r"span -2.991 to 3.999; convert them with .*value_range=\(black, white\)"),
+    (photos(), SIGNED, r"4 of 4 references lie outside .*to_images\(references, value_range=\(-1, 1\)"),
+    (photos(3, side=1), None, "3 of 3 images have a side shorter than 2 pixels"),
+    (torch.full((2, 3, 8, 8), torch.nan), None, "2 of 2 images have NaN or infinite pixels"),
+    ([photos(1, side=1)[0], BYTES[0]], None, r"1 of 2 images have a side .*; 1 of 2 images lie outside"),
+    (torch.zeros(1, 3, 8, 8), None, "has no finite value for these images"),
+]
+
+
+def inverse_brightness(images: Tensor, references: Tensor) -> Tensor:
+    return 1 / images.amax((1, 2, 3))
+
+
+@pytest.mark.parametrize(("images", "references", "why"), WHY_UNSCORED)
+def test_a_batch_without_scores_is_reported_once(images, references, why: str) -> None:
+    """Nothing scored: one warning in the life of the reward, which gives the reason and what to do."""
+    reward = FullReference(inverse_brightness, higher_is_better=True, min_side=2)
+    references = images if references is None else references
+    with pytest.warns(UnscoredWarning, match=f"^inverse_brightness scored no image of this batch: .*{why}") as caught:
+        assert reward(images, references=references).isnan().all()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert reward(images, references=references).isnan().all()  # a second warning would be an error here
+
+
+def test_each_reward_warns_for_itself() -> None:
+    """A reward that scored before still warns, an equal one too, and a batch with one score does not."""
+    reward, other = (NoReference(brightness, higher_is_better=True) for _ in range(2))
+    assert reward == other
+    assert reward(torch.cat([photos(), BYTES])).isfinite().sum() == 4
+    assert reward(photos(0)).shape == (0,)
+    for each in (reward, other, pickle.loads(pickle.dumps(NoReference(brightness, higher_is_better=True)))):
+        with pytest.warns(UnscoredWarning):
+            each(SIGNED)
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe"])
+def test_rewards_of_the_catalogue_warn(name: str) -> None:
+    """The error of most beginners is named by every reward of the catalogue."""
+    images = photos(2, side=192) * 2 - 1
+    with pytest.warns(UnscoredWarning, match=rf"^{name} .*value_range=\(-1, 1\)"):
+        iqareward.load(name)(images, references=images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_only_the_first_call_looks() -> None:
+    """On a GPU the first call of a reward warns, and a warm one does not wait for the device."""
+    with pytest.warns(UnscoredWarning):
+        NoReference(brightness, higher_is_better=True)(SIGNED.cuda())
+    reward = NoReference(brightness, higher_is_better=True)
+    images = photos().cuda()
+    reward(images)
+    with no_waits():
+        reward(images)

@@ -88,7 +88,9 @@ class DeQAReward:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
         with self._scorer.mode():
-            return expected_value(self.logits(images), SCALES[self.scale])
+            scores = expected_value(self.logits(images), SCALES[self.scale])
+            self._scorer.watch.look(self.name, scores, images)
+            return scores
 
     def logits(self, images: Images) -> Tensor:
         """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32."""

@@ -18,7 +18,7 @@ from iqareward.rewards.mllm.owl2.model import PromptState
 from iqareward.rewards.mllm.owl2.static import StaticForward
 from iqareward.rewards.mllm.preprocess import preprocess
 from iqareward.rewards.mllm.prompts import LEVEL_IDS, Prompt
-from iqareward.rewards.scoring import sanitize
+from iqareward.rewards.scoring import UnscoredWatch, sanitize
 from iqareward.types import Images
 
 
@@ -100,6 +100,7 @@ class LevelScorer:
         self.name, self.prompts, self.batch_size, self.compile = name, prompts, batch_size, compile
         self.held = Held(name, partial(_load, source, dtype, quant), device)
         self.mode = partial(any_device_mode, differentiable=differentiable)
+        self.watch = UnscoredWatch()
 
     def clip_logits(self, clips: Sequence[Tensor], prompts: tuple[Prompt, ...]) -> Tensor:
         """`[clips, prompts, 5]` float32 of clips `[F, 3, H, W]`: all frames of one in place of one image token."""

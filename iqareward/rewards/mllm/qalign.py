@@ -94,7 +94,9 @@ class QAlignReward:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
         with self._scorer.mode():
-            return self.scores_per_task(images).mean(dim=1)
+            scores = self.scores_per_task(images).mean(dim=1)
+            self._scorer.watch.look(self.name, scores, images)
+            return scores
 
     def scores_per_task(self, images: Images) -> Tensor:
         """`[B, tasks]` scores in the order of `task`."""
@@ -119,7 +121,9 @@ class QAlignReward:
         """
         with self._scorer.mode():
             logits = self._scorer.clip_logits(clips, self._video_prompts)
-            return expected_value(logits, SCALES[self.scale]).mean(dim=1)
+            scores = expected_value(logits, SCALES[self.scale]).mean(dim=1)
+            self._scorer.watch.look(self.name, scores, [frame for clip in clips for frame in clip])
+            return scores
 
     def to(self, device: torch.device | str) -> "QAlignReward":
         """Move the weights, or choose where they will be loaded; returns the reward itself."""

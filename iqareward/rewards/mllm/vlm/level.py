@@ -128,7 +128,9 @@ class LevelReward:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
         with self._scorer.mode():
-            return expected_value(self.logits(images), self._worth)
+            scores = expected_value(self.logits(images), self._worth)
+            self._scorer.watch.look(self.name, scores, images)
+            return scores
 
     def logits(self, images: Images) -> Tensor:
         """Logits of the level words, in the order of the preset: `[B, levels]` float32."""

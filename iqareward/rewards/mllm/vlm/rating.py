@@ -202,9 +202,14 @@ class RatingReward:
         """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
         with self._scorer.mode():
             if self.mode == "generate":
-                return (self.answers(images).ratings - self._shift) / self._span
-            ratings, mass = self.reading(images)
-            return torch.where(mass >= self.min_digit_mass, (ratings - self._shift) / self._span, torch.nan)
+                scores = (self.answers(images).ratings - self._shift) / self._span
+                reason = "no rating could be read from what the model wrote"
+            else:
+                ratings, mass = self.reading(images)
+                scores = torch.where(mass >= self.min_digit_mass, (ratings - self._shift) / self._span, torch.nan)
+                reason = f"the model would not start its answer with a digit (min_digit_mass={self.min_digit_mass:g})"
+            self._scorer.watch.look(self.name, scores, images, otherwise=reason)
+            return scores
 
     def reading(self, images: Images) -> Reading:
         """Expected ratings with the digit mass of each: how far the model was from writing a rating at all."""

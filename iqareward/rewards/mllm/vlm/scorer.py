@@ -12,7 +12,7 @@ from iqareward.rewards.batches import shape_buckets
 from iqareward.rewards.mllm.held import Held, any_device_mode
 from iqareward.rewards.mllm.vlm.loading import load_network, require_transformers
 from iqareward.rewards.mllm.vlm.network import Features, Network
-from iqareward.rewards.scoring import sanitize
+from iqareward.rewards.scoring import UnscoredWatch, sanitize
 from iqareward.types import Images
 
 Source = str | Path | tuple[Any, Any]
@@ -99,6 +99,7 @@ class VLMScorer:
         self.name, self.width, self.batch_size = name, readout.width, batch_size
         self.held = Held(name, partial(_load, name, source, readout, dtype, differentiable), device)
         self.mode = partial(any_device_mode, differentiable=differentiable)
+        self.watch = UnscoredWatch()
 
     def rows(self, images: Images) -> Tensor:
         """`[B, width]` float32 on the images' device; NaN for images that cannot be scored."""

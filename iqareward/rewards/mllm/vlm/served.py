@@ -16,6 +16,7 @@ from iqareward.rewards.mllm.vlm.png import encode_png, host_pixels
 from iqareward.rewards.mllm.vlm.presets import LevelPreset, RatingPreset
 from iqareward.rewards.mllm.vlm.served_chat import chat_request, data_url, written_tokens
 from iqareward.rewards.mllm.vlm.served_readout import Answer, read_level, read_rating, together
+from iqareward.rewards.scoring import UnscoredWatch
 from iqareward.types import Images, Scores
 
 _REFUSED = {401, 403, 404}  # a wrong token or model name: no policy turns that into NaN
@@ -111,6 +112,7 @@ class ServedVLMReward:
         self.bounds = self._low, self._high = _span(preset, scale)
         self.name = name or f"served:{model}"
         self.max_in_flight, self.on_error, self.min_mass = max_in_flight, on_error, min_mass
+        self._watch = UnscoredWatch()
         self._client = HttpClient(
             urls,
             purpose="ServedVLMReward",
@@ -133,7 +135,7 @@ class ServedVLMReward:
     def reading(self, images: Images) -> ServedReading:
         """Scores, and how much probability the tokens held that they were read from."""
         pixels, device = host_pixels(self.name, images)
-        return self._reading(self._client.run(self._read(pixels)), device)
+        return self._reading(images, self._client.run(self._read(pixels)), device)
 
     async def ascore(
         self,
@@ -144,7 +146,7 @@ class ServedVLMReward:
     ) -> Scores:
         """The same without blocking the event loop; cancelling it cancels its requests."""
         pixels, device = host_pixels(self.name, images)
-        return self._reading(await self._client.arun(self._read(pixels)), device).scores
+        return self._reading(images, await self._client.arun(self._read(pixels)), device).scores
 
     def close(self) -> None:
         """End the connections of this process; a later call opens new ones."""
@@ -182,14 +184,18 @@ class ServedVLMReward:
                 raise
             return Answer(math.nan, math.nan, str(error))
 
-    def _reading(self, answers: list[Answer], device: torch.device) -> ServedReading:
+    def _reading(self, images: Images, answers: list[Answer], device: torch.device) -> ServedReading:
         failures = [answer.error for answer in answers if answer.error]
         if failures:
             message = f"{self.name}: {len(failures)} of {len(answers)} images are not scored: {failures[0]}"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         with torch.inference_mode(False), torch.no_grad():
             values, mass = (torch.tensor([answer[i] for answer in answers], dtype=torch.float32) for i in range(2))
-            return ServedReading((self._low + (self._high - self._low) * values).to(device), mass.to(device))
+            scores = self._low + (self._high - self._low) * values
+            if not failures:
+                reason = f"the tokens that count held too little probability (min_mass={self.min_mass:g})"
+                self._watch.look(self.name, scores, images, otherwise=reason)
+            return ServedReading(scores.to(device), mass.to(device))
 
 
 def _span(preset: LevelPreset | RatingPreset, scale: Literal["unit", "mos"]) -> tuple[float, float]:
