@@ -71,9 +71,11 @@ def atomic_folder(path: Path | str) -> Generator[Path]:
     part.mkdir()
     try:
         yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                _sync(file, os.O_RDONLY)
+        for item in (*part.rglob("*"), part):
+            if item.is_dir():
+                _sync_folder(item)
+            else:
+                _sync(item, os.O_RDWR)
         if path.exists():
             path.replace(old)
         part.replace(path)

@@ -32,6 +32,7 @@ def assert_same_run(run, expected):
         torch.testing.assert_close(trained_weights(run.policy.model)[name], weight, **EXACT)
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     """After each there is a whole checkpoint or none yet; the run ends where one does that nothing has happened to."""
     folder = tmp_path / "killed"
