@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iqareward.adapters._values import find_reward, score
+from iqareward.functional._gradients import clamp
 from iqareward.images import ImageLike
 from iqareward.optional import require
 from iqareward.types import Reward, Scores
@@ -44,7 +45,7 @@ def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
         )
     shift = getattr(config, "shift_factor", None) or 0.0
     decoded = pipeline.vae.decode((latents / config.scaling_factor + shift).to(dtype)).sample
-    return ((decoded.float() + 1) / 2).clamp(0, 1)
+    return clamp((decoded.float() + 1) / 2, 0, 1)
 
 
 @final
