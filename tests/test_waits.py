@@ -12,6 +12,7 @@ import iqareward
 from iqareward.diffusion.data.jpeg import jpeg
 from iqareward.diffusion.monitor import STATISTICS
 from iqareward.rewards.calibration import CDFMap
+from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.mllm.preprocess import preprocess
 from tests.diffusion import tiny
 from tests.gpu import no_waits
@@ -48,24 +49,24 @@ def copies_of_second(call):
     return copies.found
 
 
-def network(kind):
-    """LPIPS or DISTS over seeded weights that keep the size of activations."""
+@pytest.fixture
+def perceptual(tmp_path):
+    """Makes LPIPS or DISTS over seeded weights that keep the size of activations."""
     models = pytest.importorskip("torchvision.models", reason="the extra `perceptual` is not installed")
-    from iqareward.rewards.feature_distances import DISTSNetwork, LPIPSNetwork
 
-    with torch.device("meta"):
-        whole = (models.vgg16 if kind == "dists" else models.alexnet)(weights=None).state_dict()
-    rng = torch.Generator().manual_seed(0)
-    backbone = {
-        name: torch.randn(weight.shape, generator=rng) * (2 / weight[0].numel()) ** 0.5
-        for name, weight in whole.items()
-        if name.startswith("features.")
-    }
-    if kind == "dists":
-        return DISTSNetwork(backbone, {name: torch.ones(1, 1475, 1, 1) for name in ("alpha", "beta")})
-    widths = (64, 192, 384, 256, 256)
-    heads = {f"lin{k}.model.1.weight": torch.ones(1, width, 1, 1) for k, width in enumerate(widths)}
-    return LPIPSNetwork("alex", backbone, heads)
+    def reward(kind):
+        with torch.device("meta"):
+            whole = (models.vgg16 if kind == "dists" else models.alexnet)(weights=None).state_dict()
+        rng = torch.Generator().manual_seed(0)
+        backbone = {
+            name: torch.randn(weight.shape, generator=rng) * (2 / weight[0].numel()) ** 0.5
+            for name, weight in whole.items()
+            if name.startswith("features.")
+        }
+        torch.save(backbone, tmp_path / kind)
+        return DISTSReward(weights=tmp_path / kind) if kind == "dists" else LPIPSReward("alex", weights=tmp_path / kind)
+
+    return reward
 
 
 @faked
@@ -80,17 +81,20 @@ def test_a_copy_is_seen():
 @faked
 @pytest.mark.parametrize("name", REWARDS)
 def test_rewards_copy_nothing(name):
-    """Scores are computed from what is on the device."""
+    """The checks and marks of the contract included; only the first call of all looks at its scores."""
+    reward = iqareward.load(name)
+    images = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    reward(images, references=images)
     with FakeTensorMode():
-        images, reward = torch.rand(2, 3, 192, 192, device=GPU), iqareward.load(name)
+        images = torch.rand(2, 3, 192, 192, device=GPU)
         assert copies_of_second(lambda: reward(images, references=images)) == []
 
 
 @faked
 @pytest.mark.parametrize("kind", ["lpips", "dists"])
-def test_feature_distances_copy_nothing(kind):
+def test_feature_distances_copy_nothing(kind, perceptual):
     """The networks hold their constants as buffers, which move with them."""
-    model = network(kind)
+    model = perceptual(kind).model
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.rand(2, 3, 64, 64, device=GPU)
         state = {name: torch.empty(tensor.shape, device=GPU) for name, tensor in model.state_dict().items()}
@@ -116,17 +120,17 @@ def test_functions_copy_nothing(name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", [*REWARDS, "lpips", "dists"])
-def test_gpu_scores_are_those_of_the_cpu(name, exact_convolutions):
+def test_gpu_scores_are_those_of_the_cpu(name, exact_convolutions, perceptual):
     """On a real one: no wait, and the same scores."""
     images = torch.rand(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
-    call = iqareward.load(name) if name in REWARDS else network(name)
-    expected = call(images, references=images.flip(-1))
-    if isinstance(call, nn.Module):
-        call.to("cuda")
+    reward = iqareward.load(name) if name in REWARDS else perceptual(name)
+    expected = reward(images, references=images.flip(-1))
+    if name not in REWARDS:
+        reward.to("cuda")
     there = images.cuda(), images.flip(-1).cuda()
-    call(there[0], references=there[1])
+    reward(there[0], references=there[1])
     with no_waits():
-        scores = call(there[0], references=there[1])
+        scores = reward(there[0], references=there[1])
     torch.testing.assert_close(scores.cpu(), expected, **NETWORK_BATCH)
 
 
