@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqareward.functional._gradients import root
+from iqareward._gradients import root
 from iqareward.groups import check_ids, check_rows, group_statistics
 from iqareward.types import Groups, Images, Scores
 

@@ -159,6 +159,7 @@ trackers = ["tensorboard"]
 
 MISTAKES = {
     "no TOML": ("folder =", "no TOML"),
+    "too deep": (f"folder = {'[' * 5000}", "no TOML"),
     "unknown key": ("foldr = 'x'", "unknown key `foldr`; did you mean `folder`?"),
     "unknown key in a table": ("sampling.groupsize = 3", "did you mean `sampling.group_size`?"),
     "type": ("seed = 'one'", "`seed` expected an integer, got 'one'"),

@@ -14,8 +14,8 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from iqareward._gradients import clamp
 from iqareward.adapters._values import find_reward, score
-from iqareward.functional._gradients import clamp
 from iqareward.images import ImageLike
 from iqareward.optional import require
 from iqareward.types import Reward, Scores

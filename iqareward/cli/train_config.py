@@ -89,9 +89,10 @@ def read_config(path: Path) -> TrainConfig:
         ValueError: no TOML, or an unknown, missing or wrong key; the key is named.
         OSError: the file cannot be read.
     """
+    content = path.read_bytes()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(content.decode())
+    except Exception as error:  # also of other encodings, or nested too deep
         raise ValueError(f"{path} is no TOML: {error}") from error
     try:
         config = _build(TrainConfig, table, "")

@@ -1,5 +1,6 @@
 """The images that `iqareward train` learns from and those that it is judged by."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from iqareward.cli.train_config import PRESETS, TrainConfig
 from iqareward.diffusion.data.pairs import FolderPairs
 from iqareward.diffusion.data.views import Subset
 from iqareward.diffusion.noise import generator
+from iqareward.rewards.scoring import UnscoredWarning
 from iqareward.types import Reward
 
 
@@ -60,7 +62,10 @@ def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:
     """Score one crop with every reward, by key; ValueError for a reward that cannot score crops of this size."""
     degraded, references = data.train.batch([0])
     for key, reward in rewards.items():
-        if not reward(degraded, references=references).isfinite().all():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnscoredWarning)  # the error below says more
+            scores = reward(degraded, references=references)
+        if not scores.isfinite().all():
             raise ValueError(
                 f"`{key}`: {reward.name} gives no score for crops of {degraded.shape[-1]} pixels. Raise `size`, or "
                 "choose another reward."

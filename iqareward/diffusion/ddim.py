@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iqareward._gradients import clamp
 from iqareward.diffusion.transition import Step, Transition, per_row
 
 
@@ -98,7 +99,7 @@ class DDIM:
         clean, noise = self._split(output, latents, signal, noise_level)
         if self.scheduler.config.clip_sample:
             limit = self.scheduler.config.clip_sample_range
-            clean = clean.clamp(-limit, limit)
+            clean = clamp(clean, -limit, limit)
         variance = (1 - step.then) / (1 - step.now) * (1 - step.now / step.then)
         std = eta * math.sqrt(max(variance, 0.0))
         mean = math.sqrt(step.then) * clean + math.sqrt(max(1 - step.then - std**2, 0.0)) * noise

@@ -9,7 +9,15 @@ from torch import Tensor
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, because its weights, gradients or rewards are not usable; what it has saved is whole."""
+    """A run that cannot go on, because its weights, gradients or rewards are not usable; what it has saved is whole.
+
+    Example:
+        >>> try:
+        ...     require_finite("the model", {"bias": float("nan")})
+        ... except TrainingError as error:
+        ...     print(error)
+        the model is not finite in `bias`.
+    """
 
 
 def require_finite(what: str, values: Any) -> None:

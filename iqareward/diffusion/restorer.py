@@ -13,6 +13,7 @@ from iqareward.diffusion.finite import require_finite
 from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.policy import unwrapped
 from iqareward.optional import require
+from iqareward.weight_files import check_values
 
 EXTRA, PURPOSE = "diffusers", "a pixel restorer"
 SETTINGS = "restorer.json"  # what diffusers has no place for
@@ -87,7 +88,8 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
         A policy on the CPU.
 
     Raises:
-        ValueError: the folder is another one, or the model takes or gives another number of channels.
+        ValueError: the folder is another one or damaged, a weight is not finite, or the model takes or gives another
+            number of channels.
     """
     diffusers: Any = require("diffusers", extra=EXTRA, purpose=PURPOSE)
     folder = Path(folder)
@@ -97,7 +99,11 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
                 f"load_restorer expected {folder} to hold {part}, and there is none. Give a folder that save_restorer "
                 "or a diffusers pipeline with a UNet2DModel wrote."
             )
-    model = diffusers.UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+    try:
+        model = diffusers.UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+    except Exception as error:  # diffusers raises anything for files that are damaged or contradict each other
+        raise ValueError(f"load_restorer cannot load {folder / 'unet'}: {type(error).__name__}: {error}") from error
+    check_values(folder / "unet", dict(model.named_parameters()), may_be_zero=True)
     found = (model.config.in_channels, model.config.out_channels)
     if found != (6, 3):
         raise ValueError(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iqareward._gradients import straight_through
 from iqareward.diffusion.experience import Experience
 from iqareward.diffusion.noise import generator
 from iqareward.diffusion.policy import Condition, Policy, repeat
 from iqareward.diffusion.policy_gradient import RLTerm, mean_per_input
 from iqareward.diffusion.rollout import replay
-from iqareward.functional._gradients import straight_through
 from iqareward.losses import drop_broken_gradients
 from iqareward.types import Reward
 

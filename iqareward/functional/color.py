@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from iqareward._gradients import straight_through
 from iqareward.functional._chunks import map_chunks
-from iqareward.functional._gradients import straight_through
 
 LumaColor = Literal["luma", "luma8"]
 Color = Literal["luma", "luma8", "y", "rgb"]

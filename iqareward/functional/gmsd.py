@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from iqareward._gradients import root
 from iqareward.functional._checks import check_pair
 from iqareward.functional._chunks import map_chunks
-from iqareward.functional._gradients import root
 from iqareward.functional.color import LumaColor, luma_plane
 from iqareward.functional.filters import halve, mean_of_map, pad_zeros
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iqareward._gradients import clamp, straight_through
 from iqareward.functional._checks import check_images
-from iqareward.functional._gradients import clamp, straight_through
 
 CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
 CUBIC_SUPPORT = 2.0

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from iqareward._gradients import clamp
 from iqareward.atomic import write_text
 from iqareward.functional._constants import constant
 from iqareward.rewards.compose import joint_facts
@@ -31,7 +32,7 @@ class AffineMap:
         high: the score that becomes 1.
 
     Raises:
-        ValueError: `low` is not below `high`.
+        ValueError: `low` is not below `high`, or one is not finite.
 
     Example:
         >>> AffineMap(-100.0, 0.0)(torch.tensor([-100.0, -25.0, 5.0]))
@@ -42,8 +43,8 @@ class AffineMap:
     high: float
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ValueError(f"AffineMap expected low < high, got ({self.low}, {self.high}).")
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
+            raise ValueError(f"AffineMap expected finite numbers low < high, got ({self.low}, {self.high}).")
 
     @classmethod
     def fit(cls, scores: Tensor) -> "AffineMap":
@@ -52,7 +53,7 @@ class AffineMap:
         return cls(float(low), float(high))
 
     def __call__(self, scores: Tensor) -> Tensor:
-        return ((scores - self.low) / (self.high - self.low)).clamp(0, 1)
+        return clamp((scores - self.low) / (self.high - self.low), 0, 1)
 
 
 @final
@@ -65,7 +66,7 @@ class LogisticMap:
         scale: > 0, in units of the score.
 
     Raises:
-        ValueError: `scale` is not positive.
+        ValueError: `scale` is not positive, or a number is not finite.
 
     Example:
         >>> LogisticMap.fit(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))(torch.tensor([2.0, 3.0, 4.0]))
@@ -76,8 +77,10 @@ class LogisticMap:
     scale: float
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"LogisticMap expected scale > 0, got {self.scale}.")
+        if not (self.scale > 0 and math.isfinite(self.center) and math.isfinite(self.scale)):
+            raise ValueError(
+                f"LogisticMap expected a finite center and a finite scale > 0, got {self.center} and {self.scale}."
+            )
 
     @classmethod
     def fit(cls, scores: Tensor) -> "LogisticMap":
@@ -100,7 +103,7 @@ class CDFMap:
         levels: what they become, increasing in [0, 1]; a tied score becomes the middle of its ties.
 
     Raises:
-        ValueError: fewer than two knots, another number of levels, or either does not rise.
+        ValueError: fewer than two knots, another number of levels, either does not rise, or leaves its range.
 
     Example:
         >>> CDFMap.fit(torch.tensor([0.0, 1.0, 2.0, 30.0, 400.0]))(torch.tensor([-1.0, 1.0, 900.0]))
@@ -113,10 +116,11 @@ class CDFMap:
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.knots[:-1], self.knots[1:], strict=True))
         rising &= all(a < b for a, b in zip(self.levels[:-1], self.levels[1:], strict=True))
-        if len(self.knots) < 2 or len(self.knots) != len(self.levels) or not rising:
+        finite = all(math.isfinite(knot) for knot in self.knots) and all(0 <= level <= 1 for level in self.levels)
+        if len(self.knots) < 2 or len(self.knots) != len(self.levels) or not (rising and finite):
             raise ValueError(
-                "CDFMap expected at least two strictly increasing knots with as many strictly increasing levels, "
-                f"got {len(self.knots)} and {len(self.levels)}. CDFMap.fit(scores) makes them."
+                "CDFMap expected at least two finite, strictly increasing knots and as many strictly increasing levels "
+                f"in [0, 1], got {len(self.knots)} and {len(self.levels)}. CDFMap.fit(scores) makes them."
             )
 
     @classmethod
@@ -130,7 +134,7 @@ class CDFMap:
     def __call__(self, scores: Tensor) -> Tensor:
         knots, levels = (constant(row, scores.dtype, scores.device) for row in (self.knots, self.levels))
         upper = torch.searchsorted(knots, scores.detach().contiguous()).clamp(1, len(self.knots) - 1)
-        position = ((scores - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
+        position = clamp((scores - knots[upper - 1]) / (knots[upper] - knots[upper - 1]), 0, 1)
         return torch.lerp(levels[upper - 1], levels[upper], position)
 
 
@@ -214,12 +218,13 @@ def load_map(path: str | Path) -> ScoreMap:
         ...     load_map(f"{folder}/judge.json")(torch.tensor([0.3]))
         tensor([0.5000])
     """
+    content = Path(path).read_bytes()
     try:
-        fields = json.loads(Path(path).read_text())
+        fields = json.loads(content)
         kind = _MAPS[fields.pop("map")]
         values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
         return kind(**values)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except Exception as error:  # whatever the decoder and the maps make of a damaged file
         raise ValueError(f"{path} is not a saved score map ({error!r}); save_map writes one.") from error
 
 

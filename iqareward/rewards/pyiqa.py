@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from iqareward.losses import drop_broken_gradients
 from iqareward.rewards.loading import LazyModel, computing_on, plain_defaults
 from iqareward.rewards.pyiqa_build import build_metric, check_request, network_of
 from iqareward.rewards.pyiqa_facts import (
@@ -128,9 +129,8 @@ class PyIQAReward:
         self._loader.onload()
 
     def _score_batch(self, *batch: Tensor) -> Tensor:
+        batch = (drop_broken_gradients(batch[0]), *batch[1:])  # FSIM has no derivative at a constant image
         images = batch[0]
-        if images.requires_grad:
-            images.register_hook(_drop_broken_gradients)
         facts, multiple = METRICS[self.metric], PAD_TO_MULTIPLE.get(self.metric, 1)
         padding = (0, -images.shape[3] % multiple, 0, -images.shape[2] % multiple)
         if any(padding):
@@ -202,9 +202,3 @@ def _per_image(name: str, output: Any, count: int) -> Tensor:
             f"{name} expected one number per image from pyiqa ({count}), got shape {list(values.shape)}."
         )
     return values.reshape(count).float()
-
-
-def _drop_broken_gradients(gradient: Tensor) -> Tensor:
-    """Zero the gradient of images where it is not finite (FSIM on a constant image), so that it spoils no weights."""
-    finite = gradient.isfinite().flatten(1).all(1)
-    return torch.where(finite[:, None, None, None], gradient, 0.0)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from iqareward.functional._gradients import clamp
+from iqareward._gradients import clamp
 
 FULL, NONE = True, False  # whether a metric compares with a reference
 HIGHER, LOWER = True, False  # which way is better

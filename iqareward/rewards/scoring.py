@@ -16,8 +16,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from iqareward._gradients import clamp
 from iqareward.functional._chunks import rows_in_cache
-from iqareward.functional._gradients import clamp
 from iqareward.rewards.batches import shape_buckets
 from iqareward.types import Images, Scores
 

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from iqareward.diffusion.ddim import DDIM
 from iqareward.diffusion.pixel import PixelPolicy
@@ -35,6 +36,19 @@ def test_another_process_is_not_saved(tmp_path):
     with pytest.raises(TypeError, match="`process` is a DDIM, got a TwoSteps"):
         save_restorer(policy, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    """A file that was cut short, and a weight that is NaN, are refused by the folder's name."""
+    save_restorer(build_restorer((8, 8)), tmp_path / "whole")
+    file = tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"conv_in.bias": torch.full_like(weights["conv_in.bias"], torch.nan)}, file)
+    with pytest.raises(ValueError, match=r"unet has NaN or infinite values in conv_in\.bias"):
+        load_restorer(tmp_path / "whole")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot load .*unet"):
+        load_restorer(tmp_path / "whole")
 
 
 def test_seeds_and_the_callers_random_numbers():

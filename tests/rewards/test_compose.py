@@ -226,10 +226,33 @@ def test_maps_that_cannot_be() -> None:
             kind.fit(torch.tensor([1.0, 1.0, torch.nan]))
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"map": "spline"}', '{"map": "affine", "slope": 1}'])
-def test_files_that_are_no_maps(text: str, tmp_path) -> None:
-    """A file that is no map says so."""
+NO_MAPS = {
+    "empty": b"",
+    "a list": b"[]",
+    "another kind": b'{"map": "spline"}',
+    "unknown key": b'{"map": "affine", "slope": 1}',
+    "words": b'{"map": "affine", "low": "a", "high": "b"}',
+    "endless": b'{"map": "affine", "low": 0, "high": Infinity}',
+    "no center": b'{"map": "logistic", "center": NaN, "scale": 1}',
+    "endless knot": b'{"map": "cdf", "knots": [0, Infinity], "levels": [0, 1]}',
+    "high level": b'{"map": "cdf", "knots": [0, 1], "levels": [0, 2]}',
+    "no text": b"\xff\xfe\x00",
+    "too deep": b"[" * 100_000,
+}
+
+
+def test_scores_at_the_ends_of_a_map_keep_their_gradient() -> None:
+    """The end of a range belongs to it: a score there moves, one beyond does not."""
+    for score_map in (AffineMap(0.0, 2.0), CDFMap((0.0, 2.0), (0.0, 1.0))):
+        scores = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0], requires_grad=True)
+        score_map(scores).sum().backward()
+        torch.testing.assert_close(scores.grad, torch.tensor([0.0, 0.5, 0.5, 0.5, 0.0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", NO_MAPS.values(), ids=NO_MAPS)
+def test_files_that_are_no_maps(content: bytes, tmp_path) -> None:
+    """A file that is no map, or one whose numbers would spoil every score, says so."""
     path = tmp_path / "map.json"
-    path.write_text(text)
+    path.write_bytes(content)
     with pytest.raises(ValueError, match="save_map writes one"):
         load_map(path)

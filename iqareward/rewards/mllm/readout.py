@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iqareward.functional._gradients import root
+from iqareward._gradients import root
 
 # worth of excellent, good, fair, poor, bad
 SCALES: dict[str, tuple[float, ...]] = {
