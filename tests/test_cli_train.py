@@ -210,7 +210,8 @@ def test_runs_are_not_mixed_up(folder: Path) -> None:
     """A folder with a run is not written over, and a resumed run may be longer but not another one."""
     train(settings(updates=1))
     assert "Go on with --resume" in train(settings(updates=1), code=2)
-    assert "`seed`" in train(settings(updates=1, more="seed = 3"), "--resume", code=2)
+    said = " ".join(train(settings(updates=1, more="seed = 3\noptimization.kl_beta = 0.5"), "--resume", code=2).split())
+    assert "`seed` was 0, is 3; `optimization.kl_beta` was 0.0, is 0.5" in said
     train(settings(updates=2, more="resume = true"))
     assert len(Path("run/history.jsonl").read_text().splitlines()) == 3
 

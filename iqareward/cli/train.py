@@ -1,7 +1,6 @@
 """Train a restorer on a folder of images: SFT if it starts from scratch, then difficulty-adaptive RL."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.policy import unwrapped
 from iqareward.diffusion.policy_gradient import PolicyGradient
 from iqareward.diffusion.restorer import build_restorer, load_restorer, save_restorer
-from iqareward.diffusion.run_folder import exclusive
+from iqareward.diffusion.run_folder import described, differences, exclusive
 from iqareward.diffusion.sft import supervised
 from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
 from iqareward.diffusion.validation import Validation
@@ -27,7 +26,7 @@ from iqareward.rewards.catalog import load
 from iqareward.types import Reward
 
 EXAMPLE = Path(__file__).with_name("train.toml")
-MAY_CHANGE = {"updates", "save_every", "resume", "trackers"}  # without making a resumed run another one
+MAY_CHANGE = ("resume", "save_every", "trackers", "updates")  # without making a resumed run another one
 
 
 def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
@@ -102,12 +101,12 @@ def _open_output(config: TrainConfig, file: Path, accelerator: Any, *, resume: b
         raise ValueError(f"{config.output} holds a run. Go on with --resume, or choose another `output`.")
     if copy.is_file():
         before = read_config(copy)
-        names = [item.name for item in fields(config) if item.name not in MAY_CHANGE]
-        changed = [name for name in names if getattr(config, name) != getattr(before, name)]
+        changed = differences(described(before, without=MAY_CHANGE), described(config, without=MAY_CHANGE))
         if changed:
+            listed = "; ".join(f"`{key}` {words}" for key, words in changed.items())
             raise ValueError(
-                f"{file} differs from the run in {config.output} in `{'`, `'.join(changed)}`. A resumed run may change "
-                f"{', '.join(sorted(MAY_CHANGE))} only: restore the others, or choose another `output`."
+                f"{file} differs from the run in {config.output}: {listed}. A resumed run may change "
+                f"{', '.join(MAY_CHANGE)} only: restore the others, or choose another `output`."
             )
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:

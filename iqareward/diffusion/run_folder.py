@@ -64,6 +64,8 @@ def described(value: Any, *, without: Sequence[str] = ()) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, Tensor):
         return f"tensor of {list(value.shape)}"
     if isinstance(value, Reward):

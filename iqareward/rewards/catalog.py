@@ -177,9 +177,12 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
         if parts != texts:
             line = parts[0] + "".join(f" {sign} {part}" for sign, part in zip(signs[1:], parts[1:], strict=True))
             wide = ", ".join(r.name for text, part, (_, r) in zip(texts, parts, terms, strict=True) if part != text)
+            # Of a metric known as a distance the reward is the negative already; people subtract it once more.
+            twice = [reward.name for weight, reward in terms if weight < 0 and reward.bounds[1] == 0]
+            hint = f" {', '.join(twice)}: higher is better here already; did you mean + instead of -?" if twice else ""
             raise ValueError(
                 f"{spec!r} adds scores of different scales: {wide} may leave [-1, 1]. "
-                f"Write {line!r}: the first score in brackets becomes 0, the second 1."
+                f"Write {line!r}: the first score in brackets becomes 0, the second 1.{hint}"
             )
     return WeightedSum(terms)
 

@@ -72,6 +72,7 @@ def test_special_pictures(name: str, picture: str, photographs: Tensor) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
 @pytest.mark.parametrize("side", [1, 2, 5, 10, 11, 15, 16, 33, 64, 97, 161, 193])
 @pytest.mark.parametrize("name", CLASSICAL)
 def test_every_size(name: str, side: int) -> None:
@@ -83,6 +84,7 @@ def test_every_size(name: str, side: int) -> None:
     assert not scores.isinf().any()
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
 def test_a_long_strip() -> None:
     """4096 pixels on a side, one on the other: not scored or scored, but never an error."""
     for name in CLASSICAL:
@@ -122,6 +124,12 @@ def test_sums_of_different_scales(spec: str, wide: str, line: str, photographs: 
     with pytest.raises(ValueError, match=re.escape(f"{wide} may leave [-1, 1]. Write {line!r}")):
         load(spec)
     assert load(line)(photographs[:1], references=photographs[1:2]).isfinite().all()
+
+
+def test_a_distance_is_not_subtracted() -> None:
+    """Scores of GMSD are negative already: subtracting them would pay for damage, so the message asks."""
+    with pytest.raises(ValueError, match=r"gmsd: higher is better here already; did you mean \+ instead of -\?"):
+        load("0.5*ssim - 0.5*gmsd")
 
 
 @pytest.mark.parametrize("name", CATALOG)
