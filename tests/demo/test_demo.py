@@ -172,6 +172,7 @@ def test_two_runs_give_the_same_numbers(demo: tuple[Demo, str], tmp_path: Path) 
     assert (tmp_path / "scores.csv").read_text() == demo[0].files[1].read_text()
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
 def test_a_reward_that_cannot_score_leaves_gaps(tmp_path: Path) -> None:
     """Pictures too small for MS-SSIM give empty cells and a note, never a number."""
     console = Console(file=io.StringIO(), width=80)
