@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from iqareward.types import Images, Reward
 
+MEMBERS = ("name", "needs_references", "needs_prompts", "differentiable", "bounds", "__call__")
+
 
 def expect(condition: object, message: str) -> None:
     """`assert` that also holds under `python -O`."""
@@ -46,9 +48,8 @@ class Case:
 
 def facts(case: Case) -> str | None:
     reward = case.reward
-    members = ("name", "needs_references", "needs_prompts", "differentiable", "bounds", "__call__")
-    missing = [name for name in members if not hasattr(reward, name)]
-    expect(not missing, f"a reward has {', '.join(members)}; this one lacks {', '.join(missing)}")
+    missing = [name for name in MEMBERS if not hasattr(reward, name)]
+    expect(not missing, f"a reward has {', '.join(MEMBERS)}; this one lacks {', '.join(missing)}")
     expect(
         not isinstance(reward, nn.Module),
         "a reward must not be an nn.Module (TRL takes any module for a text reward model); keep it in `reward.model`",
@@ -120,8 +121,13 @@ def one_and_none(case: Case) -> str | None:
     for score in alone:
         expect(score.shape == (1,), f"one image must give shape [1], got {list(score.shape)}")
     case.assert_same(torch.cat(alone), case.score(), "when images are scored one at a time")
-    empty = case.score(case.images[:0], _rows(case.references, []))
-    expect(empty.shape == (0,), f"no image must give shape [0], got {list(empty.shape)}")
+    nothing = case.images[:0]
+    wanted = f"an empty batch, {list(nothing.shape)}, must give shape [0]"
+    try:
+        empty = case.score(nothing, _rows(case.references, []))
+    except Exception as error:
+        raise AssertionError(f"{wanted}; it raised {type(error).__name__}: {error}") from error
+    expect(empty.shape == (0,), f"{wanted}, got {list(empty.shape)}")
 
 
 def order(case: Case) -> str | None:
@@ -229,17 +235,18 @@ def _rows(references: Tensor | None, rows: list[int]) -> Tensor | None:
 class Check(NamedTuple):
     title: str
     run: Callable[[Case], str | None]
+    only_given: bool = False  # scores the given images and no others; if none has a score, the images are at fault
 
 
 ALL = (
     Check("states its facts and is no nn.Module", facts),
-    Check("survives pickling", pickling),
-    Check("leaves its inputs untouched", untouched),
-    Check("gives [B] finite float32 on the images' device", output),
+    Check("survives pickling", pickling, only_given=True),
+    Check("leaves its inputs untouched", untouched, only_given=True),
+    Check("gives [B] finite float32 on the images' device", output, only_given=True),
     Check("stays within its bounds, also on black and white images", bounds),
     Check("ignores unknown keywords", keywords),
     Check("gives the same score twice", repeat),
-    Check("gives the same score alone and in a batch; none for none", one_and_none),
+    Check("gives the same score alone and in a batch, and none for an empty batch", one_and_none),
     Check("does not depend on the order", order),
     Check("accepts lists and mixed sizes", sequences),
     Check("does not depend on the memory layout", layouts),

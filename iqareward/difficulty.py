@@ -63,6 +63,7 @@ def reference_distance(
         `[B]` >= 0, larger = harder; rollouts with a score that is not finite are left out, NaN where none remains.
 
     Raises:
+        TypeError: `metric` is no function; `groups` is passed by name.
         ValueError: `best` is missing for a metric that does not declare an upper bound.
 
     Example:
@@ -70,6 +71,11 @@ def reference_distance(
         >>> reference_distance(photos + 0.1, photos)
         tensor([0.1000, 0.1000])
     """
+    if not callable(metric):
+        raise TypeError(
+            f"reference_distance expected `metric` to be callable, got {type(metric).__name__}. Pass ids of inputs by "
+            "name: groups=..."
+        )
     best = _best_value(metric) if best is None else best
     with torch.no_grad():
         scores = metric(images, references)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from iqareward import _contract_checks as checks
-from iqareward.rewards.scoring import UnscoredWarning
+from iqareward.rewards.scoring import UnscoredWarning, why_unscored
 from iqareward.types import Reward
 
 
@@ -43,14 +43,13 @@ def check_reward(
     """Test a reward against the whole contract of this library, and say everything that is wrong with it.
 
     Checked: facts and type; shape, dtype and device of scores, also for one image, none, and mixed sizes; bounds;
-        unknown
-    keywords; untouched inputs; the same score alone, in a batch, in another order, in half precision, in another memory
-    layout, twice, from threads under foreign autocast and grad modes, and after pickling; a graph exactly when
-    `differentiable`; non-finite pixels cost one image its score and no other; missing references are an error; and,
-    with `degraded`, the direction.
+    unknown keywords; untouched inputs; the same score alone, in a batch, in another order, in half precision, in
+    another memory layout, twice, from threads under foreign autocast and grad modes, and after pickling; a graph
+    exactly when `differentiable`; non-finite pixels cost one image its score and no other; missing references are an
+    error; and, with `degraded`, the direction.
 
     Args:
-        reward: anything that might be a reward.
+        reward: an object that might be a reward.
         images: `[B, 3, H, W]` float in [0, 1], B >= 3, large enough for the reward to score each of them.
         references: `[B, 3, H, W]`, needed if the reward needs them; different from `images`.
         degraded: `[B, 3, H, W]`, visibly worse versions of `images`; most of them must score lower.
@@ -62,7 +61,9 @@ def check_reward(
 
     Raises:
         RewardContractError: with all failures.
-        ValueError: the arguments are not fit for the check.
+        TypeError: `reward` is the name of one, a class, or a metric that is not wrapped.
+        ValueError: the images are not fit for the check, the reward scores none of them, or it needs references and
+            there are none.
 
     Example:
         >>> import torch
@@ -75,20 +76,22 @@ def check_reward(
         >>> report.failed
         []
     """
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] < 3:
-        raise ValueError("check_reward expected `images` as a tensor [B, 3, H, W] with B >= 3.")
-    for name, other in (("references", references), ("degraded", degraded)):
-        if other is not None and other.shape != images.shape:
-            raise ValueError(
-                f"check_reward expected `{name}` of shape {list(images.shape)} like `images`, got {list(other.shape)}."
-            )
+    _check_type(reward)
+    _check_images(images, references, degraded)
+    if references is None and getattr(reward, "needs_references", False):
+        raise ValueError(
+            f"check_reward expected `references`, because {getattr(reward, 'name', 'the reward')!r} compares "
+            "with them, got None. Pass the undamaged versions of `images`."
+        )
     report = Report(str(getattr(reward, "name", type(reward).__name__)))
     case = checks.Case(reward, images.detach(), references, degraded, {"rtol": rtol, "atol": atol, "equal_nan": True})
-    for title, check in checks.ALL:
+    for title, check, only_given in checks.ALL:
         try:
-            with warnings.catch_warnings():  # some checks score batches that have no score on purpose
-                warnings.simplefilter("ignore", UnscoredWarning)
+            with warnings.catch_warnings():  # the other checks score batches that have no score on purpose
+                warnings.simplefilter("error" if only_given else "ignore", UnscoredWarning)
                 reason = check(case)
+        except UnscoredWarning as unscored:
+            raise ValueError(f"check_reward expected images that the reward scores, but {unscored}") from unscored
         except Exception as error:
             report.failed.append((title, f"{type(error).__name__}: {error}"))
         else:
@@ -99,3 +102,44 @@ def check_reward(
     if report.failed:
         raise RewardContractError(str(report))
     return report
+
+
+def _check_type(reward: object) -> None:
+    """Refuse what a newcomer may take for a reward."""
+    if isinstance(reward, str):
+        raise TypeError(
+            f"check_reward expected a reward, got the string {reward!r}. Load it first: iqareward.load({reward!r})."
+        )
+    if isinstance(reward, type):
+        raise TypeError(
+            f"check_reward expected a reward, got the class {reward.__name__}. "
+            f"Pass an instance: {reward.__name__}(...)."
+        )
+    facts = [name for name in checks.MEMBERS if name != "__call__"]
+    if callable(reward) and not any(hasattr(reward, name) for name in facts):
+        kind, name = type(reward).__name__, getattr(reward, "__name__", "metric")
+        raise TypeError(
+            f"check_reward expected a reward, got {kind} {name}, which has none of {', '.join(facts)}. Wrap it in "
+            f"NoReference({name}, higher_is_better=...) or FullReference({name}, higher_is_better=...)."
+        )
+
+
+def _check_images(images: Tensor, references: Tensor | None, degraded: Tensor | None) -> None:
+    """Refuse images that no reward could be checked on."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] < 3:
+        raise ValueError("check_reward expected `images` as a tensor [B, 3, H, W] with B >= 3.")
+    for name, batch in {"images": images, "references": references, "degraded": degraded}.items():
+        if batch is None:
+            continue
+        if batch.shape != images.shape:
+            raise ValueError(
+                f"check_reward expected `{name}` of shape {list(images.shape)} like `images`, got {list(batch.shape)}."
+            )
+        if not batch.is_floating_point():
+            raise ValueError(
+                f"check_reward expected `{name}` in floating point, got {batch.dtype}. Convert them with "
+                f"iqareward.to_images({name}, value_range=(black, white))."
+            )
+    reasons = "; ".join(why_unscored(images, references=references, degraded=degraded))
+    if reasons:
+        raise ValueError(f"check_reward expected images that a reward can score, but {reasons}.")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from iqareward import FullReference, NoReference, check_reward
+from iqareward import FullReference, NoReference, WeightedSum, check_reward
+from iqareward.rewards.scoring import UnscoredWarning
 from iqareward.testing import RewardContractError
 
 
@@ -159,6 +160,12 @@ class ListsAreOne(Plain):
         return super().__call__(images if same_size else images[:1])
 
 
+class NeedsRows(Plain):
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        images[0]
+        return super().__call__(images)
+
+
 class Module(nn.Module):
     name, needs_references, needs_prompts, differentiable, bounds = "module", False, False, False, (None, None)
 
@@ -192,6 +199,7 @@ FAULTS = [
     (Plain(leaks_graph), "promises no graph"),
     (NoReference(no_gradient, higher_is_better=True, differentiable=True), r"of images \[0, 1, 2, 3\] is zero"),
     (NoReference(broken_gradient, higher_is_better=True, differentiable=True), "the gradient has non-finite values"),
+    (NeedsRows(nothing_wrong), r"an empty batch, \[0, 3, 16, 16\], must give shape \[0\]; it raised IndexError"),
     (Plain(upside_down), "is the sign right"),
     (Plain(raises_always), "RuntimeError: CUDA out of memory"),
 ]
@@ -233,3 +241,46 @@ def test_arguments() -> None:
         check_reward(reward, IMAGES[:2])
     with pytest.raises(ValueError, match="degraded"):
         check_reward(reward, IMAGES, degraded=FLAT[:3])
+    for name, broken in {"images": (IMAGES * 2 - 1, FLAT, FLAT), "references": (IMAGES, FLAT * 255, FLAT)}.items():
+        with pytest.raises(ValueError, match=f"4 of 4 {name} lie outside"):
+            check_reward(FullReference(error, higher_is_better=False), *broken[:2], degraded=broken[2])
+    with pytest.raises(ValueError, match=r"degraded lie outside .*to_images\(degraded, value_range=\(-1, 1\)\)"):
+        check_reward(reward, IMAGES, degraded=FLAT * 4 - 2)
+    with pytest.raises(ValueError, match=r"1 of 4 images have NaN"):
+        check_reward(reward, torch.cat([IMAGES[:3], IMAGES[3:] * torch.nan]))
+    with pytest.raises(ValueError, match=r"floating point, got torch\.uint8"):
+        check_reward(reward, (IMAGES * 255).to(torch.uint8))
+
+
+def test_missing_references_are_one_error() -> None:
+    """A full-reference reward without references is refused by name, before anything is scored."""
+    with pytest.raises(ValueError, match=r"`references`.*'error' compares with them, got None"):
+        check_reward(FullReference(error, higher_is_better=False), IMAGES)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_images_that_are_never_scored_are_refused(nested: bool, used_before: bool) -> None:
+    """Too small images are an error with the reason, whether or not the reward has warned of them already."""
+    reward = NoReference(contrast, higher_is_better=True, min_side=17)
+    checked = WeightedSum([(1.0, reward)]) if nested else reward
+    if used_before:
+        with pytest.warns(UnscoredWarning):
+            checked(IMAGES)
+    with pytest.raises(ValueError, match="4 of 4 images have a side shorter than 17 pixels"):
+        check_reward(checked, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("thing", "advice"),
+    [
+        ("ssim", r"the string 'ssim'.*iqareward\.load\('ssim'\)"),
+        (contrast, r"function contrast.*NoReference\(contrast.*FullReference\("),
+        (nn.Conv2d(3, 1, 3), r"Conv2d.*NoReference\("),
+        (Stated, r"the class Stated.*Stated\(\.\.\.\)"),
+    ],
+)
+def test_what_is_no_reward_is_refused(thing: object, advice: str) -> None:
+    """A name, a bare function, a module or a class is refused with the way to make a reward of it."""
+    with pytest.raises(TypeError, match=advice):
+        check_reward(thing, IMAGES)  # type: ignore[arg-type]

@@ -155,6 +155,8 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0 failed" in run("check", "psnr", "--size", 32)
     assert "is the sign right" in run("check", "their_rewards:wrong", "--size", 64, code=1)
     assert "no 'bad'" in run("check", "their_rewards:bad", code=2)
+    assert "NoReference(contrast" in run("check", "their_rewards:contrast", code=2)
+    assert "shorter than 96 pixels" in run("check", "niqe", "--size", 64, code=2).replace("\n", " ")
     assert "no_such_module" in run("check", "no_such_module:reward", code=2)
 
 

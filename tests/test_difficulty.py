@@ -67,6 +67,12 @@ def test_metric_without_a_best_value_is_refused():
         reference_distance(photos(6), photos(2))
 
 
+def test_groups_in_the_place_of_the_metric_are_refused():
+    """Ids passed by position, as `group_advantages` takes them, are refused with the right spelling."""
+    with pytest.raises(TypeError, match=r"`metric`.*got Tensor\. .*groups=\.\.\."):
+        reference_distance(photos(), photos(seed=1), torch.arange(6))
+
+
 def test_difficulty_is_detached_and_shared_by_rollouts():
     """Each rollout gets its input's mean over the rollouts that could be scored."""
     images = photos().requires_grad_()

@@ -123,6 +123,17 @@ def test_gates_in_both_directions():
     assert soft_gate(solved, direction="hard_to_rl").rl.tolist() == soft.rl.flip(0).tolist()
 
 
+@pytest.mark.parametrize("formula", [gate, soft_gate, logistic_success])
+@pytest.mark.parametrize("value", [-0.1, 1.5, torch.inf])
+def test_distances_are_no_pass_rates(formula, value):
+    """A pass rate outside [0, 1] is an error on the CPU; NaN and rounding are none."""
+    with pytest.raises(ValueError, match=rf"{formula.__name__} expected `pass_rate` in \[0, 1\].*pass_rate\("):
+        Schedule(formula)(torch.tensor([0.5, value]))
+    formula(torch.tensor([torch.nan, 0.0, 1 + 1e-6]))
+    weights = formula(torch.empty(2, device="meta"))  # stands for any device that would have to be waited for
+    assert weights.rl.shape == (2,)
+
+
 def test_logistic_success_mirrors_for_negative_advantages():
     """GRPO-LEAD's factor, with 1 - P where the advantage is negative."""
     solved, advantages = torch.tensor([0.1, 0.1, 0.9]), torch.tensor([1.0, -1.0, -0.5])

@@ -39,7 +39,7 @@ class UnscoredWatch:
     """Warns once in the life of a reward that it scored nothing, and says why: most often a forgotten conversion.
 
     Looking at scores waits for their device. On a CPU that costs nothing, so every call is looked at; on other devices
-    only the first one is.
+    only the first one is. A pickled copy begins a life of its own.
 
     Example:
         >>> watch = UnscoredWatch()
@@ -48,6 +48,9 @@ class UnscoredWatch:
 
     def __init__(self) -> None:
         self._has_looked = self._has_warned = False
+
+    def __reduce__(self) -> tuple[type["UnscoredWatch"], tuple[()]]:
+        return UnscoredWatch, ()
 
     def look(
         self,
@@ -75,16 +78,21 @@ class UnscoredWatch:
         self._has_looked = True
         if bool(scores.isnan().all()):
             self._has_warned = True
-            why = "; ".join(_reasons(images, references, min_side)) or otherwise
+            why = "; ".join(why_unscored(images, references=references, min_side=min_side)) or otherwise
             warnings.warn(f"{name} scored no image of this batch: {why}.", UnscoredWarning, _first_foreign_frame())
 
 
-def _reasons(images: Images, references: Images | None, min_side: int) -> Iterator[str]:
-    """What about the pixels keeps them from being scored."""
+def why_unscored(images: Images, *, min_side: int = 1, **others: Images | None) -> Iterator[str]:
+    """What about the pixels keeps images, or others of the same shapes, from being scored; waits for their device.
+
+    Example:
+        >>> list(why_unscored(torch.zeros(1, 3, 8, 8), min_side=11))
+        ['1 of 1 images have a side shorter than 11 pixels']
+    """
     num_small = sum(min(row.shape[-2:]) < min_side for row in images)
     if num_small:
         yield f"{num_small} of {len(images)} images have a side shorter than {min_side} pixels"
-    for argument, rows in (("images", images), ("references", references)):
+    for argument, rows in {"images": images, **others}.items():
         if rows is None:
             continue
         pixels = [row.detach().float() for row in rows]

@@ -13,6 +13,7 @@ from iqareward.losses import LossWeights, mix
 # HPT's: (RL, SFT) for 0 to 8 solved of 8 rollouts.
 HPT_TABLE = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125), *[(1.0, 0.0)] * 4)
 Direction = Literal["hard_to_rl", "hard_to_sft"]
+ROUNDING = 1e-3  # of a mean in float16
 
 
 def constant(
@@ -97,13 +98,17 @@ def gate(
     Args:
         pass_rate: `[B]` share P of an input's rollouts that pass, see `iqareward.difficulty.pass_rate`; NaN gets SFT.
         threshold: 0 for "any passes"; HPT also uses 2/8.
-        direction: HPT's, or the reverse.
+        direction: "hard_to_sft" is HPT's: inputs that never pass get SFT only. "hard_to_rl" is the reverse, which is
+            the direction of `AdaptiveWeighter`.
         active: as in `AdaptiveWeighter`.
         valid: as in `AdaptiveWeighter`.
         step: not used.
 
     Returns:
         `LossWeights` of `[B]`.
+
+    Raises:
+        ValueError: a pass rate on the CPU lies outside [0, 1]; on other devices that is not looked at.
 
     Example:
         >>> gate(torch.tensor([0.0, 0.5])).rl
@@ -113,7 +118,7 @@ def gate(
         Lv et al., Towards a Unified View of Large Language Model Post-Training, 2025, https://arxiv.org/abs/2509.04419;
         SuperRL, 2025, https://arxiv.org/abs/2506.01096
     """
-    rows = check_rows("gate", pass_rate)
+    rows = _pass_rates("gate", pass_rate)
     passed = rows > threshold if direction == "hard_to_sft" else rows <= threshold
     passed = passed & rows.isfinite()
     return mix(passed.to(rows.dtype), active=active, valid=valid)
@@ -133,13 +138,17 @@ def soft_gate(
     Args:
         pass_rate: `[B]` in [0, 1]; the nearest entry of the table counts, NaN gets SFT.
         table: (rl, sft) for pass rates from 0 to 1 in equal steps.
-        direction: HPT's, or the table read from its end.
+        direction: "hard_to_sft" is HPT's: inputs that never pass get SFT only. "hard_to_rl" reads the table from its
+            end, which is the direction of `AdaptiveWeighter`.
         active: as in `AdaptiveWeighter`.
         valid: as in `AdaptiveWeighter`.
         step: not used.
 
     Returns:
         `LossWeights` of `[B]`.
+
+    Raises:
+        ValueError: a pass rate on the CPU lies outside [0, 1]; on other devices that is not looked at.
 
     Example:
         >>> soft_gate(torch.tensor([0.0, 0.375, 1.0])).rl
@@ -148,7 +157,7 @@ def soft_gate(
     References:
         Lv et al., Towards a Unified View of Large Language Model Post-Training, 2025, https://arxiv.org/abs/2509.04419
     """
-    rows = check_rows("soft_gate", pass_rate)
+    rows = _pass_rates("soft_gate", pass_rate)
     entries = torch.tensor(list(table), dtype=rows.dtype, device=rows.device)
     place = ((rows if direction == "hard_to_sft" else 1 - rows) * (len(table) - 1)).round()
     rl, sft = entries[place.nan_to_num(nan=0.0).clamp(0, len(table) - 1).long()].unbind(1)
@@ -190,6 +199,9 @@ def logistic_success(
     Returns:
         `LossWeights` of `[B]`.
 
+    Raises:
+        ValueError: a pass rate on the CPU lies outside [0, 1]; on other devices that is not looked at.
+
     Example:
         >>> logistic_success(torch.tensor([0.0, 0.75, 1.0])).rl
         tensor([1.4994, 0.9500, 0.4834])
@@ -198,7 +210,7 @@ def logistic_success(
         Zhang and Zuo, GRPO-LEAD: A Difficulty-Aware Reinforcement Learning Approach for Concise Mathematical Reasoning
         in Language Models, 2025, https://arxiv.org/abs/2504.09696
     """
-    rows = check_rows("logistic_success", pass_rate)
+    rows = _pass_rates("logistic_success", pass_rate)
     position = rows if advantages is None else torch.where(advantages < 0, 1 - rows, rows)
     factor = low + (high - low) * torch.sigmoid(-slope * (position - centre))
     return _beside_sft(torch.where(rows.isfinite(), factor, 0.0), sft, active, valid)
@@ -244,6 +256,18 @@ def softmax_batch(
         counted = counted if mask is None else counted & mask
     share = torch.softmax(torch.where(counted, logits, -torch.inf), dim=0).nan_to_num(nan=0.0)
     return _beside_sft(share * counted.sum(), sft, active, valid)
+
+
+def _pass_rates(caller: str, pass_rate: Tensor) -> Tensor:
+    """`check_rows`, and no distances; on other devices a check of values would wait."""
+    rows = check_rows(caller, pass_rate)
+    outside = (rows - 0.5).abs() > 0.5 + ROUNDING
+    if rows.device.type == "cpu" and outside.any():
+        raise ValueError(
+            f"{caller} expected `pass_rate` in [0, 1], small = hard, got {rows[outside][:5].tolist()}. Make pass rates "
+            "of distances with iqareward.difficulty.pass_rate(-distances, groups, threshold=-pass_distance)."
+        )
+    return rows
 
 
 def _beside_sft(rl: Tensor, sft: float, active: Tensor | None, valid: Tensor | None) -> LossWeights:

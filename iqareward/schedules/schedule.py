@@ -16,7 +16,7 @@ Signal: TypeAlias = Literal["difficulty", "pass_rate", "gradient_noise"]
 
 ADVICE = {
     "pass_rate": "Name the largest distance to the ground truth at which a rollout passes: "
-    "Schedule(gate, pass_distance=0.05).",
+    'Schedule(partial(gate, direction="hard_to_rl"), pass_distance=0.05).',
     "gradient_noise": "Use it in a loop of your own that calls `observe(gradient_noise(...))`.",
 }
 
@@ -25,7 +25,7 @@ class Weighter(Protocol):
     """What a training loop needs of a weighting; `AdaptiveWeighter` is one, and so is each of `iqareward.schedules`.
 
     Attributes:
-        signal: what its first argument is. A loop gives that, or refuses the weighting: see `check_signal`.
+        signal: what its first argument is. A loop that gives something else refuses the weighting with `check_signal`.
 
     Example:
         >>> from iqareward.schedules import TargetTracking
