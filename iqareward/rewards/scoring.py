@@ -112,6 +112,8 @@ def why_unscored(images: Images, *, min_side: int = 1, **others: Images | None) 
 
 def _likely_range(low: float, high: float) -> tuple[str, str]:
     """What values from `low` to `high` look like, a decoder's overshoot allowed for, and the range to state."""
+    if low >= -0.6 and high <= 1.6:
+        return ", which looks like [-1, 1] or like a sampler that overshoots (then clamp)", "(-1, 1)"
     if low >= -1.5 and high <= 1.5:
         return ", which looks like [-1, 1]", "(-1, 1)"
     if low >= -64 and 16 < high <= 320:

@@ -210,6 +210,7 @@ WHY_UNSCORED = [
         None,
         r"4 of 4 images lie outside \[0, 1\].*looks like \[-1, 1\].*to_images\(images, value_range=\(-1, 1\)",
     ),
+    (1.4 * photos(), None, r"or like a sampler that overshoots \(then clamp\)"),
     (BYTES, None, r"looks like \[0, 255\]; convert them with .*value_range=\(0, 255\)"),
     (list(BYTES), None, r"value_range=\(0, 255\)"),
     (photos() * 7 - 3, None, r"span -2.991 to 3.999; convert them with .*value_range=\(black, white\)"),
