@@ -1,9 +1,8 @@
 """Clamping, rounding and square roots whose gradients are finite and the same in every release of torch."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def clamp(values: Tensor, low: float, high: float) -> Tensor:
@@ -13,28 +12,26 @@ def clamp(values: Tensor, low: float, high: float) -> Tensor:
     every black or white pixel. The choice made here does not depend on torch's.
     """
     clamped = values.clamp(low, high)
-    if not (torch.is_grad_enabled() and values.requires_grad):
+    if not differentiated(values):
         return clamped
     clamped = clamped.detach()
     return torch.where(values == clamped, values, clamped)  # NaN differs from itself: it stays NaN, with gradient 0
 
 
 def straight_through(smooth: Tensor, exact: Tensor) -> Tensor:
-    """The value of `exact` with the gradient of `smooth`."""
-    return _StraightThrough.apply(smooth, exact)  # pyright: ignore[reportReturnType]
+    """The value of `exact` with the derivatives of `smooth`, which has to be finite."""
+    if not differentiated(smooth):
+        return exact
+    # The bracket is exactly 0. torch.func, forward mode and the compiler all take this; no autograd.Function does.
+    return exact.detach() + (smooth - smooth.detach())
+
+
+def differentiated(values: Tensor) -> bool:
+    """Whether derivatives may be taken; `requires_grad` does not say so inside `torch.vmap` or in forward mode."""
+    return torch.is_grad_enabled() or forward_ad.unpack_dual(values).tangent is not None
 
 
 def root(values: Tensor) -> Tensor:
     """Square root with gradient 0 instead of infinity at 0."""
     zero = values == 0  # false for NaN, which must stay NaN
     return values.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, smooth: Tensor, exact: Tensor) -> Tensor:
-        return exact.view_as(exact)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None

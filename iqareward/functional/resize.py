@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqareward._gradients import clamp, straight_through
+from iqareward._gradients import clamp, differentiated, straight_through
 from iqareward.functional._checks import check_images
 
 CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
@@ -65,7 +65,7 @@ def pillow_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def to_levels(images: Tensor) -> Tensor:
     """8-bit levels 0..255, as floats, of images in [0, 1]: rounded, not truncated, with a straight-through gradient."""
-    if not (torch.is_grad_enabled() and images.requires_grad):
+    if not differentiated(images):
         return (images * 255).clamp_(0, 255).round_()
     scaled = clamp(images * 255, 0, 255)
     return straight_through(scaled, scaled.detach().round())
@@ -92,8 +92,8 @@ def _resize_last(levels: Tensor, out_size: int) -> Tensor:
         return levels
     bands = _bands(levels.shape[-1], out_size, levels.dtype, levels.device)
     with torch.no_grad():
-        exact = _exact(levels, bands)
-    if not (torch.is_grad_enabled() and levels.requires_grad):
+        exact = _exact(levels.detach(), bands)
+    if not differentiated(levels):
         return exact.clamp_(0, 255)
     smooth = torch.cat([levels[..., b.start : b.stop] @ b.weights for b in bands], dim=-1)
     # Clipped after rounding: in a white area `smooth` can lie a rounding error above 255.
