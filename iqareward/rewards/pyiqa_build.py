@@ -4,8 +4,11 @@ import difflib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from iqareward.optional import require
 from iqareward.rewards.pyiqa_facts import METRICS, MISSING_REQUIREMENTS, NEEDS_CUDA, NO_GRADIENT, REFUSED
-from iqareward.weight_files import FLOATS, check_values, decode
+from iqareward.weight_files import FLOATS, check_values, decode, listed
 
 _LOGGER = logging.getLogger(__name__)
 _RESERVED = {"as_loss", "loss_weight", "loss_reduction", "check_input_range", "pretrained_model_path"}
@@ -121,13 +124,39 @@ def _check_built(who: str, metric: str, built: nn.Module, weights: str | Path | 
 
 
 def _check_weights(file: Path, content: Any, network: nn.Module) -> None:
-    """Refuse quantised weights, which pyiqa would take for numbers, and those that are not finite."""
+    """Refuse quantised weights, which pyiqa would take for numbers, those that are not finite, and layers left out."""
     stored = dict(_tensors(content))
-    parameters = {name: value.detach() for name, value in network.named_parameters()}
-    for name in parameters.keys() & stored.keys():
+    taken = {
+        name: value for name, value in network.state_dict().items() if name in stored and value.is_floating_point()
+    }
+    for name in taken:
         if stored[name].dtype not in FLOATS:
             raise ValueError(f"{file} has {name} as {stored[name].dtype}, expected floating-point numbers.")
-    check_values(file, parameters, may_be_zero=True)  # some metrics have layers that were never trained
+    check_values(file, taken, may_be_zero=True)  # some metrics have layers that were never trained
+    _check_complete(file, stored.keys(), network)
+
+
+def _check_complete(file: Path, stored: Collection[str], network: nn.Module) -> None:
+    """Refuse a file that holds a layer or a series of layers in part.
+
+    A published file may leave a part of the network, such as its backbone, to another file. So a parameter may be
+    missing, unless the file has parameters of the same layer, or of one whose name differs in numbers only:
+    `lin3.weight` is missed where there is `lin0.weight`. Of buffers only a normalisation's statistics are missed; the
+    others are constants, which pyiqa sets itself.
+    """
+    names: defaultdict[Tensor, set[str]] = defaultdict(set)  # some networks have two names for a parameter
+    for name, value in chain(network.named_parameters(remove_duplicate=False), network.named_buffers()):
+        if isinstance(value, nn.Parameter) or name.endswith((".running_mean", ".running_var")):
+            names[value].add(name)
+    given = {_series(name) for aliases in names.values() if not aliases.isdisjoint(stored) for name in aliases}
+    absent = [aliases for aliases in names.values() if aliases.isdisjoint(stored)]
+    if missing := [min(aliases) for aliases in absent if not given.isdisjoint(map(_series, aliases))]:
+        raise ValueError(f"{file} lacks {listed(missing)}, although it holds others of the same layers.")
+
+
+def _series(name: str) -> str:
+    """The layer of a parameter, with its numbers left out."""
+    return re.sub(r"\d+", "#", name.rpartition(".")[0])
 
 
 def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:

@@ -624,14 +624,85 @@ def test_damaged_weights(tmp_path: Path, change: Callable[[Tensor], Any], messag
     assert name in str(caught.value) or message == "laid out as"
 
 
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "weights" / "stlpips"
+needs_published = pytest.mark.skipif(
+    not PUBLISHED.is_dir(), reason="the published weights are not distributed with the repository (no ../shared/data)"
+)
+
+
+@needs_published
 def test_published_weights() -> None:
     """ST-LPIPS with its authors' file passes the checks and gives their figure for their example."""
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "weights" / "stlpips"
-    if not folder.is_dir():
-        pytest.skip("the published weights are not distributed with the repository (no ../shared/data)")
-    image, reference = (to_images(folder / name) for name in ("ex_p0.png", "ex_ref.png"))
-    score = PyIQAReward("stlpips", weights=folder / "alex_shift_tolerant.pth")(image, references=reference)
+    image, reference = (to_images(PUBLISHED / name) for name in ("ex_p0.png", "ex_ref.png"))
+    score = PyIQAReward("stlpips", weights=PUBLISHED / "alex_shift_tolerant.pth")(image, references=reference)
     torch.testing.assert_close(score, torch.tensor([-0.7777555]), **OTHER_PACKAGE)
+
+
+@needs_published
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("net.slice4.11.weight", None, "lacks"),
+        ("net.slice1.0.bias", None, "lacks"),
+        ("lin3.model.1.weight", None, "lacks"),
+        ("scaling_layer.shift", lambda value: value.fill_(torch.nan), "NaN or infinite"),
+        ("scaling_layer.shift", lambda value: value.to(torch.int8), "int8"),
+        ("net.slice2.4.filt", lambda value: value.to(torch.int8), "int8"),
+    ],
+)
+def test_damaged_published_weights(tmp_path: Path, name: str, change: Callable | None, message: str) -> None:
+    """pyiqa would leave a layer of the trunk or of the heads untrained, and take a buffer as it is."""
+    state = torch.load(PUBLISHED / "alex_shift_tolerant.pth", map_location="cpu")
+    value = state.pop(name)
+    if change is not None:
+        state[name] = change(value)
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(ValueError, match=message) as caught:
+        PyIQAReward("stlpips", weights=tmp_path / "damaged.pth")(textures(1, 64), references=textures(1, 64))
+    assert "damaged.pth" in str(caught.value)
+    assert name in str(caught.value)
+
+
+class Parts(nn.Module):
+    """A backbone with a normalisation, heads, and a constant: what pyiqa's networks consist of."""
+
+    def __init__(self, pretrained_model_path: str | None = None) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.head0, self.head1 = nn.Linear(4, 1), nn.Linear(4, 1)
+        self.heads = nn.ModuleList([self.head0, self.head1])
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head0(self.trunk(images).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("dropped", "missing"),
+    [
+        (("trunk", "heads", "mean"), None),
+        (("head", "mean", "trunk.1.num_batches"), None),
+        (("head0", "head1"), None),
+        (("trunk", "heads", "head1"), "head1.weight"),
+        (("head", "trunk.0"), "trunk.0.weight"),
+        (("trunk.1.running_mean",), "trunk.1.running_mean"),
+    ],
+)
+def test_files_of_a_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dropped: tuple[str, ...], missing: str | None
+) -> None:
+    """A file may hold heads without a backbone or the reverse, under either name, but no layer of a series alone."""
+    metric = Metric(brightness, "cnniqa")
+    metric.net = Parts()
+    monkeypatch.setattr(pyiqa_build, "require", lambda *_, **__: SimpleNamespace(create_metric=lambda *_, **__: metric))
+    state = {name: value for name, value in metric.net.state_dict().items() if not name.startswith(dropped)}
+    torch.save({"params": state}, tmp_path / "part.pth")
+    reward = PyIQAReward("cnniqa", weights=tmp_path / "part.pth")
+    if missing is None:
+        assert reward(textures(1, 48)).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=r"part\.pth lacks .*" + missing.replace(".", r"\.")):
+        reward(textures(1, 48))
 
 
 def test_licence_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
