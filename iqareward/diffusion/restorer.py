@@ -1,11 +1,13 @@
 """A pixel restorer from scratch: built in a chosen width, saved in the layout of diffusers, and read again."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from iqareward.atomic import atomic_folder
 from iqareward.diffusion.ddim import DDIM
@@ -13,10 +15,12 @@ from iqareward.diffusion.finite import require_finite
 from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.policy import unwrapped
 from iqareward.optional import require
-from iqareward.weight_files import check_values
+from iqareward.weight_files import WeightFile, check_values, listed
 
 EXTRA, PURPOSE = "diffusers", "a pixel restorer"
 SETTINGS = "restorer.json"  # what diffusers has no place for
+CONFIG, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def build_restorer(channels: Sequence[int], *, layers: int = 1, seed: int = 0) -> PixelPolicy:
@@ -88,29 +92,66 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
         A policy on the CPU.
 
     Raises:
-        ValueError: the folder is another one or damaged, a weight is not finite, or the model takes or gives another
-            number of channels.
+        ValueError: the folder is another one; a file is damaged or contradicts another one; a weight is missing,
+            unknown, quantised, misshapen or not finite; or the model takes or gives another number of channels.
     """
     diffusers: Any = require("diffusers", extra=EXTRA, purpose=PURPOSE)
     folder = Path(folder)
-    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
+    for part in (CONFIG, WEIGHTS, SCHEDULER):
         if not (folder / part).is_file():
             raise ValueError(
                 f"load_restorer expected {folder} to hold {part}, and there is none. Give a folder that save_restorer "
                 "or a diffusers pipeline with a UNet2DModel wrote."
             )
-    try:
-        model = diffusers.UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
-    except Exception as error:  # diffusers raises anything for files that are damaged or contradict each other
-        raise ValueError(f"load_restorer cannot load {folder / 'unet'}: {type(error).__name__}: {error}") from error
-    check_values(folder / "unet", dict(model.named_parameters()), may_be_zero=True)
-    found = (model.config.in_channels, model.config.out_channels)
+    with _naming(folder / CONFIG), torch.random.fork_rng(devices=[]):
+        config = diffusers.UNet2DModel.load_config(folder / "unet", local_files_only=True)
+        with torch.device("meta"):
+            described = diffusers.UNet2DModel.from_config(config)
+    found = (described.config.in_channels, described.config.out_channels)
     if found != (6, 3):
         raise ValueError(
             f"load_restorer expected a UNet2DModel with 6 channels in (noisy and degraded image) and 3 out, got "
-            f"{found[0]} and {found[1]} in {folder}."
+            f"{found[0]} and {found[1]} in {folder / CONFIG}."
         )
-    process = DDIM.from_scheduler(diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True))
-    settings = folder / SETTINGS
-    residual = settings.is_file() and json.loads(settings.read_text(encoding="utf-8"))["residual"]
-    return PixelPolicy(model, process, residual=residual)
+    weights = _read_weights(folder / WEIGHTS, described)
+    with _naming(folder / CONFIG), torch.random.fork_rng(devices=[]):
+        model = diffusers.UNet2DModel.from_config(config).eval()
+        model.load_state_dict(weights)
+    with _naming(folder / SCHEDULER):
+        scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        process = DDIM.from_scheduler(scheduler)
+        process.schedule(1)  # a method that does not exist shows only here
+        alpha_bars = scheduler.alphas_cumprod
+        if not ((alpha_bars >= 0) & (alpha_bars <= 1)).all():
+            raise ValueError("its betas give alpha-bars that do not lie in [0, 1].")
+    with _naming(folder / SETTINGS):
+        return PixelPolicy(model, process, residual=_is_residual(folder / SETTINGS))
+
+
+@contextmanager
+def _naming(file: Path) -> Generator[None]:
+    """Whatever is raised for a damaged file becomes an error that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"load_restorer cannot use {file}: {type(error).__name__}: {error}") from error
+
+
+def _read_weights(path: Path, described: nn.Module) -> dict[str, Tensor]:
+    """The file's tensors, if they are those of the network that is described."""
+    file, expected = WeightFile(path), described.state_dict()
+    weights = {key: file.tensor(key, value.shape) for key, value in expected.items()}
+    if unknown := file.keys() - expected.keys():
+        raise ValueError(f"{path} holds {listed(unknown)}, which the network of {CONFIG} does not have.")
+    check_values(path, weights, may_be_zero=True)
+    return weights
+
+
+def _is_residual(settings: Path) -> bool:
+    if not settings.is_file():  # a pipeline of diffusers
+        return False
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    residual = content.get("residual") if isinstance(content, dict) else None
+    if not isinstance(residual, bool):
+        raise ValueError(f'expected {{"residual": true}} or {{"residual": false}}, got {content!r:.100}')
+    return residual

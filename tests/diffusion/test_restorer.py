@@ -1,5 +1,9 @@
 """A restorer from scratch: it begins by doing nothing much, survives the disk, and refuses models of another kind."""
 
+import json
+import math
+import random
+
 import diffusers
 import pytest
 import torch
@@ -38,17 +42,94 @@ def test_another_process_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_weights_are_refused(tmp_path):
-    """A file that was cut short, and a weight that is NaN, are refused by the folder's name."""
-    save_restorer(build_restorer((8, 8)), tmp_path / "whole")
-    file = tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    save_file(weights | {"conv_in.bias": torch.full_like(weights["conv_in.bias"], torch.nan)}, file)
-    with pytest.raises(ValueError, match=r"unet has NaN or infinite values in conv_in\.bias"):
-        load_restorer(tmp_path / "whole")
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cannot load .*unet"):
-        load_restorer(tmp_path / "whole")
+WEIGHTS, SCHEDULER = "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w["conv_in.bias"].fill_(torch.nan), r"NaN or infinite values in conv_in\.bias"),
+        (lambda w: w.pop("conv_in.weight"), r"lacks conv_in\.weight"),
+        (lambda w: w.update({"conv_in.weights": w.pop("conv_in.weight")}), r"lacks conv_in\.weight"),
+        (lambda w: w.update({"conv_in.weight": w["conv_in.weight"].to(torch.int8)}), r"conv_in\.weight as torch\.int8"),
+        (lambda w: w.update({"conv_in.weight": w["conv_in.weight"][:4].clone()}), r"conv_in\.weight of shape \[4"),
+        (lambda w: w.update({"conv_new.weight": torch.ones(1)}), r"holds conv_new\.weight"),
+    ],
+)
+def test_damaged_weights_are_refused(tmp_path, change, message):
+    """A weight that is missing, renamed, quantised, misshapen, unknown or NaN is named, with its file."""
+    save_restorer(build_restorer((8, 8)), tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    change(weights)
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"diffusion_pytorch_model\.safetensors .*{message}"):
+        load_restorer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (SCHEDULER, "{"),
+        (SCHEDULER, '{"num_train_timesteps": 0}'),
+        (SCHEDULER, '{"timestep_spacing": "another"}'),
+        (SCHEDULER, '{"beta_schedule": "another"}'),
+        (SCHEDULER, '{"beta_start": NaN}'),
+        ("unet/config.json", "{}"),
+        ("unet/config.json", "[]"),
+        ("restorer.json", "{}"),
+        ("restorer.json", "[]"),
+        ("restorer.json", '{"residual": "false"}'),
+        (WEIGHTS, "{"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, file, content):
+    """Whatever diffusers would raise, or take as it is, is an error that names the file."""
+    save_restorer(build_restorer((8, 8)), tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path / file)):
+        load_restorer(tmp_path)
+
+
+def _mutated(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes replaced, removed or repeated, the front or the back cut off, or one setting dropped or replaced."""
+    kind, place = rng.randrange(6), rng.randrange(len(content))
+    match kind:
+        case 0:
+            return content[:place]
+        case 1:
+            return content[:place] + bytes([rng.randrange(256)]) + content[place + 1 :]
+        case 2:
+            return content[:place] + content[place + rng.randrange(1, 20) :]
+        case 3:
+            return content[: place + 1] + content[place:]
+    if content[:1] != b"{":
+        return content[place:]
+    settings = json.loads(content)
+    key = rng.choice(sorted(settings))
+    settings[key] = rng.choice([None, True, -1, 0, 3, 0.5, "", "text", [], {}, [1], math.nan])
+    if kind == 4:
+        del settings[key]
+    return json.dumps(settings).encode()
+
+
+@pytest.mark.filterwarnings("ignore")  # what diffusers and numpy say of impossible settings
+def test_mutated_folders_are_loaded_or_refused(tmp_path):
+    """Of 150 damaged folders each is loaded, or refused with an error that names one of its files."""
+    rng = random.Random(0)
+    save_restorer(build_restorer((8, 8)), tmp_path)
+    files = ["unet/config.json", SCHEDULER, "restorer.json", WEIGHTS]
+    refused = 0
+    for _ in range(150):
+        path = tmp_path / rng.choice(files)
+        content = path.read_bytes()
+        path.write_bytes(_mutated(content, rng))
+        try:
+            load_restorer(tmp_path)
+        except ValueError as error:
+            assert any(str(tmp_path / file) in str(error) for file in files)
+            refused += 1
+        path.write_bytes(content)
+    assert 50 < refused < 150
 
 
 def test_seeds_and_the_callers_random_numbers():
