@@ -220,10 +220,15 @@ def test_adapter_is_merged(tmp_path, model, rslora) -> None:
         ("r", "2"),
         ("r", None),
         ("lora_alpha", float("nan")),
+        ("lora_alpha", 0),
+        ("lora_alpha", -4),
         ("lora_alpha", "4"),
         ("lora_alpha", None),
         ("use_rslora", "false"),
         ("base_model_name_or_path", None),
+        ("base_model_name_or_path", "../base"),
+        ("base_model_name_or_path", "./base"),
+        ("base_model_name_or_path", "checkpoints/of/base"),
     ],
 )
 def test_adapters_that_cannot_be_merged_are_refused(tmp_path, model, key, value) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from iqareward.weight_files import WeightFile, listed
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not "../folder"
 _FILE_NAME = re.compile(r"[\w. +=()-]{1,200}", re.ASCII)  # no folders, and short enough for every file system
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # preferred first

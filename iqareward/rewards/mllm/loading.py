@@ -44,7 +44,7 @@ def load_owl2(source: str | Path, *, device: torch.device, dtype: torch.dtype) -
     """
     folder = checkpoint_folder(source)
     lora = LoraSettings.read(folder) if (folder / ADAPTER_CONFIG).is_file() else None
-    weights = folder if lora is None else checkpoint_folder(lora.base)
+    weights = folder if lora is None else _base_folder(folder, lora.base)
     described = folder if (folder / "config.json").is_file() else weights
     config = Owl2Config.from_hub_dict(read_json(described, "config.json"), source=str(described / "config.json"))
     files = open_weights(weights)
@@ -64,6 +64,16 @@ def quantize_decoder(model: Owl2) -> None:
     """Hold the decoder's linear weights in int8, one scale per row; activations stay in the model's dtype."""
     torchao = require("torchao.quantization", extra="quant", purpose='quant="int8"')
     torchao.quantize_(model.model.layers, torchao.Int8WeightOnlyConfig())
+
+
+def _base_folder(adapter: Path, base: str) -> Path:
+    try:
+        return checkpoint_folder(base)
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter / ADAPTER_CONFIG} has as base_model_name_or_path a local path that is not here; a relative one "
+            f"counts from the current folder. Set it to the base's full path or hub id. ({error})"
+        ) from error
 
 
 def _check_depth(path: Path, config: Owl2Config, files: list[WeightFile]) -> None:

@@ -62,8 +62,8 @@ class LoraSettings:
         rslora = config.get("use_rslora") or False
         if type(rank) is not int or rank < 1:
             raise ValueError(f"{path} expected a whole number of at least 1 as r, got {rank!r:.100}.")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-            raise ValueError(f"{path} expected a number as lora_alpha, got {alpha!r:.100}.")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
+            raise ValueError(f"{path} expected a number above 0 as lora_alpha, got {alpha!r:.100}.")
         if rslora not in (True, False):
             raise ValueError(f"{path} expected true or false as use_rslora, got {rslora!r:.100}.")
         if not isinstance(base, str) or not base:
