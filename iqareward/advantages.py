@@ -155,7 +155,8 @@ def combine_advantages(
         `Advantages` of `[B]`; rows without any score, and rows that are left out, get 0 and are not active.
 
     Raises:
-        ValueError: the number of weights is not that of columns, all are 0, or an option is unknown.
+        ValueError: the number of weights is not that of columns, all are 0, one is not finite in float32, or an option
+            is unknown.
 
     Example:
         >>> mos = torch.tensor([[1.0, 10.0], [3.0, 10.0], [1.0, 10.0], [3.0, 30.0]])
@@ -169,6 +170,8 @@ def combine_advantages(
     if rewards.ndim != 2 or rewards.shape[1] != len(weights):
         got = list(rewards.shape)
         raise ValueError(f"combine_advantages expected `rewards` [B, {len(weights)}], a column per weight, got {got}.")
+    if not all(abs(weight) <= torch.finfo(torch.float32).max for weight in weights):
+        raise ValueError(f"combine_advantages expected weights that are finite in float32, got {list(weights)}.")
     if not any(weights):
         raise ValueError(f"combine_advantages expected at least one weight that is not 0, got {list(weights)}.")
     if order not in ("normalize_then_sum", "sum_then_normalize"):

@@ -211,6 +211,9 @@ def test_options_are_checked():
         combine_advantages(rewards[:, None], groups, weights=[1.0], order="mean")
     with pytest.raises(ValueError, match="not 0"):
         combine_advantages(rewards[:, None], groups, weights=[0.0])
+    for weight in (float("nan"), float("inf"), -1e39):
+        with pytest.raises(ValueError, match="finite in float32"):
+            combine_advantages(torch.rand(4, 2), groups, weights=[weight, 1.0])
 
 
 def test_memory_measures_against_the_history_of_the_input():

@@ -55,7 +55,7 @@ class WeightedSum:
         name: default: the formula, e.g. `"0.7*qalign + 0.3*ssim"`.
 
     Raises:
-        ValueError: no terms, or two rewards of the same name.
+        ValueError: no terms, two rewards of the same name, or a weight that is not finite in float32.
 
     Example:
         >>> import torch, iqareward
@@ -70,6 +70,9 @@ class WeightedSum:
         self.terms = tuple((float(weight), reward) for weight, reward in terms)
         self.rewards = tuple(reward for _, reward in self.terms)
         _check_parts("WeightedSum", self.rewards)
+        if not all(abs(weight) <= torch.finfo(torch.float32).max for weight, _ in self.terms):
+            got = [weight for weight, _ in self.terms]
+            raise ValueError(f"WeightedSum expected weights that are finite in float32, got {got}.")
         self.name = name or " + ".join(f"{weight:g}*{reward.name}" for weight, reward in self.terms)
         self.needs_references, self.needs_prompts, self.differentiable = joint_facts(self.rewards)
         lows, highs = zip(*(_scaled(weight, reward.bounds) for weight, reward in self.terms), strict=True)

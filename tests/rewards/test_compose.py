@@ -98,6 +98,13 @@ def test_names_must_differ() -> None:
     assert list(evaluate([bright(), bright(name="again")], IMAGES)) == ["brightness", "again"]
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_weights_are_finite_in_float32(weight: float) -> None:
+    """Any other weight would make every score NaN or infinite."""
+    with pytest.raises(ValueError, match=r"WeightedSum expected weights that are finite in float32, got \[1\.0, "):
+        WeightedSum([(1.0, bright()), (weight, bright(name="again"))])
+
+
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(st.floats(0.01, 10.0), st.integers(0, 2**31))
 def test_soft_min_lies_between_minimum_and_mean(temperature: float, seed: int) -> None:
