@@ -50,12 +50,13 @@ def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Non
 
 
 def previous(path: Path) -> Path:
-    """Where `save_state` leaves the checkpoint that was at `path` before.
+    """Where `save_state` leaves the checkpoint that was at `path` before; if that is a link, where the link leads.
 
     Example:
         >>> previous(Path("run/checkpoint.pt")).name
         'checkpoint-previous.pt'
     """
+    path = Path(os.path.realpath(path))
     return path.with_name(f"{path.stem}-previous{path.suffix}")
 
 
@@ -65,9 +66,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     At every moment `path` holds the old or the new file, never a part; the old one goes on as `previous(path)`.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is made. A link is followed.
         state: what `load_state` will return.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         torch.save(dict(state), file)

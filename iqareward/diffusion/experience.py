@@ -1,5 +1,6 @@
 """What a policy did and what it was worth: rollouts, scored, compared with each other and with the ground truth."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from iqareward.advantages import RewardMemory, group_advantages
 from iqareward.difficulty import pass_rate, reference_distance
-from iqareward.diffusion.finite import finite_or_nan
+from iqareward.diffusion.finite import finite_or_nan, is_count, require_options
 from iqareward.diffusion.policy import Condition, Policy, select
 from iqareward.diffusion.rollout import Trajectory, rollout
 from iqareward.groups import gather_rows
@@ -88,7 +89,7 @@ class Sampling:
         inputs_at_once: inputs sampled and scored together; all if not given.
 
     Raises:
-        ValueError: a number is below 1, or `reward_steps` do not rise.
+        ValueError: an option is out of its range, or `reward_steps` do not rise.
 
     Example:
         >>> Sampling(group_size=8, num_steps=10, window=range(2, 6)).eta  # four of ten steps are stochastic
@@ -103,16 +104,47 @@ class Sampling:
     inputs_at_once: int | None = None
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 or self.num_steps < 1 or list(self.reward_steps) != sorted(set(self.reward_steps)):
-            raise ValueError(
-                "Sampling expected group_size >= 1, num_steps >= 1 and reward_steps in rising order, got "
-                f"{self.group_size}, {self.num_steps} and {self.reward_steps}."
-            )
+        steps, count = self.reward_steps, "as an integer >= 1"
+        rising = list(steps) == sorted(set(steps)) and all(0 <= step < self.num_steps for step in steps)
+        requirements = {
+            "group_size": (count, is_count(self.group_size)),
+            "num_steps": (count, is_count(self.num_steps)),
+            "eta": ("in [0, inf)", 0 <= self.eta < math.inf),
+            "reward_steps": ("in [0, num_steps) and in rising order", rising),
+            "inputs_at_once": (f"{count}, or None", self.inputs_at_once is None or is_count(self.inputs_at_once)),
+        }
+        require_options(self, requirements)
 
 
 def images_of(policy: Policy, latents: Tensor) -> Tensor:
     """Images `[N, 3, H, W]` fp32 in [0, 1] of clean latents."""
     return policy.decode(latents).float().clamp(0, 1)
+
+
+def checked_scores(scores: Any, *, name: str, count: int) -> Tensor:
+    """What a reward answered, in fp32 and with NaN, "not scored", for what is not finite there.
+
+    Args:
+        scores: the answer, `[count]`.
+        name: of the reward.
+        count: the number of images it was given.
+
+    Raises:
+        TypeError: the answer is no tensor of real numbers.
+        ValueError: it has another shape.
+
+    Example:
+        >>> checked_scores(torch.tensor([0.5, 1e300], dtype=torch.float64), name="sharpness", count=2)
+        tensor([0.5000,    nan])
+    """
+    expected = (
+        f"The reward {name!r} expected to answer with a tensor [{count}] of real numbers, one score per image, got"
+    )
+    if not isinstance(scores, Tensor) or scores.is_complex():
+        raise TypeError(f"{expected} {scores.dtype if isinstance(scores, Tensor) else type(scores).__name__}.")
+    if scores.shape != (count,):
+        raise ValueError(f"{expected} the shape {list(scores.shape)}.")
+    return finite_or_nan(scores.float())
 
 
 @torch.no_grad()
@@ -143,6 +175,10 @@ def collect(
 
     Returns:
         The trajectory, the condition, rewards `[S, N]` (NaN where infinite) and distances to the ground truth `[N]`.
+
+    Raises:
+        TypeError: the reward answers with something other than a tensor of real numbers.
+        ValueError: it does not answer with one score per image.
     """
     condition = policy.condition(degraded)
     size = sampling.inputs_at_once or len(ids)
@@ -169,7 +205,7 @@ def collect(
         distances.append(reference_distance(last, side_by_side, metric))
         trajectories.append(trajectory)
     rewards = torch.cat([part().to(degraded.device).view(len(sampling.reward_steps) + 1, -1) for part in pending], 1)
-    return _joined(trajectories), condition, finite_or_nan(rewards), torch.cat(distances)
+    return _joined(trajectories), condition, rewards, torch.cat(distances)
 
 
 def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: RewardMemory | None) -> tuple[Tensor, Tensor]:
@@ -194,11 +230,12 @@ def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: Reward
 
 
 def _submit(executor: Executor | None, reward: Reward, images: Tensor, references: Tensor) -> Callable[[], Tensor]:
+    name, count = getattr(reward, "name", type(reward).__name__), images.shape[0]
     if executor is None:
-        scores = reward(images, references)
+        scores = checked_scores(reward(images, references), name=name, count=count)
         return lambda: scores
     future: Future[Any] = executor.submit(reward, images, references)
-    return future.result
+    return lambda: checked_scores(future.result(), name=name, count=count)
 
 
 def _joined(parts: Sequence[Trajectory]) -> Trajectory:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,59 @@ def require_finite(what: str, values: Any) -> None:
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise TrainingError(f"{what} is not finite in `{bad[0]}`{more}.")
+
+
+def require_usable_weights(weights: Sequence[Tensor], *, update: int, norm: float, learning_rate: float) -> None:
+    """Refuse weights that a step has made NaN, infinite, or larger than any network can bear.
+
+    Args:
+        weights: those that train; looked at on their device, the host waits for the answer.
+        update: number of the step, from 1.
+        norm: of its gradient.
+        learning_rate: of the run.
+
+    Raises:
+        TrainingError: with that number, norm and learning rate.
+    """
+    # A sum of squares in fp32 also overflows for weights that are finite and larger than any network can bear.
+    lengths = [torch.linalg.vector_norm(weight.detach().float()) for weight in weights]
+    if not bool(torch.stack(lengths).isfinite().all()):
+        raise TrainingError(
+            f"Update {update} made weights that are not finite, with a gradient of norm {norm:.3g}. Lower "
+            f"learning_rate, which is {learning_rate:g}."
+        )
+
+
+def require_options(options: Any, requirements: Mapping[str, tuple[str, bool]]) -> None:
+    """Refuse an option that is out of its range.
+
+    Args:
+        options: what has the options as attributes.
+        requirements: of each by its name: the range in words, and whether it is met.
+
+    Raises:
+        ValueError: one is not; the message names it, its range and its value.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> require_options(SimpleNamespace(rate=-1), {"rate": ("in [0, inf)", False)})
+        Traceback (most recent call last):
+        ValueError: SimpleNamespace expected rate in [0, inf), got -1. Change that option.
+    """
+    for name, (requirement, met) in requirements.items():
+        if not met:
+            owner, value = type(options).__name__, getattr(options, name)
+            raise ValueError(f"{owner} expected {name} {requirement}, got {value!r}. Change that option.")
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of at least 1.
+
+    Example:
+        >>> is_count(2), is_count(0), is_count(1.5)
+        (True, False, False)
+    """
+    return isinstance(value, Integral) and int(value) >= 1
 
 
 class Step(NamedTuple):

@@ -1,6 +1,7 @@
 """The weights of the model and how one optimiser step moves them."""
 
 import copy
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from iqareward.diffusion.checkpoint import load_trained_weights, trained_weights
 from iqareward.diffusion.experience import Experience
-from iqareward.diffusion.finite import TrainingError, step_if_finite
+from iqareward.diffusion.finite import is_count, require_options, require_usable_weights, step_if_finite
 from iqareward.diffusion.forward_process import draw_times
 from iqareward.diffusion.noise import noise_per_input, sub_seed
 from iqareward.diffusion.policy import Policy, unwrapped
@@ -41,7 +42,7 @@ class Optimization:
             the run stops. The former are skipped.
 
     Raises:
-        ValueError: `sft_scale` is another word, or `max_failed_updates` is below 1.
+        ValueError: an option is out of its range.
 
     Example:
         >>> Optimization(inputs_per_update=8, micro_batch=2, sft_scale="balanced").kl_beta
@@ -61,10 +62,24 @@ class Optimization:
     max_failed_updates: int = 5
 
     def __post_init__(self) -> None:
-        if self.max_failed_updates < 1:
-            raise ValueError(f"Optimization expected max_failed_updates >= 1, got {self.max_failed_updates}.")
-        if isinstance(self.sft_scale, str) and self.sft_scale != "balanced":
-            raise ValueError(f"Optimization expected sft_scale as a number or 'balanced', got {self.sft_scale!r}.")
+        scale, count = self.sft_scale, "as an integer >= 1"
+        requirements = {
+            "learning_rate": ("in (0, inf)", 0 < self.learning_rate < math.inf),
+            "weight_decay": ("in [0, inf)", 0 <= self.weight_decay < math.inf),
+            "max_grad_norm": ("in (0, inf]", self.max_grad_norm > 0),
+            "inputs_per_update": (count, is_count(self.inputs_per_update)),
+            "micro_batch": (f"{count}, or None", self.micro_batch is None or is_count(self.micro_batch)),
+            "kl_beta": ("in [0, inf)", 0 <= self.kl_beta < math.inf),
+            "sft_scale": (
+                "in [0, inf), or 'balanced'",
+                scale == "balanced" if isinstance(scale, str) else 0 <= scale < math.inf,
+            ),
+            "balance_every": (count, is_count(self.balance_every)),
+            "std_floor": ("in [0, inf]", self.std_floor >= 0),
+            "ema_decay": ("in [0, 1)", 0 <= self.ema_decay < 1),
+            "max_failed_updates": (count, is_count(self.max_failed_updates)),
+        }
+        require_options(self, requirements)
 
 
 class Learner:
@@ -147,13 +162,8 @@ class Learner:
         return record
 
     def _check_and_average(self, update: int, norm: float) -> None:
-        # A sum of squares in fp32 also overflows for weights that are finite and larger than any network can bear.
-        lengths = [torch.linalg.vector_norm(weight.detach().float()) for weight in self.weights]
-        if not bool(torch.stack(lengths).isfinite().all()):
-            raise TrainingError(
-                f"Update {update + 1} made weights that are not finite, with a gradient of norm {norm:.3g}. Lower "
-                f"learning_rate, which is {self.options.learning_rate:g}, and go on from the last checkpoint."
-            )
+        rate = self.options.learning_rate
+        require_usable_weights(self.weights, update=update + 1, norm=norm, learning_rate=rate)
         if self.ema is not None:
             self.ema.step(self.weights)
 

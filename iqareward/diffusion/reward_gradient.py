@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iqareward._gradients import straight_through
-from iqareward.diffusion.experience import Experience
+from iqareward.diffusion.experience import Experience, checked_scores
 from iqareward.diffusion.noise import generator
 from iqareward.diffusion.policy import Condition, Policy, repeat
 from iqareward.diffusion.policy_gradient import RLTerm, mean_per_input
@@ -83,8 +83,9 @@ class RewardGradient:
             clean = replay(policy, trajectory, late[int(choice)], condition).clean
         images = drop_broken_gradients(clamp_straight_through(policy.decode(clean)))
         references = experience.references.repeat_interleave(trajectory.group_size, 0)
-        loss = -self.reward(images, references=references)
-        loss = torch.where(loss.isfinite(), loss, 0.0)  # not scored: says nothing, and its image gets no gradient
+        answer = self.reward(images, references=references)
+        scores = checked_scores(answer, name=self.reward.name, count=images.shape[0])
+        loss = torch.where(scores.isnan(), 0.0, -scores)  # not scored: says nothing, and its image gets no gradient
         return RLTerm(mean_per_input(loss, experience), torch.zeros_like(experience.difficulty))
 
     def _last_steps(self, policy: Policy, experience: Experience, condition: Condition) -> Tensor:

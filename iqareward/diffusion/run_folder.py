@@ -7,11 +7,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward.atomic import remove_parts
 from iqareward.types import Reward
 
+LONGEST = 80  # characters of a value in a message
 LOCK = ".lock"  # stays in the folder; what counts is whether a process holds it
 
 
@@ -51,7 +52,8 @@ def exclusive(folder: Path, accelerator: Any) -> Generator[None]:
 def described(value: Any, *, without: Sequence[str] = ()) -> Any:
     """How `value` was built, in numbers, strings and containers of them that can be saved and compared.
 
-    Rewards are described by their name and facts, functions by their name, objects by their type and options.
+    Rewards are described by their name and facts, functions by their name, schedulers of diffusers by
+    their type and configuration, networks by their type, other objects by their type and options.
 
     Args:
         value: of any kind.
@@ -68,6 +70,8 @@ def described(value: Any, *, without: Sequence[str] = ()) -> Any:
         return str(value)
     if isinstance(value, Tensor):
         return f"tensor of {list(value.shape)}"
+    if isinstance(value, nn.Module) and not isinstance(value, Reward):
+        return _name(type(value))  # the options of a network are in its weights, which are compared as they are loaded
     if isinstance(value, Reward):
         names = ["name", "bounds", "needs_references", "needs_prompts", "differentiable"]
         return {name: described(getattr(value, name)) for name in names}
@@ -77,13 +81,18 @@ def described(value: Any, *, without: Sequence[str] = ()) -> Any:
         return [described(item) for item in value]
     if isinstance(value, functools.partial):
         return {"function": _name(value.func), "arguments": described([*value.args]), **described(value.keywords)}
+    config = getattr(value, "config", None)
+    if isinstance(config, Mapping) and not is_dataclass(value):  # a scheduler of diffusers
+        options = {key: item for key, item in config.items() if not str(key).startswith("_")}
+        return {"type": _name(type(value)), **described(options)}
     if is_dataclass(value) and not isinstance(value, type):
         names = [item.name for item in fields(value) if item.init]
     elif callable(value) and hasattr(value, "__qualname__"):
         return _name(value)
     else:
         plain = (bool, int, float, str)
-        names = [name for name, item in vars(value).items() if not name.startswith("_") and isinstance(item, plain)]
+        attributes = getattr(value, "__dict__", {})
+        names = [name for name, item in attributes.items() if not name.startswith("_") and isinstance(item, plain)]
     options = {name: described(getattr(value, name)) for name in names if name not in without}
     return {"type": _name(type(value)), **options}
 
@@ -105,7 +114,8 @@ def differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
 
 
 def _brief(value: Any) -> str:
-    return str(value["type"]) if isinstance(value, dict) and "type" in value else repr(value)
+    text = str(value["type"]) if isinstance(value, dict) and "type" in value else repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _name(value: Callable[..., Any]) -> str:

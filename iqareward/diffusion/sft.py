@@ -1,12 +1,13 @@
 """Supervised fine-tuning: what a model goes through before RL, and the baseline that RL has to beat."""
 
+import warnings
 from typing import Any
 
 import torch
 
 from iqareward.diffusion.batches import InputOrder, read_batch
 from iqareward.diffusion.data.pairs import Pairs
-from iqareward.diffusion.finite import TrainingError, step_if_finite
+from iqareward.diffusion.finite import TrainingError, require_usable_weights, step_if_finite
 from iqareward.diffusion.forward_process import draw_times
 from iqareward.diffusion.noise import noise_per_input, sub_seed
 from iqareward.diffusion.policy import Policy
@@ -34,7 +35,7 @@ def supervised(
 
     The random numbers of an update follow from the seed, its number and the inputs' ids. `policy.model` is the bare
     module again when this returns, ready for `DifficultyAdaptiveTrainer`. An update whose gradient is not finite is
-    skipped, and an input with a pixel that is not finite is left out of its update.
+    skipped with a warning, and an input with a pixel that is not finite is left out of its update.
 
     Args:
         policy: the model; weights that do not require a gradient stay.
@@ -54,12 +55,13 @@ def supervised(
 
     Raises:
         ValueError: there are fewer pairs than `batch_size`.
-        TrainingError: five updates in a row had a gradient that is not finite.
+        TrainingError: a step made weights that are not finite; or five updates in a row, or the last one, were skipped.
 
     References:
         Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2017, https://arxiv.org/abs/1711.05101
     """
     from accelerate import Accelerator
+    from accelerate.utils import gather_object
     from diffusers.training_utils import EMAModel
 
     accelerator = Accelerator() if accelerator is None else accelerator
@@ -70,7 +72,7 @@ def supervised(
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, max(num_updates, 1))
     average = EMAModel(weights, decay=ema_decay, use_ema_warmup=True) if ema_decay else None
-    losses, failures = [], 0
+    losses, failures, why = [], 0, ""
     with progress_bar("SFT", num_updates, shown=show_progress and accelerator.is_main_process) as advance:
         for update in range(num_updates):
             ids = order.ids(update, rank=rank, world=world)
@@ -88,16 +90,24 @@ def supervised(
             step = step_if_finite(accelerator, optimizer, float(norm))
             schedule.step()
             failures = failures + 1 if step.failed else 0
+            if step.moved:
+                require_usable_weights(weights, update=update + 1, norm=float(norm), learning_rate=learning_rate)
+                if average is not None:
+                    average.step(weights)
+            elif step.failed:
+                everyone = sorted(gather_object(list(ids)))
+                why = f"the gradient over inputs {everyone} is not finite"
+                warnings.warn(f"update {update + 1} of SFT: skipped, because {why}", RuntimeWarning, stacklevel=2)
             if failures == MAX_FAILED_UPDATES:
-                raise TrainingError(
-                    f"{failures} updates of SFT in a row had a gradient that is not finite, the last with inputs "
-                    f"{ids}. Look at those inputs, and lower learning_rate, which is {learning_rate:g}."
-                )
-            if step.moved and average is not None:
-                average.step(weights)
+                break
             losses.append(loss.detach())
             advance({"sft_loss": loss.detach()} if update % 10 == 0 else {})
+    policy.model = accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
+    if failures:
+        raise TrainingError(
+            f"SFT ended with failed updates: {why}, {failures} times in a row. The weights may be finite and yet "
+            f"useless. Look at those inputs, and lower learning_rate, which is {learning_rate:g}."
+        )
     if average is not None:
         average.copy_to(weights)
-    policy.model = accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
     return torch.stack(losses).tolist() if losses else []

@@ -14,7 +14,7 @@ from iqareward.advantages import RewardMemory
 from iqareward.atomic import atomic_write
 from iqareward.difficulty import rmse
 from iqareward.diffusion.batches import InputOrder, read_batch
-from iqareward.diffusion.checkpoint import latest, load_state, save_lines, save_state, trained_weights
+from iqareward.diffusion.checkpoint import latest, load_state, previous, save_lines, save_state, trained_weights
 from iqareward.diffusion.data.pairs import Pairs
 from iqareward.diffusion.experience import Experience, Sampling, collect, compare
 from iqareward.diffusion.finite import TrainingError, finite_mean, finite_or_nan, require_finite
@@ -123,10 +123,14 @@ class DifficultyAdaptiveTrainer:
         self.learner = Learner(policy, objective or PolicyGradient(), self.options, self.accelerator)
         self.executor = ThreadPoolExecutor(1) if overlap else None
         self.updates, self.history, self.failures = 0, [], 0
+        self.proven = False  # whether an update has gone well since the last checkpoint
         # Taken now, because a weighter may change as it is used.
         self.settings: dict[str, Any] = {
             "seed": seed,
             "num_inputs": len(pairs),
+            "pairs": described(pairs),
+            "policy": described(policy, without=("model", "process")),
+            "process": described(policy.process),
             "mixed_precision": str(self.accelerator.mixed_precision),
             "reward": described(reward),
             "metric": described(metric),
@@ -163,7 +167,8 @@ class DifficultyAdaptiveTrainer:
         Raises:
             ValueError: `output_dir` holds a run and `resume` is False, another run uses it, or the checkpoint is
                 damaged or of other settings.
-            TrainingError: too many updates in a row failed, or weights are no longer finite.
+            TrainingError: too many updates in a row failed, or the last one, or weights are no longer finite. It names
+                the newest checkpoint from which training went on without failure; `history` has the updates so far.
         """
         with exclusive(self.output_dir, self.accelerator):
             begun = latest(self.checkpoint)
@@ -180,11 +185,15 @@ class DifficultyAdaptiveTrainer:
                 save_lines(self.history_file, self.history)  # a kill may have come between the two files
             if self.accelerator.log_with and not self.accelerator.trackers:
                 self.accelerator.init_trackers("iqareward")
-            self._updates(num_updates, save_every, validate_every)
+            try:
+                self._updates(num_updates, save_every, validate_every)
+            except TrainingError as error:
+                raise TrainingError(f"{error} {self._where_to_go_on()}") from error
         return self.history
 
     def _updates(self, num_updates: int, save_every: int, validate_every: int) -> None:
         shown, due = self.show_progress and self.accelerator.is_main_process, False
+        record: dict[str, Any] = {}
         with progress_bar("RL", num_updates, done=self.updates, shown=shown) as advance:
             while self.updates < num_updates and not (self.validation and self.validation.stopped):
                 record = self.update()
@@ -196,12 +205,15 @@ class DifficultyAdaptiveTrainer:
                 self.history.append(record)
                 self.accelerator.log({name: value for name, value in record.items() if name != "alarms"}, self.updates)
                 last = last or (self.validation is not None and self.validation.stopped)
-                due = due or self.updates % save_every == 0
+                due = due or last or self.updates % save_every == 0
                 # Weights can be finite and yet too large to work with. What shows it is the next update, which fails.
-                if last or (due and not self.failures):
+                # With no checkpoint while updates fail, the one before is always of weights that trained on.
+                if due and not self.failures:
                     self.save()
                     due = False
                 advance(record)
+        if self.failures:
+            raise TrainingError(f"The run ended with failed updates, {self.failures} in a row: {record['alarms']}.")
 
     def calibrate(self) -> None:
         """Tell the weighter how hard inputs are for the model before RL; most schedules have no such anchor."""
@@ -229,24 +241,38 @@ class DifficultyAdaptiveTrainer:
 
     def _alarms(self, record: dict[str, Any], experience: Experience) -> str:
         """What went wrong in an update, as a warning and in words for the history; or an error, if it goes on."""
-        failures = [record.pop("problem")]
+        from accelerate.utils import gather_object
+
+        failures, ids = [record.pop("problem")], list(experience.ids)
         if record["scored"] == 0:
             failures.append(f"{self.reward.name} scored no image, so RL had nothing to learn from")
         failures = [text for text in failures if text]
         self.failures = self.failures + 1 if failures else 0
+        self.proven = self.proven or not failures
         if self.failures >= self.options.max_failed_updates:
             raise TrainingError(
-                f"{self.failures} updates in a row failed, the last with inputs {list(experience.ids)}: "
-                f"{'; '.join(failures)}. Look at the reward and those inputs. {self.checkpoint} is from before them."
+                f"{self.failures} updates in a row failed, the last with inputs {sorted(gather_object(ids))}: "
+                f"{'; '.join(failures)}. Look at the reward and those inputs."
             )
         notes: list[str] = []
         if record["left_out"]:
-            bad = [row for row, good in zip(experience.ids, experience.usable.tolist(), strict=True) if not good]
-            notes = [f"left out {record['left_out']:g} inputs whose pixels are not all finite, here {bad}"]
+            bad = [row for row, good in zip(ids, experience.usable.tolist(), strict=True) if not good]
+            everyones = sorted(gather_object(bad))
+            notes = [f"left out {record['left_out']:g} inputs whose pixels are not all finite: {everyones}"]
         alarms = "; ".join([*failures, *notes])
         if alarms:
             warnings.warn(f"update {self.updates}: {alarms}", RuntimeWarning, stacklevel=2)
         return alarms
+
+    def _where_to_go_on(self) -> str:
+        """The newest checkpoint that a good update has followed, and how to use it."""
+        older = previous(self.checkpoint)
+        if self.proven or not older.is_file():
+            return f"{self.checkpoint} is from before that: mend the cause and go on from there with resume=True."
+        return (
+            f"No update has gone well since {self.checkpoint}, so its weights may be the cause. {older} is of weights "
+            f"that trained without failure: mend the cause and move it over {self.checkpoint.name} to go on from there."
+        )
 
     def _signal(self, experience: Experience) -> Tensor:
         """What the weighter goes by, `[B]`."""
@@ -330,6 +356,7 @@ class DifficultyAdaptiveTrainer:
             state |= {"updates": self.updates, "history": self.history, "settings": self.settings}
             save_state(self.checkpoint, state)
             save_lines(self.history_file, self.history)
+        self.proven = False
         self.accelerator.wait_for_everyone()
 
     def load(self, *, allow_changes: bool = False) -> bool:
@@ -346,6 +373,12 @@ class DifficultyAdaptiveTrainer:
         if file is None:
             return False
         state = load_state(file)
+        kinds = {"updates": int, "history": list, "settings": dict}
+        if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in kinds.items()):
+            raise ValueError(
+                f"{file} expected a checkpoint of DifficultyAdaptiveTrainer with {', '.join(kinds)}, got something "
+                "else. Move it away, or choose another output_dir."
+            )
         changed = differences(state["settings"], self.settings)
         if changed and not allow_changes:
             raise ValueError(
@@ -358,11 +391,16 @@ class DifficultyAdaptiveTrainer:
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        except Exception:
+        except Exception as error:
             for name, part in parts.items():
                 part.load_state_dict(before[name])
+            if isinstance(error, (LookupError, TypeError, AttributeError)):  # a part is not what it should be
+                raise ValueError(
+                    f"{file} expected a checkpoint of DifficultyAdaptiveTrainer, got one that cannot be loaded: "
+                    f"{type(error).__name__} {error}. Move it away, or choose another output_dir."
+                ) from error
             raise
-        self.updates, self.history, self.failures = state["updates"], state["history"], 0
+        self.updates, self.history, self.failures, self.proven = state["updates"], state["history"], 0, False
         if "weighter" in anew:
             self.calibrate()
         return True

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from iqareward.atomic import atomic_write
-from iqareward.diffusion.experience import images_of
-from iqareward.diffusion.finite import finite_mean, finite_or_nan, usable_rows
+from iqareward.diffusion.experience import checked_scores, images_of
+from iqareward.diffusion.finite import finite_mean, usable_rows
 from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.policy import Policy
 from iqareward.diffusion.rollout import rollout
@@ -94,13 +94,20 @@ class Validation:
         Returns:
             `{"images": [V, 3, H, W], "scores": {name: [V]}, "alarms": (sentences), "best": bool}`; the training reward
             is "reward", "best" says whether `stop_on` has not been as good before.
+
+        Raises:
+            TypeError: a judge answers with something other than a tensor of real numbers.
+            ValueError: it does not answer with one score per image.
         """
         count = len(self.degraded)
         mine = slice(count * rank // world, count * (rank + 1) // world)
         images, references = self.restore(policy, seed=seed, rows=mine), self.references[mine]
         named: dict[str, Callable[..., Tensor]] = {"reward": reward, **self.judges}
-        scores = [judge(images, references=references).float().cpu() for judge in named.values()]
-        own = finite_or_nan(torch.stack(scores, 1))
+        columns: list[Tensor] = []
+        for name, judge in named.items():
+            answer = judge(images, references=references)
+            columns.append(checked_scores(answer, name=getattr(judge, "name", name), count=len(images)).cpu())
+        own = torch.stack(columns, 1)
         device = next(policy.model.parameters()).device
         (images, rows), _ = gather_rows(images.to(device), own.to(device))
         images, scores = images.cpu(), dict(zip(named, rows.cpu().unbind(1), strict=True))

@@ -1,5 +1,8 @@
 """Non-finite values anywhere in a run: no good weights are lost, and the run says what was wrong or goes on."""
 
+import warnings
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -191,6 +194,75 @@ def test_a_good_update_forgives(tmp_path):
     assert load_state(previous(tmp_path / "checkpoint.pt"))["updates"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:update:RuntimeWarning", r"ignore:\w+ scored no image")
+@pytest.mark.parametrize("end", ["last update", "stopped by the judge"])
+def test_a_run_that_ends_with_failures_keeps_weights_that_trained(tmp_path, end):
+    """A step that ruins the network shows in the update after it: the error names the checkpoint from before."""
+    run = trainer(tmp_path, optimization=Optimization(learning_rate=1e3, inputs_per_update=4))
+    start = trained_weights(run.policy.model)
+    if end != "last update":
+        run.validation.stop_on, run.validation.patience = "psnr", 1
+        run.validation.judges = {"psnr": lambda images, references: torch.zeros(len(images))}
+    with pytest.raises(TrainingError, match=r"ended with failed updates.*checkpoint-previous\.pt"):
+        run.train(4, save_every=1, validate_every=2)
+    assert [line["update"] for line in run.history] == list(range(5 if end == "last update" else 3))
+    good = load_state(previous(run.checkpoint))
+    assert (good["updates"], load_state(run.checkpoint)["updates"]) == (0, 1)
+    for name, weight in good["learner"]["model"].items():
+        torch.testing.assert_close(weight, start[name], **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:update:RuntimeWarning")
+@pytest.mark.parametrize(("save_every", "name"), [(1, "checkpoint-previous.pt"), (2, "checkpoint.pt")])
+def test_the_error_names_the_newest_checkpoint_that_trained(tmp_path, save_every, name):
+    """After three good updates: with a checkpoint of each, the last is in doubt; one of update 2 is not."""
+    options = Optimization(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
+    run = trainer(tmp_path, optimization=options, validation=None)
+    run.learner.weights[0].register_hook(lambda gradient: gradient * (torch.nan if run.updates > 2 else 1))
+    with pytest.raises(TrainingError, match="2 updates in a row failed") as error:
+        run.train(9, save_every=save_every)
+    assert str(tmp_path / name) in str(error.value)
+    assert load_state(tmp_path / name)["updates"] == 2
+    again = trainer(tmp_path, optimization=options, validation=None)
+    again.learner.weights[0].register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(TrainingError, match=r"checkpoint-previous\.pt"):  # in doubt, until an update goes well
+        again.train(9, resume=True)
+
+
+@pytest.mark.parametrize("size", [1e300, 1e39])
+def test_a_reward_too_large_for_float32_is_not_scored(tmp_path, size):
+    """In float64 it is finite; here no image has a score, and the run says so."""
+    huge = NoReference(contrast, name="huge", higher_is_better=True)
+    run = trainer(tmp_path, reward=huge, validation=None)
+    run.reward = lambda images, references: contrast(images).double() * size
+    run.reward.name = "huge"
+    with pytest.raises(TrainingError, match="huge scored no image"), pytest.warns(RuntimeWarning, match="scored no"):
+        run.train(9)
+
+
+ANSWERS = {
+    "a list": (TypeError, lambda images, references: [0.0] * len(images)),
+    "nothing": (TypeError, lambda images, references: None),
+    "complex": (TypeError, lambda images, references: torch.zeros(len(images), dtype=torch.complex64)),
+    "a column": (ValueError, lambda images, references: torch.zeros(len(images), 1)),
+    "too few": (ValueError, lambda images, references: torch.zeros(len(images) - 1)),
+    "one number": (ValueError, lambda images, references: torch.zeros(())),
+}
+
+
+@pytest.mark.parametrize("place", ["update", "validation"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_reward_that_answers_something_else_is_named(tmp_path, answer, place):
+    """With the shape that was expected and what came."""
+    run = trainer(tmp_path)
+    error, reward = ANSWERS[answer]
+    reward = partial(reward)
+    reward.name = "odd"
+    run.reward = reward
+    with pytest.raises(error, match=r"'odd' expected .*\[4\].*got"):
+        run.experience(0, 1) if place == "update" else run.validate()
+
+
 def test_one_infinite_reward_is_not_scored(tmp_path):
     """It has advantage 0 and enters no mean, and the memory of its input does not see it."""
     run = trainer(tmp_path, validation=None)
@@ -285,4 +357,41 @@ def test_sft_leaves_out_a_bad_input():
     options = {"num_updates": 2, "batch_size": 4, "learning_rate": 1e-3, "show_progress": False}
     losses = supervised(policy, StoredPairs(degraded, references), **options)
     require_finite("losses", losses)
+    require_finite("weights", trained_weights(policy.model))
+
+
+SFT = {"batch_size": 4, "learning_rate": 1e-3, "show_progress": False}
+
+
+@pytest.mark.parametrize("learning_rate", [1e30, 1e36])
+def test_sft_refuses_weights_that_a_step_has_ruined(learning_rate):
+    """After the first step already, with the advice to lower the learning rate."""
+    with pytest.raises(TrainingError, match=r"Update 1 made weights that are not finite.*Lower learning_rate"):
+        supervised(
+            build_restorer((8, 16)),
+            SyntheticPairs(8, size=SIZE),
+            num_updates=2,
+            **SFT | {"learning_rate": learning_rate},
+        )
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_sft_warns_of_a_skipped_update_and_refuses_to_end_with_one(bad):
+    """Each is told with its inputs; after a good update all is well, but the last one must not be skipped."""
+    policy, calls = build_restorer((8, 16)), []
+    plain = policy.sft_loss
+
+    def spoilt(*arguments):
+        calls.append(1)
+        return plain(*arguments) * (torch.nan if len(calls) - 1 == bad else 1.0)
+
+    policy.sft_loss = spoilt
+    ending = pytest.raises(TrainingError, match="SFT ended with") if bad == 2 else nullcontext()
+    with warnings.catch_warnings(record=True) as told, ending:
+        warnings.simplefilter("always")
+        supervised(policy, SyntheticPairs(8, size=SIZE), num_updates=3, **SFT)
+    told = [str(warning.message) for warning in told if warning.category is RuntimeWarning]
+    assert [text.partition(":")[0] for text in told] == [f"update {bad + 1} of SFT"]
+    assert "inputs [" in told[0]
+    assert type(policy.model).__name__ == "UNet2DModel"
     require_finite("weights", trained_weights(policy.model))

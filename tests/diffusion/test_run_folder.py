@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from iqareward.advantages import RewardMemory
-from iqareward.diffusion.checkpoint import load_state, previous, trained_weights
+from iqareward.diffusion.checkpoint import load_state, previous, save_state, trained_weights
+from iqareward.diffusion.data.degradations import Degradation
+from iqareward.diffusion.data.pairs import SyntheticPairs
+from iqareward.diffusion.data.views import StoredPairs
 from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.learner import Optimization
+from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule
 from iqareward.schedules.formulas import constant
 from iqareward.weighting import AdaptiveWeighter
-from tests.diffusion.tiny import pixel_policy, unet
+from tests.diffusion.tiny import SIZE, pixel_policy, unet
 from tests.diffusion.train_tiny import contrast, trainer
 from tests.tolerances import EXACT
 
@@ -103,6 +107,11 @@ CHANGES = {
     "memory": {"memory": None},
     "memory.length": {"memory": RewardMemory(16, length=5)},
     "validation": {"validation": None},
+    "process.scheduler.prediction_type": {"policy": pixel_policy("v_prediction")},
+    "policy.residual": {"policy": PixelPolicy(unet(), pixel_policy("sample").process, residual=True)},
+    "pairs.seed": {"pairs": SyntheticPairs(16, size=SIZE, seed=9)},
+    "pairs.degradation.max_noise": {"pairs": SyntheticPairs(16, size=SIZE, degradation=Degradation(max_noise=9.0))},
+    "pairs": {"pairs": StoredPairs.of(SyntheticPairs(16, size=SIZE))},
 }
 
 
@@ -198,3 +207,32 @@ def test_a_finished_run_stays_as_it_is(begun):
     before = (begun / "checkpoint.pt").read_bytes()
     assert [line["update"] for line in trainer(begun).train(2, resume=True)] == [0, 1, 2]
     assert (begun / "checkpoint.pt").read_bytes() == before
+
+
+FOREIGN = {"another program's": {"a": 1}, "no settings": {"updates": 1, "history": []}, "no model": {"learner": {}}}
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_whole_file_of_something_else_is_refused(begun, tmp_path, content):
+    """It has the right checksum and lacks what a checkpoint has: an error that names the file."""
+    state = FOREIGN[content]
+    if content == "no model":
+        state = load_state(begun / "checkpoint.pt") | state
+    save_state(tmp_path / "checkpoint.pt", state)
+    run = trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt expected a checkpoint of"):
+        run.train(3, resume=True)
+    assert (run.updates, run.history) == (0, [])
+
+
+def test_a_linked_checkpoint_keeps_its_predecessor(tmp_path):
+    """Both files are where the link leads, and the run goes on from there."""
+    store, folder = tmp_path / "store", tmp_path / "run"
+    store.mkdir(), folder.mkdir()
+    (folder / "checkpoint.pt").symlink_to(store / "checkpoint.pt")
+    trainer(folder).train(2, save_every=1)
+    assert (folder / "checkpoint.pt").is_symlink()
+    assert load_state(folder / "checkpoint.pt")["updates"] == 2
+    assert load_state(previous(folder / "checkpoint.pt"))["updates"] == 1
+    (store / "checkpoint.pt").unlink()
+    assert [line["update"] for line in trainer(folder).train(2, resume=True)] == [0, 1, 2]

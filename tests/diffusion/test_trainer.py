@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -59,7 +61,7 @@ def test_history_has_a_line_per_update(tmp_path):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """The same inputs, shared out, end in the same weights up to rounding; one NaN loss makes both skip."""
+    """The same inputs, shared, end in the same weights up to rounding; both skip a NaN loss, and name a NaN pixel."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -69,8 +71,12 @@ def test_two_processes_do_what_one_does(tmp_path):
     ranks = [start(folder, 2, "--overflow", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     one = trainer(tmp_path / "one")
     overflow(one)
-    with pytest.warns(RuntimeWarning, match=rf"skipped, because the loss of inputs \[{one.order.ids(0)[-1]}\]"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
         one.train(2, save_every=1, validate_every=2)
+    overflown, broken = (one.order.ids(update)[-1] for update in range(2))
+    assert f"skipped, because the loss of inputs [{overflown}]" in one.history[1]["alarms"]
+    assert f"left out 1 inputs whose pixels are not all finite: [{broken}]" in one.history[2]["alarms"]
     assert [process.wait(timeout=300) for process in ranks] == [0, 0]
     found = torch.load(folder / "final.pt", weights_only=True)
     for name, weight in weights_of(one).items():
@@ -220,3 +226,34 @@ def test_options_that_cannot_work_are_refused(tmp_path):
         Optimization(sft_scale="auto")
     with pytest.raises(ValueError, match="rising order"):
         Sampling(reward_steps=(3, 1))
+
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = {
+    "learning_rate": (0.0, -1e-3, NAN, INF),
+    "weight_decay": (-1.0, NAN, INF),
+    "max_grad_norm": (0.0, -1.0, NAN),
+    "inputs_per_update": (0, -1, 1.5),
+    "micro_batch": (0, -1, 1.5),
+    "kl_beta": (-0.1, NAN, INF),
+    "sft_scale": (-1.0, NAN, INF),
+    "balance_every": (0, NAN),
+    "std_floor": (-1.0, NAN),
+    "ema_decay": (-0.1, 1.0, 2.0, NAN),
+    "max_failed_updates": (0, 1.5, NAN),
+    "group_size": (0, NAN),
+    "num_steps": (0, 2.5),
+    "eta": (-1.0, NAN, INF),
+    "inputs_at_once": (0, -2),
+    "reward_steps": ((3, 1), (1, 10), (-1,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_each_option_has_a_range(name, value):
+    """A value outside of it is refused with the option's name and what came."""
+    owner = Optimization if name in Optimization.__dataclass_fields__ else Sampling
+    with pytest.raises(ValueError, match=rf"{owner.__name__} expected {name} .*got {re.escape(repr(value))}"):
+        owner(**{name: value})

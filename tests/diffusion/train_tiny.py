@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from iqareward.advantages import RewardMemory
 from iqareward.diffusion.checkpoint import latest, load_state, trained_weights
 from iqareward.diffusion.data.pairs import SyntheticPairs
+from iqareward.diffusion.data.views import StoredPairs
 from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.learner import Optimization
 from iqareward.diffusion.policy import unwrapped
@@ -32,7 +33,7 @@ def contrast(images):
 
 def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrainer:
     """A trainer of the tiny pixel policy with everything that has a state."""
-    pairs = SyntheticPairs(16, size=SIZE)
+    pairs = options.pop("pairs", None) or SyntheticPairs(16, size=SIZE)
     held_out = SyntheticPairs(4, size=SIZE, seed=1).batch(range(4))
     defaults = {
         "sampling": Sampling(group_size=2, num_steps=3, inputs_at_once=2),
@@ -51,8 +52,11 @@ def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrain
 
 
 def overflow(run: DifficultyAdaptiveTrainer) -> None:
-    """The SFT loss of the last input of the first update is NaN, on whichever process that is."""
+    """The SFT loss of the last input of the first update is NaN, and a pixel of the last input of the second one."""
     plain, spoilt = run.policy.sft_loss, run.pairs.batch(run.order.ids(0)[-1:])[1]
+    stored = StoredPairs.of(run.pairs)
+    stored.degraded[run.order.ids(1)[-1], 0, 0, 0] = torch.nan
+    run.pairs = stored
 
     def sft_loss(references, *more):
         hit = (references.cpu() == spoilt).flatten(1).all(1) & (run.updates == 0)
