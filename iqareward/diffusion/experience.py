@@ -126,7 +126,7 @@ def checked_scores(scores: Any, *, name: str, count: int) -> Tensor:
 
     Args:
         scores: the answer, `[count]`.
-        name: of the reward.
+        name: The reward's name, for error messages.
         count: the number of images it was given.
 
     Raises:

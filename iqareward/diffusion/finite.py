@@ -48,8 +48,8 @@ def require_usable_weights(weights: Sequence[Tensor], *, update: int, norm: floa
     Args:
         weights: those that train; looked at on their device, the host waits for the answer.
         update: number of the step, from 1.
-        norm: of its gradient.
-        learning_rate: of the run.
+        norm: Norm of the gradient of that step.
+        learning_rate: The learning rate, for the message.
 
     Raises:
         TrainingError: with that number, norm and learning rate.
@@ -68,7 +68,7 @@ def require_options(options: Any, requirements: Mapping[str, tuple[str, bool]]) 
 
     Args:
         options: what has the options as attributes.
-        requirements: of each by its name: the range in words, and whether it is met.
+        requirements: Maps each option to its range in words and whether it is met.
 
     Raises:
         ValueError: one is not; the message names it, its range and its value.
@@ -108,9 +108,9 @@ def step_if_finite(accelerator: Any, optimizer: Any, norm: float) -> Step:
     A step in fp16 may be skipped while its scaler lowers the scale of the loss; below a scale of 1 it is a failure.
 
     Args:
-        accelerator: of accelerate.
+        accelerator: The `Accelerator` of the run.
         optimizer: prepared by it.
-        norm: of the gradient, the same number on all processes.
+        norm: Gradient norm, the same number on all processes.
     """
     moved, scaler = math.isfinite(norm), accelerator.scaler
     searching = not moved and scaler is not None and scaler.get_scale() > 1

@@ -56,7 +56,7 @@ def described(value: Any, *, without: Sequence[str] = ()) -> Any:
     their type and configuration, networks by their type, other objects by their type and options.
 
     Args:
-        value: of any kind.
+        value: Any object.
         without: options that are left out, because they change as the run goes on.
 
     Example:

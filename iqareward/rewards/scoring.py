@@ -65,7 +65,7 @@ class UnscoredWatch:
         """Warn if all scores are NaN.
 
         Args:
-            name: of the reward.
+            name: The reward's name, for the warning.
             scores: `[B]` of the images.
             images: what was scored.
             references: what they were compared with.

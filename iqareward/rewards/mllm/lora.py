@@ -103,7 +103,7 @@ def read_adapter(folder: Path, settings: LoraSettings, shapes: Mapping[str, Shap
     """Read the tensors of a PEFT LoRA folder: `adapter_model.*` and, if any, `non_lora_trainables.bin`.
 
     Args:
-        folder: of the adapter.
+        folder: Folder that holds the adapter.
         settings: its adapter_config.json.
         shapes: of the weights that it may change, by name.
 
