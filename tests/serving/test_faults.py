@@ -97,6 +97,14 @@ def test_remote_scores_are_local_scores(server):
     assert torch.equal(torch.cat(rows), local)
 
 
+def test_as_much_of_the_cores_as_other_processes_get(server):
+    """Processes of a Ray of our own are not nicer than their parent: beside a trainer they would starve."""
+    children = psutil.Process().children(recursive=True)
+    workers = {child.name(): child.nice() for child in children if child.name().startswith("ray::")}
+    assert len(workers) >= 2
+    assert set(workers.values()) == {psutil.Process().nice()}
+
+
 def test_token(server):
     """No token, a wrong one and a right one, in headers and in a URL as the foreign clients have it."""
     for token in (None, "wrong"):
