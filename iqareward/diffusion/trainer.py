@@ -49,7 +49,7 @@ class DifficultyAdaptiveTrainer:
         pairs: degraded images and their ground truth.
         output_dir: folder of checkpoints and sample grids.
         weighter: RL and SFT weights; `AdaptiveWeighter()` if not given. One that takes pass rates names the distance at
-            which a rollout passes: `Schedule(gate, pass_distance=0.05)`.
+            which a rollout passes: `Schedule(partial(gate, direction="hard_to_rl"), pass_distance=0.05)`.
         objective: how rewards become a loss; `PolicyGradient()` if not given.
         sampling: how inputs are restored.
         optimization: how the weights follow the losses.
