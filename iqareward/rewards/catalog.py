@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from iqareward.functional import gmsd, haarpsi, ms_ssim, niqe, piqe, psnr, ssim
 from iqareward.functional.gmsd import MIN_SIDE as GMSD_MIN_SIDE
@@ -26,7 +27,7 @@ from iqareward.rewards.mllm.vlm.published import QInsightReward, QReAlignReward,
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.rewards.pyiqa_facts import METRICS
-from iqareward.types import Reward
+from iqareward.types import Bounds, Reward
 
 
 class Entry(NamedTuple):
@@ -41,6 +42,8 @@ class Entry(NamedTuple):
         licence: of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
         usual: the scores between which most photographs lie, from bad to best.
+        bounds: (low, high) that no score can leave; None = unbounded.
+        higher_is_better: direction of the published metric; if False the reward is its negative.
     """
 
     build: Callable[..., Reward]
@@ -51,33 +54,46 @@ class Entry(NamedTuple):
     licence: str = "Apache-2.0"
     extra: str = ""
     usual: tuple[float, float] = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
+    higher_is_better: bool = True
 
 
-_similarity = partial(FullReference, higher_is_better=True)
-_distance = partial(FullReference, higher_is_better=False)
-_flaws = partial(NoReference, higher_is_better=False)
+def _metric(
+    metric: Callable[..., Tensor],
+    summary: str,
+    *,
+    bounds: Bounds = (0.0, 1.0),
+    usual: tuple[float, float] = (0.0, 1.0),
+    higher_is_better: bool = True,
+    references: bool = True,
+    differentiable: bool = True,
+    min_side: int = 1,
+    name: str = "",
+) -> Entry:
+    form = FullReference if references else NoReference
+    build = partial(form, metric, higher_is_better=higher_is_better, bounds=bounds, min_side=min_side, name=name)
+    return Entry(
+        build, summary, references, differentiable, usual=usual, bounds=bounds, higher_is_better=higher_is_better
+    )
+
 
 # fmt: off
 CATALOG: dict[str, Entry] = {
-    # name           reward, what a score says, needs references, can be differentiable
-    "psnr": Entry(partial(_similarity, psnr, bounds=(None, 100.0)),
-                  "pixel error in dB; 100 = identical", True, True, usual=(10.0, 50.0)),
-    "psnr_y": Entry(partial(_similarity, partial(psnr, color="y"), name="psnr_y", bounds=(None, 100.0)),
-                    "pixel error of Y as restoration papers report it", True, True, usual=(10.0, 50.0)),
-    "ssim": Entry(partial(_similarity, ssim, bounds=(-1.0, 1.0), min_side=SSIM_MIN_SIDE),
-                  "local structure of luma; 1 = identical", True, True),
-    "ms_ssim": Entry(partial(_similarity, ms_ssim, bounds=(0.0, 1.0), min_side=MS_SSIM_MIN_SIDE),
-                     "structure at five scales; 1 = identical", True, True),
-    "gmsd": Entry(partial(_distance, gmsd, bounds=(None, 0.0), min_side=GMSD_MIN_SIDE),
-                  "evenness of edge errors; 0 = identical", True, True, usual=(-0.35, 0.0)),
-    "haarpsi": Entry(partial(_similarity, haarpsi, bounds=(0.0, 1.0), min_side=HAARPSI_MIN_SIDE),
-                     "wavelet similarity in colour; 1 = identical", True, True),
-    "piqe": Entry(partial(_flaws, piqe, bounds=(-100.0, 0.0), min_side=PIQE_MIN_SIDE),
-                  "blockwise distortion; 0 = none; light noise raises the score", False, False,
-                  usual=(-100.0, 0.0)),
-    "niqe": Entry(partial(_flaws, niqe, bounds=(None, 0.0), min_side=NIQE_MIN_SIDE),
-                  "distance from natural statistics; sides >= 256; a latent autoencoder raises the score",
-                  False, False, usual=(-12.0, 0.0)),
+    "psnr": _metric(psnr, "pixel error in dB; 100 = identical", bounds=(None, 100.0), usual=(10.0, 50.0)),
+    "psnr_y": _metric(partial(psnr, color="y"), "pixel error of Y as restoration papers report it",
+                      bounds=(None, 100.0), usual=(10.0, 50.0), name="psnr_y"),
+    "ssim": _metric(ssim, "local structure of luma; 1 = identical", bounds=(-1.0, 1.0), min_side=SSIM_MIN_SIDE),
+    "ms_ssim": _metric(ms_ssim, "structure at five scales; 1 = identical", min_side=MS_SSIM_MIN_SIDE),
+    "gmsd": _metric(gmsd, "evenness of edge errors; 0 = identical", bounds=(None, 0.0), usual=(-0.35, 0.0),
+                    higher_is_better=False, min_side=GMSD_MIN_SIDE),
+    "haarpsi": _metric(haarpsi, "wavelet similarity in colour; 1 = identical", min_side=HAARPSI_MIN_SIDE),
+    "piqe": _metric(piqe, "blockwise distortion; 0 = none; light noise raises the score", bounds=(-100.0, 0.0),
+                    usual=(-100.0, 0.0), higher_is_better=False, references=False, differentiable=False,
+                    min_side=PIQE_MIN_SIDE),
+    "niqe": _metric(niqe, "distance from natural statistics; sides >= 256; a latent autoencoder raises the score",
+                    bounds=(None, 0.0), usual=(-12.0, 0.0), higher_is_better=False, references=False,
+                    differentiable=False, min_side=NIQE_MIN_SIDE),
+    # name           reward, what a score says, needs references, can be differentiable, weights, licence, extra
     "qalign": Entry(QAlignReward, "quality level by one-align, in [0, 1]",
                     False, True, "q-future/one-align", "MIT, LLaMA-2"),
     "deqa": Entry(DeQAReward, "quality level by DeQA-Score, in [0, 1]",
@@ -93,17 +109,17 @@ CATALOG: dict[str, Entry] = {
     "qinsight": Entry(QInsightReward, "expected rating by Q-Insight, in [0, 1]",
                       False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm"),
     "lpips": Entry(partial(LPIPSReward, "alex"), "AlexNet feature distance; 0 = identical",
-                   True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0)),
+                   True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(LPIPSReward, "vgg"), "VGG feature distance; 0 = identical",
-                       True, True, "torchvision:vgg", "BSD-2", "perceptual", (-1.0, 0.0)),
+                       True, True, "torchvision:vgg", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "dists": Entry(DISTSReward, "structure and texture distance; 0 = identical",
-                   True, True, "torchvision:vgg", "MIT", "perceptual", (-1.0, 0.0)),
+                   True, True, "torchvision:vgg", "MIT", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "fsim": Entry(partial(PIQReward, "fsim"), "phase and gradient similarity; 1 = identical",
                   True, False, extra="perceptual"),
     "vsi": Entry(partial(PIQReward, "vsi"), "saliency-weighted similarity; 1 = identical",
                  True, False, extra="perceptual"),
     "mdsi": Entry(partial(PIQReward, "mdsi"), "gradient and chroma deviation; 0 = identical",
-                  True, False, extra="perceptual", usual=(-0.5, 0.0)),
+                  True, False, extra="perceptual", usual=(-0.5, 0.0), bounds=(None, 0.0), higher_is_better=False),
     "srsim": Entry(partial(PIQReward, "srsim"), "spectral-residual similarity; 1 = identical",
                    True, False, extra="perceptual"),
     "dss": Entry(partial(PIQReward, "dss"), "DCT subband similarity; 1 = identical",

@@ -38,6 +38,17 @@ def test_facts_of_the_table(name: str) -> None:
             load(name, differentiable=True)
 
 
+@pytest.mark.parametrize("name", CATALOG)
+def test_range_and_direction_of_the_table(name: str) -> None:
+    """The table knows the bounds of every reward; distances, and they alone, are negated, so that 0 is their best."""
+    if CATALOG[name].extra:
+        pytest.importorskip("piq")
+        pytest.importorskip("transformers")
+    entry = CATALOG[name]
+    assert load(name).bounds == entry.bounds
+    assert entry.higher_is_better == (entry.bounds[1] != 0)
+
+
 @pytest.mark.parametrize("name", CLASSICAL)
 def test_wrong_ranges_are_not_scored(name: str, photographs: Tensor) -> None:
     """Images in [-1, 1] or [0, 255] get NaN, not a plausible number."""
