@@ -1,5 +1,6 @@
 """The command line: list, score, check, demo, train. `--help` on each says the rest."""
 
+import io
 import json
 import sys
 from enum import StrEnum
@@ -8,8 +9,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from iqareward.cli.text import say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +28,26 @@ class Format(StrEnum):
     table = "table"
     csv = "csv"
     json = "json"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from iqareward import __version__
+
+        typer.echo(f"iqareward {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def any_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    # What a terminal cannot encode is shown escaped, as Python does on standard error by itself.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @app.command("list")
@@ -124,7 +146,7 @@ def compare(
         typer.echo(json.dumps(found.document(), indent=2))
     else:
         show(found, Console())
-    _messages.print(f"Pairs to look at: {output}", soft_wrap=True, highlight=False)
+    say(_messages, f"Pairs to look at: {output}")
     raise typer.Exit(1 if found.unreadable else 0)
 
 
@@ -179,7 +201,7 @@ def train(
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
     except TrainingError as error:
-        _messages.print(f"[red]stopped:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        say(_messages, error, label="stopped:", style="red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as stop:
         _messages.print("Stopped. With --resume the run goes on from its last checkpoint.")
@@ -222,5 +244,7 @@ def serve(
 
 def _usage_error(error: Exception) -> typer.Exit:
     """Show what was wrong without a traceback; exit code 2, as for a mistyped option."""
-    _messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough: `| head`
+        raise error
+    say(_messages, error, label="error:", style="red")
     return typer.Exit(2)

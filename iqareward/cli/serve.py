@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from rich.console import Console
 
+from iqareward.cli.text import say
 from iqareward.optional import require
 from iqareward.rewards.wire import Limits
 
@@ -49,11 +50,10 @@ def run(job: Job, messages: Console) -> None:
     settings = Settings(limits=limits, deadline=job.deadline, jpeg=job.jpeg)  # pyright: ignore[reportArgumentType]
     rewards = load_rewards(job.rewards, job.num_gpus)
     for warning in _warnings(job, secured):
-        messages.print(f"[yellow]warning:[/] {warning}", soft_wrap=True, highlight=False)
+        say(messages, warning, label="warning:", style="yellow")
     with local_ray() if job.address is None else cluster_ray(job.address):
         deploy(rewards, deployment, settings, host=job.host, port=job.port, everywhere=job.address is not None)
-        names = ", ".join(job.rewards)
-        messages.print(f"{names}: http://{job.host}:{job.port}/v1/score", soft_wrap=True, highlight=False)
+        say(messages, f"{', '.join(job.rewards)}: http://{job.host}:{job.port}/v1/score")
         if job.address is None:
             wait_for_stop()
 

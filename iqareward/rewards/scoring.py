@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import final
 
 import torch
@@ -30,8 +31,36 @@ RANGE_SLACK = 0.25
 DEVICE_PIXELS_PER_CALL = 32 * 1024 * 1024
 
 
+_reasons: ContextVar[list[str] | None] = ContextVar("reasons", default=None)
+
+
 class UnscoredWarning(RuntimeWarning):
     """A reward scored no image of a batch, so that a trainer would learn nothing from it."""
+
+
+@contextmanager
+def collect_reasons() -> Generator[list[str]]:
+    """Within the block, a reward that scores no image of a batch adds the reason to a list, in place of the warning.
+
+    Every call is looked at, on any device, and each reward of a sum speaks for itself. Score an image alone to learn
+    why it has no score.
+
+    Yields:
+        The reasons so far, each `"<name of the reward>: <reason>"`.
+
+    Example:
+        >>> import iqareward
+        >>> with collect_reasons() as reasons:
+        ...     score = iqareward.load("piqe")(torch.zeros(1, 3, 4, 4))
+        >>> score, reasons
+        (tensor([nan]), ['piqe: the image has a side shorter than 16 pixels'])
+    """
+    reasons: list[str] = []
+    token = _reasons.set(reasons)
+    try:
+        yield reasons
+    finally:
+        _reasons.reset(token)
 
 
 @final
@@ -72,13 +101,18 @@ class UnscoredWatch:
             min_side: images with a shorter side are not scored.
             otherwise: the reason if the pixels do not show one.
         """
-        seen = self._has_warned or (self._has_looked and scores.device.type != "cpu")
-        if seen or scores.shape[0] == 0 or torch.compiler.is_compiling():
+        if scores.shape[0] == 0 or torch.compiler.is_compiling():
+            return
+        reasons = _reasons.get()
+        if reasons is None and (self._has_warned or (self._has_looked and scores.device.type != "cpu")):
             return
         self._has_looked = True
         if bool(scores.isnan().all()):
-            self._has_warned = True
             why = "; ".join(why_unscored(images, references=references, min_side=min_side)) or otherwise
+            if reasons is not None:
+                reasons.append(f"{name}: {why}")
+                return
+            self._has_warned = True
             warnings.warn(f"{name} scored no image of this batch: {why}.", UnscoredWarning, _first_foreign_frame())
 
 
@@ -87,11 +121,11 @@ def why_unscored(images: Images, *, min_side: int = 1, **others: Images | None) 
 
     Example:
         >>> list(why_unscored(torch.zeros(1, 3, 8, 8), min_side=11))
-        ['1 of 1 images have a side shorter than 11 pixels']
+        ['the image has a side shorter than 11 pixels']
     """
     num_small = sum(min(row.shape[-2:]) < min_side for row in images)
     if num_small:
-        yield f"{num_small} of {len(images)} images have a side shorter than {min_side} pixels"
+        yield f"{_some(num_small, len(images), 'images', 'has', 'have')} a side shorter than {min_side} pixels"
     for argument, rows in {"images": images, **others}.items():
         if rows is None:
             continue
@@ -99,15 +133,20 @@ def why_unscored(images: Images, *, min_side: int = 1, **others: Images | None) 
         spans: list[list[float]] = torch.stack([torch.stack((row.amin(), row.amax())) for row in pixels]).tolist()
         finite = [(low, high) for low, high in spans if math.isfinite(low) and math.isfinite(high)]
         if len(finite) < len(spans):
-            yield f"{len(spans) - len(finite)} of {len(spans)} {argument} have NaN or infinite pixels"
+            num_broken = len(spans) - len(finite)
+            yield f"{_some(num_broken, len(spans), argument, 'has', 'have')} NaN or infinite pixels"
         outside = [(low, high) for low, high in finite if low < -RANGE_SLACK or high > 1 + RANGE_SLACK]
         if outside:
             low, high = min(low for low, _ in outside), max(high for _, high in outside)
             looks, value_range = _likely_range(low, high)
             yield (
-                f"{len(outside)} of {len(spans)} {argument} lie outside [0, 1]: their values span {low:.4g} to "
+                f"{_some(len(outside), len(spans), argument, 'lies', 'lie')} outside [0, 1]: values span {low:.4g} to "
                 f"{high:.4g}{looks}; convert them with iqareward.to_images({argument}, value_range={value_range})"
             )
+
+
+def _some(count: int, total: int, argument: str, has: str, have: str) -> str:
+    return f"the {argument.removesuffix('s')} {has}" if total == 1 else f"{count} of {total} {argument} {have}"
 
 
 def _likely_range(low: float, high: float) -> tuple[str, str]:

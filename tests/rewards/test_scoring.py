@@ -11,7 +11,7 @@ from torch import Tensor
 
 import iqareward
 from iqareward import FullReference, NoReference
-from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWarning, sanitize
+from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWarning, collect_reasons, sanitize
 from tests.gpu import no_waits
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
@@ -247,6 +247,22 @@ def test_each_reward_warns_for_itself() -> None:
     for each in (reward, other, pickle.loads(pickle.dumps(NoReference(brightness, higher_is_better=True)))):
         with pytest.warns(UnscoredWarning):
             each(SIGNED)
+
+
+def test_reasons_are_collected_in_place_of_warnings() -> None:
+    """Within `collect_reasons` every call without a score gives its reason, each part of a sum too, and none warns."""
+    reward = iqareward.load("0.5*ssim + 0.5*niqe[-12, 0]")
+    small, broken = photos(1, side=8), torch.full((1, 3, 192, 192), torch.nan)
+    with collect_reasons() as reasons:
+        for images in (small, small, broken):
+            reward(images, references=images)
+        reward(torch.rand(2, 3, 192, 192), references=torch.rand(2, 3, 192, 192))
+    sides = ["ssim: the image has a side shorter than 11 pixels", "niqe: the image has a side shorter than 96 pixels"]
+    assert reasons[:4] == sides * 2
+    assert reasons[4].startswith("ssim: the image has NaN")
+    assert len(reasons) == 6
+    with pytest.warns(UnscoredWarning, match="ssim scored no image"), pytest.warns(UnscoredWarning, match="niqe"):
+        reward(small, references=small)
 
 
 @pytest.mark.parametrize("name", ["psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe"])

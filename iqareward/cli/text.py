@@ -1,0 +1,40 @@
+"""Print text from outside, such as file names and error messages, as it is: no markup, any bytes, any encoding."""
+
+import re
+
+from rich.console import Console
+from rich.text import Text
+
+# control characters, which move a terminal's cursor, and halves of surrogate pairs, which no encoding can write
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    r"""Text in one line, with escapes for control characters and for bytes of a file name that are not UTF-8.
+
+    Args:
+        text: anything; `str` is applied.
+
+    Example:
+        >>> printable("two\nlines"), printable(b"latin\xe9.png".decode(errors="surrogateescape"))
+        ('two\\nlines', 'latin\\udce9.png')
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def plain(text: object) -> Text:
+    """Text for a cell, title or progress bar of rich, in which `[red]` and `:b:` are no markup."""
+    return Text(printable(text))
+
+
+def say(console: Console, text: object, *, label: str = "", style: str = "") -> None:
+    """Print lines that rich neither wraps nor interprets.
+
+    Args:
+        console: where to.
+        text: one line or several.
+        label: words before the text.
+        style: of the label, e.g. "red".
+    """
+    lines = "\n".join(map(printable, str(text).split("\n")))
+    console.print(Text.assemble((label, style), " " if label else "", lines), soft_wrap=True)
