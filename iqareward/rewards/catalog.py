@@ -44,6 +44,7 @@ class Entry(NamedTuple):
         usual: the scores between which most photographs lie, from bad to best.
         bounds: (low, high) that no score can leave; None = unbounded.
         higher_is_better: direction of the published metric; if False the reward is its negative.
+        published_range: what papers print for the scores 0 and 1 of a reward whose direction they share.
     """
 
     build: Callable[..., Reward]
@@ -56,6 +57,7 @@ class Entry(NamedTuple):
     usual: tuple[float, float] = (0.0, 1.0)
     bounds: Bounds = (0.0, 1.0)
     higher_is_better: bool = True
+    published_range: tuple[float, float] = (0.0, 1.0)
 
 
 def _metric(
@@ -95,9 +97,9 @@ CATALOG: dict[str, Entry] = {
                     differentiable=False, min_side=NIQE_MIN_SIDE),
     # name           reward, what a score says, needs references, can be differentiable, weights, licence, extra
     "qalign": Entry(QAlignReward, "quality level by one-align, in [0, 1]",
-                    False, True, "q-future/one-align", "MIT, LLaMA-2"),
+                    False, True, "q-future/one-align", "MIT, LLaMA-2", published_range=(1.0, 5.0)),
     "deqa": Entry(DeQAReward, "quality level by DeQA-Score, in [0, 1]",
-                  False, True, "zhiyuanyou/DeQA-Score-Mix3", "MIT, LLaMA-2"),
+                  False, True, "zhiyuanyou/DeQA-Score-Mix3", "MIT, LLaMA-2", published_range=(1.0, 5.0)),
     "qrealign": Entry(QReAlignReward, "quality level by Q-ReAlign-Mini, in [0, 1]",
                       False, True, Q_REALIGN_MODELS["mini"], "MIT", "vlm"),
     "qrealign_lite": Entry(partial(QReAlignReward, "lite"), "quality level by Q-ReAlign-Lite, in [0, 1]",
@@ -105,9 +107,9 @@ CATALOG: dict[str, Entry] = {
     "qrealign_pro": Entry(partial(QReAlignReward, "pro"), "quality level by Q-ReAlign-Pro, in [0, 1]",
                           False, True, Q_REALIGN_MODELS["pro"], "MIT", "vlm"),
     "visualquality_r1": Entry(VisualQualityR1Reward, "expected rating by VisualQuality-R1, in [0, 1]",
-                              False, True, VISUALQUALITY_R1_MODEL, "MIT", "vlm"),
+                              False, True, VISUALQUALITY_R1_MODEL, "MIT", "vlm", published_range=(1.0, 5.0)),
     "qinsight": Entry(QInsightReward, "expected rating by Q-Insight, in [0, 1]",
-                      False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm"),
+                      False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm", published_range=(1.0, 5.0)),
     "lpips": Entry(partial(LPIPSReward, "alex"), "AlexNet feature distance; 0 = identical",
                    True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(LPIPSReward, "vgg"), "VGG feature distance; 0 = identical",
@@ -244,3 +246,26 @@ def _build(name: str, device: torch.device | str | None, differentiable: bool) -
     if entry.weights:
         options["device"] = device
     return entry.build(**options)
+
+
+def published(spec: str) -> tuple[float, float] | None:
+    """How to turn scores of a reward into the numbers that papers print, often distances where lower is better.
+
+    Args:
+        spec: from which `load` built the reward.
+
+    Returns:
+        (scale, offset): papers print `scale * score + offset`. None for sums and ranges, which no paper prints.
+
+    Example:
+        >>> published("niqe"), published("qalign"), published("0.7*haarpsi + 0.3*ssim")
+        ((-1.0, 0.0), (4.0, 1.0), None)
+    """
+    name = spec.strip()
+    facts = METRICS.get(name.removeprefix(PYIQA_PREFIX)) if name.startswith(PYIQA_PREFIX) else CATALOG.get(name)
+    if facts is None:
+        return None
+    if not facts.higher_is_better:
+        return (-1.0, 0.0)
+    low, high = facts.published_range if isinstance(facts, Entry) else (0.0, 1.0)
+    return (high - low, low)

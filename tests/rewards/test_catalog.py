@@ -2,13 +2,17 @@
 
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from iqareward import WeightedSum, check_reward, evaluate, load
-from iqareward.rewards.catalog import CATALOG
+from iqareward import WeightedSum, check_reward, evaluate, functional, load
+from iqareward.rewards.catalog import CATALOG, published
+from iqareward.rewards.mllm.deqa import DeQAReward
+from iqareward.rewards.mllm.qalign import QAlignReward
+from iqareward.rewards.mllm.vlm.published import QInsightReward, VisualQualityR1Reward
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.weights]
@@ -47,6 +51,36 @@ def test_range_and_direction_of_the_table(name: str) -> None:
     entry = CATALOG[name]
     assert load(name).bounds == entry.bounds
     assert entry.higher_is_better == (entry.bounds[1] != 0)
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_published_numbers_of_classical_metrics(name: str, photographs: Tensor, degraded_photographs: Tensor) -> None:
+    """The published number is what the pure function gives, whatever sign the reward has."""
+    scale, offset = published(name)
+    function = partial(functional.psnr, color="y") if name == "psnr_y" else getattr(functional, name)
+    references = {"references": photographs} if CATALOG[name].needs_references else {}
+    printed = scale * load(name)(degraded_photographs, **references) + offset
+    torch.testing.assert_close(printed, function(degraded_photographs, *references.values()), **EXACT)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_published_range_of_every_reward(name: str) -> None:
+    """Distances are printed without the minus, judges on their scale "mos", others as they are here."""
+    entry = CATALOG[name]
+    scale, offset = published(name)
+    if not entry.higher_is_better:
+        assert (scale, offset) == (-1, 0)
+    elif entry.build in (QAlignReward, DeQAReward, VisualQualityR1Reward, QInsightReward):
+        assert entry.build(scale="mos").bounds == (offset, scale + offset)
+    else:
+        assert (scale, offset) == (1, 0)
+
+
+def test_published_numbers_of_pyiqa_and_sums() -> None:
+    """pyiqa's metrics are printed in their own direction; sums and ranges are our own."""
+    assert published("pyiqa:musiq") == (1, 0)
+    assert published("pyiqa:niqe") == (-1, 0)
+    assert published("0.5*ssim + 0.5*haarpsi") is published("psnr[10, 50]") is None
 
 
 @pytest.mark.parametrize("name", CLASSICAL)
