@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS
 from iqareward.rewards.mllm.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
-from iqareward.rewards.pyiqa_facts import METRICS
+from iqareward.rewards.pyiqa_facts import METRICS, REFUSED, Metric
 from iqareward.types import Bounds, Reward
 
 
@@ -132,13 +132,11 @@ CATALOG: dict[str, Entry] = {
 # fmt: on
 PYIQA_PREFIX = "pyiqa:"
 
-# names may hold + and -, so operators need spaces around them
 _NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
 _TERM = re.compile(
-    rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z][^\s*\[\]]*)"
+    rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z](?:[^\s*\[\]]*[^\s*\[\]_-])?)"
     rf"(?:\[\s*(?P<low>-?{_NUMBER})\s*,\s*(?P<high>-?{_NUMBER})\s*\])?"
 )
-_OPERATOR = re.compile(r"\s+([+-])\s+")
 
 
 def load(spec: str, *, device: torch.device | str | None = None, differentiable: bool = False) -> Reward:
@@ -150,7 +148,8 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
 
     Args:
         spec: a name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, or a sum such as
-            `"0.7*qalign + 0.3*ssim"`, with spaces around the operators; `[low, high]` may follow each name.
+            `"0.7*qalign + 0.3*ssim"`; `[low, high]` may follow each name. Case, hyphens and underscores in names do not
+            count: `"MS-SSIM"` is `"ms_ssim"`.
         device: where rewards that have weights keep them; None = their default. Others run where the images are.
         differentiable: keep the graph from scores to pixels.
 
@@ -158,8 +157,8 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
         A reward: `[B]` float32 scores, higher is better, NaN = not scored.
 
     Raises:
-        ValueError: an unknown name (near ones are listed), parts that do not share a scale (the message has the line to
-            write), or `differentiable` for a reward that cannot be.
+        ValueError: an unknown name (near ones are listed), a sum that can be read in two ways for want of spaces, parts
+            that do not share a scale (the message has the line to write), or `differentiable` where there is none.
         ImportError: the reward needs an extra that is not installed.
 
     Example:
@@ -171,19 +170,19 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
         '0.7*haarpsi + 0.3*psnr[10, 50]': the first score in brackets becomes 0, the second 1.
         >>> load("nique")
         Traceback (most recent call last):
-        ValueError: unknown reward 'nique'; near names: niqe, piqe. `iqareward list` shows all.
+        ValueError: unknown reward 'nique'; did you mean niqe, piqe, pyiqa:unique? `iqareward list` shows all,
+        `iqareward list --pyiqa` pyiqa's.
     """
-    first, *rest = _OPERATOR.split(spec.strip())
-    signs, texts = ["+", *rest[::2]], [text.strip() for text in (first, *rest[1::2])]
+    readings = list(_readings(spec))
+    if not readings:
+        raise _unreadable(spec)
+    if len(readings) > 1:
+        forms = (" ".join(f"{sign} {term[0]}" for sign, term in reading)[2:] for reading in readings)
+        raise ValueError(f"{spec!r} can be read as {' or '.join(map(repr, forms))}; put spaces around the operators.")
+    signs, texts = [sign for sign, _ in readings[0]], [term[0] for _, term in readings[0]]
     terms: list[tuple[float, Reward]] = []
-    for sign, text in zip(signs, texts, strict=True):
-        match = _TERM.fullmatch(text)
-        if match is None:
-            raise ValueError(
-                f"{spec!r} is no reward: expected names or a sum such as '0.7*haarpsi + 0.3*psnr[10, 50]' "
-                f"(spaces around + and -), could not read {text!r}."
-            )
-        reward = _build(match["name"], device, differentiable)
+    for sign, match in readings[0]:
+        reward = _build(_known_names()[_key(match["name"])], device, differentiable)
         if match["low"] is not None:
             low, high = float(match["low"]), float(match["high"])
             reward = Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{low:g}, {high:g}]")
@@ -222,23 +221,69 @@ def on_unit_scale(spec: str, reward: Reward) -> str:
     low, high = reward.bounds
     if isinstance(reward, WeightedSum) or (low is not None and high is not None and -1 <= low < high <= 1):
         return spec
-    match = _TERM.fullmatch(spec.strip())
+    match = _known_term(spec)
     if match is None:
         raise ValueError(f"on_unit_scale expected the spec of {reward.name!r}, got {spec!r}.")
-    name = match["name"]
-    metric = METRICS[name.removeprefix(PYIQA_PREFIX)] if name.startswith(PYIQA_PREFIX) else CATALOG[name]
-    return f"{spec}[{metric.usual[0]:g}, {metric.usual[1]:g}]"
+    low, high = _facts(_known_names()[_key(match["name"])]).usual
+    return f"{spec}[{low:g}, {high:g}]"
+
+
+def _key(name: str) -> str:
+    """What counts in a name: neither case nor hyphens and underscores."""
+    return re.sub("[-_]", "", name).lower()
+
+
+def _known_names() -> dict[str, str]:
+    """Key -> name, of the table and of pyiqa."""
+    names = (*CATALOG, *(PYIQA_PREFIX + metric for metric in (*METRICS, *REFUSED)))
+    return {_key(name): name for name in names}
+
+
+def _facts(name: str) -> Entry | Metric:
+    return METRICS[name.removeprefix(PYIQA_PREFIX)] if name.startswith(PYIQA_PREFIX) else CATALOG[name]
+
+
+def _known_term(text: str) -> re.Match[str] | None:
+    match = _TERM.fullmatch(text.strip())
+    return match if match and _key(match["name"]) in _known_names() else None
+
+
+def _readings(text: str, sign: str = "+") -> Iterator[list[tuple[str, re.Match[str]]]]:
+    """Every way to read a sum of known names: + and - are operators or, within a word, may belong to a name."""
+    if term := _known_term(text):
+        yield [(sign, term)]
+    for operator in re.finditer("[+-]", text):
+        if term := _known_term(text[: operator.start()]):
+            yield from ([(sign, term), *rest] for rest in _readings(text[operator.end() :], operator[0]))
+
+
+def _unreadable(spec: str) -> ValueError:
+    """The first part of a spec that is not known, and what may have been meant."""
+    rest = spec.strip()
+    while ends := [found.end() for found in re.finditer("[+-]", rest) if _known_term(rest[: found.start()])]:
+        rest = rest[ends[-1] :].strip()
+    text = re.split(r"\s+[+-]\s+", rest)[0]
+    match = _TERM.fullmatch(text)
+    if match is None:
+        return ValueError(
+            f"{spec!r} is no reward: expected names or a sum such as '0.7*haarpsi + 0.3*psnr[10, 50]', could not read "
+            f"{text!r}."
+        )
+    name = match["name"].partition("+")[0]
+    wanted = _key(name.removeprefix(PYIQA_PREFIX))
+    ours = {} if name.startswith(PYIQA_PREFIX) else {_key(known): known for known in CATALOG}
+    theirs = {_key(metric): PYIQA_PREFIX + metric for metric in METRICS if _key(metric) not in ours}
+    near = [known[key] for known in (ours, theirs) for key in difflib.get_close_matches(wanted, known)][:3]
+    if wanted in theirs:
+        near = [theirs[wanted]]
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return ValueError(f"unknown reward {name!r}; {hint}`iqareward list` shows all, `iqareward list --pyiqa` pyiqa's.")
 
 
 def _build(name: str, device: torch.device | str | None, differentiable: bool) -> Reward:
     if name.startswith(PYIQA_PREFIX):
         return PyIQAReward(name.removeprefix(PYIQA_PREFIX), device=device, differentiable=differentiable)
-    entry = CATALOG.get(name)
-    if entry is None:
-        near = difflib.get_close_matches(name, CATALOG, n=3)
-        hint = f"near names: {', '.join(near)}" if near else f"known names: {', '.join(CATALOG)}"
-        spaces = " Sums need spaces around + and -." if "+" in name else ""
-        raise ValueError(f"unknown reward {name!r}; {hint}. `iqareward list` shows all.{spaces}")
+    entry = CATALOG[name]
     if differentiable and not entry.differentiable:
         graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)
         raise ValueError(f"{name} has no useful gradient to the pixels. Differentiable rewards: {graphs}.")
@@ -261,10 +306,10 @@ def published(spec: str) -> tuple[float, float] | None:
         >>> published("niqe"), published("qalign"), published("0.7*haarpsi + 0.3*ssim")
         ((-1.0, 0.0), (4.0, 1.0), None)
     """
-    name = spec.strip()
-    facts = METRICS.get(name.removeprefix(PYIQA_PREFIX)) if name.startswith(PYIQA_PREFIX) else CATALOG.get(name)
-    if facts is None:
+    match = _known_term(spec)
+    if match is None or match["weight"] or match["low"]:
         return None
+    facts = _facts(_known_names()[_key(match["name"])])
     if not facts.higher_is_better:
         return (-1.0, 0.0)
     low, high = facts.published_range if isinstance(facts, Entry) else (0.0, 1.0)

@@ -13,6 +13,7 @@ from iqareward.rewards.catalog import CATALOG, published
 from iqareward.rewards.mllm.deqa import DeQAReward
 from iqareward.rewards.mllm.qalign import QAlignReward
 from iqareward.rewards.mllm.vlm.published import QInsightReward, VisualQualityR1Reward
+from iqareward.rewards.pyiqa_facts import METRICS, NEEDS_CUDA
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.weights]
@@ -78,8 +79,8 @@ def test_published_range_of_every_reward(name: str) -> None:
 
 def test_published_numbers_of_pyiqa_and_sums() -> None:
     """pyiqa's metrics are printed in their own direction; sums and ranges are our own."""
-    assert published("pyiqa:musiq") == (1, 0)
-    assert published("pyiqa:niqe") == (-1, 0)
+    assert published("pyiqa:musiq") == published("pyiqa:MUSIQ") == (1, 0)
+    assert published("pyiqa:niqe") == published("NIQE") == (-1, 0)
     assert published("0.5*ssim + 0.5*haarpsi") is published("psnr[10, 50]") is None
 
 
@@ -157,9 +158,83 @@ def test_sums(photographs: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("PSNR", "psnr"),
+        (" PSNR-Y ", "psnr_y"),
+        ("MS-SSIM", "ms_ssim"),
+        ("ms_ssim", "ms_ssim"),
+        ("MSSSIM", "ms_ssim"),
+        ("Q-Align", "qalign_quality"),
+        ("HaarPSI", "haarpsi"),
+        ("psnr[10, 50]", "psnr[10, 50]"),
+        ("PSNR[10, 50]", "psnr[10, 50]"),
+    ],
+)
+def test_names_as_papers_write_them(spec: str, name: str) -> None:
+    """Case, hyphens and underscores of a name do not count."""
+    assert load(spec).name == name
+
+
+def test_names_of_pyiqa() -> None:
+    """Each of pyiqa's names is found as it stands and in capitals with other hyphens, none for another."""
+    pytest.importorskip("pyiqa")
+    for metric in METRICS:
+        if metric not in NEEDS_CUDA:
+            assert load(f"pyiqa:{metric}").name == f"pyiqa:{metric}"
+            assert load(f"pyiqa:{metric.upper().replace('_', '-')}").name == f"pyiqa:{metric}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("0.7*haarpsi+0.3*ssim", [(0.7, "haarpsi"), (0.3, "ssim")]),
+        ("ssim-0.5*MS-SSIM", [(1.0, "ssim"), (-0.5, "ms_ssim")]),
+        ("ms-ssim-ssim", [(1.0, "ms_ssim"), (-1.0, "ssim")]),
+        ("1e-1*psnr[-10,50]+ssim -haarpsi", [(0.1, "psnr[-10, 50]"), (1.0, "ssim"), (-1.0, "haarpsi")]),
+    ],
+)
+def test_sums_without_spaces(spec: str, parts: list[tuple[float, str]]) -> None:
+    """Operators need no spaces, although names may hold hyphens."""
+    reward = load(spec)
+    assert isinstance(reward, WeightedSum)
+    assert [(weight, part.name) for weight, part in reward.terms] == parts
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("pyiqa:clipiqa+ssim", ["pyiqa:clipiqa", "ssim"]),
+        ("pyiqa:clipiqa++ssim", ["pyiqa:clipiqa+", "ssim"]),
+        ("pyiqa:clipiqa+ + ssim", ["pyiqa:clipiqa+", "ssim"]),
+        ("ssim+pyiqa:qualiclip+-clive", ["ssim", "pyiqa:qualiclip+-clive"]),
+        ("pyiqa:qualiclip+-clive-ssim", ["pyiqa:qualiclip+-clive", "ssim"]),
+    ],
+)
+def test_sums_with_names_that_hold_operators(spec: str, names: list[str]) -> None:
+    """A plus or hyphen that belongs to a name of pyiqa is told from an operator."""
+    pytest.importorskip("pyiqa")
+    with pytest.raises(ValueError, match="adds scores of different scales"):  # clipiqa declares no bounds
+        load(spec)
+    ranged = spec.replace(names[0], f"{names[0]}[0,1]", 1).replace(names[1], f"{names[1]}[0,1]", 1)
+    reward = load(ranged)
+    assert isinstance(reward, WeightedSum)
+    assert [part.name for part in reward.rewards] == [f"{name}[0, 1]" for name in names]
+
+
+def test_a_sum_that_can_be_read_in_two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a name contains an operator between two other names, spaces are asked for, and then decide."""
+    monkeypatch.setitem(CATALOG, "ssim-haarpsi", CATALOG["gmsd"])
+    with pytest.raises(ValueError, match=r"read as '0.5\*ssim-haarpsi' or '0.5\*ssim - haarpsi'; put spaces"):
+        load("0.5*ssim-haarpsi")
+    assert [part.name for part in load("0.5*ssim - haarpsi").rewards] == ["ssim", "haarpsi"]
+
+
+@pytest.mark.parametrize(
     ("spec", "wide", "line"),
     [
         ("0.7*niqe + 0.3*ssim", "niqe", "0.7*niqe[-12, 0] + 0.3*ssim"),
+        ("0.7*NIQE+0.3*SSIM", "niqe", "0.7*NIQE[-12, 0] + 0.3*SSIM"),
         ("0.02*psnr - piqe + haarpsi", "psnr, piqe", "0.02*psnr[10, 50] - piqe[-100, 0] + haarpsi"),
         ("ssim + gmsd", "gmsd", "ssim + gmsd[-0.35, 0]"),
     ],
@@ -206,10 +281,17 @@ def test_one_scale_moves_alike(photographs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nique", "near names: niqe"),
-        ("zzz", "known names: psnr"),
+        ("nique", "did you mean niqe, piqe, pyiqa:unique"),
+        ("zzz", "unknown reward 'zzz'; `iqareward list`"),
+        ("musiq", r"unknown reward 'musiq'; did you mean pyiqa:musiq\?"),
+        ("CLIP-IQA", r"did you mean pyiqa:clipiqa\?"),
+        ("pyiqa:musik", "did you mean pyiqa:musiq,"),
+        ("pyiqa:fid", "compares two sets of images"),
+        ("0.7*ssim+0.3*nique", "unknown reward 'nique'"),
+        ("pyiqa:clipiqa+ + nique+ssim", "unknown reward 'nique'"),
         ("", "could not read ''"),
-        ("0.7*niqe+0.3*ssim", "spaces around"),
+        ("ssim--gmsd", "could not read '-gmsd'"),
+        ("ssim+", "could not read ''"),
         ("0.7 niqe", "could not read"),
         ("psnr[10 50]", "could not read"),
         ("ssim + psnr[50, 10]", "low < high"),
