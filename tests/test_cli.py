@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on(photos: Path, tmp_path: Path, format: str) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{photos}", "--reward", "nique"], "near names: niqe"),
+        (["{photos}", "--reward", "nique"], "did you mean niqe"),
         (["{photos}", "--reward", "ssim"], "pass --reference"),
         (["no/such/folder", "--reward", "piqe"], "brings no image"),
         (["{photos}", "--reward", "piqe", "--format", "table", "--output", "x.csv"], "a table is for reading"),

@@ -176,7 +176,7 @@ MISTAKES = {
 }
 CHANGES = {
     "missing key": ('reward = "haarpsi"\n', "", "missing key `reward`"),
-    "reward": ('"haarpsi"', '"harpsi"', "near names: haarpsi"),
+    "reward": ('"haarpsi"', '"harpsi"', "did you mean haarpsi"),
     "blind reward": ('"haarpsi"', '"niqe"', "`reward`: niqe gives no score for crops of 16 pixels"),
     "folder": ('"photos"', '"fotos"', "expected a folder of images, got fotos"),
     "model": ('"tiny"', '"huge"', "expected model as one of"),
