@@ -34,12 +34,24 @@ class Call:
         """Some of the rows."""
         return Call(*(None if column is None else _rows(column, rows) for column in self._columns()))  # pyright: ignore
 
-    def pieces(self, size: int) -> Iterator["Call"]:
-        """Calls of at most `size` rows, in order; itself if it is small enough."""
-        if len(self) <= size:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of images and references in the dtype they have."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def pieces(self, size: int, max_bytes: int | None = None) -> Iterator["Call"]:
+        """Calls of at most `size` rows and `max_bytes` bytes (but at least one row), in order."""
+        most = self.nbytes if max_bytes is None else max_bytes
+        if len(self) <= size and self.nbytes <= most:
             yield self
-        else:
-            yield from (self.rows(slice(start, start + size)) for start in range(0, len(self), size))
+            return
+        start, held = 0, 0
+        for row, pixels in enumerate(self._row_bytes()):
+            if row - start == size or (row > start and held + pixels > most):
+                yield self.rows(slice(start, row))
+                start, held = row, 0
+            held += pixels
+        yield self.rows(slice(start, len(self)))
 
     def score(self, reward: Reward) -> Scores:
         """The reward's scores, after a look at their number."""
@@ -55,6 +67,10 @@ class Call:
                 yield column
             elif column is not None:
                 yield from column
+
+    def _row_bytes(self) -> list[int]:
+        columns = [column for column in (self.images, self.references) if column is not None]
+        return [sum(column[row].nbytes for column in columns) for row in range(len(self))]
 
     def _columns(self) -> tuple[Any, ...]:
         return self.images, self.references, self.prompts

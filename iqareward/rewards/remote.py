@@ -18,6 +18,7 @@ from iqareward.rewards.wire import CONTENT_TYPE, decode_answer, encode_request
 from iqareward.types import Bounds, Images, Reward, Scores
 
 TOKEN_VARIABLE = "IQAREWARD_TOKEN"
+_MAX_REQUEST_BYTES = 64 * 2**20  # of images and references; a server takes 256 MiB unless it is told otherwise
 _TOO_LARGE = 413
 _REFUSED = {401, 403, 404}  # the client is set up wrongly: no policy turns that into NaN
 
@@ -59,7 +60,8 @@ class RemoteReward:
         name: of the reward there.
         timeout: seconds for a whole call, waiting and retries included.
         max_in_flight: requests at the same time.
-        batch_size: images per request; a server that finds that too large gets halves.
+        batch_size: images per request, fewer if they take more than 64 MiB; a server that finds that too large gets
+            halves.
         on_error: `"raise"`, or `"nan"`: images that the server could not score are NaN, with a RuntimeWarning. A wrong
             token or name, and bad arguments, are raised in any case.
         attempts: how often a request may be lost on the way.
@@ -197,7 +199,8 @@ class RemoteReward:
             async with slots:
                 return await self._score_piece(piece, deadline, lost)
 
-        tasks = [asyncio.ensure_future(one(piece)) for piece in call.pieces(self.batch_size)]
+        pieces = call.pieces(self.batch_size, _MAX_REQUEST_BYTES)
+        tasks = [asyncio.ensure_future(one(piece)) for piece in pieces]
         try:
             return torch.cat(await asyncio.gather(*tasks))
         finally:

@@ -11,7 +11,13 @@ from iqareward.optional import require
 from iqareward.rewards.catalog import load
 from iqareward.rewards.wire import Limits
 from iqareward.serving.app import build_app
-from iqareward.serving.backend import RayBackend, deployment_health, node_metrics
+from iqareward.serving.backend import (
+    MAX_MESSAGE_BYTES,
+    MESSAGE_LIMIT_VARIABLE,
+    RayBackend,
+    deployment_health,
+    node_metrics,
+)
 from iqareward.serving.batch_metrics import BatchMetrics
 from iqareward.serving.dispatch import Facts, Served, Service
 from iqareward.serving.listener import Address, Listener
@@ -101,7 +107,12 @@ def _part(serve: Any, name: str, reward: Reward, deployment: Deployment) -> Any:
     """The deployment of one reward."""
     part = serve.deployment(RewardReplica).options(
         name=name,
-        ray_actor_options={"num_gpus": deployment.num_gpus, "num_cpus": deployment.num_cpus},
+        ray_actor_options={
+            "num_gpus": deployment.num_gpus,
+            "num_cpus": deployment.num_cpus,
+            # here and not in the environment of Ray, which on a cluster is not ours to set
+            "runtime_env": {"env_vars": {MESSAGE_LIMIT_VARIABLE: str(MAX_MESSAGE_BYTES)}},
+        },
         max_ongoing_requests=2 * deployment.max_batch,  # one batch that is scored, one that waits
         max_queued_requests=MAX_QUEUED,
         max_constructor_retry_count=BUILD_ATTEMPTS,

@@ -15,6 +15,9 @@ ATTEMPTS = 3
 PAUSE = 0.2  # seconds before the next attempt, doubled each time
 RETRY_AFTER = 2  # seconds, for clients
 
+MESSAGE_LIMIT_VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+MAX_MESSAGE_BYTES = 2**31 - 1  # of gRPC; Ray's own default is 4 MiB
+
 
 @final
 class RayBackend:
@@ -26,31 +29,40 @@ class RayBackend:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        ray = require("ray", extra="serve", purpose="the reward server")
-        self._errors = require("ray.serve.exceptions", extra="serve", purpose="the reward server")
-        self._lost: tuple[type[Exception], ...] = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError)
+        self._grpc = require("grpc", extra="serve", purpose="the reward server")
+        self._ray = require("ray.exceptions", extra="serve", purpose="the reward server")
+        self._serve = require("ray.serve.exceptions", extra="serve", purpose="the reward server")
 
     async def __call__(self, call: Call) -> Scored:
         """Scores of the call.
 
         Raises:
-            ServiceError: the reward failed, its queue is full (429), or no process of it answers (503).
+            ServiceError: the reward failed, its queue is full (429), no process of it answers (503), or the call is
+                larger than a message between processes may be (413).
         """
         arguments = pack(call)
+        why = ""
         for attempt in range(ATTEMPTS):
             try:
                 result = await self._once(arguments)
-            except self._errors.BackPressureError:
+            except self._serve.BackPressureError:
                 raise ServiceError(429, "overloaded", "the queue is full.", retry_after=RETRY_AFTER) from None
-            except self._lost:
-                await asyncio.sleep(PAUSE * 2**attempt)
-                continue
-            except (self._errors.DeploymentUnavailableError, self._errors.RequestCancelledError) as error:
+            except self._serve.RayServeException as error:
                 raise _unavailable(f"{type(error).__name__}") from error
-            if isinstance(result, Failed):
-                raise ServiceError(result.status, result.code, result.message)
-            return unpack(result)
-        raise _unavailable(f"the processes of the reward died {ATTEMPTS} times")
+            except self._ray.RayTaskError:
+                raise  # the code of the process raised, and would again
+            except self._ray.RayError as error:
+                why = type(error).__name__
+            except self._grpc.RpcError as error:
+                if error.code() == self._grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise _too_large(call) from error
+                why = f"gRPC {error.code().name}"
+            else:
+                if isinstance(result, Failed):
+                    raise ServiceError(result.status, result.code, result.message)
+                return unpack(result)
+            await asyncio.sleep(PAUSE * 2**attempt)
+        raise _unavailable(f"the processes of the reward were lost {ATTEMPTS} times ({why})")
 
     async def _once(self, arguments: tuple[Any, ...]) -> Rows | Failed:
         response = self._handle.score.remote(*arguments)
@@ -59,6 +71,15 @@ class RayBackend:
         except asyncio.CancelledError:
             response.cancel()  # the images leave the queue there
             raise
+
+
+def _too_large(call: Call) -> ServiceError:
+    return ServiceError(
+        413,
+        "message_too_large",
+        f"a call of {call.nbytes} bytes is larger than the gRPC messages that Ray takes here; set "
+        f"{MESSAGE_LIMIT_VARIABLE} in the environment of Ray.",
+    )
 
 
 def _unavailable(reason: str) -> ServiceError:

@@ -1,6 +1,7 @@
 """From a decoded request to its answer: which rewards, in which pieces, and what is an error before scoring."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -16,6 +17,10 @@ from iqareward.serving.errors import ServiceError
 from iqareward.types import Bounds, Reward, Scores
 
 T = TypeVar("T")
+
+# Of images and references in one call of a process. The layers between copy a call several times, and Protocol Buffers
+# hold no message of 2 GiB.
+MAX_CALL_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Served:
     Args:
         facts: of the reward.
         score: sends a call to a process that holds the reward; raises `ServiceError`.
-        max_images: of one call; longer requests are split, and the pieces may be scored by different processes.
+        max_images: of one call; longer requests, and those above `MAX_CALL_BYTES`, are split, and the pieces may be
+            scored by different processes.
     """
 
     facts: Facts
@@ -134,8 +140,8 @@ async def _score(served: Served, request: ScoreRequest) -> Scored:
     """One reward's scores of all images, in order; what it does not look at is not sent to it."""
     references = request.references if served.facts.needs_references else None
     prompts = request.prompts if served.facts.needs_prompts else None
-    pieces = list(Call(request.images, references, prompts).pieces(served.max_images))
-    starts = range(0, len(request.images), served.max_images)
+    pieces = list(Call(request.images, references, prompts).pieces(served.max_images, MAX_CALL_BYTES))
+    starts = list(itertools.accumulate((len(piece) for piece in pieces[:-1]), initial=0))
     results = await together([_score_piece(served, *pair) for pair in zip(pieces, starts, strict=True)])
     if len(results) == 1:
         return results[0]
@@ -170,6 +176,6 @@ async def together(coroutines: list[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except* ServiceError as errors:
+    except* Exception as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]

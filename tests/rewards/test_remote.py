@@ -188,6 +188,18 @@ def test_a_request_that_is_too_large_is_halved() -> None:
         assert sum(len(request.images) for request in double.requests) == 11
 
 
+def test_large_images_travel_in_small_requests() -> None:
+    """Bytes bound a request as well as images do, so that no server needs to refuse it first."""
+    values = torch.arange(11) / 100 + 0.001  # no v / 255, which would travel as one byte each
+    images = values[:, None, None, None].expand(-1, 3, 1000, 1000).contiguous()  # 12 MB each
+    mixed = [*images[:4], images[4, :, :10], *images[5:]]
+    with Double([Brightness()]) as double, remote(double.url) as reward:
+        for batch in (images, mixed):
+            torch.testing.assert_close(reward(batch), torch.stack([image.mean() for image in batch]))
+        assert max(double.sizes) < 65 * 2**20
+        assert len(double.sizes) == 5
+
+
 def test_the_deadline_is_total() -> None:
     """Slow answers, busy answers and queues all end by `timeout`, with the last failure in the message."""
     for script in ([slow(60)], [says(429, BUSY, Retry_After="60")] * 9, [slow(6)] * 40):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,10 @@ SCORES = (np.array([0.5, 0.25], dtype=np.float32), {"part": np.array([1.0, 2.0],
 DIED = ray.exceptions.RayActorError()
 
 
+def rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="as told")
+
+
 @pytest.mark.parametrize("deaths", [0, 1, 2])
 def test_calls_of_a_process_that_died_are_made_again(deaths):
     """Up to three attempts, each with the same images."""
@@ -76,6 +81,16 @@ def test_calls_of_a_process_that_died_are_made_again(deaths):
         ([ray.serve.exceptions.DeploymentUnavailableError("reward")], (503, "unavailable", True)),
         ([Failed(422, "refused_by_reward", "no")], (422, "refused_by_reward", False)),
         ([DIED, Failed(500, "reward_failed", "no")], (500, "reward_failed", False)),
+        ([rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED)], (413, "message_too_large", False)),
+        ([rpc_error(grpc.StatusCode.UNAVAILABLE)] * 3, (503, "unavailable", True)),
+        (
+            [rpc_error(grpc.StatusCode.INTERNAL), DIED, Failed(500, "reward_failed", "no")],
+            (500, "reward_failed", False),
+        ),
+        ([ray.exceptions.OutOfMemoryError("killed")] * 3, (503, "unavailable", True)),
+        ([ray.exceptions.OutOfDiskError()] * 3, (503, "unavailable", True)),
+        ([ray.exceptions.OwnerDiedError("", b"", "")] * 3, (503, "unavailable", True)),
+        ([ray.serve.exceptions.ReplicaUnavailableError("one")], (503, "unavailable", True)),
     ],
 )
 def test_failures_have_a_status(outcomes, expected):
