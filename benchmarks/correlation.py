@@ -26,11 +26,11 @@ from torch import Tensor
 
 from benchmarks._harness import document, finish
 from benchmarks._iqa_datasets import DATASETS, Rated
-from iqareward.cli.files import find_images
-from iqareward.cli.reading import pixels
 from iqareward.demo import measure
 from iqareward.demo.statistics import spearman
 from iqareward.demo.summary import summarise
+from iqareward.image_files import find_images
+from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load
 from iqareward.types import Reward
 
@@ -75,8 +75,8 @@ def on_rated(name: str, images: list[Rated], rewards: list[Reward], console: Con
     """A row per reward: correlation with opinion over the images that it could score."""
     scores: dict[str, list[float]] = {reward.name: [] for reward in rewards}
     for rated in track(images, name, console=console, transient=True):
-        image = pixels(rated.image, "cpu")[None]
-        reference = None if rated.reference is None else pixels(rated.reference, "cpu")[None]
+        image = to_images(rated.image, value_range=(0, 1))
+        reference = None if rated.reference is None else to_images(rated.reference, value_range=(0, 1))
         for reward in rewards:
             blind = reward.needs_references and reference is None
             scores[reward.name].append(float("nan") if blind else reward(image, references=reference).item())
@@ -93,7 +93,7 @@ def on_clean(files: list[Path], rewards: list[Reward], console: Console) -> list
     """A row per reward: on how many photographs each strength of noise raises its score, and by how much on average."""
     scores: dict[str, list[list[float]]] = {reward.name: [] for reward in rewards}
     for place, file in enumerate(track(files, "light noise", console=console, transient=True)):
-        image = pixels(file, "cpu")[None]
+        image = to_images(file, value_range=(0, 1))
         noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(place))
         noisy = [(image + sigma / 255 * noise).clamp(0, 1) for sigma in NOISE]
         for reward in rewards:
@@ -116,7 +116,7 @@ def on_round_trip(
     """A row per reward: how many photographs score higher after an autoencoder, and by how much all do on average."""
     gains: dict[str, list[float]] = {reward.name: [] for reward in rewards}
     for file in track(files, "round trip", console=console, transient=True):
-        image = pixels(file, "cpu")[None]
+        image = to_images(file, value_range=(0, 1))
         top, left = ((side - CROP) // 2 for side in image.shape[2:])
         image = image[..., top : top + CROP, left : left + CROP]
         decoded = round_trip(image)
@@ -181,7 +181,7 @@ def main() -> None:
             step = max(1, len(images) // options.limit) if options.limit else 1
             rows += on_rated(name, images[::step], [load(reward) for reward in names], console)
     blind = [reward for reward in map(load, names) if not reward.needs_references]
-    files = list(find_images([str(options.clean)])) if options.clean and options.clean.is_dir() else []
+    files = list(find_images([options.clean]).files) if options.clean and options.clean.is_dir() else []
     if files:
         rows += on_clean(files, blind, console)
     else:

@@ -6,14 +6,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from iqareward.image_files import read_image, to_array
 
 ImageLike: TypeAlias = Any
 """PIL image, path, ndarray, tensor, a sequence of these, or an object with `.images` (a diffusers pipeline output)."""
 
 _INTEGER_MAX = {torch.bool: 1, torch.uint8: 255, torch.uint16: 65535}
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def to_images(
@@ -26,8 +27,9 @@ def to_images(
 
     Ranges are never guessed: integers are scaled by their dtype (uint8 by 255, uint16 by 65535, bool by 1), floats by
     the `value_range` that you state. Layout follows the type: tensors are channels-first, ndarrays channels-last.
-    Grey images are repeated to three channels, transparent ones are laid on white, EXIF rotation is applied. Nothing
-    is clamped, resized or rounded, and gradients flow through tensors.
+    Grey images are repeated to three channels, transparent ones are laid on white, EXIF rotation is applied, ICC
+    profiles are not. Nothing is clamped, resized or rounded, and gradients flow through tensors. Files are read with
+    all their bits (`iqareward.image_files.read_image`); a PIL image has at most 8 of a colour.
 
     Args:
         images: a PIL image or path; an ndarray `[H, W]`, `[H, W, C]` or `[B, H, W, C]`; a tensor `[H, W]`,
@@ -41,8 +43,8 @@ def to_images(
 
     Raises:
         TypeError: not an image, or an integer dtype whose range is unclear.
-        ValueError: a shape that is no image, or floats without `value_range`.
-        OSError: a file that cannot be read.
+        ValueError: a shape that is no image, floats without `value_range`, or a file that cannot be read
+            (`UnreadableImageError`).
 
     Example:
         >>> import numpy as np
@@ -77,11 +79,9 @@ def _one_image(item: ImageLike, index: int, value_range: tuple[float, float] | N
 def _channels_first(image: ImageLike, where: str) -> Tensor:
     """`[B, C, H, W]` in the input's own dtype and range."""
     if isinstance(image, (str, Path)):
-        with Image.open(image) as opened:
-            opened.load()
-            image = opened
+        image = read_image(image)
     if isinstance(image, Image.Image):
-        image = _pil_to_array(image)
+        image = to_array(image)
     if isinstance(image, np.ndarray):
         array = image[..., None] if image.ndim == 2 else image
         if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4):
@@ -107,29 +107,11 @@ def _channels_first(image: ImageLike, where: str) -> Tensor:
     return tensor if tensor.ndim == 4 else tensor[None]
 
 
-def _pil_to_array(image: Image.Image) -> np.ndarray:
-    """Pixels of a PIL image as stored (8 or 16 bit, or float), upright, with 1, 3 or 4 channels."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I":
-        raise TypeError(
-            "to_images cannot know the range of a PIL image of mode 'I' (32-bit integers). "
-            "Pass np.asarray(image) / its_maximum with value_range=(0, 1)."
-        )
-    if image.mode in _SIXTEEN_BIT_MODES:
-        return np.asarray(image).astype(np.uint16)
-    if image.mode in ("F", "L", "RGB", "RGBA"):
-        if "transparency" in image.info and image.mode in ("L", "RGB"):  # PNG tRNS: one colour is transparent
-            image = image.convert("RGBA")
-        return np.asarray(image)
-    transparent = image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info
-    return np.asarray(image.convert("RGBA" if transparent else "RGB"))
-
-
 def _unit_rgb(tensor: Tensor, value_range: tuple[float, float] | None, device: Any) -> Tensor:
     """`[B, C, H, W]` of any supported dtype as float32 RGB in [0, 1]."""
     tensor = tensor if device is None else tensor.to(device)
     if tensor.dtype in _INTEGER_MAX:
-        unit = tensor.float() / _INTEGER_MAX[tensor.dtype]
+        unit = tensor.float().div_(_INTEGER_MAX[tensor.dtype])  # in place: a photograph takes 12 bytes a pixel
     elif not tensor.is_floating_point():
         raise TypeError(
             f"to_images cannot know the range of {tensor.dtype}. "

@@ -140,7 +140,7 @@ def test_unknown_types() -> None:
         to_images([PIXELS, {}])
     with pytest.raises(TypeError, match="mode 'I'"):
         to_images(Image.new("I", (2, 2)))
-    with pytest.raises(OSError, match="no-such-file"):
+    with pytest.raises(ValueError, match=r"no-such-file.png: No such file"):
         to_images("no-such-file.png")
 
 

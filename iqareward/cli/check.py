@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from iqareward.cli.files import find_images
+from iqareward.image_files import find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load
 from iqareward.testing import Report, check_reward
@@ -50,7 +50,7 @@ def run_check(reward: Reward, folder: Path | None, size: int) -> Report:
 
 def _from_folder(folder: Path, size: int) -> Tensor:
     """The first photographs of a folder, cut to the centre."""
-    files = list(find_images([str(folder)]))[:NUM_IMAGES]
+    files = list(find_images([folder]).files)[:NUM_IMAGES]
     rows = [to_images(file, value_range=(0, 1))[0] for file in files]
     for file, row in zip(files, rows, strict=True):
         if min(row.shape[1:]) < size:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from iqareward.cli.comparison import Difference, difference, disagreement
-from iqareward.cli.files import find_images, find_reference
 from iqareward.cli.reading import read_ahead
 from iqareward.cli.score import progress_bar, score_loaded
+from iqareward.cli.text import say
+from iqareward.image_files import References, find_images
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward
 
@@ -89,8 +90,11 @@ def compare(first: Path, second: Path, scoring: Scoring) -> Comparison:
     rewards = [load(spec, device=scoring.device) for spec in scoring.rewards]
     if scoring.reference is None and (needy := [reward.name for reward in rewards if reward.needs_references]):
         raise ValueError(f"{', '.join(needy)} compares with references: pass --reference FOLDER.")
-    files, others = find_images([str(first)]), find_images([str(second)])
-    pairs = _paired(files, second)
+    references = References(scoring.reference) if scoring.reference is not None else None
+    (files, problems), (others, more) = find_images([first]), find_images([second])
+    for path, problem in (problems | more).items():
+        say(scoring.messages, f"{path}: {problem}", label="skipped", style="yellow")
+    pairs = _paired(files, References(second))
     if not pairs:
         raise ValueError(f"{first} and {second} have no image in common: pairs have the same path in both folders.")
     columns = []
@@ -98,7 +102,7 @@ def compare(first: Path, second: Path, scoring: Scoring) -> Comparison:
         for side, folder in enumerate((first, second)):
             task = progress.add_task(folder.name, total=len(pairs))
             chosen = {pair[side]: pair.relative for pair in pairs}
-            columns.append(_scores(chosen, rewards, scoring, partial(progress.advance, task)))
+            columns.append(_scores(chosen, rewards, references, scoring, partial(progress.advance, task)))
     intact = [pair for pair in pairs if pair.first in columns[0] and pair.second in columns[1]]
     scores = np.array([[column[pair[side]] for pair in intact] for side, column in enumerate(columns)])
     scores = scores.reshape(2, len(intact), len(rewards))
@@ -108,27 +112,31 @@ def compare(first: Path, second: Path, scoring: Scoring) -> Comparison:
     return Comparison((first, second), names, tuple(intact), scores, found, unpaired, len(pairs) - len(intact))
 
 
-def _paired(files: Mapping[Path, Path], folder: Path) -> list[Pair]:
+def _paired(files: Mapping[Path, Path], folder: References) -> list[Pair]:
     pairs = []
     for file, relative in files.items():
         try:
-            pairs.append(Pair(file, find_reference(folder, relative), relative))
+            pairs.append(Pair(file, folder.find(relative), relative))
         except FileNotFoundError:
             continue  # counted as unpaired
     return pairs
 
 
 def _scores(
-    files: Mapping[Path, Path], rewards: Sequence[Reward], scoring: Scoring, advance: Callable[[int], None]
+    files: Mapping[Path, Path],
+    rewards: Sequence[Reward],
+    references: References | None,
+    scoring: Scoring,
+    advance: Callable[[int], None],
 ) -> dict[Path, list[float]]:
     """file -> its scores, for those that could be read; the others are reported."""
     found: dict[Path, list[float]] = {}
-    for batch in read_ahead(files, scoring.reference, device=scoring.device, batch_size=scoring.batch_size):
+    for batch in read_ahead(files, references, device=scoring.device, batch_size=scoring.batch_size):
         readable = [loaded for loaded in batch if loaded.image is not None]
         found |= {loaded.path: row for loaded, row in zip(readable, score_loaded(rewards, readable), strict=True)}
         for loaded in batch:
             if loaded.image is None:
-                scoring.messages.print(f"[yellow]skipped[/] {loaded.path}: {loaded.problem}", soft_wrap=True)
+                say(scoring.messages, f"{loaded.path}: {loaded.problem}", label="skipped", style="yellow")
         advance(len(batch))
     return found
 

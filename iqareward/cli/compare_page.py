@@ -13,11 +13,11 @@ from torch.nn.functional import interpolate
 import iqareward
 from iqareward.cli.compare import Comparison
 from iqareward.cli.comparison import Difference
-from iqareward.cli.files import find_reference
-from iqareward.cli.reading import pixels
 from iqareward.demo.embed import picture
 from iqareward.demo.palette import DAY, NIGHT
 from iqareward.demo.wording import percent, signed
+from iqareward.image_files import References
+from iqareward.images import to_images
 
 THUMBNAIL = 420  # longest side in the page, in pixels
 
@@ -86,7 +86,7 @@ def _pair(comparison: Comparison, index: int, reference: Path | None) -> str:
     pair, titles = comparison.pairs[index], list(comparison.titles)
     files = [pair.first, pair.second]
     if reference is not None:
-        files.append(find_reference(reference, pair.relative))
+        files.append(References(reference).find(pair.relative))
         titles.append("reference")
     figures = "".join(
         f"<figure>{_thumbnail(file, title)}<figcaption>{escape(title)}</figcaption></figure>"
@@ -105,7 +105,7 @@ def _pair(comparison: Comparison, index: int, reference: Path | None) -> str:
 
 
 def _thumbnail(file: Path, title: str) -> str:
-    image = pixels(file, "cpu")
+    image = to_images(file, value_range=(0, 1))[0]
     scale = THUMBNAIL / max(image.shape[1:])
     if scale < 1:
         size = [max(1, round(scale * side)) for side in image.shape[1:]]

@@ -1,18 +1,18 @@
 """Read image files ahead, so that the next batch is decoded while one is scored."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from iqareward.cli.files import find_reference
+from iqareward.image_files import References, UnreadableImageError, open_image
 from iqareward.images import to_images
 
 READERS = 4  # threads that decode files; decoding releases the interpreter lock
+BATCH_BYTES = 512 * 2**20  # of decoded images and references; the next batch takes as much again while one is scored
+BYTES_PER_PIXEL = 12  # float32 RGB
 
 
 class Loaded(NamedTuple):
@@ -24,46 +24,85 @@ class Loaded(NamedTuple):
     problem: str
 
 
+class _Job(NamedTuple):
+    path: Path
+    reference: Path | None
+    problem: str
+
+
 def read_ahead(
-    files: Mapping[Path, Path], reference: Path | None, *, device: str, batch_size: int
+    files: Mapping[Path, Path],
+    references: References | None,
+    *,
+    device: str,
+    batch_size: int,
+    batch_bytes: int = BATCH_BYTES,
 ) -> Iterator[list[Loaded]]:
     """Batches of files, the next one being decoded while the caller scores this one.
 
     Args:
         files: file -> path relative to its folder, as `find_images` gives them.
-        reference: folder of references with the same relative paths; None = none are needed.
+        references: where the references are; None = none are needed.
         device: where the pixels go.
-        batch_size: files per batch.
+        batch_size: maximum number of files in a batch.
+        batch_bytes: maximum size of a batch, decoded as float32 RGB, references included. A single larger image is a
+            batch of its own.
     """
-
-    def read(item: tuple[Path, Path]) -> Loaded:
-        return _read(*item, reference, device)
-
+    batches = _batches(files, references, batch_size, batch_bytes)
     with ThreadPoolExecutor(READERS) as pool:
-        items = iter(files.items())
-        pending = [pool.submit(read, item) for item in islice(items, batch_size)]
+
+        def start() -> list[Future[Loaded]]:
+            return [pool.submit(_read, job, device) for job in next(batches, [])]
+
+        pending = start()
         while pending:
-            upcoming = [pool.submit(read, item) for item in islice(items, batch_size)]
-            yield [future.result() for future in pending]
-            pending = upcoming
+            batch = [future.result() for future in pending]
+            pending = start()  # only now, so that no more than two batches are in memory
+            yield batch
 
 
-def _read(path: Path, relative: Path, folder: Path | None, device: str) -> Loaded:
+def _batches(
+    files: Mapping[Path, Path], references: References | None, batch_size: int, batch_bytes: int
+) -> Iterator[list[_Job]]:
+    """Cut by the sizes in the files' headers; a file without one takes no room, and reading it tells why."""
+    batch: list[_Job] = []
+    room = batch_bytes
+    for path, relative in files.items():
+        job, needed = _Job(path, None, ""), 0
+        try:
+            job = _Job(path, references and references.find(relative), "")
+            needed = sum(_decoded_bytes(file) for file in (job.path, job.reference) if file is not None)
+        except UnreadableImageError:
+            pass
+        except (OSError, ValueError) as error:  # no reference
+            job = _Job(path, None, str(error))
+        if batch and (len(batch) == batch_size or needed > room):
+            yield batch
+            batch, room = [], batch_bytes
+        batch.append(job)
+        room -= needed
+    if batch:
+        yield batch
+
+
+def _decoded_bytes(path: Path) -> int:
+    with open_image(path) as image:
+        return BYTES_PER_PIXEL * image.width * image.height
+
+
+def _read(job: _Job, device: str) -> Loaded:
     try:
-        image = pixels(path, device)
-        reference = None
-        if folder is not None:
-            reference = pixels(find_reference(folder, relative), device)
-            if reference.shape != image.shape:
-                sizes = (f"{tensor.shape[2]}x{tensor.shape[1]}" for tensor in (image, reference))
-                raise ValueError("it is {}, its reference {}".format(*sizes))
-    except UnidentifiedImageError:
-        return Loaded(path, None, None, "not an image that Pillow can read")
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        return Loaded(path, None, None, str(error))  # SyntaxError: what Pillow raises for some broken PNGs
-    return Loaded(path, image, reference, "")
-
-
-def pixels(path: Path, device: str) -> Tensor:
-    """`[3, H, W]` in [0, 1]."""
-    return to_images(path, value_range=(0, 1), device=device)[0]
+        if job.problem:
+            raise ValueError(job.problem)
+        image, reference = (
+            None if path is None else to_images(path, value_range=(0, 1), device=device)[0]
+            for path in (job.path, job.reference)
+        )
+        if image is not None and reference is not None and image.shape != reference.shape:
+            sizes = (f"{tensor.shape[2]}x{tensor.shape[1]}" for tensor in (image, reference))
+            raise ValueError("it is {}, its reference {}".format(*sizes))
+    except UnreadableImageError as error:
+        return Loaded(job.path, None, None, str(error) if error.file != str(job.path) else error.reason)
+    except ValueError as error:
+        return Loaded(job.path, None, None, str(error))
+    return Loaded(job.path, image, reference, "")

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from iqareward.cli.files import find_images
 from iqareward.cli.reading import Loaded, read_ahead
 from iqareward.cli.results import CsvWriter, JsonWriter, TableWriter, Writer, scored_paths
+from iqareward.cli.text import say
+from iqareward.image_files import References, find_images
 from iqareward.rewards.catalog import load
 from iqareward.rewards.compose import evaluate
 from iqareward.types import Reward
@@ -34,29 +35,32 @@ def run(job: Job, messages: Console) -> int:
     rewards = [load(spec, device=job.device) for spec in job.rewards]
     if job.reference is None and (needy := [reward.name for reward in rewards if reward.needs_references]):
         raise ValueError(f"{', '.join(needy)} compares with references: pass --reference FOLDER.")
-    files = find_images(job.paths)
+    references = References(job.reference) if job.reference is not None else None
+    files, problems = find_images(job.paths)
     names = [reward.name for reward in rewards]
     done = scored_paths(job.output, names) if job.output else set()
     todo = {file: relative for file, relative in files.items() if str(file) not in done}
     if done:
         messages.print(f"{len(files) - len(todo)} of {len(files)} are scored already; going on.")
-    failures = 0
+    failures = len(problems)
+    for path, problem in problems.items():
+        say(messages, f"{path}: {problem}", label="skipped", style="yellow")
     with ExitStack() as stack:
         writer = _open_writer(job, names, stack, fresh=not done)
         stack.callback(writer.close)
         progress = stack.enter_context(progress_bar(messages))
         task = progress.add_task("scoring", total=len(todo))
-        for batch in read_ahead(todo, job.reference, device=job.device, batch_size=job.batch_size):
+        for batch in read_ahead(todo, references, device=job.device, batch_size=job.batch_size):
             readable = [loaded for loaded in batch if loaded.image is not None]
             for loaded, scores in zip(readable, score_loaded(rewards, readable), strict=True):
                 writer.write(str(loaded.path), dict(zip(names, scores, strict=True)))
             for loaded in batch:
                 if loaded.image is None:
                     failures += 1
-                    messages.print(f"[yellow]skipped[/] {loaded.path}: {loaded.problem}", soft_wrap=True)
+                    say(messages, f"{loaded.path}: {loaded.problem}", label="skipped", style="yellow")
             progress.advance(task, len(batch))
     if failures:
-        messages.print(f"{failures} of {len(todo)} files could not be scored.")
+        messages.print(f"{failures} of {len(todo) + len(problems)} files could not be scored.")
     return failures
 
 

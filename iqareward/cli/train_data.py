@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 
 from iqareward.cli.train_config import PRESETS, TrainConfig
 from iqareward.diffusion.data.pairs import FolderPairs
 from iqareward.diffusion.data.views import Subset
 from iqareward.diffusion.noise import generator
+from iqareward.image_files import open_image
 from iqareward.rewards.scoring import UnscoredWarning
 from iqareward.types import Reward
 
@@ -49,11 +49,8 @@ def split(config: TrainConfig) -> Data:
 
 def _check_size(path: Path, size: int) -> None:
     """Say now, not after hours, that a file cannot be used; only its header is read."""
-    try:
-        with Image.open(path) as image:
-            sides = image.size
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Repair or remove the file.") from error
+    with open_image(path) as image:
+        sides = image.size
     if min(sides) < size:
         raise ValueError(f"{path} is {sides[0]}x{sides[1]}, smaller than `size` {size}. Lower `size` or remove it.")
 

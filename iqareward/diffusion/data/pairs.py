@@ -7,16 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from iqareward.diffusion.data.degradations import Degradation
 from iqareward.diffusion.data.seeds import id_list, uniform
 from iqareward.diffusion.data.textures import synthetic_images
+from iqareward.image_files import References, UnreadableImageError, find_images, read_image
 from iqareward.images import to_images
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 READERS = 8  # threads that read a batch; Pillow decodes outside the interpreter lock
 
 
@@ -90,14 +90,16 @@ class FolderPairs:
         size: side of the crop in pixels.
         degradation: what damages the crops; not used with `degraded_folder`.
         seed: integer >= 0, of crops, severities and noise.
-        degraded_folder: the degraded images, of the same relative names and sizes as the references.
+        degraded_folder: the degraded images, of the same relative names (any image suffix) and sizes as the references.
         crops: of each file.
 
     Raises:
-        ValueError: a folder is missing or holds no image, a degraded image is missing, or a number is below 1.
+        ValueError: a folder is missing, holds no image or cannot be searched whole, a degraded image is missing, or a
+                number is below 1.
 
     Example:
         >>> import tempfile
+        >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Image.new("RGB", (40, 30), "red").save(f"{folder}/red.png")
         ...     degraded, references = FolderPairs(folder, size=16).batch([0])
@@ -115,27 +117,38 @@ class FolderPairs:
     def __post_init__(self) -> None:
         if self.size < 1 or self.crops < 1:
             raise ValueError(f"FolderPairs expected size >= 1 and crops >= 1, got {self.size} and {self.crops}.")
-        names = self.names
-        if self.degraded_folder is None:
-            return
-        missing = [name for name in names if not (Path(self.degraded_folder) / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"FolderPairs expected {self.degraded_folder} to hold an image of each name in {self.folder}, but "
-                f"{len(missing)} of {len(names)} are missing, the first being {missing[0]}."
-            )
+        self._paths  # noqa: B018  a missing file is an error now, not after hours
 
     @cached_property
     def names(self) -> list[str]:
         """The files relative to the folder, sorted."""
-        folder = Path(self.folder)
-        if not folder.is_dir():
-            raise ValueError(f"FolderPairs expected a folder of images, got {folder}, which is none.")
-        files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        names = sorted(path.relative_to(folder).as_posix() for path in files)
-        if not names:
-            raise ValueError(f"FolderPairs found no image in {folder}. Suffixes known are {sorted(SUFFIXES)}.")
-        return names
+        if not Path(self.folder).is_dir():
+            raise ValueError(f"FolderPairs expected a folder of images, got {self.folder}, which is none.")
+        files, problems = find_images([self.folder])
+        for path, problem in problems.items():  # a part of the data must not be missing without a word
+            raise ValueError(f"FolderPairs cannot use {path}: {problem}. Repair or remove it.")
+        return sorted(relative.as_posix() for relative in files.values())
+
+    @cached_property
+    def _paths(self) -> list[tuple[Path, ...]]:
+        """Of each name: the reference, followed by the degraded image if it is a file."""
+        names = [Path(name) for name in self.names]
+        paths = [Path(self.folder) / name for name in names]
+        if self.degraded_folder is None:
+            return [(path,) for path in paths]
+        degraded, problems = References(self.degraded_folder), []
+        found: list[tuple[Path, ...]] = []
+        for name, path in zip(names, paths, strict=True):
+            try:
+                found.append((path, degraded.find(name)))
+            except FileNotFoundError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError(
+                f"FolderPairs expected {self.degraded_folder} to hold an image of each name in {self.folder}, but "
+                f"{len(problems)} of {len(names)} are missing, the first being: {problems[0]}."
+            )
+        return found
 
     def __len__(self) -> int:
         return len(self.names) * self.crops
@@ -157,14 +170,13 @@ class FolderPairs:
 
     def _crops(self, input_id: int, corner: tuple[float, float]) -> list[Tensor]:
         """The reference `[3, size, size]`, followed by the degraded image if it is a file."""
-        folders = [folder for folder in (self.folder, self.degraded_folder) if folder is not None]
-        paths = [Path(folder) / self.names[input_id // self.crops] for folder in folders]
+        paths = self._paths[input_id // self.crops]
         images = [_read(path) for path in paths]
-        height, width = images[0].shape[1:]
-        if images[0].shape != images[-1].shape:
+        height, width = images[0].shape[:2]
+        if images[0].shape[:2] != images[-1].shape[:2]:
             raise ValueError(
                 f"FolderPairs expected {paths[1]} in the size of its reference, {width} x {height}, got "
-                f"{images[1].shape[2]} x {images[1].shape[1]}. Resize it."
+                f"{images[1].shape[1]} x {images[1].shape[0]}. Resize it."
             )
         if min(height, width) < self.size:
             raise ValueError(
@@ -172,15 +184,19 @@ class FolderPairs:
                 f"{width} x {height}. Lower `size` or remove the file."
             )
         top, left = (int(at * (side - self.size + 1)) for at, side in zip(corner, (height, width), strict=True))
-        return [image[:, top : top + self.size, left : left + self.size] for image in images]
+        crops = (image[top : top + self.size, left : left + self.size] for image in images)
+        return [to_images(crop, value_range=(0, 1))[0] for crop in crops]
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path) -> np.ndarray:
     try:
-        return to_images(path)[0]
-    # What Pillow and to_images raise for files that are broken, too large or of an unclear range.
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"FolderPairs could not read {path}: {error}. Repair or remove the file.") from error
+        pixels = read_image(path)
+    except UnreadableImageError as error:
+        raise ValueError(f"FolderPairs could not read {error}. Repair or remove the file.") from error
+    if pixels.dtype == np.float32 and not 0 <= pixels.min() <= pixels.max() <= 1:  # false for NaN too
+        span = f"{pixels.min():g} to {pixels.max():g}"
+        raise ValueError(f"FolderPairs expected floats in [0, 1], got {path} with {span}. Scale them.")
+    return pixels
 
 
 def _severities(ids: list[int], seed: int) -> Tensor:
