@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from iqareward.cli.text import say
 
@@ -52,26 +52,22 @@ def any_command(
 
 @app.command("list")
 def list_rewards(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    pyiqa: Annotated[bool, typer.Option("--pyiqa", help="pyiqa's metrics instead (non-commercial licence).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with everything that is known.")] = False,
 ) -> None:
-    """List every reward that has a name: what it needs, whether it is differentiable, its licence and extra."""
-    from iqareward.rewards.catalog import CATALOG
+    """List every reward that has a name, one line each. A terminal cuts the lines; in a pipe they are whole."""
+    from iqareward.cli.listing import LEGEND, facts, lines
 
-    rows = {name: entry._asdict() for name, entry in CATALOG.items()}
-    for row in rows.values():
-        del row["build"]
+    rows = facts(pyiqa=pyiqa)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table(title="Rewards: iqareward.load(name), higher is better", title_justify="left")
-    for column in ("name", "what a score says", "references", "differentiable", "licence", "extra"):
-        table.add_column(column, overflow="fold")
-    for name, entry in CATALOG.items():
-        needs, graph = ("yes" if flag else "" for flag in (entry.needs_references, entry.differentiable))
-        table.add_row(name, entry.summary, needs, graph, entry.licence, entry.extra)
-    Console().print(table)
-    typer.echo('Sums: "0.7*qalign + 0.3*ssim"; with a range where scores leave [-1, 1]: "0.7*ssim + 0.3*psnr[10, 50]".')
-    typer.echo('Any pyiqa metric: "pyiqa:musiq" (non-commercial licence).')
+    width = shutil.get_terminal_size().columns
+    for line in lines(rows):
+        cut = sys.stdout.isatty() and len(line) > width
+        typer.echo(f"{line[: width - 3]}..." if cut else line)
+    if sys.stdout.isatty():
+        typer.echo(LEGEND)
 
 
 @app.command()

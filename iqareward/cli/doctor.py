@@ -5,23 +5,26 @@ import importlib
 import importlib.metadata as metadata
 import os
 import platform
+import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from pathlib import Path
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 import iqareward
-from iqareward.rewards.backbones import BACKBONES
-from iqareward.rewards.catalog import CATALOG
+from iqareward.cli.text import printable
+from iqareward.rewards.backbones import BACKBONES, cached_file
+from iqareward.rewards.catalog import CATALOG, PYIQA_PREFIX, Entry
+from iqareward.rewards.pyiqa_facts import NEEDS_CUDA
 
 TORCHVISION = "torchvision:"
 COLOURS = {"ok": "green", "missing": "yellow", "old": "yellow", "broken": "red", "note": "blue"}
@@ -35,7 +38,7 @@ class Finding(NamedTuple):
         name: what was looked at.
         state: "ok", "missing", "old", "broken" or "note".
         detail: version, place or reason.
-        fix: the command or step that mends it; "" = nothing to do.
+        fix: the command that mends it, or fetches weights beforehand; "" = nothing to do.
     """
 
     part: str
@@ -47,28 +50,32 @@ class Finding(NamedTuple):
 
 def diagnose() -> list[Finding]:
     """Everything found: packages, extras, devices, and whether each reward can be used. Imports every package."""
-    packages = list(_packages())
-    broken = {finding.part: finding for finding in reversed(packages) if finding.state != "ok"}
-    return [*packages, *_devices(), *_rewards(broken)]
+    packages = list(_packages(_import_problem))
+    return [*packages, *_devices(), *_rewards(CATALOG, packages)]
 
 
-def _packages() -> Iterator[Finding]:
-    """The core's requirements, then those of each extra."""
+def rewards_here(entries: Mapping[str, Entry]) -> dict[str, Finding]:
+    """Whether each reward can be used, judged by the versions of installed packages; nothing is imported or loaded."""
+    return {finding.name: finding for finding in _rewards(entries, list(_packages(lambda name: "")))}
+
+
+def _packages(problem: Callable[[str], str]) -> Iterator[Finding]:
+    """The core's requirements, then those of each extra; `problem` says why an installed one is broken."""
     found = metadata.distribution("iqareward")
     requirements = [Requirement(text) for text in found.requires or ()]
     extras = [extra for extra in found.metadata.get_all("Provides-Extra") or () if extra != "all"]
     yield Finding("core", "python", "ok", platform.python_version())
     for requirement in requirements:
         if requirement.marker is None:
-            yield _package("core", requirement, "pip install --upgrade iqareward")
+            yield _package("core", requirement, "pip install --upgrade iqareward", problem)
     for extra in extras:
         for requirement in requirements:
             marker = requirement.marker
             if marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
-                yield _package(f"extra {extra}", requirement, f'pip install "iqareward[{extra}]"')
+                yield _package(f"extra {extra}", requirement, f'pip install "iqareward[{extra}]"', problem)
 
 
-def _package(part: str, requirement: Requirement, fix: str) -> Finding:
+def _package(part: str, requirement: Requirement, fix: str, problem: Callable[[str], str]) -> Finding:
     name = requirement.name
     try:
         version = metadata.version(name)
@@ -76,9 +83,8 @@ def _package(part: str, requirement: Requirement, fix: str) -> Finding:
         return Finding(part, name, "missing", f"needs {requirement.specifier}", fix)
     if not requirement.specifier.contains(version, prereleases=True):
         return Finding(part, name, "old", f"{version}, needs {requirement.specifier}", f"{fix} --upgrade")
-    problem = _import_problem(name)
-    if problem:
-        return Finding(part, name, "broken", f"{version}: {problem}", f"pip install --force-reinstall {name}")
+    if reason := problem(name):
+        return Finding(part, name, "broken", f"{version}: {reason}", f"pip install --force-reinstall {name}")
     return Finding(part, name, "ok", version)
 
 
@@ -115,46 +121,56 @@ def _devices() -> Iterator[Finding]:
         yield Finding("devices", "cuda", "note", f"torch has CUDA {torch.version.cuda} and finds no device or driver")
 
 
-def _rewards(broken: dict[str, Finding]) -> Iterator[Finding]:
-    """Whether each reward of the catalogue can be used now."""
-    for name, entry in CATALOG.items():
-        lack = broken.get(f"extra {entry.extra}") or broken.get("core")
+def _rewards(entries: Mapping[str, Entry], packages: Sequence[Finding]) -> Iterator[Finding]:
+    """Whether each reward can be used now."""
+    lacks = {finding.part: finding for finding in reversed(packages) if finding.state != "ok"}
+    for name, entry in entries.items():
+        lack = lacks.get("core") or lacks.get(f"extra {entry.extra}")
         if lack is not None:
             yield Finding("rewards", name, "missing", f"{lack.name} is {lack.state}", lack.fix)
-        elif entry.weights and (missing := missing_weights(entry.weights)):
-            yield Finding("rewards", name, "note", "weights are downloaded at the first call", missing)
+        elif name.removeprefix(PYIQA_PREFIX) in NEEDS_CUDA and not torch.cuda.is_available():
+            yield Finding("rewards", name, "missing", "needs CUDA")
+        elif fetch := fetch_weights(entry.weights):
+            yield Finding("rewards", name, "note", "weights are downloaded at the first call", fetch)
         else:
-            yield Finding("rewards", name, "ok", "weights are here" if entry.weights else "")
+            yield Finding("rewards", name, "ok", "weights are here" if entry.weights not in ("", "pyiqa") else "")
 
 
-def missing_weights(weights: str) -> str:
-    """How to get weights that are not in the cache, for machines that cannot download; "" if they are."""
+def fetch_weights(weights: str) -> str:
+    """The command that downloads weights; "" if they are here, there are none, or pyiqa alone knows which."""
+    if weights in ("", "pyiqa"):
+        return ""
     if weights.startswith(TORCHVISION):
-        models = importlib.import_module("torchvision.models")
-        url = getattr(models, BACKBONES[weights.removeprefix(TORCHVISION)].weights).IMAGENET1K_V1.url
-        file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-        return "" if file.is_file() else f"offline: put {url} at {file}"
-    from huggingface_hub import try_to_load_from_cache
-
+        net = weights.removeprefix(TORCHVISION)
+        file = cached_file(net)
+        return "" if file.is_file() else f"curl --create-dirs -Lo {shlex.quote(str(file))} {BACKBONES[net].url}"
     known = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
     if any(isinstance(try_to_load_from_cache(weights, file), str) for file in known):
         return ""
-    return f"offline: run `hf download {weights}` where there is a network, and copy the cache"
+    return f"hf download {weights}"
 
 
-def show(findings: list[Finding], console: Console) -> None:
-    """One table per section, and a line that sums it up."""
-    console.print(f"[bold]iqareward {iqareward.__version__}[/] on {platform.platform()}", highlight=False)
-    for part in dict.fromkeys(finding.part.split()[0] for finding in findings):
-        table = Table(title=part, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-        for column in ("state", "name", "detail", "fix"):
-            table.add_column(column, overflow="fold")
-        for finding in findings:
-            if finding.part.split()[0] == part:
-                name = f"{finding.part.removeprefix('extra ')}: {finding.name}" if part == "extra" else finding.name
-                state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
-                table.add_row(state, *(escape(text) for text in (name, finding.detail, finding.fix)))
-        console.print(table)
-    usable = [finding for finding in findings if finding.part == "rewards"]
-    ready = sum(finding.state == "ok" for finding in usable)
-    console.print(f"{ready} of {len(usable)} rewards work here now.", highlight=False)
+def show(findings: Sequence[Finding], console: Console) -> None:
+    """A section per part, a line per finding, commands on lines of their own so that they can be copied."""
+
+    def line(*texts: str | tuple[str, str]) -> None:
+        console.print(Text.assemble(*texts), soft_wrap=True)
+
+    line((f"iqareward {iqareward.__version__}", "bold"), f" on {platform.platform()}")
+    for part, group in groupby(findings, lambda finding: finding.part.split()[0]):
+        line((part, "bold"))
+        section = list(group)
+        names = [" ".join([*finding.part.split()[1:], finding.name]) for finding in section]
+        width = max(map(len, names))
+        for index, (finding, name) in enumerate(zip(section, names, strict=True)):
+            colour = COLOURS[finding.state]
+            line("  ", (f"{finding.state:8}", colour), printable(f"{name:{width}}  {finding.detail}").rstrip())
+            if finding.fix and (index + 1 == len(section) or section[index + 1].fix != finding.fix):
+                line("      ", printable(finding.fix))  # once for neighbours that need the same
+    rewards = [finding.state for finding in findings if finding.part == "rewards"]
+    line(f"{rewards.count('ok')} of {len(rewards)} rewards work here now.")
+    if "note" in rewards:
+        line(
+            f"{rewards.count('note')} more download weights at the first call. For a machine without a network, run "
+            f"their commands elsewhere and copy {constants.HF_HUB_CACHE} and {torch.hub.get_dir()}."
+        )

@@ -17,24 +17,29 @@ class Backbone(NamedTuple):
 
     Attributes:
         function: in `torchvision.models`.
-        weights: the enumeration of its published weights there.
+        url: of its ImageNet weights there.
         taps: indices of the compared layers in `.features`.
         widths: their channels.
         min_side: smallest image side that leaves every compared layer a pixel.
     """
 
     function: str
-    weights: str
+    url: str
     taps: tuple[int, ...]
     widths: tuple[int, ...]
     min_side: int
 
 
+_SITE = "https://download.pytorch.org/models"
 BACKBONES = {
-    "alex": Backbone("alexnet", "AlexNet_Weights", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
-    "vgg": Backbone("vgg16", "VGG16_Weights", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
+    "alex": Backbone("alexnet", f"{_SITE}/alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
+    "vgg": Backbone("vgg16", f"{_SITE}/vgg16-397923af.pth", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
     "squeeze": Backbone(
-        "squeezenet1_1", "SqueezeNet1_1_Weights", (1, 4, 7, 9, 10, 11, 12), (64, 128, 256, 384, 384, 512, 512), 17
+        "squeezenet1_1",
+        f"{_SITE}/squeezenet1_1-b8a52dc0.pth",
+        (1, 4, 7, 9, 10, 11, 12),
+        (64, 128, 256, 384, 384, 512, 512),
+        17,
     ),
 }
 
@@ -73,6 +78,11 @@ class FeatureTrunk(nn.Module):
         return activations
 
 
+def cached_file(net: str) -> Path:
+    """Where torch keeps a backbone's weights once they are downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net].url.rsplit("/", 1)[-1]
+
+
 def backbone_weights(net: str, path: str | Path | None, *, purpose: str) -> WeightFile:
     """Torchvision's ImageNet weights: from a file, or from torch's cache, or downloaded into it.
 
@@ -87,16 +97,16 @@ def backbone_weights(net: str, path: str | Path | None, *, purpose: str) -> Weig
     """
     if path is not None:
         return WeightFile(path)
-    models = require("torchvision.models", extra="perceptual", purpose=purpose)
-    published = getattr(models, BACKBONES[net].weights).IMAGENET1K_V1
-    file = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rsplit("/", 1)[-1]
+    url, file = BACKBONES[net].url, cached_file(net)
     try:
         if not file.is_file():
-            published.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+            torch.hub.load_state_dict_from_url(
+                url, progress=False, check_hash=True, weights_only=True, map_location="cpu"
+            )
     except (OSError, RuntimeError) as error:  # the latter where the file does not have the published hash
         raise OSError(
             f"{purpose} needs the ImageNet weights of {BACKBONES[net].function}, which are not in torch's cache and "
-            f"could not be downloaded ({error}). Download {published.url} elsewhere and put it at {file}, or pass "
+            f"could not be downloaded ({error}). Download {url} elsewhere and put it at {file}, or pass "
             "weights='<path of the file>'."
         ) from error
     return WeightFile(file)

@@ -26,7 +26,7 @@ from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS
 from iqareward.rewards.mllm.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
-from iqareward.rewards.pyiqa_facts import METRICS, REFUSED, Metric
+from iqareward.rewards.pyiqa_facts import METRICS, NO_GRADIENT, REFUSED, bounds_of
 from iqareward.types import Bounds, Reward
 
 
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
         summary: what a score says.
         needs_references: whether it compares with references.
         differentiable: whether `differentiable=True` can be asked for.
-        weights: where its weights come from, a hub id or "torchvision:<backbone>"; "" = it has none.
+        weights: where its weights come from, a hub id, "torchvision:<backbone>" or "pyiqa"; "" = it has none.
         licence: of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
         usual: the scores between which most photographs lie, from bad to best.
@@ -131,6 +131,13 @@ CATALOG: dict[str, Entry] = {
 }
 # fmt: on
 PYIQA_PREFIX = "pyiqa:"
+PYIQA = {
+    PYIQA_PREFIX + name: Entry(
+        partial(PyIQAReward, name), "", metric.needs_references, name not in NO_GRADIENT,
+        "pyiqa", "PolyForm Noncommercial", "pyiqa", metric.usual, bounds_of(name), metric.higher_is_better,
+    )
+    for name, metric in METRICS.items()
+}  # fmt: skip
 
 _NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
 _TERM = re.compile(
@@ -224,7 +231,7 @@ def on_unit_scale(spec: str, reward: Reward) -> str:
     match = _known_term(spec)
     if match is None:
         raise ValueError(f"on_unit_scale expected the spec of {reward.name!r}, got {spec!r}.")
-    low, high = _facts(_known_names()[_key(match["name"])]).usual
+    low, high = (CATALOG | PYIQA)[_known_names()[_key(match["name"])]].usual
     return f"{spec}[{low:g}, {high:g}]"
 
 
@@ -235,12 +242,8 @@ def _key(name: str) -> str:
 
 def _known_names() -> dict[str, str]:
     """Key -> name, of the table and of pyiqa."""
-    names = (*CATALOG, *(PYIQA_PREFIX + metric for metric in (*METRICS, *REFUSED)))
+    names = (*CATALOG, *PYIQA, *(PYIQA_PREFIX + metric for metric in REFUSED))
     return {_key(name): name for name in names}
-
-
-def _facts(name: str) -> Entry | Metric:
-    return METRICS[name.removeprefix(PYIQA_PREFIX)] if name.startswith(PYIQA_PREFIX) else CATALOG[name]
 
 
 def _known_term(text: str) -> re.Match[str] | None:
@@ -272,11 +275,11 @@ def _unreadable(spec: str) -> ValueError:
     name = match["name"].partition("+")[0]
     wanted = _key(name.removeprefix(PYIQA_PREFIX))
     ours = {} if name.startswith(PYIQA_PREFIX) else {_key(known): known for known in CATALOG}
-    theirs = {_key(metric): PYIQA_PREFIX + metric for metric in METRICS if _key(metric) not in ours}
-    near = [known[key] for known in (ours, theirs) for key in difflib.get_close_matches(wanted, known)][:3]
+    theirs = {_key(known.removeprefix(PYIQA_PREFIX)): known for known in PYIQA}
+    near = [known[key] for known in (ours, theirs) for key in difflib.get_close_matches(wanted, known)]
     if wanted in theirs:
         near = [theirs[wanted]]
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    hint = f"did you mean {', '.join(near[:3])}? " if near else ""
     return ValueError(f"unknown reward {name!r}; {hint}`iqareward list` shows all, `iqareward list --pyiqa` pyiqa's.")
 
 
@@ -309,8 +312,8 @@ def published(spec: str) -> tuple[float, float] | None:
     match = _known_term(spec)
     if match is None or match["weight"] or match["low"]:
         return None
-    facts = _facts(_known_names()[_key(match["name"])])
+    facts = (CATALOG | PYIQA)[_known_names()[_key(match["name"])]]
     if not facts.higher_is_better:
         return (-1.0, 0.0)
-    low, high = facts.published_range if isinstance(facts, Entry) else (0.0, 1.0)
+    low, high = facts.published_range
     return (high - low, low)

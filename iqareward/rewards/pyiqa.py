@@ -15,12 +15,12 @@ from iqareward.rewards.pyiqa_build import build_metric, check_request, network_o
 from iqareward.rewards.pyiqa_facts import (
     CEILING,
     FLAT_REFERENCE_UNDEFINED,
-    HARD_RANGE,
     METRICS,
     MIN_SIDE,
     NEEDS_FACE,
     ONE_IMAGE_PER_CALL,
     PAD_TO_MULTIPLE,
+    bounds_of,
 )
 from iqareward.rewards.scoring import UnscoredWatch, score_images
 from iqareward.types import Bounds, Images, Scores
@@ -84,7 +84,7 @@ class PyIQAReward:
         self.needs_references = METRICS[metric].needs_references
         self.differentiable = differentiable
         self.batch_size = 1 if metric in ONE_IMAGE_PER_CALL else batch_size
-        self.bounds: Bounds = (0.0, 1.0) if normalize else _bounds(metric)
+        self.bounds: Bounds = (0.0, 1.0) if normalize else bounds_of(metric)
         self._loader = LazyModel(partial(build_metric, metric, weights, options), device)
         self._reported: set[str] = set()
         self._watch = UnscoredWatch()
@@ -183,14 +183,6 @@ class PyIQAReward:
                 "%s could not score an image of %d x %d pixels and answers NaN: %s: %s (further ones are not logged)",
                 self.name, *image.shape[2:], type(error).__name__, error,
             )  # fmt: skip
-
-
-def _bounds(metric: str) -> Bounds:
-    """What a raw score cannot leave, after the sign."""
-    low, high = HARD_RANGE.get(metric, (None, None))
-    if METRICS[metric].higher_is_better:
-        return (low, high)
-    return (None if high is None else 0.0 - high, None if low is None else 0.0 - low)
 
 
 def _per_image(name: str, output: Any, count: int) -> Tensor:

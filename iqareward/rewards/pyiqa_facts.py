@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from iqareward._gradients import clamp
+from iqareward.types import Bounds
 
 FULL, NONE = True, False  # whether a metric compares with a reference
 HIGHER, LOWER = True, False  # which way is better
@@ -169,6 +170,15 @@ HARD_RANGE = {
     "psnr": (0.0, 80.0), "psnry": (0.0, 80.0), "ssim": (0.0, 1.0), "ssimc": (0.0, 1.0), "ms_ssim": (0.0, 1.0),
     "gmsd": (0.0, None), "nlpd": (0.0, None), "mad": (0.0, None), "piqe": (0.0, 100.0), "entropy": (0.0, 8.0),
 }  # fmt: skip
+
+
+def bounds_of(metric: str) -> Bounds:
+    """What a raw score cannot leave, after the sign."""
+    low, high = HARD_RANGE.get(metric, (None, None))
+    if METRICS[metric].higher_is_better:
+        return (low, high)
+    return (None if high is None else 0.0 - high, None if low is None else 0.0 - low)
+
 
 # Measured: shorter sides that the metric needs (8 where it would score less than its filters see). Other metrics are
 # tried, and a failure is noticed when it happens.
