@@ -3,11 +3,12 @@
 import io
 import os
 import re
+import stat
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,19 +19,17 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 # and textures (several pictures in one file), layered files, and formats that Pillow only registers.
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "QOI", "SGI", "SUN", "PCX",
-    "IM", "MSP", "XBM", "TGA",
+    "MSP", "XBM", "TGA",
 )  # fmt: skip
-_READ = (
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .avifs .tif .tiff .bmp .dib .gif .jp2 .j2k .j2c .jpc .jpf .jpx "
-    ".ppm .pgm .pbm .pnm .pfm .qoi .sgi .bw .rgb .rgba .ras .pcx .im .msp .xbm .tga .icb .vda .vst"
-)
-# Found too, so that reading says why such a picture has no score instead of leaving it out without a word.
-_NOT_READ = (
-    ".heic .heif .hif .jxl .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pcd .psd .xpm .dds .blp .ftc .ftu .ico "
-    ".icns .cur"
-)
-SUFFIXES = frozenset(f"{_READ} {_NOT_READ}".split())
-
+# Those of the formats above, and from ".heic" on others of pictures: found too, so that reading says why they have no
+# score, instead of leaving them out without a word.
+SUFFIXES = frozenset((
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".avifs", ".tif", ".tiff", ".bmp",
+    ".dib", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi",
+    ".sgi", ".bw", ".rgb", ".rgba", ".ras", ".pcx", ".msp", ".xbm", ".tga", ".icb", ".vda", ".vst", ".heic", ".heif",
+    ".hif", ".jxl", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pcd", ".psd",
+    ".xpm", ".dds", ".blp", ".ftc", ".ftu", ".ico", ".icns", ".cur", ".im",
+))  # fmt: skip
 _UNKNOWN_WHITE = "its integers are signed or of 32 bits, and their white is unknown. Scale them to 8 or 16 bits"
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _PLANAR = 262, 258, 284  # TIFF tags
 _DEEP = re.compile("(LA|RGB|RGBX|RGBA);16[BLN]")
@@ -103,27 +102,25 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
 
 
 def _expand(argument: str | Path, problems: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
-    path, patterns = Path(argument), Path(argument).parts
-    if path.is_dir():
-        yield from _walk(path, problems)
-    elif path.is_file():
+    path, parts = Path(argument), Path(argument).parts
+    if path.is_file():
         yield path, Path(path.name)
-    elif "**" in patterns:
-        start = patterns.index("**")
-        for folder in sorted(glob(str(Path(*patterns[:start])))):
-            for file, relative in _walk(Path(folder), problems):
-                if _matches(relative.parts, patterns[start:]):
-                    yield file, relative
-    elif has_magic(str(argument)):
-        for match in map(Path, glob(str(argument))):
-            if _is_image(match, problems):
-                yield match, Path(match.name)
+    elif path.is_dir() or not has_magic(str(argument)):
+        yield from _walk(path, ("**", "*"), problems)
+    else:
+        start = next(place for place, part in enumerate(parts) if has_magic(part))
+        top, patterns = Path(*parts[:start]), parts[start:]
+        for file, relative in _walk(top, patterns, problems, hidden=False):
+            fixed = patterns.index("**") if "**" in patterns else -1
+            yield file, Path(*relative.parts[fixed:])
 
 
-def _walk(top: Path, problems: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
-    """Image files under a folder. Links to folders come last, so that a file is found under its own path."""
+def _walk(
+    top: Path, patterns: Sequence[str], problems: dict[Path, str], *, hidden: bool = True
+) -> Iterator[tuple[Path, Path]]:
+    """Image files under a folder that match a glob. Links to folders come last: a file is found under its own path."""
     seen: set[str] = set()
-    folders, links = [top], []
+    folders, links = [top], list[Path]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(folder)
@@ -136,35 +133,37 @@ def _walk(top: Path, problems: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
             problems[folder] = f"the folder cannot be searched ({error.strerror})"
             continue
         for entry in entries:
-            if os.path.isdir(entry):
+            relative = entry.relative_to(top)
+            if not _matches(relative.parts, patterns, hidden):
+                continue
+            known = entry.suffix.lower() in SUFFIXES
+            try:
+                mode = entry.stat().st_mode
+            except OSError as error:
+                if known or not entry.suffix:  # an image, or a folder
+                    problems[entry] = "a link that leads nowhere" if os.path.islink(entry) else str(error.strerror)
+                continue
+            if stat.S_ISDIR(mode):
                 (links if entry.is_symlink() else folders).append(entry)
-            elif _is_image(entry, problems):
-                yield entry, entry.relative_to(top)
+            elif known and not stat.S_ISREG(mode):
+                problems[entry] = "not a regular file"
+            elif known and _matches(relative.parts, patterns, hidden, whole=True):
+                yield entry, relative
 
 
-def _is_image(path: Path, problems: dict[Path, str]) -> bool:
-    """Whether to read a path, judged by its suffix; what has such a suffix and is no file is a problem."""
-    known = path.suffix.lower() in SUFFIXES
-    if os.path.isfile(path):
-        return known
-    if path.is_symlink() and (known or not path.suffix):
-        problems[path] = "a link that leads nowhere"
-    elif known and not os.path.isdir(path):
-        problems[path] = "no regular file"
-    return False
-
-
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob. As in `glob`, hidden names match only patterns with a dot."""
+def _matches(names: Sequence[str], patterns: Sequence[str], hidden: bool, *, whole: bool = False) -> bool:
+    """Whether the parts of a path match a glob or, if not `whole`, may be the first parts of one that does."""
+    if not names:
+        return not whole or set(patterns) <= {"**"}
     if not patterns:
-        return not names
-    if patterns[0] == "**" and _matches(names, patterns[1:]):
-        return True
-    if not names or (names[0].startswith(".") and not patterns[0].startswith(".")):
         return False
+    if patterns[0] == "**" and _matches(names, patterns[1:], hidden, whole=whole):
+        return True
+    if names[0].startswith(".") and not (hidden or patterns[0].startswith(".")):
+        return False  # as in a shell and in `glob`
     if patterns[0] == "**":
-        return _matches(names[1:], patterns)
-    return fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+        return _matches(names[1:], patterns, hidden, whole=whole)
+    return fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:], hidden, whole=whole)
 
 
 class References:
@@ -239,6 +238,8 @@ def open_image(source: str | Path | bytes, *, formats: Sequence[str] = FORMATS) 
             if problem := _problem(image, source):
                 raise UnreadableImageError(file, problem)
             yield image
+    except UnreadableImageError:
+        raise
     except Exception as error:  # decoders raise anything: RuntimeError, SyntaxError, struct.error, MemoryError, ...
         raise _unreadable(error, file) from error
 
@@ -250,8 +251,6 @@ def _open(source: str | Path | bytes, formats: Sequence[str]) -> ImageFile.Image
 
 
 def _unreadable(error: Exception, file: str) -> UnreadableImageError:
-    if isinstance(error, UnreadableImageError):
-        return error
     if isinstance(error, UnidentifiedImageError):
         return UnreadableImageError(file, "it is empty, damaged, or of a kind that is not read")
     reason = error.strerror if isinstance(error, OSError) else None
@@ -285,10 +284,11 @@ def _bits(image: ImageFile.ImageFile, source: str | Path | bytes) -> int:
     if image.format in ("JPEG2000", "AVIF"):  # Pillow does not tell
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         if image.format == "AVIF":
-            flags = content[content.index(b"av1C") + 6]
+            flags = (content.partition(b"av1C")[2] + bytes(3))[2]
             return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
-        size = content.index(b"\xff\x4f\xff\x51") + 40  # the number of components, then 3 bytes for each
-        return max((content[size + 2 + 3 * at] & 0x7F) + 1 for at in range(content[size + 1]))
+        header = content.partition(b"\xff\x4f\xff\x51")[2]  # the first marker: sizes, and 3 bytes for each component
+        depths = header[38 : 38 + 3 * int.from_bytes(header[36:38]) : 3]
+        return max(((depth & 0x7F) + 1 for depth in depths), default=8)
     return 16 if _rawmode(args).endswith("16B") else 8
 
 

@@ -117,7 +117,7 @@ class FolderPairs:
     def __post_init__(self) -> None:
         if self.size < 1 or self.crops < 1:
             raise ValueError(f"FolderPairs expected size >= 1 and crops >= 1, got {self.size} and {self.crops}.")
-        self._paths  # noqa: B018  a missing file is an error now, not after hours
+        _ = self._paths  # a missing file is an error now, not after hours
 
     @cached_property
     def names(self) -> list[str]:
