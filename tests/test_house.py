@@ -14,13 +14,13 @@ import iqareward
 PACKAGE = Path(iqareward.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
-    "types": 0, "images": 0, "groups": 0, "optional": 0, "_contract_checks": 0, "_gradients": 0, "weight_files": 0,
-    "atomic": 0,
+    "types": 0, "images": 0, "image_files": 0, "groups": 0, "optional": 0, "_contract_checks": 0, "_gradients": 0,
+    "weight_files": 0, "atomic": 0,
     "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1, "losses": 1,
     "rewards": 2,
     "testing": 3,
     "adapters": 3, "diffusion": 3, "serving": 3,
-    "demo": 4, "cli": 5,
+    "demo": 4, "cli": 5, "__main__": 6,
 }  # fmt: skip
 HEAVY = {
     "transformers", "diffusers", "trl", "pyiqa", "ray", "accelerate", "peft", "torchao", "torchvision",
