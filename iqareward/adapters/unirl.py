@@ -37,6 +37,7 @@ from iqareward.adapters._values import (
     weigh_advantages,
 )
 from iqareward.losses import LossWeights
+from iqareward.rewards.loading import each_part
 
 CONDITIONING = "conditioning"
 HOME = "https://github.com/Tencent-Hunyuan/UniRL"
@@ -123,10 +124,10 @@ def _backend() -> type:
             return self.judge(images, prompts, request.metadata, request).tolist()
 
         def offload(self) -> None:
-            _each_part(self.judge.reward, "offload")
+            each_part(self.judge.reward, "offload")
 
         def onload(self) -> None:
-            _each_part(self.judge.reward, "onload")
+            each_part(self.judge.reward, "onload")
 
     IQARewardBackend.__qualname__ = "IQARewardBackend"
     return IQARewardBackend
@@ -179,13 +180,3 @@ def _references(source: str | None, metadata: Sequence[dict[str, Any] | None] | 
     if media.get("image") is None:
         raise ValueError("UniRL: expected a conditioning image (references: conditioning), got none in this request.")
     return media["image"].pixels
-
-
-def _each_part(judge: Any, method: str) -> None:
-    """Call a method on every part of a reward that has it: sums do not, and classical metrics have nothing to move."""
-    if hasattr(judge, method):
-        getattr(judge, method)()
-        return
-    for part in (*getattr(judge, "rewards", ()), getattr(judge, "reward", None), getattr(judge, "fidelity", None)):
-        if part is not None:
-            _each_part(part, method)

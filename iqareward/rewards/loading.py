@@ -77,6 +77,17 @@ class LazyModel:
         self.__dict__.update(state, _module=None, lock=threading.RLock())
 
 
+def each_part(reward: Any, method: str) -> None:
+    """Call `offload` or `onload` on every part of a reward that has it, through sums and wrappers."""
+    if hasattr(reward, method):
+        getattr(reward, method)()
+        return
+    inner = (getattr(reward, name, None) for name in ("reward", "fidelity"))
+    for part in (*getattr(reward, "rewards", ()), *inner):
+        if part is not None:
+            each_part(part, method)
+
+
 @contextmanager
 def computing_on(device: torch.device) -> Generator[None]:
     """No autocast where the network lives; `score_images` turns it off where the images are."""

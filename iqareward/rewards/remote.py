@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, final
+from urllib.parse import quote
 
 import torch
 
@@ -20,7 +21,12 @@ from iqareward.types import Bounds, Images, Reward, Scores
 TOKEN_VARIABLE = "IQAREWARD_TOKEN"
 _MAX_REQUEST_BYTES = 64 * 2**20  # of images and references; a server takes 256 MiB unless it is told otherwise
 _TOO_LARGE = 413
-_REFUSED = {401, 403, 404}  # the client is set up wrongly: no policy turns that into NaN
+_REFUSED = {
+    401,
+    403,
+    404,
+    409,
+}  # the client is set up wrongly, or has not woken the reward: no policy turns that into NaN
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class RemoteReward:
     - `POST /v1/score`, body `application/x-safetensors`: images, references, reward names, prompts and deadline as
       `wire.py` says. 200: `{"scores": {name: [number or null]}, "components": {...}, "timings": {...}}`.
     - `GET /v1/rewards`: `{"rewards": {name: {"needs_references", "needs_prompts", "bounds"}}}`.
+    - `POST /v1/rewards/{name}/sleep` and `.../wake`: the processes of the reward give their device back, or take it
+      again. 200 when all have done so; scoring a reward that sleeps is error 409.
     - errors: `{"error": {"code", "message", "index"?}}` with status 400 (malformed), 401 (token), 404 (reward), 413
       (too large), 422 (cannot be scored), 429 and 503 (busy, see Retry-After), 500 (the reward failed), 504 (deadline).
     - `Authorization: Bearer` with the token in the environment variable `IQAREWARD_TOKEN`, if it is set.
@@ -166,6 +174,36 @@ class RemoteReward:
         if self._facts is None:
             self._facts = self._client.run(self._ask())
         return self._facts
+
+    def offload(self) -> None:
+        """Let every server give the reward's device back, after the calls that came before; until `onload` calls fail.
+
+        It is the server's reward that sleeps, so the calls of every other client fail as well.
+
+        Raises:
+            RemoteError: a server did not do it.
+        """
+        self._rest("sleep")
+
+    def onload(self) -> None:
+        """Let every server load the reward onto its device again.
+
+        Raises:
+            RemoteError: a server did not do it.
+        """
+        self._rest("wake")
+
+    def _rest(self, step: str) -> None:
+        async def one(client: HttpClient) -> None:
+            deadline = asyncio.get_running_loop().time() + self.timeout
+            await client.request("POST", f"/v1/rewards/{quote(self.name, safe='')}/{step}", deadline=deadline)
+
+        for url in self._client.urls:  # each of them: the client chooses one by turns
+            client = HttpClient([url], purpose="RemoteReward", token_variable=TOKEN_VARIABLE)
+            try:
+                client.run(one(client))
+            finally:
+                client.close()
 
     def close(self) -> None:
         """End the connections of this process; a later call opens new ones."""

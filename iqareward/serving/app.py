@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 import iqareward
 from iqareward.rewards.wire import CONTENT_TYPE, ScoreRequest, WireError, decode_request, encode_answer
 from iqareward.serving import openapi
-from iqareward.serving.dispatch import Service, answer, chosen, time_limit
+from iqareward.serving.dispatch import Service, answer, chosen, time_limit, unknown_reward
 from iqareward.serving.errors import ServiceError, error_response
 from iqareward.serving.gate import Gate
 from iqareward.serving.legacy import add_legacy_routes
@@ -39,6 +39,7 @@ def build_app(service: Service, settings: Settings) -> ASGIApp:
     _add_error_handlers(api)
     _add_score_route(api, service, settings)
     _add_status_routes(api, service, settings)
+    _add_sleep_routes(api, service, settings)
     add_legacy_routes(api, service, settings)
     return Gate(api, settings)
 
@@ -74,21 +75,40 @@ async def _read(request: Request, settings: Settings) -> ScoreRequest:
 
 
 def _add_status_routes(api: FastAPI, service: Service, settings: Settings) -> None:
-    facts = {"rewards": service.describe(), "limits": asdict(settings.limits), "deadline": settings.deadline}
+    facts = {"limits": asdict(settings.limits), "deadline": settings.deadline}
 
     @api.get("/v1/rewards", summary="What is served, and within which limits", responses=openapi.REWARDS_RESPONSES)
     async def rewards() -> Response:
-        return JSONResponse(facts)
+        return JSONResponse({"rewards": await service.describe()} | facts)
 
     @api.get("/healthz", summary="Whether every reward can be scored", responses=openapi.HEALTH_RESPONSES)
     async def healthz() -> Response:
         states = await service.health()
-        healthy = all(state == "ok" for state in states.values())
+        healthy = all(state in ("ok", "asleep") for state in states.values())
         return JSONResponse({"status": "ok" if healthy else "degraded", "rewards": states}, 200 if healthy else 503)
 
     @api.get("/metrics", summary="Prometheus figures of this node", responses=openapi.METRICS_RESPONSES)
     async def metrics() -> Response:
         return PlainTextResponse(await service.metrics())
+
+
+def _add_sleep_routes(api: FastAPI, service: Service, settings: Settings) -> None:
+    # `:path`, because names of rewards may have slashes
+    async def rest(name: str, asleep: bool) -> Response:
+        served = service.rewards.get(name)
+        if served is None:
+            raise unknown_reward(name, service)
+        async with time_limit(settings.deadline):
+            await served.rest(asleep)
+        return JSONResponse({"asleep": asleep})
+
+    @api.post("/v1/rewards/{name:path}/sleep", summary="Give the device back", responses=openapi.SLEEP_RESPONSES)
+    async def sleep(name: str) -> Response:
+        return await rest(name, asleep=True)
+
+    @api.post("/v1/rewards/{name:path}/wake", summary="Take the device again", responses=openapi.SLEEP_RESPONSES)
+    async def wake(name: str) -> Response:
+        return await rest(name, asleep=False)
 
 
 def _add_error_handlers(api: FastAPI) -> None:

@@ -15,14 +15,17 @@ from iqareward.serving.backend import (
     MAX_MESSAGE_BYTES,
     MESSAGE_LIMIT_VARIABLE,
     RayBackend,
+    asleep_rewards,
     deployment_health,
     node_metrics,
 )
 from iqareward.serving.batch_metrics import BatchMetrics
 from iqareward.serving.dispatch import Facts, Served, Service
 from iqareward.serving.listener import Address, Listener
+from iqareward.serving.pictures import FLOAT_BYTES
 from iqareward.serving.replica import RewardReplica
 from iqareward.serving.settings import Settings
+from iqareward.serving.sleeping import is_asleep
 from iqareward.types import Reward
 
 APP_NAME = "iqareward"
@@ -77,6 +80,12 @@ def application(
         address: where the front listens; None = it does not, and gets its requests from Ray's proxies.
     """
     serve = require("ray.serve", extra="serve", purpose="the reward server")
+    limits = settings.limits
+    if min(limits.max_bytes, 2 * FLOAT_BYTES * limits.max_pixels) > MAX_MESSAGE_BYTES - 2**20:
+        raise ValueError(
+            f"expected limits with which an image and its reference fit into a message of {MAX_MESSAGE_BYTES} bytes, "
+            f"got {limits}. Lower `max_bytes` or `max_pixels`."
+        )
     if settings.token is not None:
         raise ValueError("application expected the token in an environment variable: Deployment(token_env=...).")
     names = {name: f"reward-{index}-{_slug(name)}" for index, name in enumerate(rewards)}
@@ -127,6 +136,7 @@ def _part(serve: Any, name: str, reward: Reward, deployment: Deployment) -> Any:
         max_batch=deployment.max_batch,
         max_wait_ms=deployment.max_wait_ms,
         observer=BatchMetrics,
+        told_to_sleep=partial(is_asleep, name),
     )
 
 
@@ -141,14 +151,14 @@ def front(names: Mapping[str, str], facts: Mapping[str, Facts], deployment: Depl
                 f"expected the token in ${deployment.token_env} where the server runs, and it is not set there. "
                 "Set it in the environment of Ray itself (of `ray start`, or of the pods)."
             )
+    rewards: dict[str, Served] = {}
+    for name, part in names.items():
+        backend = RayBackend(serve.get_deployment_handle(part, APP_NAME), part)
+        rewards[name] = Served(facts[name], backend, backend.rest, deployment.max_batch)
     service = Service(
-        rewards={
-            name: Served(
-                facts[name], RayBackend(serve.get_deployment_handle(names[name], APP_NAME)), deployment.max_batch
-            )
-            for name in names
-        },
+        rewards=rewards,
         health=partial(deployment_health, APP_NAME, dict(names)),
+        asleep=partial(asleep_rewards, dict(names)),
         metrics=node_metrics,
     )
     return build_app(service, replace(settings, token=token))

@@ -8,6 +8,7 @@ from iqareward.rewards.calls import Call
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.replica import Failed, Rows, pack, unpack
+from iqareward.serving.sleeping import is_asleep, set_asleep
 
 # A process that dies takes the calls that it had with it. Scoring changes nothing, so they are made again elsewhere,
 # but not for ever: input that kills processes must not kill them all.
@@ -25,10 +26,11 @@ class RayBackend:
 
     Args:
         handle: of the deployment of `RewardReplica`.
+        deployment: its name.
     """
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, deployment: str) -> None:
+        self._handle, self._deployment = handle, deployment
         self._grpc = require("grpc", extra="serve", purpose="the reward server")
         self._ray = require("ray.exceptions", extra="serve", purpose="the reward server")
         self._serve = require("ray.serve.exceptions", extra="serve", purpose="the reward server")
@@ -64,6 +66,23 @@ class RayBackend:
             await asyncio.sleep(PAUSE * 2**attempt)
         raise _unavailable(f"the processes of the reward were lost {ATTEMPTS} times ({why})")
 
+    async def rest(self, asleep: bool) -> None:
+        """Put every process of the deployment to sleep, or wake it, after the calls that came before.
+
+        Raises:
+            ServiceError: 503, a process could not be told, or has no room on its device. It tries again by itself, and
+                the same request says later whether it has succeeded.
+        """
+        await asyncio.to_thread(set_asleep, self._deployment, asleep)
+        try:
+            results = await self._handle.broadcast("settle").results_async()
+        except self._ray.RayTaskError:
+            raise
+        except (self._serve.RayServeException, self._ray.RayError, self._grpc.RpcError) as error:
+            raise _unavailable(f"not every process could be told ({type(error).__name__})") from error
+        for failed in filter(None, results):
+            raise ServiceError(failed.status, failed.code, failed.message, retry_after=RETRY_AFTER)
+
     async def _once(self, arguments: tuple[Any, ...]) -> Rows | Failed:
         response = self._handle.score.remote(*arguments)
         try:
@@ -87,7 +106,7 @@ def _unavailable(reason: str) -> ServiceError:
 
 
 async def deployment_health(app_name: str, deployments: dict[str, str]) -> dict[str, str]:
-    """For each reward `"ok"`, or what Ray Serve says of its deployment."""
+    """For each reward `"ok"`, `"asleep"`, or what Ray Serve says of its deployment."""
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     status = await asyncio.to_thread(serve.status)  # asks the controller, and waits
     application = status.applications.get(app_name)
@@ -96,7 +115,13 @@ async def deployment_health(app_name: str, deployments: dict[str, str]) -> dict[
     for reward, name in deployments.items():
         running = known[name].replica_states.get("RUNNING", 0) if name in known else 0
         states[reward] = "ok" if running else f"no process is running: {known[name].message if name in known else ''}"
-    return states
+    asleep = await asleep_rewards(deployments)
+    return {reward: "asleep" if state == "ok" and reward in asleep else state for reward, state in states.items()}
+
+
+async def asleep_rewards(deployments: dict[str, str]) -> set[str]:
+    """Those of the rewards that are to sleep."""
+    return await asyncio.to_thread(lambda: {reward for reward, name in deployments.items() if is_asleep(name)})
 
 
 async def node_metrics() -> str:

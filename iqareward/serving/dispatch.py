@@ -53,12 +53,14 @@ class Served:
     Args:
         facts: of the reward.
         score: sends a call to a process that holds the reward; raises `ServiceError`.
+        rest: puts every process of the reward to sleep, or wakes it; raises `ServiceError`.
         max_images: of one call; longer requests, and those above `MAX_CALL_BYTES`, are split, and the pieces may be
             scored by different processes.
     """
 
     facts: Facts
     score: Callable[[Call], Awaitable[Scored]]
+    rest: Callable[[bool], Awaitable[None]]
     max_images: int = 32
 
 
@@ -68,17 +70,20 @@ class Service:
 
     Args:
         rewards: by the name that clients use.
-        health: reward -> `"ok"` or what is wrong with it.
+        health: reward -> `"ok"`, `"asleep"`, or what is wrong with it.
+        asleep: the rewards that sleep.
         metrics: figures in Prometheus's text format.
     """
 
     rewards: Mapping[str, Served]
     health: Callable[[], Awaitable[dict[str, str]]]
+    asleep: Callable[[], Awaitable[set[str]]]
     metrics: Callable[[], Awaitable[str]]
 
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """The facts of every reward, as JSON."""
-        return {name: asdict(served.facts) for name, served in self.rewards.items()}
+    async def describe(self) -> dict[str, dict[str, Any]]:
+        """The facts of every reward and whether it sleeps, as JSON."""
+        asleep = await self.asleep()
+        return {name: asdict(served.facts) | {"asleep": name in asleep} for name, served in self.rewards.items()}
 
 
 @asynccontextmanager

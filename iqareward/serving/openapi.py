@@ -26,6 +26,7 @@ _REASONS = {
     400: "Not a request in this format",
     401: "Token missing or wrong",
     404: "No such reward",
+    409: "The reward is asleep",
     411: "No Content-Length",
     413: "Too large",
     415: "A kind of body or picture that is not taken",
@@ -88,9 +89,16 @@ REWARDS_RESPONSES: Responses = {
     },
     401: _ERRORS[401],
 }
+SLEEP_RESPONSES: Responses = {
+    200: {
+        "description": "Every process of the reward has done so, after the calls that came before",
+        "content": _json(_object({"asleep": {"type": "boolean"}})),
+    },
+    **{status: _ERRORS[status] for status in (401, 404, 411, 413, 429, 503, 504)},
+}
 _HEALTH = _json(_object({"status": {"enum": ["ok", "degraded"]}, "rewards": {"type": "object"}}))
 HEALTH_RESPONSES: Responses = {
-    200: {"description": "Every reward can be scored", "content": _HEALTH},
+    200: {"description": "Every reward can be scored, or sleeps", "content": _HEALTH},
     503: {"description": "Some cannot", "content": _HEALTH},
 }
 METRICS_RESPONSES: Responses = {

@@ -4,7 +4,8 @@ import asyncio
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from iqareward.rewards.batching import MicroBatched
 from iqareward.rewards.calls import Call
 from iqareward.rewards.compose import WeightedSum
+from iqareward.rewards.loading import each_part
 from iqareward.rewards.wire import as_floats
 from iqareward.serving.dispatch import Scored
 from iqareward.types import Images, Reward, Scores
@@ -29,6 +31,7 @@ Observer: TypeAlias = Callable[[str, int, float], None]
 """Called after each batch with the reward's name, the number of images and the seconds."""
 
 WARM_UP_SIDE = 256  # every reward of the catalogue scores images of this side
+MAX_FLOAT_BYTES = 2**30  # of the images that are scored and those that are next; further ones wait as they came
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class RewardReplica:
         max_batch: images per call of the reward.
         max_wait_ms: how long a free process waits for company, or a fifth of its last batch's time if longer.
         observer: makes what is told of each batch; made here because it may belong to this process.
+        told_to_sleep: whether the reward is to be asleep now; default: never. A process that starts asleep loads
+            nothing until it is woken.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class RewardReplica:
         max_batch: int = 32,
         max_wait_ms: float = 5.0,
         observer: Callable[[], Observer] | None = None,
+        told_to_sleep: Callable[[], bool] | None = None,
     ) -> None:
         # shared memory is read-only, and no reward writes to its images
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
@@ -79,38 +85,104 @@ class RewardReplica:
         observe = None if observer is None else observer()
         parts = [reward] if self._whole is None else self._whole.rewards
         self._parts = [_OnDevice(part, torch.device(device), observe) for part in parts]
-        for part in self._parts:
-            part.warm_up()
+        self._told_to_sleep = told_to_sleep or _never
+        self._asleep = self._told_to_sleep()
+        if not self._asleep:
+            self._warm_up()
         self._batched = [MicroBatched(part, max_batch=max_batch, max_wait_ms=max_wait_ms) for part in self._parts]
+        self._memory = _Memory(MAX_FLOAT_BYTES)
+        self._settling: asyncio.Task[Failed | None] | None = None
         self._broken = ""
 
     async def score(
         self, images: Arrays, references: Arrays | None = None, prompts: Sequence[str] | None = None
     ) -> Rows | Failed:
         """Scores of a call, or why there are none."""
-        floats = as_floats(_tensors(images))
-        truths = None if references is None else as_floats(_tensors(references))
-        try:
-            rows = await asyncio.gather(*(part.ascore(floats, truths, prompts) for part in self._batched))
-        except (ValueError, TypeError) as error:  # by the contract: the input is at fault
-            return Failed(422, "refused_by_reward", _first_line(error))
-        except Exception as error:
-            if "CUDA error" in str(error):  # the context is lost: every later call in this process fails too
-                self._broken = _first_line(error)
-            return Failed(500, "reward_failed", _first_line(error))
+        call = Call(_tensors(images), None if references is None else _tensors(references), prompts)
+        async with self._memory.taken(4 * sum(tensor.numel() for tensor in call.tensors())):
+            if self._asleep:
+                return Failed(409, "asleep", "wake the reward with POST /v1/rewards/NAME/wake, or onload().")
+            try:
+                floats = as_floats(call.images)
+                truths = None if call.references is None else as_floats(call.references)
+                rows = await asyncio.gather(*(part.ascore(floats, truths, prompts) for part in self._batched))
+            except (ValueError, TypeError) as error:  # by the contract: the input is at fault
+                return Failed(422, "refused_by_reward", _first_line(error))
+            except Exception as error:
+                if "CUDA error" in str(error):  # the context is lost: every later call in this process fails too
+                    self._broken = _first_line(error)
+                return Failed(500, "reward_failed", _first_line(error))
         if self._whole is None:
             return rows[0].numpy(), {}
         scores = {part.name: row for part, row in zip(self._parts, rows, strict=True)}
         return self._whole.combine(scores).numpy(), {name: row.numpy() for name, row in scores.items()}
 
-    def check_health(self) -> None:
-        """Raises if this process cannot score any more, so that Ray Serve replaces it."""
+    async def settle(self) -> Failed | None:
+        """Give the device back, or take it again, as the reward is told to, after the calls that came before."""
+        async with self._memory.taken(MAX_FLOAT_BYTES):
+            asleep = await asyncio.to_thread(self._told_to_sleep)
+            if asleep == self._asleep:
+                return None
+            try:
+                await asyncio.to_thread(self._sleep if asleep else self._wake)
+            except Exception as error:  # of waking: another may still use the memory
+                return Failed(503, "cannot_settle", _first_line(error))
+            self._asleep = asleep
+            return None
+
+    async def check_health(self) -> None:
+        """Raises if this process cannot score any more, so that Ray Serve replaces it.
+
+        Also settles, for a process that started while the reward was put to sleep or woken, and was not told.
+        """
         if self._broken:
             raise RuntimeError(self._broken)
+        idle = self._settling is None or self._settling.done()
+        if idle and await asyncio.to_thread(self._told_to_sleep) != self._asleep:
+            self._settling = asyncio.create_task(self.settle())  # may wait longer than a health check may
+
+    def _sleep(self) -> None:
+        for part in self._parts:
+            each_part(part.reward, "offload")
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the process is ours, and the memory is to be another's
+
+    def _wake(self) -> None:
+        for part in self._parts:
+            each_part(part.reward, "onload")
+        self._warm_up()  # loads what a process that started asleep has not
+
+    def _warm_up(self) -> None:
+        for part in self._parts:
+            part.warm_up()
 
     def statistics(self) -> tuple[int, dict[str, tuple[int, int]]]:
         """The id of this process, and the batches and images that it has scored so far, by part."""
         return os.getpid(), {part.name: (part.num_batches, part.num_images) for part in self._parts}
+
+
+@final
+class _Memory:
+    """Bytes for whoever asks first; more than there are at all is all of them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._free = most
+        self._door, self._freed = asyncio.Lock(), asyncio.Event()
+
+    @asynccontextmanager
+    async def taken(self, nbytes: int) -> AsyncGenerator[None]:
+        """Wait until so many bytes are free, and hold them."""
+        nbytes = min(nbytes, self._most)
+        async with self._door:
+            while self._free < nbytes:
+                self._freed.clear()
+                await self._freed.wait()
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            self._free += nbytes
+            self._freed.set()
 
 
 @final
@@ -148,6 +220,10 @@ class _OnDevice:
         if isinstance(images, Tensor):
             return images.to(self.device, non_blocking=True)
         return [image.to(self.device, non_blocking=True) for image in images]
+
+
+def _never() -> bool:
+    return False
 
 
 def _arrays(images: Images) -> Arrays:

@@ -13,6 +13,7 @@ from iqareward.optional import require
 from iqareward.serving.application import APP_NAME, Deployment, application
 from iqareward.serving.listener import Address
 from iqareward.serving.settings import Settings
+from iqareward.serving.sleeping import wake_all
 from iqareward.types import Reward
 
 # For the processes of a Ray of our own, where the variables are not set.
@@ -62,6 +63,7 @@ def deploy(
         Address(host, port).bind().close()  # a port that is taken is an error before anything is started
         address = Address(host, port, _fronts(deployment))
         serve.start(proxy_location="Disabled")
+    wake_all()
     built = application(rewards, deployment, settings, address=address)
     serve.run(built, name=APP_NAME, route_prefix="/" if address is None else None)
 

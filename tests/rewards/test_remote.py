@@ -308,6 +308,26 @@ def test_works_in_worker_processes(method: str) -> None:
         assert reward(flat(0.5)).tolist() == [0.5]
 
 
+def test_offload_reaches_every_server() -> None:
+    """Each of several servers sleeps and wakes, whichever would have been asked next; no thread is left."""
+    reward = Brightness()
+    reward.name = "vlm(org/model) + 1"
+    path = "/v1/rewards/vlm%28org%2Fmodel%29%20%2B%201"
+    with Double([reward]) as one, Double([reward]) as two:
+        with RemoteReward([one.url, two.url], reward.name, facts=FREE) as far:
+            far.offload()
+            far.onload()
+            assert one.rests == two.rests == [f"{path}/sleep", f"{path}/wake"]
+        assert not [thread for thread in threading.enumerate() if thread.name == "iqareward-http"]
+        asleep = says(409, wire.encode_error("asleep", "wake it"))
+        one.script = [asleep] * 2
+        with remote(one.url, on_error="nan") as far, pytest.raises(RemoteError, match="wake it"):
+            far(flat(0.5))
+        assert len(one.sizes) == 1
+    with remote(unused_url(), attempts=1) as far, pytest.raises(RemoteError, match="unreachable"):
+        far.offload()
+
+
 def test_nothing_is_left_behind() -> None:
     """Closing ends the thread; a call after that opens a new connection; forgetting to close does not hang at exit."""
 

@@ -21,9 +21,24 @@ SAFETENSORS = {"content-type": CONTENT_TYPE}
 MAX_IMAGES = 4  # per call of a reward, so that small requests are split
 
 
+class Rest:
+    """What tells a reward in this process to sleep."""
+
+    def __init__(self) -> None:
+        self.asleep = False
+        self.replica: RewardReplica | None = None
+
+    async def __call__(self, asleep: bool) -> None:
+        self.asleep = asleep
+        failed = None if self.replica is None else await self.replica.settle()
+        if failed is not None:
+            raise ServiceError(failed.status, failed.code, failed.message)
+
+
 def served(reward: Reward) -> Served:
     """A reward behind the real process object, called directly."""
-    replica = RewardReplica(reward)
+    rest = Rest()
+    rest.replica = replica = RewardReplica(reward, told_to_sleep=lambda: rest.asleep)
 
     async def score(call: Call) -> Scored:
         result = await replica.score(*pack(call))
@@ -31,24 +46,28 @@ def served(reward: Reward) -> Served:
             raise ServiceError(result.status, result.code, result.message)
         return unpack(result)
 
-    return Served(Facts.of(reward), score, MAX_IMAGES)
+    return Served(Facts.of(reward), score, rest, MAX_IMAGES)
 
 
 def answering(score: Callable[[Call], Awaitable[Scored]]) -> Served:
     """A reward that answers, or fails, as told."""
-    return Served(Facts("told", False, False, (None, None)), score, MAX_IMAGES)
+    return Served(Facts("told", False, False, (None, None)), score, Rest(), MAX_IMAGES)
 
 
 def application(rewards: Mapping[str, Served], settings: Settings | None = None, **states: str) -> ASGIApp:
     """The server; `states` are those of its rewards, if not "ok"."""
 
     async def health() -> dict[str, str]:
-        return {name: states.get(name, "ok") for name in rewards}
+        resting = await asleep()
+        return {name: states.get(name, "asleep" if name in resting else "ok") for name in rewards}
+
+    async def asleep() -> set[str]:
+        return {name for name, reward in rewards.items() if isinstance(reward.rest, Rest) and reward.rest.asleep}
 
     async def metrics() -> str:
         return "iqareward_images 3\n"
 
-    return build_app(Service(rewards, health, metrics), settings or Settings())
+    return build_app(Service(rewards, health, asleep, metrics), settings or Settings())
 
 
 async def send(app: ASGIApp, method: str, path: str, **options: Any) -> httpx2.Response:

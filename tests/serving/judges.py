@@ -45,6 +45,30 @@ class Slow:
         return means(images)
 
 
+class Weighty:
+    """The mean of each image, while its weights are loaded; `diary` holds what happened to it."""
+
+    name, bounds = "weighty", (0.0, 1.0)
+    needs_references = needs_prompts = differentiable = False
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.room = seconds, True
+        self.diary: list[str] = []
+
+    def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
+        time.sleep(self.seconds)
+        self.diary.append("scored")
+        return means(images)
+
+    def offload(self) -> None:
+        self.diary.append("offloaded")
+
+    def onload(self) -> None:
+        if not self.room:
+            raise RuntimeError("out of memory")
+        self.diary.append("loaded")
+
+
 class Fragile:
     """A reward that fails on images whose first pixel is black: no reward should, but foreign ones do."""
 
@@ -63,7 +87,8 @@ class Fragile:
 class Moody:
     """The mean of each image, unless their width says otherwise.
 
-    Each process leaves a file named by its id, with a line for the begin and the end of each slow batch.
+    Each process leaves a file named by its id, with a line for the begin and the end of each slow batch, and for being
+    offloaded and loaded.
     """
 
     name, bounds = "moody", (0.0, 1.0)
@@ -88,3 +113,13 @@ class Moody:
                 lines.write("end\n")
         time.sleep(0.01)
         return means(images)
+
+    def offload(self) -> None:
+        self._write("offloaded")
+
+    def onload(self) -> None:
+        self._write("loaded")
+
+    def _write(self, line: str) -> None:
+        with (Path(self.folder) / str(os.getpid())).open("a") as lines:
+            lines.write(f"{line}\n")

@@ -94,6 +94,7 @@ def test_what_is_served(app):
     assert set(facts["rewards"]) == {"ssim", "piqe", SUM}
     assert facts["rewards"]["ssim"] == {
         "reward": "ssim", "needs_references": True, "needs_prompts": False, "bounds": [-1.0, 1.0],
+        "asleep": False,
     }  # fmt: skip
     assert facts["limits"]["max_images"] == 1024
     assert get(app, "/metrics").text == "iqareward_images 3\n"

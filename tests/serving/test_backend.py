@@ -67,7 +67,7 @@ def rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
 def test_calls_of_a_process_that_died_are_made_again(deaths):
     """Up to three attempts, each with the same images."""
     handle = Handle(*[DIED] * deaths, SCORES)
-    scored = asyncio.run(RayBackend(handle)(CALL))
+    scored = asyncio.run(RayBackend(handle, "reward")(CALL))
     assert (scored.scores.tolist(), scored.components["part"].tolist()) == ([0.5, 0.25], [1.0, 2.0])
     assert len(handle.sent) == deaths + 1
     assert all((images == CALL.images.numpy()).all() for images, *_ in handle.sent)
@@ -97,7 +97,7 @@ def test_failures_have_a_status(outcomes, expected):
     """What kills processes does not kill them all; what may succeed later says when."""
     handle = Handle(*outcomes)
     with pytest.raises(ServiceError) as caught:
-        asyncio.run(RayBackend(handle)(CALL))
+        asyncio.run(RayBackend(handle, "reward")(CALL))
     assert (caught.value.status, caught.value.code, caught.value.retry_after is not None) == expected
     assert len(handle.sent) <= 3
 
@@ -108,7 +108,7 @@ def test_giving_up_cancels_the_work():
 
     async def give_up() -> None:
         async with asyncio.timeout(0.05):
-            await RayBackend(handle)(CALL)
+            await RayBackend(handle, "reward")(CALL)
 
     with pytest.raises(TimeoutError):
         asyncio.run(give_up())
@@ -120,11 +120,11 @@ def test_a_process_with_a_lost_gpu_is_replaced():
     black = pack(Call(torch.zeros(1, 3, 8, 8)))
     replica = RewardReplica(Fragile(RuntimeError("bad luck")))
     assert asyncio.run(replica.score(*black)) == Failed(500, "reward_failed", "RuntimeError: bad luck")
-    replica.check_health()
+    asyncio.run(replica.check_health())
     replica = RewardReplica(Fragile(RuntimeError("CUDA error: device-side assert triggered\nmore")))
     assert asyncio.run(replica.score(*black)).message.endswith("device-side assert triggered")
     with pytest.raises(RuntimeError, match="CUDA error"):
-        replica.check_health()
+        asyncio.run(replica.check_health())
 
 
 def test_a_reward_that_cannot_score_is_never_ready():

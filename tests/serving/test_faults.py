@@ -26,13 +26,14 @@ from iqareward.serving.application import Deployment
 from iqareward.serving.run import deploy, local_ray
 from iqareward.serving.settings import Settings
 from tests.serving.in_process import SAFETENSORS, error_of, free_port
-from tests.serving.judges import FAILS, IS_SLOW, Moody
+from tests.serving.judges import FAILS, IS_SLOW, Moody, means
 from tests.serving.picture_files import encoded
 from tests.serving.ray_quietly import ray
 from tests.serving.test_plain_pickle import exploits
 
 TOKEN = "for the tests"
-MAX_BYTES = 2**20
+MAX_BYTES = 2**23
+LARGE = 700  # side of images above the 4 MiB that Ray takes in a message by default
 pytestmark = [
     pytest.mark.slow,
 ]
@@ -176,9 +177,11 @@ def test_client_that_dies(server, sent):
 
 
 def load(remote: RemoteReward, threads: int, go_on: Callable[[int], bool]) -> Counter[str]:
-    """Threads score images one by one for as long as `go_on(number answered)` says so; what became of the images."""
+    """Threads score images one by one for as long as `go_on(number answered)` says so; what became of the images.
+
+    Every fourth image is a large one.
+    """
     values = torch.linspace(0.05, 0.95, 400)
-    expected = flat(values).mean((1, 2, 3))
     outcomes: Counter[str] = Counter()
     indices, lock, stop = itertools.cycle(range(400)), threading.Lock(), threading.Event()
     give_up = time.monotonic() + 600
@@ -187,9 +190,11 @@ def load(remote: RemoteReward, threads: int, go_on: Callable[[int], bool]) -> Co
         while not stop.is_set():
             with lock:
                 index = next(indices)
+            image = flat(values[index : index + 1])
+            if index % 4 == 0:
+                image = values[index].expand(1, 3, LARGE, LARGE).contiguous()
             try:
-                score = remote(flat(values[index : index + 1])).item()
-                outcome = "right" if score == expected[index] else "wrong"
+                outcome = "right" if torch.equal(remote(image), means(image)) else "wrong"
             except RemoteError as error:
                 outcome = f"error {error.status}"
             with lock:
@@ -204,7 +209,7 @@ def load(remote: RemoteReward, threads: int, go_on: Callable[[int], bool]) -> Co
 
 
 def test_process_killed_under_load(server):
-    """While 16 threads score images, both processes of the reward are killed in turn: each image gets its own score."""
+    """While 16 threads score 2000 images, 500 of them of 6 MB, both processes are killed: each gets its own score."""
     known = {int(file.name) for file in server.pids.iterdir()}
     victims = [pid for pid in known if psutil.pid_exists(pid)]
     killed_at: list[int] = []
@@ -215,17 +220,58 @@ def test_process_killed_under_load(server):
         if len(killed_at) < 2 and (replaced if killed_at else answered >= 200):
             os.kill(victims[len(killed_at)], signal.SIGKILL)
             killed_at.append(answered)
-        return len(killed_at) < 2 or answered < killed_at[-1] + 500
+        return len(killed_at) < 2 or answered < max(2000, killed_at[-1] + 500)
 
     with RemoteReward(server.url, "moody", max_in_flight=16, timeout=300) as remote:
         outcomes = load(remote, 16, kill)
     assert outcomes == {"right": outcomes.total()}
+    assert outcomes.total() >= 2000
     assert len(killed_at) == len(victims) == 2
     assert not any(psutil.pid_exists(pid) for pid in victims)
     until = time.monotonic() + 120
     while (status := ray.serve.status().applications["iqareward"].status) != "RUNNING" and time.monotonic() < until:
         time.sleep(0.5)
     assert status == "RUNNING"
+
+
+def test_every_process_sleeps(server):
+    """All processes of a reward give their device back, also one that is started meanwhile, and all take it again."""
+
+    def last(pid: int) -> str:
+        return (server.pids / str(pid)).read_text().splitlines()[-1]
+
+    def asleep() -> bool:
+        try:
+            return remote(image).item() != 0.5
+        except RemoteError as error:
+            return error.code == "asleep"
+
+    image = flat(torch.tensor([0.5]))
+    awake = [int(file.name) for file in server.pids.iterdir() if psutil.pid_exists(int(file.name))]
+    with RemoteReward(server.url, "moody") as remote:
+        remote.offload()
+        assert [last(pid) for pid in awake] == ["offloaded"] * 2
+        assert all(asleep() for _ in range(20))
+        os.kill(awake[0], signal.SIGKILL)
+        until = time.monotonic() + 240
+        for number in (1, 2):  # until it is missed, and until it is replaced
+            while running() != number:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        assert all(asleep() for _ in range(20))
+        with server.client() as client:
+            assert client.get("/v1/rewards").json()["rewards"]["moody"]["asleep"]
+            assert client.get("/healthz").json()["rewards"] == {"ssim": "ok", "moody": "asleep"}
+        remote.onload()
+        files = [int(file.name) for file in server.pids.iterdir() if psutil.pid_exists(int(file.name))]
+        assert [last(pid) for pid in files] == ["loaded"] * 2
+        assert not any(asleep() for _ in range(20))
+
+
+def running() -> int:
+    """How many processes of `moody` run, as Ray Serve sees it."""
+    details = ray.serve.status().applications["iqareward"].deployments["reward-1-moody"]
+    return details.replica_states.get("RUNNING", 0)
 
 
 def test_front_killed_under_load(server):
