@@ -47,7 +47,12 @@ def run(job: Job, messages: Console) -> None:
         token_env=job.token_env if secured else None,
     )
     limits = Limits(max_bytes=job.max_body_mib * 2**20, max_images=job.max_images)
-    settings = Settings(limits=limits, deadline=job.deadline, jpeg=job.jpeg)  # pyright: ignore[reportArgumentType]
+    settings = Settings(
+        limits=limits,
+        max_inflight_bytes=max(Settings.max_inflight_bytes, 2 * limits.max_bytes),
+        deadline=job.deadline,
+        jpeg=job.jpeg,  # pyright: ignore[reportArgumentType]
+    )
     rewards = load_rewards(job.rewards, job.num_gpus)
     for warning in _warnings(job, secured):
         say(messages, warning, label="warning:", style="yellow")

@@ -63,7 +63,7 @@ async def _read(request: Request, settings: Settings) -> ScoreRequest:
     """The request in either of the two forms."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == CONTENT_TYPE:
-        body = await request.body()
+        body = b"".join([chunk async for chunk in request.stream()])  # `body()` would keep it beside the pixels
         if len(body) <= DECODED_AT_ONCE:
             return decode_request(body, settings.limits)
         return await asyncio.to_thread(decode_request, body, settings.limits)

@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from iqareward.serving.errors import ServiceError, error_response
+from iqareward.serving.memory import Memory, Reservation
 from iqareward.serving.settings import Settings
 
 OPEN_PATHS = ("/healthz",)  # load balancers have no token
@@ -27,23 +28,24 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
         self._token = None if settings.token is None else settings.token.encode()
-        self._inflight = self._inflight_bytes = 0
+        self._inflight, self._memory = 0, Memory(settings.max_inflight_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer why not."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        held = Reservation(self._memory)
         try:
-            size = self._admit(scope)
+            held.grow(self._admit(scope))
         except ServiceError as error:
             return await error_response(error)(scope, receive, send)
         self._inflight += 1
-        self._inflight_bytes += size
+        scope["iqareward.memory"] = held  # for what a body becomes
         try:
             await self.app(scope, receive, send)
         finally:
             self._inflight -= 1
-            self._inflight_bytes -= size
+            held.release()
 
     def _admit(self, scope: Scope) -> int:
         """The size of the body that may be read now."""
@@ -61,10 +63,7 @@ class Gate:
         size, most = int(length[:20]), self.settings.limits.max_bytes
         if size > most:
             raise ServiceError(413, "body_too_large", f"expected at most {most} bytes, got {size}.")
-        if (
-            self._inflight >= self.settings.max_inflight_requests
-            or self._inflight_bytes + size > self.settings.max_inflight_bytes
-        ):
+        if self._inflight >= self.settings.max_inflight_requests:
             raise ServiceError(429, "overloaded", "the server holds as much as it may; retry.", retry_after=1)
         return size
 

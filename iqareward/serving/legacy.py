@@ -29,6 +29,7 @@ from iqareward.rewards.wire import ScoreRequest, WireError
 from iqareward.serving import openapi
 from iqareward.serving.dispatch import Service, answer, chosen, time_limit, unknown_reward
 from iqareward.serving.errors import ServiceError
+from iqareward.serving.memory import Reservation
 from iqareward.serving.pictures import decode_pairs
 from iqareward.serving.plain_pickle import loads_plain
 from iqareward.serving.presence import while_connected
@@ -75,8 +76,8 @@ async def _scored(
     try:
         async with time_limit(settings.deadline):
             body = await request.body()
-            name = _chosen(reward, service)
-            decoded = await asyncio.to_thread(lambda: _decoded(read(body), name, service, settings))
+            name, memory = _chosen(reward, service), request.scope["iqareward.memory"]
+            decoded = await asyncio.to_thread(lambda: _decoded(read(body), name, service, settings, memory))
             result = await while_connected(request, answer(chosen(service, decoded), decoded))
         scores = result.scores[name].tolist()
         missing = [index for index, score in enumerate(scores) if math.isnan(score)]
@@ -96,10 +97,11 @@ def _chosen(name: str | None, service: Service) -> str:
     return name
 
 
-def _decoded(call: LegacyCall, name: str, service: Service, settings: Settings) -> ScoreRequest:
+def _decoded(call: LegacyCall, name: str, service: Service, settings: Settings, memory: Reservation) -> ScoreRequest:
     # what is not looked at is not decoded
     references = call.references if service.rewards[name].facts.needs_references else None
-    images, truths = decode_pairs(call.images, references or [], settings.limits, allow_lossy=settings.jpeg != "never")
+    lossy = settings.jpeg != "never"
+    images, truths = decode_pairs(call.images, references or [], settings.limits, memory, allow_lossy=lossy)
     return ScoreRequest((name,), images, truths, None if call.prompts is None else tuple(call.prompts))
 
 

@@ -12,7 +12,8 @@ class Settings:
 
     Args:
         limits: of one request.
-        max_inflight_bytes: of all requests that one front process is reading or scoring.
+        max_inflight_bytes: of all requests that one front process is reading or scoring; the bytes of encoded pictures
+            and of their pixels both count.
         max_inflight_requests: that one front process is reading or scoring; it mostly waits.
         deadline: seconds from arrival to answer; a request may ask for less, not for more.
         jpeg: where JPEG and lossy WebP are taken. `"legacy"` = by the dialects of other code bases only, whose clients
@@ -32,5 +33,10 @@ class Settings:
             raise ValueError(f"Settings expected `deadline` > 0 seconds, got {self.deadline}.")
         if self.jpeg not in ("never", "legacy", "always"):
             raise ValueError(f'Settings expected `jpeg` "never", "legacy" or "always", got {self.jpeg!r}.')
+        if self.max_inflight_bytes < 2 * self.limits.max_bytes:
+            raise ValueError(
+                f"Settings expected `max_inflight_bytes` >= {2 * self.limits.max_bytes}, twice `limits.max_bytes` "
+                f"because a request may hold files and their pixels, got {self.max_inflight_bytes}."
+            )
         if self.token == "":
             raise ValueError("Settings expected a token of at least one character, or None.")

@@ -36,7 +36,12 @@ async def read_form(request: Request, settings: Settings) -> ScoreRequest:
     if prompts and len(prompts) != len(images):
         raise _bad(f"expected one of `prompts` per image ({len(images)}), got {len(prompts)}.")
     pictures, truths = await asyncio.to_thread(
-        decode_pairs, images, references, settings.limits, allow_lossy=settings.jpeg == "always"
+        decode_pairs,
+        images,
+        references,
+        settings.limits,
+        request.scope["iqareward.memory"],
+        allow_lossy=settings.jpeg == "always",
     )
     return ScoreRequest(tuple(rewards), pictures, truths, tuple(prompts) or None, _deadline(deadlines))
 

@@ -170,27 +170,36 @@ def test_requests_in_flight_are_bounded(limit):
     """When the server holds as much as it may, the next request is told when to come back, and later served."""
 
     async def scenario() -> None:
-        entered, release = asyncio.Event(), asyncio.Event()
+        entered, release = asyncio.Semaphore(0), asyncio.Event()
 
         async def wait(call: Call) -> Scored:
-            entered.set()
+            entered.release()
             await release.wait()
             return await _zeros(call)
 
+        def sent():
+            return send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)
+
         content = body(rewards=["r"])
-        room = {"max_inflight_bytes": len(content) + 10, "max_inflight_requests": 1}[limit]
-        app = application({"r": answering(wait)}, Settings(**{limit: room}))
-        first = asyncio.create_task(send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS))
-        await entered.wait()
-        second = await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)
-        assert error_of(second) == (429, "overloaded")
-        assert int(second.headers["retry-after"]) >= 1
+        room = {"max_inflight_bytes": 2 * len(content) + 10, "max_inflight_requests": 2}[limit]
+        app = application({"r": answering(wait)}, Settings(limits=Limits(max_bytes=len(content)), **{limit: room}))
+        held = [asyncio.create_task(sent()) for _ in range(2)]
+        for _ in held:
+            await entered.acquire()
+        refused = await sent()
+        assert error_of(refused) == (429, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
         release.set()
-        assert (await first).status_code == 200
-        third = await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)
-        assert third.status_code == 200
+        assert [(await task).status_code for task in held] == [200, 200]
+        assert (await sent()).status_code == 200
 
     run(scenario())
+
+
+def test_limits_that_keep_the_largest_request_out():
+    """A server that could never hold the largest request that it promises to take does not start."""
+    with pytest.raises(ValueError, match="twice"):
+        Settings(limits=Limits(max_bytes=2**30), max_inflight_bytes=2**30)
 
 
 @pytest.mark.parametrize("path", ["/v1/score", "/flow_factory/compute"])

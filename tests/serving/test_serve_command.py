@@ -93,6 +93,13 @@ def test_an_open_door_is_warned_of(deployed):
     assert "anyone who can reach 0.0.0.0:8000 can use this server" in typed("piqe", "--host", "0.0.0.0").output
 
 
+def test_bodies_beyond_the_default_memory(deployed):
+    """The memory of a front grows with what a body may be, so that the largest is let in."""
+    assert typed("piqe", "--max-body-mib", "4096").exit_code == 0
+    assert deployed["settings"].limits.max_bytes == 2**32
+    assert deployed["settings"].max_inflight_bytes == 2**33
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -134,6 +141,12 @@ def test_the_application_of_a_config_file():
     assert {part._bound_deployment.num_replicas for part in built._bound_deployment.init_args} == {2}
     with pytest.raises(ValueError, match="got also"):
         from_config({"rewards": ["piqe"], "setting": {}})
+    with pytest.raises(ValueError, match="max_pixels"):
+        from_config({
+            "rewards": ["piqe"],
+            "settings": {"max_inflight_bytes": 2**33},
+            "limits": {"max_bytes": 2**32, "max_pixels": 2**30},
+        })  # fmt: skip
     with pytest.raises(ValueError, match="environment variable"):
         application(load_rewards(["piqe"], 0), Deployment(), Settings(token="in a message"))
 

@@ -1,5 +1,8 @@
 """Picture files: lossless ones are scored as they are, others are refused with a reason."""
 
+import asyncio
+import io
+import pickle
 import struct
 import zlib
 
@@ -8,17 +11,24 @@ import torch
 from PIL import Image
 
 import iqareward
-from iqareward.rewards.wire import Limits, decode_answer
+from iqareward.rewards.calls import Call
+from iqareward.rewards.wire import Limits, as_floats, decode_answer
+from iqareward.serving.dispatch import Scored
 from iqareward.serving.errors import ServiceError
-from iqareward.serving.pictures import decode_pictures
+from iqareward.serving.memory import Memory, Reservation
+from iqareward.serving.pictures import decode_pairs, decode_pictures
 from iqareward.serving.settings import Settings
-from tests.serving.in_process import application, error_of, post, served
+from tests.serving.in_process import answering, application, error_of, post, send, served
 from tests.serving.picture_files import encoded, picture
 
 
 @pytest.fixture(scope="module")
 def app():
     return application({name: served(iqareward.load(name)) for name in ("ssim", "piqe")})
+
+
+def room(nbytes: int = 2**30) -> Reservation:
+    return Reservation(Memory(nbytes))
 
 
 def form(name: str, *contents: bytes) -> list:
@@ -40,10 +50,46 @@ def test_files_score_like_local_files(app):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
 def test_other_modes_of_png(mode):
-    """Grey, transparent, indexed and 16-bit pictures become what `to_images` makes of them."""
+    """Grey, transparent, indexed and 16-bit pictures become what `to_images` makes of them, and no larger."""
     image = Image.new("I;16", (8, 8), 3000) if mode == "I;16" else picture().convert(mode)
-    (pixels,) = decode_pictures([encoded(image)], Limits(), allow_lossy=False)
-    assert torch.equal(pixels, iqareward.to_images(image)[0])
+    if mode == "RGBA":
+        image.putpixel((1, 1), (10, 20, 30, 40))
+    (pixels,) = decode_pictures([encoded(image)], Limits(), room(), allow_lossy=False)
+    assert torch.equal(as_floats(pixels), iqareward.to_images(image)[0])
+    assert pixels.dtype == (torch.float32 if mode in ("RGBA", "I;16") else torch.uint8)
+
+
+def test_opaque_pictures_with_an_opacity_channel():
+    """They are no larger than without."""
+    image = picture()
+    (pixels,) = decode_pictures([encoded(image.convert("RGBA"))], Limits(), room(), allow_lossy=False)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(as_floats(pixels), iqareward.to_images(image)[0])
+
+
+def test_turned_pictures():
+    """The rotation that a camera notes is applied, to images and references alike."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(picture(), exif=exif)
+    (pixels,) = decode_pictures([content], Limits(), room(), allow_lossy=False)
+    assert pixels.shape == (3, 40, 32)
+    assert torch.equal(as_floats(pixels), iqareward.to_images(picture().transpose(Image.Transpose.ROTATE_270))[0])
+
+
+@pytest.mark.parametrize(("jpeg", "status"), [("always", 200), ("legacy", 415)])
+def test_camera_jpeg_with_a_preview(jpeg, status):
+    """The first picture of an MPO is the photograph, and such a file is a JPEG like any other."""
+    content = encoded(picture(), "MPO", save_all=True, append_images=[picture(1, (8, 8))])
+    assert Image.open(io.BytesIO(content)).n_frames == 2
+    app = application({"piqe": served(iqareward.load("piqe"))}, Settings(jpeg=jpeg))
+    response = post(app, files=form("images", content), data={"reward": "piqe"})
+    assert response.status_code == status
+    if status == 200:
+        local = iqareward.load("piqe")(iqareward.to_images([Image.open(io.BytesIO(content))]))
+        assert torch.equal(decode_answer(response.content).scores["piqe"], local)
+    else:
+        assert error_of(response) == (415, "lossy_picture")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +111,7 @@ def test_extended_lossless_webp_is_lossless():
     """The chunk with the pixels decides, also behind a colour profile."""
     content = encoded(None, "WEBP", lossless=True, icc_profile=b"x" * 99)
     assert content[12:16] == b"VP8X"
-    assert len(decode_pictures([content], Limits(), allow_lossy=False)) == 1
+    assert len(decode_pictures([content], Limits(), room(), allow_lossy=False)) == 1
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -99,20 +145,54 @@ ANIMATION = encoded(picture(), "WEBP", save_all=True, append_images=[picture(1)]
 def test_what_is_no_picture(files, expected):
     """Other formats, animations, cut files and files that would become huge are refused by what their headers say."""
     with pytest.raises(ServiceError) as caught:
-        decode_pictures(files, Limits(), allow_lossy=True)
+        decode_pictures(files, Limits(), room(), allow_lossy=True)
     assert (caught.value.status, caught.value.code) == expected
 
 
 def test_pictures_count_uncompressed():
-    """Many small files cannot become more pixels than one body may hold."""
+    """Many small files cannot become more bytes than one body may hold, references included."""
     black = encoded(Image.new("RGB", (1000, 1000)))
-    limits = Limits(max_bytes=7_000_000)
-    assert len(decode_pictures([black] * 2, limits, allow_lossy=False)) == 2
-    with pytest.raises(ServiceError, match="uncompressed") as caught:
-        decode_pictures([black] * 3, limits, allow_lossy=False)
-    assert (caught.value.status, caught.value.index) == (413, 2)
+    clear = encoded(Image.new("RGBA", (1000, 1000), (0, 0, 0, 9)))  # float32
+    limits = Limits(max_bytes=12_500_000)
+    for files in ([black] * 4, [clear]):
+        assert len(decode_pictures(files, limits, room(), allow_lossy=False)) == len(files)
+    for files, at in (([black] * 5, 4), ([clear, black], 0)):
+        with pytest.raises(ServiceError, match="decoded") as caught:
+            decode_pictures(files, limits, room(), allow_lossy=False)
+        assert (caught.value.status, caught.value.index) == (413, at)
+    with pytest.raises(ServiceError, match="decoded") as caught:
+        decode_pairs([black] * 3, [black] * 3, limits, room(), allow_lossy=False)
+    assert (caught.value.status, caught.value.index) == (413, 1)
     with pytest.raises(ServiceError, match="at most 2 images"):
-        decode_pictures([encoded()] * 3, Limits(max_images=2), allow_lossy=False)
+        decode_pairs([encoded()] * 3, [], Limits(max_images=2), room(), allow_lossy=False)
+
+
+def test_pixels_count_for_the_memory_of_the_server():
+    """While the pixels of one request fill it, another is told to come back; afterwards there is room again."""
+    black = encoded(Image.new("RGB", (512, 512)))  # 0.75 MiB of pixels in a few hundred bytes
+
+    async def scenario() -> None:
+        entered, release = asyncio.Event(), asyncio.Event()
+
+        async def wait(call: Call) -> Scored:
+            entered.set()
+            await release.wait()
+            return Scored(torch.zeros(len(call)))
+
+        settings = Settings(limits=Limits(max_bytes=2**20), max_inflight_bytes=2**21)
+        app = application({"r": answering(wait)}, settings)
+        options = {"files": form("images", black), "data": {"reward": "r"}}
+        held = [asyncio.create_task(send(app, "POST", "/v1/score", **options)) for _ in range(2)]
+        await entered.wait()
+        refused = [await send(app, "POST", "/v1/score", **options)]
+        refused.append(await send(app, "POST", "/flow_grpo", content=pickle.dumps({"images": [black]})))
+        assert [response.status_code for response in refused] == [429] * 2
+        assert int(refused[0].headers["retry-after"]) >= 1
+        release.set()
+        assert [(await task).status_code for task in held] == [200] * 2
+        assert (await send(app, "POST", "/v1/score", **options)).status_code == 200
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
