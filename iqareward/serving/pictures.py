@@ -100,7 +100,7 @@ def _pixels(content: bytes, index: int, limits: Limits, allow_lossy: bool) -> in
         cause = error.__cause__
         if isinstance(cause, Image.DecompressionBombError):  # Pillow's own limit, far beyond any sensible one of ours
             raise ServiceError(413, "too_many_pixels", str(cause), index=index) from None
-        if isinstance(cause, UnreadableImageError | UnidentifiedImageError):
+        if cause is None or isinstance(cause, UnidentifiedImageError):  # no picture, or not one still picture
             raise ServiceError(
                 415, "unsupported_picture", f"expected a still PNG or lossless WebP file: {error.reason}.", index=index
             ) from None
