@@ -31,7 +31,7 @@ SUFFIXES = frozenset((
     ".xpm", ".dds", ".blp", ".ftc", ".ftu", ".ico", ".icns", ".cur", ".im",
 ))  # fmt: skip
 _UNKNOWN_WHITE = "its integers are signed or of 32 bits, and their white is unknown. Scale them to 8 or 16 bits"
-_PHOTOMETRIC, _BITS_PER_SAMPLE, _PLANAR = 262, 258, 284  # TIFF tags
+_PHOTOMETRIC, _BITS_PER_SAMPLE, _PLANAR, _ORIENTATION = 262, 258, 284, 274  # TIFF and EXIF tags
 _DEEP = re.compile("(LA|RGB|RGBX|RGBA);16[BLN]")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -372,7 +372,8 @@ def to_array(image: Image.Image) -> np.ndarray:
     deep = image.mode in _SIXTEEN_BIT_MODES or (image.mode == "I" and image.format == "PPM")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # else this would be a copy
+            image = ImageOps.exif_transpose(image)
     except Exception as error:
         raise _unreadable(error, str(getattr(image, "filename", "")) or "image") from error
     if deep:

@@ -124,6 +124,31 @@ def test_bad_files_are_named(folder, tmp_path):
         FolderPairs(folder, size=10, degraded_folder=tmp_path / "degraded").batch([1])
 
 
+def test_real_pairs_may_differ_in_suffix(folder, tmp_path):
+    """A degraded image is found with any image suffix in any case; two that fit are named, not guessed."""
+    for name in NAMES:
+        save(torch.full((3, 30, 40), 0.2), (tmp_path / "dark" / name).with_suffix(".BMP"))
+    degraded, _ = FolderPairs(folder, size=16, degraded_folder=tmp_path / "dark").batch(range(4))
+    torch.testing.assert_close(degraded, torch.full((4, 3, 16, 16), 0.2), **EXACT)
+    save(torch.zeros(3, 30, 40), tmp_path / "dark" / "b.tif")
+    with pytest.raises(ValueError, match=r"several references in \S*dark: b\.BMP, b\.tif"):
+        FolderPairs(folder, size=16, degraded_folder=tmp_path / "dark")
+
+
+def test_nothing_is_left_out_without_a_word(folder):
+    """A link that leads nowhere, an animation and floats of 0 to 255 are errors that name the file."""
+    frame = Image.new("L", (40, 30))
+    frame.save(folder / "c.gif", save_all=True, append_images=[Image.new("L", (40, 30), 255)])
+    with pytest.raises(ValueError, match=r"could not read \S*c\.gif: it holds 2 frames"):
+        FolderPairs(folder, size=16).batch([2])
+    Image.new("F", (40, 30), 255).save(folder / "c.tif")
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\], got \S*c\.tif with 255 to 255"):
+        FolderPairs(folder, size=16).batch([3])
+    (folder / "d.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"cannot use \S*d\.png: a link that leads nowhere"):
+        FolderPairs(folder, size=16)
+
+
 def test_nothing_to_read_is_refused(tmp_path):
     """Missing and empty folders, and sizes and numbers below 1, are errors at construction."""
     with pytest.raises(ValueError, match="which is none"):
