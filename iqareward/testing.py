@@ -9,6 +9,8 @@ from iqareward import _contract_checks as checks
 from iqareward.rewards.scoring import UnscoredWarning, why_unscored
 from iqareward.types import Reward
 
+MIN_IMAGES = 3
+
 
 class RewardContractError(AssertionError):
     """A reward breaks the contract; the message lists every failure."""
@@ -27,7 +29,9 @@ class Report:
         lines = [f"{self.reward}: {len(self.passed)} passed, {len(self.failed)} failed, {len(self.skipped)} skipped"]
         lines += [f"  ok    {title}" for title in self.passed]
         lines += [f"  skip  {title}: {reason}" for title, reason in self.skipped]
-        lines += [f"  FAIL  {title}: {reason}" for title, reason in self.failed]
+        for index, (title, reason) in enumerate(self.failed):
+            known = reason in (earlier for _, earlier in self.failed[:index])
+            lines.append(f"  FAIL  {title}: {'the same' if known else reason}")
         return "\n".join(lines)
 
 
@@ -49,7 +53,7 @@ def check_reward(
     error; and, with `degraded`, the direction.
 
     Args:
-        reward: an object that might be a reward.
+        reward: any object; what is no reward fails.
         images: `[B, 3, H, W]` float in [0, 1], B >= 3, large enough for the reward to score each of them.
         references: `[B, 3, H, W]`, needed if the reward needs them; different from `images`.
         degraded: `[B, 3, H, W]`, visibly worse versions of `images`; most of them must score lower.
@@ -60,8 +64,8 @@ def check_reward(
         A report to print.
 
     Raises:
-        RewardContractError: with all failures.
-        TypeError: `reward` is the name of one, a class, or a metric that is not wrapped.
+        RewardContractError: with all failures, also for what is no reward at all: the name of one, a class, a metric
+            that is not wrapped.
         ValueError: the images are not fit for the check, the reward scores none of them, or it needs references and
             there are none.
 
@@ -76,14 +80,16 @@ def check_reward(
         >>> report.failed
         []
     """
-    _check_type(reward)
     _check_images(images, references, degraded)
-    if references is None and getattr(reward, "needs_references", False):
+    report = Report(str(checks.fact(reward, "name", getattr(reward, "__name__", type(reward).__name__))))
+    if problem := checks.why_no_reward(reward):
+        report.failed.append(("is a reward", problem))
+        raise RewardContractError(str(report))
+    if references is None and checks.fact(reward, "needs_references", False):
         raise ValueError(
-            f"check_reward expected `references`, because {getattr(reward, 'name', 'the reward')!r} compares "
-            "with them, got None. Pass the undamaged versions of `images`."
+            f"check_reward expected `references`, because {report.reward!r} compares with them, got None. Pass the "
+            "undamaged versions of `images`."
         )
-    report = Report(str(getattr(reward, "name", type(reward).__name__)))
     case = checks.Case(reward, images.detach(), references, degraded, {"rtol": rtol, "atol": atol, "equal_nan": True})
     for title, check, only_given in checks.ALL:
         try:
@@ -92,8 +98,10 @@ def check_reward(
                 reason = check(case)
         except UnscoredWarning as unscored:
             raise ValueError(f"check_reward expected images that the reward scores, but {unscored}") from unscored
-        except Exception as error:
-            report.failed.append((title, f"{type(error).__name__}: {error}"))
+        except AssertionError as unmet:
+            report.failed.append((title, str(unmet) or "AssertionError"))
+        except (Exception, SystemExit) as error:
+            report.failed.append((title, f"it raised {type(error).__name__}: {error}"))
         else:
             if reason is None:
                 report.passed.append(title)
@@ -104,30 +112,10 @@ def check_reward(
     return report
 
 
-def _check_type(reward: object) -> None:
-    """Refuse what a newcomer may take for a reward."""
-    if isinstance(reward, str):
-        raise TypeError(
-            f"check_reward expected a reward, got the string {reward!r}. Load it first: iqareward.load({reward!r})."
-        )
-    if isinstance(reward, type):
-        raise TypeError(
-            f"check_reward expected a reward, got the class {reward.__name__}. "
-            f"Pass an instance: {reward.__name__}(...)."
-        )
-    facts = [name for name in checks.MEMBERS if name != "__call__"]
-    if callable(reward) and not any(hasattr(reward, name) for name in facts):
-        kind, name = type(reward).__name__, getattr(reward, "__name__", "metric")
-        raise TypeError(
-            f"check_reward expected a reward, got {kind} {name}, which has none of {', '.join(facts)}. Wrap it in "
-            f"NoReference({name}, higher_is_better=...) or FullReference({name}, higher_is_better=...)."
-        )
-
-
 def _check_images(images: Tensor, references: Tensor | None, degraded: Tensor | None) -> None:
     """Refuse images that no reward could be checked on."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] < 3:
-        raise ValueError("check_reward expected `images` as a tensor [B, 3, H, W] with B >= 3.")
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] < MIN_IMAGES:
+        raise ValueError(f"check_reward expected `images` as a tensor [B, 3, H, W] with B >= {MIN_IMAGES}.")
     for name, batch in {"images": images, "references": references, "degraded": degraded}.items():
         if batch is None:
             continue

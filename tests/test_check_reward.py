@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from iqareward import FullReference, NoReference, WeightedSum, check_reward
 from iqareward.rewards.scoring import UnscoredWarning
 from iqareward.testing import RewardContractError
+from tests.tolerances import EXACT
 
 
 def contrast(images: Tensor) -> Tensor:
@@ -98,6 +99,14 @@ def no_tensor(images: Tensor) -> list[float]:
     return contrast(images.float().detach()).tolist()
 
 
+def nothing(images: Tensor) -> None:
+    return None
+
+
+def ends_the_program(images: Tensor) -> Tensor:
+    sys.exit(3)
+
+
 def in_double(images: Tensor) -> Tensor:
     return contrast(images.double().detach())
 
@@ -149,6 +158,21 @@ class InPlaceOfReferences(Plain):
         return super().__call__(images)
 
 
+class ErasesAfterwards(Plain):
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        scores = super().__call__(images)
+        if isinstance(images, Tensor):
+            images.detach().zero_()
+        return scores
+
+
+class InPlaceOfLists(Plain):
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        if isinstance(images, list):
+            images = [image.detach().clamp_(0, 1) for image in images]
+        return super().__call__(images)
+
+
 class OneShort(Plain):
     def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
         return super().__call__(images)[1:]
@@ -174,23 +198,27 @@ class Module(nn.Module):
 
 
 FAULTS = [
-    (object(), "this one lacks name, needs_references"),
     (Module(), r"must not be an nn\.Module"),
     (Stated(name=""), "`name` must be a non-empty str, got ''"),
     (Stated(differentiable=1), "`differentiable` must be a bool, got 1"),
-    (Stated(bounds=(1.0, 0.0)), r"`bounds` must be \(low, high\), got \(1\.0, 0\.0\)"),
+    (Stated(bounds=(1.0, 0.0)), r"`bounds` must be \(low, high\), each a number or None, got \(1\.0, 0\.0\)"),
     (Stated(bounds=(0.0, 1e-3)), r"lies outside the bounds \(0\.0, 0\.001\)"),
     (Stated(bounds=(1.0, None)), r"lies outside the bounds \(1\.0, None\)"),
     (Stated(needs_references=True), "a call without `references` must raise ValueError"),
     (Renamed(name="other"), "the unpickled copy of 'other' is named 'plain'"),
     (InPlace(nothing_wrong), "it wrote into `images`"),
     (InPlaceOfReferences(nothing_wrong), "it wrote into `references`"),
-    (OneShort(nothing_wrong), r"expected shape \[4\], got \[3\]"),
-    (ListsAreOne(nothing_wrong), r"a list of 4 must give that many scores, got \[1\]"),
+    (Stated(bounds=None), r"`bounds` must be \(low, high\), each a number or None, got None"),
+    (Stated(bounds=(0.0, "1")), r"each a number or None, got \(0\.0, '1'\)"),
+    (OneShort(nothing_wrong), r"a batch of 4 must give scores of shape \[4\], got \[3\]"),
+    (ListsAreOne(nothing_wrong), r"a list of 4 must give scores of shape \[4\], got \[1\]"),
+    (InPlaceOfLists(nothing_wrong), "it wrote into `images`"),
     (Plain(batch_mean), "when images are scored one at a time"),
-    (Plain(scalar), r"must give shape \[1\], got \[\]"),
-    (Plain(no_tensor), "expected a tensor, got list"),
-    (Plain(in_double), "expected float32, got torch.float64"),
+    (Plain(scalar), r"a batch of 1 must give scores of shape \[1\], got \[\]"),
+    (Plain(no_tensor), "scores must be a tensor, got list"),
+    (Plain(nothing), "scores must be a tensor, got NoneType"),
+    (Plain(ends_the_program), "it raised SystemExit: 3"),
+    (Plain(in_double), "scores must be float32, got torch.float64"),
     (Plain(half), r"the same pixels come as torch\.bfloat16"),
     (Plain(infinite), "scores must be finite or NaN, never infinite"),
     (Plain(never_scored), "ordinary images must get finite scores"),
@@ -271,16 +299,40 @@ def test_images_that_are_never_scored_are_refused(nested: bool, used_before: boo
         check_reward(checked, IMAGES)
 
 
+class Partly:
+    name, needs_prompts, differentiable, bounds = "partly", False, False, (None, None)
+
+    @property
+    def needs_references(self) -> bool:
+        raise RuntimeError("not decided yet")
+
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        return nothing_wrong(images)
+
+
 @pytest.mark.parametrize(
     ("thing", "advice"),
     [
         ("ssim", r"the string 'ssim'.*iqareward\.load\('ssim'\)"),
         (contrast, r"function contrast.*NoReference\(contrast.*FullReference\("),
-        (nn.Conv2d(3, 1, 3), r"Conv2d.*NoReference\("),
+        (lambda images: contrast(images), r"function <lambda>.*NoReference\(metric"),
+        (nn.Conv2d(3, 1, 3), r"of type Conv2d.*NoReference\(metric"),
         (Stated, r"the class Stated.*Stated\(\.\.\.\)"),
+        (None, "it is None and lacks name, needs_references"),
+        (object(), "it is of type object and lacks name, needs_references"),
+        (torch, "it is the module torch and lacks name"),
+        (Partly(), "it raised RuntimeError: not decided yet"),
     ],
 )
 def test_what_is_no_reward_is_refused(thing: object, advice: str) -> None:
-    """A name, a bare function, a module or a class is refused with the way to make a reward of it."""
-    with pytest.raises(TypeError, match=advice):
-        check_reward(thing, IMAGES)  # type: ignore[arg-type]
+    """A name, a function, a class or any object is refused in one line, with the way to make a reward of it."""
+    assert re.search(f"FAIL .*{advice}", report_on(thing))
+
+
+def test_one_fault_is_told_once() -> None:
+    """A reward that writes into its images fails for that alone, and the caller's images stay as they were."""
+    before = IMAGES.clone()
+    report = report_on(ErasesAfterwards(nothing_wrong))
+    assert report.count("FAIL") == 1
+    torch.testing.assert_close(IMAGES, before, **EXACT)
+    assert report_on(Plain(no_tensor)).count("scores must be a tensor, got list") == 1

@@ -74,55 +74,47 @@ def list_rewards(
 def score(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders (searched recursively) or globs.")],
     reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="Folder of references with the same names (any image suffix), or one picture for all."),
-    ] = None,
-    format: Annotated[Format | None, typer.Option(help="Default: table, or as the suffix of --output says.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
+    format: Annotated[Format | None, typer.Option(help="Default: table, or csv with --output.")] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Write here picture by picture (.csv, or .jsonl: an object a line); run again to go on."),
+        Path | None, typer.Option(help="Write here row by row; run again to go on where it stopped.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew.")] = False,
-    summary: Annotated[
-        Path | None, typer.Option(help="Write mean, standard deviation and count here too (.csv or .json).")
-    ] = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Add what papers print where it differs, e.g. niqe: lower is better.")
-    ] = False,
     device: Annotated[str, typer.Option(help="Where to score, e.g. cuda.")] = "cpu",
-    batch_size: Annotated[
-        int,
-        typer.Option(min=1, help="Images per batch; fewer where they take over 512 MiB as float32 with references."),
-    ] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
 ) -> None:
-    """Score image files: higher is better.
-
-    Exit code 0: every picture has every score. 1: some are missing, and a line says why. 2: it could not be done.
-    """
+    """Score image files. Unreadable ones are reported and skipped, and the exit code is then 1."""
     from iqareward.cli.score import Job, run
 
-    job = Job(paths, reward, reference, format, output, overwrite, summary, published, device, batch_size)
+    job = Job(paths, reward, reference, format or (Format.csv if output else Format.table), output, device, batch_size)
     try:
-        complete = run(job, _messages)
+        failures = run(job, _messages)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
-    raise typer.Exit(0 if complete else 1)
+    raise typer.Exit(1 if failures else 0)
 
 
 @app.command()
 def check(
     reward: Annotated[str, typer.Argument(help="module:object (a reward, or a class to call), or a name of `list`.")],
     images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: generated pictures.")] = None,
+    degraded: Annotated[
+        Path | None, typer.Option(help="Folder of worse versions of --images, with the same file names.")
+    ] = None,
+    direction: Annotated[
+        bool, typer.Option("--direction/--no-direction", help="Check that worse images score lower.")
+    ] = True,
     size: Annotated[int, typer.Option(min=16, help="Side of the test images in pixels.")] = 224,
 ) -> None:
-    """Test a reward against the whole contract (iqareward.check_reward). Exit code 1 if it breaks it."""
+    """Test a reward against the whole contract (iqareward.check_reward). Exit code 1 if it breaks it.
+
+    Worse images are coarse and noisy versions, unless --degraded brings others.
+    """
     from iqareward.cli.check import find_reward, run_check
     from iqareward.testing import RewardContractError
 
     sys.path.insert(0, str(Path.cwd()))
     try:
-        report = run_check(find_reward(reward), images, size)
+        report = run_check(find_reward(reward), images, size, degraded_folder=degraded, direction=direction)
     except RewardContractError as failures:
         typer.echo(str(failures))
         raise typer.Exit(1) from failures
@@ -259,8 +251,5 @@ def _usage_error(error: Exception) -> typer.Exit:
     """Show what was wrong without a traceback; exit code 2, as for a mistyped option."""
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough: `| head`
         raise error
-    first, *rest = str(error).split("\n")
-    say(_messages, first, label="error:", style="red")
-    for line in rest:
-        say(_messages, line)
+    say(_messages, error, label="error:", style="red")
     return typer.Exit(2)

@@ -8,55 +8,118 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from iqareward.image_files import find_images
+from iqareward._contract_checks import fact
+from iqareward.image_files import References, find_images
 from iqareward.images import to_images
-from iqareward.rewards.catalog import CATALOG, load
-from iqareward.testing import Report, check_reward
+from iqareward.rewards.catalog import PYIQA_PREFIX, load
+from iqareward.testing import MIN_IMAGES, Report, RewardContractError, check_reward
 from iqareward.types import Reward
 
 NUM_IMAGES = 4
 
 
-def find_reward(spec: str) -> Reward:
-    """The reward behind `module:object` (a class is called without arguments), or behind a name of the catalogue.
+def find_reward(spec: str) -> object:
+    """What `module:object` names (a class is called without arguments), or the reward behind a name of the catalogue.
 
     Raises:
-        ValueError: neither.
-        ImportError: the module cannot be imported.
+        ValueError: there is no such module, object or name.
+        ImportError: a reward of the catalogue needs an extra.
+        RewardContractError: the module or the class fails.
     """
-    if spec in CATALOG or spec.startswith("pyiqa:") or ":" not in spec:
+    module, colon, path = spec.partition(":")
+    if not colon or spec.startswith(PYIQA_PREFIX):
         return load(spec)
-    module, _, name = spec.partition(":")
-    found = importlib.import_module(module)
-    for part in name.split("."):
-        if part not in vars(found):
-            raise ValueError(f"{spec!r}: there is no {part!r} in {module}.")
-        found = vars(found)[part]
-    return cast(Reward, found() if isinstance(found, type) else found)  # what it is, check_reward tells
+    if not module or not path:
+        raise ValueError(f"{spec!r}: expected module:object, such as my_rewards:reward, or a name of `iqareward list`.")
+    try:
+        found: object = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"{spec!r}: there is no module {error.name}, neither here nor among those installed."
+            ) from error
+        raise _failure(spec, "can be imported", error) from error
+    for part in path.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            raise ValueError(f"{spec!r}: there is no {part!r} in {module}.") from error
+        except (Exception, SystemExit) as error:  # a module may import its names when they are asked for
+            raise _failure(spec, "can be imported", error) from error
+    if not isinstance(found, type):
+        return found
+    try:
+        return found()
+    except (Exception, SystemExit) as error:
+        advice = f"If it needs arguments, write reward = {path}(...) in the module and check {module}:reward."
+        raise _failure(spec, "can be made without arguments", error, advice) from error
 
 
-def run_check(reward: Reward, folder: Path | None, size: int) -> Report:
-    """`check_reward` on photographs or generated pictures, with coarse and noisy versions of them as worse ones."""
-    images = _generated(size) if folder is None else _from_folder(folder, size)
+def _failure(spec: str, title: str, error: BaseException, advice: str = "") -> RewardContractError:
+    reason = f"it raised {type(error).__name__}: {error}. {advice}".rstrip()
+    return RewardContractError(str(Report(spec, failed=[(title, reason)])))
+
+
+def run_check(
+    reward: object, folder: Path | None, size: int, *, degraded_folder: Path | None = None, direction: bool = True
+) -> Report:
+    """`check_reward` on photographs or generated pictures.
+
+    Args:
+        reward: what to check.
+        folder: of photographs; None = generated pictures.
+        size: side of the square that is cut from the centre of each.
+        degraded_folder: worse versions, with the names that those in `folder` have; None = coarse and noisy ones.
+        direction: check that worse images score lower.
+
+    Raises:
+        ValueError: too few or too small images, files that cannot be read, or no worse versions of them.
+        RewardContractError: with all failures.
+    """
+    if degraded_folder is not None and (folder is None or not direction):
+        raise ValueError(
+            "--degraded goes with --images, whose files it has worse versions of, and without --no-direction."
+        )
+    files = dict(list(find_images([folder]).files.items())[:NUM_IMAGES]) if folder is not None else {}
+    if folder is not None and len(files) < MIN_IMAGES:
+        raise ValueError(f"{folder} brings {len(files)} images; the check needs {MIN_IMAGES} or more.")
+    images = torch.stack([_center(_read(file), file, size) for file in files]) if files else _generated(size)
     rng = torch.Generator().manual_seed(0)
     near = (images + 0.01 * torch.randn(images.shape, generator=rng)).clamp(0, 1)
-    coarse = interpolate(images, size=(size // 4, size // 4), mode="area")
-    coarse = interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
-    degraded = (coarse + 0.1 * torch.randn(images.shape, generator=rng)).clamp(0, 1)
-    if getattr(reward, "needs_references", False):  # check_reward refuses what is no reward
+    degraded = None
+    if degraded_folder is not None:
+        degraded = torch.stack([_worse(*item, degraded_folder, size) for item in files.items()])
+    elif direction:
+        coarse = interpolate(images, size=(size // 4, size // 4), mode="area")
+        coarse = interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
+        degraded = (coarse + 0.1 * torch.randn(images.shape, generator=rng)).clamp(0, 1)
+    reward = cast(Reward, reward)  # check_reward says if it is none
+    if fact(reward, "needs_references", False):
         return check_reward(reward, near, images, degraded=degraded)
     return check_reward(reward, images, degraded=degraded)
 
 
-def _from_folder(folder: Path, size: int) -> Tensor:
-    """The first photographs of a folder, cut to the centre."""
-    files = list(find_images([folder]).files)[:NUM_IMAGES]
-    rows = [to_images(file, value_range=(0, 1))[0] for file in files]
-    for file, row in zip(files, rows, strict=True):
-        if min(row.shape[1:]) < size:
-            raise ValueError(f"{file} is {row.shape[2]}x{row.shape[1]}, smaller than --size {size}.")
-    tops = [((row.shape[1] - size) // 2, (row.shape[2] - size) // 2) for row in rows]
-    return torch.stack([row[:, t : t + size, s : s + size] for row, (t, s) in zip(rows, tops, strict=True)])
+def _read(file: Path) -> Tensor:
+    return to_images(file, value_range=(0, 1))[0]
+
+
+def _worse(file: Path, relative: Path, folder: Path, size: int) -> Tensor:
+    try:
+        worse = References(folder).find(relative)
+    except FileNotFoundError as error:
+        raise ValueError(f"--degraded {folder} has no version of {file}.") from error
+    image, better = _read(worse), _read(file)
+    if image.shape != better.shape:
+        raise ValueError("{} is {}x{}, {} is {}x{}.".format(file, *better.shape[:0:-1], worse, *image.shape[:0:-1]))
+    return _center(image, worse, size)
+
+
+def _center(image: Tensor, file: Path, size: int) -> Tensor:
+    height, width = image.shape[1:]
+    if min(height, width) < size:
+        raise ValueError(f"{file} is {width}x{height}, smaller than --size {size}.")
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[:, top : top + size, left : left + size]
 
 
 def _generated(size: int) -> Tensor:

@@ -28,12 +28,13 @@ def plain(text: object) -> Text:
 
 
 def say(console: Console, text: object, *, label: str = "", style: str = "") -> None:
-    """Print one line that rich neither wraps nor interprets.
+    """Print lines that rich neither wraps nor interprets.
 
     Args:
         console: where to.
-        text: the line.
+        text: one line or several.
         label: words before the text.
         style: of the label, e.g. "red".
     """
-    console.print(Text.assemble((label, style), " " if label else "", printable(text)), soft_wrap=True)
+    lines = "\n".join(map(printable, str(text).split("\n")))
+    console.print(Text.assemble((label, style), " " if label else "", lines), soft_wrap=True)
