@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-# Still pictures of pixels. Left out on purpose: documents and vector graphics (EPS would run Ghostscript), video, icons
-# and textures (several pictures in one file), layered files, and formats that Pillow only registers.
+# Still images of pixels. Left out on purpose: documents and vector graphics (EPS would run Ghostscript), video, icons
+# and textures (several images in one file), layered files, and formats that Pillow recognises and cannot decode.
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "QOI", "SGI", "SUN", "PCX",
     "MSP", "XBM", "TGA",
 )  # fmt: skip
-# Those of the formats above, and from ".heic" on others of pictures: found too, so that reading says why they have no
-# score, instead of leaving them out without a word.
+# Of these formats and, from ".heic" on, of images that are not read: they are found all the same, so that reading says
+# why they have no score.
 SUFFIXES = frozenset((
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".avifs", ".tif", ".tiff", ".bmp",
     ".dib", ".gif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi",
@@ -38,7 +38,12 @@ _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "
 
 
 class UnreadableImageError(ValueError):
-    """A file that cannot be read as one still picture: `file` names it, `reason` says why."""
+    """A file that cannot be read as one still image.
+
+    Attributes:
+        file: its path, or "image" for the content of a file.
+        reason: why, without the path.
+    """
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(file, reason)
@@ -53,7 +58,7 @@ class ImageFiles(NamedTuple):
 
     Attributes:
         files: file -> its path relative to the folder that was searched.
-        problems: path that could not be searched or is no file -> the reason.
+        problems: folder that could not be searched, dangling link or special file -> the reason.
     """
 
     files: dict[Path, Path]

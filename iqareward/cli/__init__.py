@@ -74,23 +74,40 @@ def list_rewards(
 def score(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders (searched recursively) or globs.")],
     reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
-    reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
-    format: Annotated[Format | None, typer.Option(help="Default: table, or csv with --output.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write here row by row; run again to go on where it stopped.")
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Folder of references with the same names (any image suffix), or one picture for all."),
     ] = None,
+    format: Annotated[Format | None, typer.Option(help="Default: table, or as the suffix of --output says.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write here picture by picture (.csv, or .jsonl: an object a line); run again to go on."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew.")] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="Write mean, standard deviation and count here too (.csv or .json).")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Add what papers print where it differs, e.g. niqe: lower is better.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where to score, e.g. cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, help="Images per batch; fewer where they take over 512 MiB as float32 with references."),
+    ] = 8,
 ) -> None:
-    """Score image files. Unreadable ones are reported and skipped, and the exit code is then 1."""
+    """Score image files: higher is better.
+
+    Exit code 0: every picture has every score. 1: some are missing, and a line says why. 2: it could not be done.
+    """
     from iqareward.cli.score import Job, run
 
-    job = Job(paths, reward, reference, format or (Format.csv if output else Format.table), output, device, batch_size)
+    job = Job(paths, reward, reference, format, output, overwrite, summary, published, device, batch_size)
     try:
-        failures = run(job, _messages)
+        complete = run(job, _messages)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
-    raise typer.Exit(1 if failures else 0)
+    raise typer.Exit(0 if complete else 1)
 
 
 @app.command()
@@ -251,5 +268,8 @@ def _usage_error(error: Exception) -> typer.Exit:
     """Show what was wrong without a traceback; exit code 2, as for a mistyped option."""
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough: `| head`
         raise error
-    say(_messages, error, label="error:", style="red")
+    first, *rest = str(error).split("\n")
+    say(_messages, first, label="error:", style="red")
+    for line in rest:
+        say(_messages, line)
     return typer.Exit(2)

@@ -132,11 +132,11 @@ def _scores(
     """file -> its scores, for those that could be read; the others are reported."""
     found: dict[Path, list[float]] = {}
     for batch in read_ahead(files, references, device=scoring.device, batch_size=scoring.batch_size):
-        readable = [loaded for loaded in batch if loaded.image is not None]
-        found |= {loaded.path: row for loaded, row in zip(readable, score_loaded(rewards, readable), strict=True)}
-        for loaded in batch:
-            if loaded.image is None:
+        for loaded, (scores, _) in zip(batch, score_loaded(rewards, batch), strict=True):
+            if loaded.problem:
                 say(scoring.messages, f"{loaded.path}: {loaded.problem}", label="skipped", style="yellow")
+            else:
+                found[loaded.path] = scores
         advance(len(batch))
     return found
 

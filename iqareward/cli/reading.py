@@ -16,7 +16,7 @@ BYTES_PER_PIXEL = 12  # float32 RGB
 
 
 class Loaded(NamedTuple):
-    """A file as read: its image and its reference, or why not."""
+    """A file as read: its image and its reference; or why one of them is missing, or its size does not fit."""
 
     path: Path
     image: Tensor | None
@@ -75,7 +75,7 @@ def _batches(
         except UnreadableImageError:
             pass
         except (OSError, ValueError) as error:  # no reference
-            job = _Job(path, None, str(error))
+            job = _Job(path, None, f"not compared: {error}")
         if batch and (len(batch) == batch_size or needed > room):
             yield batch
             batch, room = [], batch_bytes
@@ -92,17 +92,22 @@ def _decoded_bytes(path: Path) -> int:
 
 def _read(job: _Job, device: str) -> Loaded:
     try:
-        if job.problem:
-            raise ValueError(job.problem)
-        image, reference = (
-            None if path is None else to_images(path, value_range=(0, 1), device=device)[0]
-            for path in (job.path, job.reference)
-        )
-        if image is not None and reference is not None and image.shape != reference.shape:
+        image = _pixels(job.path, device)
+    except ValueError as error:
+        reason = error.reason if isinstance(error, UnreadableImageError) else error
+        return Loaded(job.path, None, None, f"not read: {reason}")
+    if job.reference is None:
+        return Loaded(job.path, image, None, job.problem)
+    try:
+        reference = _pixels(job.reference, device)
+        if image.shape != reference.shape:
             sizes = (f"{tensor.shape[2]}x{tensor.shape[1]}" for tensor in (image, reference))
             raise ValueError("it is {}, its reference {}".format(*sizes))
-    except UnreadableImageError as error:
-        return Loaded(job.path, None, None, str(error) if error.file != str(job.path) else error.reason)
     except ValueError as error:
-        return Loaded(job.path, None, None, str(error))
+        return Loaded(job.path, image, None, f"not compared: {error}")
     return Loaded(job.path, image, reference, "")
+
+
+def _pixels(path: Path, device: str) -> Tensor:
+    """`[3, H, W]` in [0, 1]."""
+    return to_images(path, value_range=(0, 1), device=device)[0]

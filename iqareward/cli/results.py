@@ -1,121 +1,262 @@
-"""Write scores as they come, so that an interrupted run loses nothing and can go on."""
+"""Write scores row by row, so that a killed run loses nothing, and read them again to go on."""
 
 import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+import statistics
+from collections.abc import Collection, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import NamedTuple, Protocol
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from iqareward.atomic import write_text
+from iqareward.atomic import atomic_write
+from iqareward.cli.text import plain
+
+FACTS = ("problem", "reference", "inputs")  # columns after the scores
+_UNQUOTED = re.compile(r"[\w ./\\:-]*")  # what no program takes for a separator or quote
+_NO_FORMULA = re.compile(r"[\w./\\~]")  # how a cell may begin; spreadsheets run what begins with = + - @
 
 
-class Writer(Protocol):
-    """Takes one image's scores at a time."""
+@dataclass(frozen=True)
+class Row:
+    """What is known of one picture.
 
-    def write(self, path: str, scores: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class CsvWriter:
-    """`path,<reward>,...` with a header; NaN (not scored) is an empty cell."""
-
-    def __init__(self, stream: IO[str], rewards: Sequence[str], *, header: bool) -> None:
-        self._stream, self._rewards = stream, rewards
-        self._rows = csv.writer(stream, lineterminator="\n")
-        if header:
-            self._rows.writerow(["path", *rewards])
-
-    def write(self, path: str, scores: Mapping[str, float]) -> None:
-        self._rows.writerow([path, *("" if math.isnan(scores[r]) else repr(scores[r]) for r in self._rewards)])
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.flush()
-
-
-class JsonWriter:
-    """One JSON object a line; NaN (not scored) is null."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def write(self, path: str, scores: Mapping[str, float]) -> None:
-        clean = {name: None if math.isnan(score) else score for name, score in scores.items()}
-        self._stream.write(json.dumps({"path": path, "scores": clean}) + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.flush()
-
-
-class TableWriter:
-    """A table for reading, printed when all is scored, also after an interruption."""
-
-    def __init__(self, rewards: Sequence[str]) -> None:
-        self._rewards = rewards
-        self._table = Table()
-        self._table.add_column("image", overflow="fold")
-        for reward in rewards:
-            self._table.add_column(reward, justify="right")
-
-    def write(self, path: str, scores: Mapping[str, float]) -> None:
-        self._table.add_row(path, *("-" if math.isnan(scores[r]) else f"{scores[r]:.4f}" for r in self._rewards))
-
-    def close(self) -> None:
-        if self._table.row_count:
-            Console().print(self._table)
-
-
-def scored_paths(file: Path, rewards: Sequence[str]) -> set[str]:
-    """The images that a results file already holds; a half-written last line is cut off.
-
-    Args:
-        file: `.csv` by `CsvWriter` or JSON lines by `JsonWriter`; may not exist.
-        rewards: names that its rows must have.
-
-    Raises:
-        ValueError: the file holds other rewards, or something else.
+    Attributes:
+        path: of the picture, as the command found it.
+        scores: one per column; NaN = not scored.
+        problem: why scores are missing; empty if none is.
+        reference: path of the picture that it was compared with; empty if there is none.
+        inputs: what else the scores depend on: if it changes, they are out of date.
     """
-    if not file.exists():
-        return set()
-    text = file.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    try:
-        if not complete and text and not text.startswith(('{"path"', "path,")):
-            raise KeyError("path")
-        done = _json_paths(complete, rewards) if complete.startswith("{") else _csv_paths(complete, rewards)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no results file of this command. Choose another --output.") from error
-    except _OtherRewardsError as error:
-        raise ValueError(f"{file} holds scores of {error}, not of {list(rewards)}. Choose another --output.") from error
-    if complete != text:  # only now that the file is known to be ours
-        write_text(file, complete)
-    return done
+
+    path: str
+    scores: Sequence[float]
+    problem: str = ""
+    reference: str = ""
+    inputs: str = ""
 
 
-class _OtherRewardsError(Exception):
+class Rows(Protocol):
+    """A file format of rows, one after the other.
+
+    Attributes:
+        columns: names of the scores.
+        head: what a file begins with.
+    """
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+    @property
+    def head(self) -> str: ...
+    def dump(self, row: Row) -> str: ...
+    def load(self, text: str) -> list[Row]:
+        """The rows of a file, without a last one that is not complete; any exception if it is none of this format."""
+        ...
+
+
+class CsvRows:
+    """`path,<reward>,...,problem,reference,inputs` with a header; NaN is an empty cell.
+
+    Text is quoted wherever a program could take part of it for a separator, and a path that a spreadsheet would take
+    for a formula gets `./` in front, which names the same file.
+    """
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = list(columns)
+        self.head = _line(["path", *columns, *FACTS])
+
+    def dump(self, row: Row) -> str:
+        scores = ("" if math.isnan(score) else repr(score) for score in row.scores)
+        return _line([_no_formula(row.path), *scores, row.problem, _no_formula(row.reference), row.inputs])
+
+    def load(self, text: str) -> list[Row]:
+        whole = io.StringIO(text[: _end_of_rows(text)], newline="")
+        header, *lines = (line for line in csv.reader(whole, strict=True) if line)
+        _, *names = header[: -len(FACTS)]
+        if header != ["path", *names, *FACTS]:
+            raise ValueError(header)
+        _check_columns(names, self.columns)
+        rows: list[Row] = []
+        for path, *scores, problem, reference, inputs in lines:
+            values = [float(scores[place] or "nan") for place in range(len(names))]
+            rows.append(Row(str(Path(path)), values, problem, str(Path(reference)) if reference else "", inputs))
+        return rows
+
+
+class JsonRows:
+    """One JSON object a line; NaN is null."""
+
+    head = ""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = list(columns)
+
+    def dump(self, row: Row) -> str:
+        scores = [None if math.isnan(score) else score for score in row.scores]
+        facts = {"problem": row.problem, "reference": row.reference, "inputs": row.inputs}
+        line = {"path": row.path, "scores": dict(zip(self.columns, scores, strict=True)), **facts}
+        return json.dumps(line, allow_nan=False) + "\n"
+
+    def load(self, text: str) -> list[Row]:
+        rows: list[Row] = []
+        for line in filter(str.strip, text[: text.rfind("\n") + 1].split("\n")):
+            row = json.loads(line)
+            _check_columns(list(row["scores"]), self.columns)
+            values = [math.nan if score is None else float(score) for score in row["scores"].values()]
+            rows.append(Row(row["path"], values, row["problem"], row["reference"], row["inputs"]))
+        return rows
+
+
+class _OtherColumnsError(Exception):
     pass
 
 
-def _csv_paths(text: str, rewards: Sequence[str]) -> set[str]:
+def _check_columns(found: list[str], expected: list[str]) -> None:
+    if found != expected:
+        raise _OtherColumnsError(", ".join(found))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return ",".join(_quoted(cell) for cell in cells) + "\n"
+
+
+def _quoted(cell: str) -> str:
+    return cell if _UNQUOTED.fullmatch(cell) else '"' + cell.replace('"', '""') + '"'
+
+
+def _no_formula(path: str) -> str:
+    return path if not path or _NO_FORMULA.match(path) else f"./{path}"
+
+
+def _end_of_rows(text: str) -> int:
+    """Where the last complete line ends; a newline within quotes ends none."""
+    end, quoted = 0, False
+    for match in re.finditer('["\n]', text):
+        if match[0] == '"':
+            quoted = not quoted
+        elif not quoted:
+            end = match.end()
+    return end
+
+
+@contextmanager
+def locked(file: Path) -> Generator[None]:
+    """Within it no other run can write to `file`, whose folder is made; a killed run lets go of it.
+
+    Raises:
+        ValueError: another run writes there, or it is no regular file.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is no regular file. Leave out --output to print the scores.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another run writes to {file}. Wait for its end, or choose another --output.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_rows(file: Path, rows: Rows) -> dict[str, Row]:
+    """The rows of a results file by path, the last one of each; none if it is missing or empty.
+
+    Raises:
+        ValueError: it holds other columns, or something else.
+    """
+    text = file.read_bytes().decode("utf-8", "surrogateescape") if file.exists() else ""
     if not text:
-        return set()
-    header, *rows = csv.reader(io.StringIO(text))
-    if header[0] != "path":
-        raise KeyError("path")
-    if header[1:] != list(rewards):
-        raise _OtherRewardsError(header[1:])
-    return {row[0] for row in rows}
+        return {}
+    ways_out = "Choose another --output, or pass --overwrite to lose it."
+    try:
+        return {row.path: row for row in rows.load(text)}
+    except _OtherColumnsError as error:
+        raise ValueError(f"{file} holds scores of {error}; these are {', '.join(rows.columns)}. {ways_out}") from error
+    except Exception as error:  # whatever the parsers make of a foreign file
+        raise ValueError(f"{file} is no results file of this command. {ways_out}") from error
 
 
-def _json_paths(text: str, rewards: Sequence[str]) -> set[str]:
-    rows = [json.loads(line) for line in text.splitlines()]
+def write_rows(file: Path, rows: Rows, known: Iterable[Row]) -> None:
+    """Make `file` hold these rows and nothing else, at once."""
+    with atomic_write(file) as stream:
+        stream.write(rows.head.encode("utf-8", "surrogateescape"))
+        for row in known:
+            stream.write(rows.dump(row).encode("utf-8", "surrogateescape"))
+
+
+class Summary(NamedTuple):
+    """One column over all pictures.
+
+    Attributes:
+        name: of the column.
+        mean: of the scores; None if there is none.
+        std: their standard deviation (divided by n - 1); None for fewer than two.
+        scored: number of scores.
+        pictures: number of pictures.
+    """
+
+    name: str
+    mean: float | None
+    std: float | None
+    scored: int
+    pictures: int
+
+
+def summarize(columns: Sequence[str], rows: Collection[Row]) -> list[Summary]:
+    """Mean, standard deviation and count of each column, without what was not scored.
+
+    Args:
+        columns: their names.
+        rows: of all pictures.
+
+    Example:
+        >>> summarize(["psnr"], [Row("a.png", [30.0]), Row("b.png", [math.nan]), Row("c.png", [32.0])])
+        [Summary(name='psnr', mean=31.0, std=1.4142135623730951, scored=2, pictures=3)]
+    """
+    found: list[Summary] = []
+    for place, name in enumerate(columns):
+        scores = [row.scores[place] for row in rows if not math.isnan(row.scores[place])]
+        mean = statistics.fmean(scores) if scores else None
+        std = statistics.stdev(scores) if len(scores) > 1 else None
+        found.append(Summary(name, mean, std, len(scores), len(rows)))
+    return found
+
+
+def write_summary(summary: Sequence[Summary], file: Path) -> None:
+    """Write a summary as CSV, or as JSON if the suffix says so."""
+    lines = [column._asdict() for column in summary]
+    text = json.dumps(lines, indent=2) + "\n"
+    if file.suffix.lower() == ".csv":
+        cells = [["" if cell is None else str(cell) for cell in line.values()] for line in lines]
+        text = "".join(map(_line, [list(Summary._fields), *cells]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as stream:
+        stream.write(text.encode())
+
+
+def show(console: Console, summary: Sequence[Summary], rows: Collection[Row]) -> None:
+    """Print a table with a line for each row, and below it the mean, the standard deviation and the count."""
+    table = Table(show_edge=False)
+    table.add_column("image" if rows else "", overflow="fold")
+    for column in summary:
+        table.add_column(plain(column.name), justify="right", overflow="fold")
     for row in rows:
-        if list(row["scores"]) != list(rewards):
-            raise _OtherRewardsError(list(row["scores"]))
-    return {row["path"] for row in rows}
+        table.add_row(plain(row.path), *map(_number, row.scores))
+    table.add_section()
+    table.add_row("mean", *(_number(column.mean) for column in summary))
+    table.add_row("std", *(_number(column.std) for column in summary))
+    table.add_row("scored", *(f"{column.scored} of {column.pictures}" for column in summary))
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"

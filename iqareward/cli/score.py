@@ -1,21 +1,39 @@
 """Score image files in batches, reading the next batch while one is scored."""
 
+import io
+import math
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
+import iqareward
 from iqareward.cli.reading import Loaded, read_ahead
-from iqareward.cli.results import CsvWriter, JsonWriter, TableWriter, Writer, scored_paths
-from iqareward.cli.text import say
+from iqareward.cli.results import (
+    CsvRows,
+    JsonRows,
+    Row,
+    Rows,
+    locked,
+    read_rows,
+    show,
+    summarize,
+    write_rows,
+    write_summary,
+)
+from iqareward.cli.text import printable, say
 from iqareward.image_files import References, find_images
-from iqareward.rewards.catalog import load
-from iqareward.rewards.compose import evaluate
+from iqareward.rewards.catalog import load, published
+from iqareward.rewards.scoring import collect_reasons
 from iqareward.types import Reward
+
+SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 class Job(NamedTuple):
@@ -24,69 +42,226 @@ class Job(NamedTuple):
     paths: Sequence[str]
     rewards: Sequence[str]
     reference: Path | None
-    format: str
+    format: str | None
     output: Path | None
+    overwrite: bool
+    summary: Path | None
+    published: bool
     device: str
     batch_size: int
 
 
-def run(job: Job, messages: Console) -> int:
-    """Do the job; returns how many files could not be scored (each is reported on `messages`)."""
+class Column(NamedTuple):
+    """A column of results: `scale * score + offset`, of one of the rewards."""
+
+    name: str
+    reward: int
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def run(job: Job, messages: Console) -> bool:
+    """Do the job; returns whether every picture has every score, and says on `messages` why not.
+
+    Raises:
+        ValueError: it cannot be done; nothing has been written then.
+    """
+    if job.summary is not None and job.summary.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"--summary {job.summary}: give it the suffix .csv or .json.")
+    columns = _columns(job)
+    names = [column.name for column in columns]
+    form = _form(job, names)
+    check_device(job.device)
     rewards = [load(spec, device=job.device) for spec in job.rewards]
-    if job.reference is None and (needy := [reward.name for reward in rewards if reward.needs_references]):
-        raise ValueError(f"{', '.join(needy)} compares with references: pass --reference FOLDER.")
-    references = References(job.reference) if job.reference is not None else None
+    references = find_references(rewards, job.reference)
     files, problems = find_images(job.paths)
-    names = [reward.name for reward in rewards]
-    done = scored_paths(job.output, names) if job.output else set()
-    todo = {file: relative for file, relative in files.items() if str(file) not in done}
-    if done:
-        messages.print(f"{len(files) - len(todo)} of {len(files)} are scored already; going on.")
-    failures = len(problems)
-    for path, problem in problems.items():
-        say(messages, f"{path}: {problem}", label="skipped", style="yellow")
+    facts = {file: _facts(file, relative, references) for file, relative in files.items()}
     with ExitStack() as stack:
-        writer = _open_writer(job, names, stack, fresh=not done)
-        stack.callback(writer.close)
+        rows, stream = stack.enter_context(_results(job, form, facts, messages))
+        if form is None:
+            stack.callback(lambda: show(Console(), summarize(names, rows.values()), rows.values()))
+        for path, problem in problems.items():
+            say(messages, f"{path}: {problem}", label="skipped", style="yellow")
+        todo = {file: relative for file, relative in files.items() if file not in rows}
         progress = stack.enter_context(progress_bar(messages))
         task = progress.add_task("scoring", total=len(todo))
         for batch in read_ahead(todo, references, device=job.device, batch_size=job.batch_size):
-            readable = [loaded for loaded in batch if loaded.image is not None]
-            for loaded, scores in zip(readable, score_loaded(rewards, readable), strict=True):
-                writer.write(str(loaded.path), dict(zip(names, scores, strict=True)))
-            for loaded in batch:
-                if loaded.image is None:
-                    failures += 1
-                    say(messages, f"{loaded.path}: {loaded.problem}", label="skipped", style="yellow")
+            for loaded, (scores, problem) in zip(batch, score_loaded(rewards, batch), strict=True):
+                values = [column.scale * scores[column.reward] + column.offset for column in columns]
+                row = rows[loaded.path] = Row(str(loaded.path), values, problem, *facts[loaded.path])
+                if form is not None and stream is not None:
+                    stream.write(form.dump(row))
+                    stream.flush()
+                if problem:
+                    label = "no score" if all(map(math.isnan, scores)) else "incomplete"
+                    say(messages, f"{row.path}: {problem}", label=label, style="yellow")
             progress.advance(task, len(batch))
-    if failures:
-        messages.print(f"{failures} of {len(todo) + len(problems)} files could not be scored.")
-    return failures
+    summary = summarize(names, rows.values())
+    if form is not None:
+        show(messages, summary, ())
+    if job.summary is not None:
+        write_summary(summary, job.summary)
+    num_complete = sum(not row.problem for row in rows.values())
+    written = "".join(f" Written: {path}" for path in (job.output, job.summary) if path is not None)
+    say(messages, f"{num_complete} of {len(files)} pictures have every score.{written}")
+    return num_complete == len(files) and not problems
 
 
-def score_loaded(rewards: Sequence[Reward], batch: Sequence[Loaded]) -> list[list[float]]:
-    """One row of scores per image, for files that could be read."""
-    if not batch:
-        return []
-    images = [loaded.image for loaded in batch if loaded.image is not None]
-    references = [loaded.reference for loaded in batch if loaded.reference is not None]
-    columns = evaluate(rewards, images, references or None).values()
-    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+def check_device(device: str) -> None:
+    """Compute something there.
+
+    Raises:
+        ValueError: that fails; the message is one line.
+    """
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # of many types: no such device, no driver, a build without it
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"--device {device} cannot be used: {reason}. `iqareward doctor` lists the devices."
+        ) from error
 
 
-def _open_writer(job: Job, names: Sequence[str], stack: ExitStack, *, fresh: bool) -> Writer:
-    if job.format == "table":
-        if job.output is not None:
-            raise ValueError("a table is for reading: use --format csv or json with --output.")
-        return TableWriter(names)
-    stream = sys.stdout
-    if job.output is not None:
-        job.output.parent.mkdir(parents=True, exist_ok=True)
-        stream = stack.enter_context(job.output.open("a", newline=""))
-    return CsvWriter(stream, names, header=fresh) if job.format == "csv" else JsonWriter(stream)
+def find_references(rewards: Sequence[Reward], path: Path | None) -> References | None:
+    """Where the references are, or None if no reward compares with any.
+
+    Raises:
+        ValueError: there is no such file or folder, or a reward needs one and `path` is None.
+    """
+    needy = [reward.name for reward in rewards if reward.needs_references]
+    if path is None and needy:
+        raise ValueError(f"{', '.join(needy)} compares with references: pass --reference FOLDER (or FILE).")
+    references = None if path is None else References(path)
+    return references if needy else None
+
+
+def score_loaded(rewards: Sequence[Reward], batch: Sequence[Loaded]) -> list[tuple[list[float], str]]:
+    """One score per reward for each file, NaN where there is none, and the reasons for these; "" = it has all."""
+    scores = [[math.nan] * len(rewards) for _ in batch]
+    problems: list[list[str]] = [[loaded.problem] if loaded.problem else [] for loaded in batch]
+    for place, reward in enumerate(rewards):
+        chosen = [
+            (row, loaded.image, loaded.reference)
+            for row, loaded in enumerate(batch)
+            if loaded.image is not None and (loaded.reference is not None or not reward.needs_references)
+        ]
+        if not chosen:
+            continue
+        with collect_reasons():
+            values = _scores(reward, chosen)
+        for item, value in zip(chosen, values, strict=True):
+            row = item[0]
+            scores[row][place] = value
+            if math.isnan(value):
+                with collect_reasons() as reasons:  # alone, each part of a sum says what it misses
+                    _scores(reward, [item])
+                problems[row] += reasons or [f"{reward.name}: it has no value for this image"]
+    return [(row, printable("; ".join(reasons))) for row, reasons in zip(scores, problems, strict=True)]
+
+
+def _scores(reward: Reward, chosen: Sequence[tuple[int, Tensor, Tensor | None]]) -> list[float]:
+    references = [reference for _, _, reference in chosen if reference is not None]
+    return reward(
+        [image for _, image, _ in chosen], references=references if reward.needs_references else None
+    ).tolist()
 
 
 def progress_bar(messages: Console) -> Progress:
     """Of files, on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=messages, transient=True)
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    return Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal)
+
+
+def _columns(job: Job) -> list[Column]:
+    """Those of the rewards, each followed by what papers print if that is something else."""
+    specs = [spec.strip() for spec in job.rewards]
+    columns: list[Column] = []
+    for place, spec in enumerate(specs):
+        if spec in specs[:place]:
+            raise ValueError(f"--reward {spec} is given twice.")
+        columns.append(Column(spec, place))
+        scale, offset = published(spec) or (1.0, 0.0)
+        if job.published and (scale, offset) != (1.0, 0.0):
+            columns.append(Column(f"{spec} (published)", place, scale, offset))
+    return columns
+
+
+def _form(job: Job, names: Sequence[str]) -> Rows | None:
+    """How to write rows: as `format` says, else as the suffix of `output` does; None = a table on the terminal."""
+    name = job.format or "table"
+    if job.output is not None:
+        suffix = SUFFIXES.get(job.output.suffix.lower())
+        name = job.format or suffix
+        if name is None:
+            raise ValueError(f"--output {job.output}: give it the suffix .csv or .jsonl, or pass --format csv or json.")
+        if name == "table":
+            raise ValueError("a table is for reading: use --format csv or json with --output.")
+        if suffix not in (None, name):
+            raise ValueError(f"--output {job.output} and --format {name} contradict each other. Leave out --format.")
+    return None if name == "table" else CsvRows(names) if name == "csv" else JsonRows(names)
+
+
+def _facts(file: Path, relative: Path, references: References | None) -> tuple[str, str]:
+    """The reference of a picture, and what tells that the picture, its reference or this package has changed."""
+    reference = None
+    try:
+        if references is not None:
+            reference = references.find(relative)
+        stats = [path.stat() for path in (file, reference) if path is not None]
+    except (OSError, ValueError):
+        return "", ""  # reading it will say why
+    marks = (f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+    return str(reference or ""), " ".join(["iqareward", iqareward.__version__, *marks])
+
+
+@contextmanager
+def _results(
+    job: Job, form: Rows | None, facts: Mapping[Path, tuple[str, str]], messages: Console
+) -> Generator[tuple[dict[Path, Row], IO[str] | None]]:
+    """Rows that are there already, and where to write the others; None = nowhere."""
+    if form is None:
+        yield {}, None
+    elif job.output is None:
+        stream = _data_output()
+        stream.write(form.head)
+        yield {}, stream
+    else:
+        with locked(job.output):
+            known = {} if job.overwrite else read_rows(job.output, form)
+            mine = {Path(path): row for path, row in known.items() if Path(path) in facts}
+            rows = _up_to_date(job, mine, facts)
+            kept = [row for path, row in known.items() if Path(path) not in mine or Path(path) in rows]
+            write_rows(job.output, form, kept)
+            if mine:
+                again = f"; {len(mine) - len(rows)} have changed or lack a score" if len(mine) > len(rows) else ""
+                say(messages, f"{len(rows)} of {len(facts)} pictures are scored already{again}.")
+            with job.output.open("a", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+                yield rows, stream
+
+
+def _up_to_date(job: Job, known: Mapping[Path, Row], facts: Mapping[Path, tuple[str, str]]) -> dict[Path, Row]:
+    """The rows that scoring again would not change.
+
+    Raises:
+        ValueError: they were compared with the references of another folder.
+    """
+    for row in known.values():
+        if row.reference and job.reference and not _is_within(Path(row.reference), job.reference):
+            raise ValueError(
+                f"{job.output} compares {row.path} with {row.reference}, which is not in {job.reference}. "
+                "Choose another --output, or pass --overwrite to lose it."
+            )
+    return {path: row for path, row in known.items() if not row.problem and (row.reference, row.inputs) == facts[path]}
+
+
+def _is_within(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())
+
+
+def _data_output() -> IO[str]:
+    """Standard output for data: UTF-8 wherever it is not a terminal, and names of files byte by byte."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdout

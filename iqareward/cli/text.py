@@ -28,13 +28,12 @@ def plain(text: object) -> Text:
 
 
 def say(console: Console, text: object, *, label: str = "", style: str = "") -> None:
-    """Print lines that rich neither wraps nor interprets.
+    """Print one line that rich neither wraps nor interprets.
 
     Args:
         console: where to.
-        text: one line or several.
+        text: the line.
         label: words before the text.
         style: of the label, e.g. "red".
     """
-    lines = "\n".join(map(printable, str(text).split("\n")))
-    console.print(Text.assemble((label, style), " " if label else "", lines), soft_wrap=True)
+    console.print(Text.assemble((label, style), " " if label else "", printable(text)), soft_wrap=True)
