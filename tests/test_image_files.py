@@ -423,7 +423,9 @@ def test_batches_are_cut_by_their_decoded_size(tmp_path: Path) -> None:
     (tmp_path / "7.png").write_bytes(b"broken")
     files = find_images([tmp_path]).files
     size = 12 * 16 * 16
-    for references, limit in ((None, 2 * size), (References(tmp_path), 4 * size)):
+    (tmp_path / "empty").mkdir()
+    nowhere = References(tmp_path / "empty")
+    for references, limit in ((None, 2 * size), (References(tmp_path), 4 * size), (nowhere, 2 * size)):
         batches = list(read_ahead(files, references, device="cpu", batch_size=3, batch_bytes=limit))
         assert [[loaded.path.stem for loaded in batch] for batch in batches] == [
             ["0", "1"],

@@ -68,14 +68,11 @@ def _batches(
     batch: list[_Job] = []
     room = batch_bytes
     for path, relative in files.items():
-        job, needed = _Job(path, None, ""), 0
         try:
             job = _Job(path, references and references.find(relative), "")
-            needed = sum(_decoded_bytes(file) for file in (job.path, job.reference) if file is not None)
-        except UnreadableImageError:
-            pass
         except (OSError, ValueError) as error:  # no reference
             job = _Job(path, None, f"not compared: {error}")
+        needed = sum(_decoded_bytes(file) for file in (job.path, job.reference) if file is not None)
         if batch and (len(batch) == batch_size or needed > room):
             yield batch
             batch, room = [], batch_bytes
@@ -86,8 +83,11 @@ def _batches(
 
 
 def _decoded_bytes(path: Path) -> int:
-    with open_image(path) as image:
-        return BYTES_PER_PIXEL * image.width * image.height
+    try:
+        with open_image(path) as image:
+            return BYTES_PER_PIXEL * image.width * image.height
+    except UnreadableImageError:
+        return 0
 
 
 def _read(job: _Job, device: str) -> Loaded:
