@@ -56,7 +56,7 @@ class RemoteReward:
 
     - `POST /v1/score`, body `application/x-safetensors`: images, references, reward names, prompts and deadline as
       `wire.py` says. 200: `{"scores": {name: [number or null]}, "components": {...}, "timings": {...}}`.
-    - `GET /v1/rewards`: `{"rewards": {name: {"needs_references", "needs_prompts", "bounds"}}}`.
+    - `GET /v1/rewards`: `{"rewards": {name: {"needs_references", "needs_prompts", "bounds", "asleep"}}}`.
     - `POST /v1/rewards/{name}/sleep` and `.../wake`: the processes of the reward give their device back, or take it
       again. 200 when all have done so; scoring a reward that sleeps is error 409.
     - errors: `{"error": {"code", "message", "index"?}}` with status 400 (malformed), 401 (token), 404 (reward), 413

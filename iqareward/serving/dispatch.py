@@ -14,13 +14,14 @@ from torch import Tensor
 from iqareward.rewards.calls import Call
 from iqareward.rewards.wire import ScoreAnswer, ScoreRequest
 from iqareward.serving.errors import ServiceError
+from iqareward.serving.memory import Room
 from iqareward.types import Bounds, Reward, Scores
 
 T = TypeVar("T")
 
-# Of images and references in one call of a process. The layers between copy a call several times, and Protocol Buffers
-# hold no message of 2 GiB.
-MAX_CALL_BYTES = 64 * 2**20
+# Of images and references in one call of a process, and in all calls of a request that are under way: a call is copied
+# three times between Ray and gRPC.
+MAX_CALL_BYTES, MAX_SENT_BYTES = 64 * 2**20, 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ async def answer(rewards: Mapping[str, Served], request: ScoreRequest) -> ScoreA
         ServiceError: a reward failed; then nothing is answered in part.
     """
     started = time.perf_counter()
-    results = await together([_score(served, request) for served in rewards.values()])
+    room = Room(MAX_SENT_BYTES)
+    results = await together([_score(served, request, room) for served in rewards.values()])
     return ScoreAnswer(
         scores={name: result.scores for name, result in zip(rewards, results, strict=True)},
         components={
@@ -141,13 +143,13 @@ def unknown_reward(name: str | None, service: Service) -> ServiceError:
     return ServiceError(404, "unknown_reward", f"expected one of {sorted(service.rewards)}, got {name!r:.100}.")
 
 
-async def _score(served: Served, request: ScoreRequest) -> Scored:
+async def _score(served: Served, request: ScoreRequest, room: Room) -> Scored:
     """One reward's scores of all images, in order; what it does not look at is not sent to it."""
     references = request.references if served.facts.needs_references else None
     prompts = request.prompts if served.facts.needs_prompts else None
     pieces = list(Call(request.images, references, prompts).pieces(served.max_images, MAX_CALL_BYTES))
     starts = list(itertools.accumulate((len(piece) for piece in pieces[:-1]), initial=0))
-    results = await together([_score_piece(served, *pair) for pair in zip(pieces, starts, strict=True)])
+    results = await together([_score_piece(served, *pair, room) for pair in zip(pieces, starts, strict=True)])
     if len(results) == 1:
         return results[0]
     return Scored(
@@ -156,9 +158,10 @@ async def _score(served: Served, request: ScoreRequest) -> Scored:
     )
 
 
-async def _score_piece(served: Served, piece: Call, start: int) -> Scored:
+async def _score_piece(served: Served, piece: Call, start: int, room: Room) -> Scored:
     try:
-        result = await served.score(piece)
+        async with room.taken(piece.nbytes):
+            result = await served.score(piece)
     except ServiceError as error:
         if error.index is not None:
             error.index += start

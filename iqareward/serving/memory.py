@@ -1,6 +1,9 @@
-"""How many bytes the requests of a front process hold together."""
+"""Bounds on bytes: of what the requests of a front process hold together, and of what is worked on at a time."""
 
+import asyncio
 import threading
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import final
 
 from iqareward.serving.errors import ServiceError
@@ -41,3 +44,31 @@ class Reservation:
         with self._memory.lock:
             self._memory.held -= self._nbytes
             self._released = True
+
+
+@final
+class Room:
+    """Bytes that are worked on at a time; who asks waits for those who asked before.
+
+    Args:
+        most: so many at a time; whoever wants more has them all.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self._free = most
+        self._door, self._freed = asyncio.Lock(), asyncio.Event()
+
+    @asynccontextmanager
+    async def taken(self, nbytes: int) -> AsyncGenerator[None]:
+        """Wait until so many bytes are free, and hold them."""
+        nbytes = min(nbytes, self._most)
+        async with self._door:
+            while self._free < nbytes:
+                self._freed.clear()
+                await self._freed.wait()
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            self._free += nbytes
+            self._freed.set()

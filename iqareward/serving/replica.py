@@ -4,8 +4,7 @@ import asyncio
 import os
 import time
 import warnings
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -19,6 +18,7 @@ from iqareward.rewards.compose import WeightedSum
 from iqareward.rewards.loading import each_part
 from iqareward.rewards.wire import as_floats
 from iqareward.serving.dispatch import Scored
+from iqareward.serving.memory import Room
 from iqareward.types import Images, Reward, Scores
 
 Arrays: TypeAlias = np.ndarray | list[np.ndarray]
@@ -90,7 +90,7 @@ class RewardReplica:
         if not self._asleep:
             self._warm_up()
         self._batched = [MicroBatched(part, max_batch=max_batch, max_wait_ms=max_wait_ms) for part in self._parts]
-        self._memory = _Memory(MAX_FLOAT_BYTES)
+        self._room = Room(MAX_FLOAT_BYTES)
         self._settling: asyncio.Task[Failed | None] | None = None
         self._broken = ""
 
@@ -99,7 +99,7 @@ class RewardReplica:
     ) -> Rows | Failed:
         """Scores of a call, or why there are none."""
         call = Call(_tensors(images), None if references is None else _tensors(references), prompts)
-        async with self._memory.taken(4 * sum(tensor.numel() for tensor in call.tensors())):
+        async with self._room.taken(4 * sum(tensor.numel() for tensor in call.tensors())):
             if self._asleep:
                 return Failed(409, "asleep", "wake the reward with POST /v1/rewards/NAME/wake, or onload().")
             try:
@@ -119,7 +119,7 @@ class RewardReplica:
 
     async def settle(self) -> Failed | None:
         """Give the device back, or take it again, as the reward is told to, after the calls that came before."""
-        async with self._memory.taken(MAX_FLOAT_BYTES):
+        async with self._room.taken(MAX_FLOAT_BYTES):
             asleep = await asyncio.to_thread(self._told_to_sleep)
             if asleep == self._asleep:
                 return None
@@ -159,30 +159,6 @@ class RewardReplica:
     def statistics(self) -> tuple[int, dict[str, tuple[int, int]]]:
         """The id of this process, and the batches and images that it has scored so far, by part."""
         return os.getpid(), {part.name: (part.num_batches, part.num_images) for part in self._parts}
-
-
-@final
-class _Memory:
-    """Bytes for whoever asks first; more than there are at all is all of them."""
-
-    def __init__(self, most: int) -> None:
-        self._most = self._free = most
-        self._door, self._freed = asyncio.Lock(), asyncio.Event()
-
-    @asynccontextmanager
-    async def taken(self, nbytes: int) -> AsyncGenerator[None]:
-        """Wait until so many bytes are free, and hold them."""
-        nbytes = min(nbytes, self._most)
-        async with self._door:
-            while self._free < nbytes:
-                self._freed.clear()
-                await self._freed.wait()
-            self._free -= nbytes
-        try:
-            yield
-        finally:
-            self._free += nbytes
-            self._freed.set()
 
 
 @final
