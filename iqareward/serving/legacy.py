@@ -7,17 +7,19 @@
   answered by `{"rewards": [...]}`.
 
 Each takes the name of a reward as one more step of the path, before `compute` or `health`; without it, the server must
-have one reward. Pickles are read by `plain_pickle.loads_plain`, which cannot run code.
+have one reward. Pickles are read by `plain_pickle.loads_plain`, which cannot run code. Pictures are cut out of JSON
+before it is parsed, because Python's parser holds up all other threads until it is done.
 
 These clients know no "not scored", and average what they get: an image without a score is an error here (422), never a
 number. A reward that fails is 422 too, because flow_grpo sends what gets a 500 a thousand times.
 """
 
 import asyncio
-import base64
 import binascii
 import math
 import pickle
+import re
+import secrets
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +36,11 @@ from iqareward.serving.pictures import decode_pairs
 from iqareward.serving.plain_pickle import loads_plain
 from iqareward.serving.presence import while_connected
 from iqareward.serving.settings import Settings
+
+MAX_JSON_BYTES = 2**19  # without the pictures
+LONG_TEXT = 256  # bytes; longer texts are pictures or long prompts
+BASE64_PIECE = 2**20  # characters that are decoded at once
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)  # without backtracking
 
 
 class LegacyCall(NamedTuple):
@@ -124,26 +131,60 @@ def _files(fields: dict[str, Any], name: str) -> list[bytes]:
 
 
 def _from_json(body: bytes) -> LegacyCall:
-    fields = read_json(body, "malformed_body")
+    rest, texts = _without_long_texts(body)
+    fields = read_json(rest, "malformed_body")
     if not isinstance(fields, dict) or not isinstance(fields.get("image"), list):
         raise ServiceError(422, "bad_request", "expected an object with `image`, a list of base64 pictures.")
     conditions = fields.get("condition_images") or []
     if not isinstance(conditions, list) or not all(isinstance(row, list) and row for row in conditions):
         raise ServiceError(422, "bad_request", "expected `condition_images` as a list of lists of base64 pictures.")
-    images = [_from_base64(text, index) for index, text in enumerate(fields["image"])]
-    references = [_from_base64(row[0], index) for index, row in enumerate(conditions)]
-    return LegacyCall(images, references or None, _prompts(fields.get("prompt"), len(images)))
+    images = [_from_base64(text, texts, index) for index, text in enumerate(fields["image"])]
+    references = [_from_base64(row[0], texts, index) for index, row in enumerate(conditions)]
+    prompts = _prompts(fields.get("prompt"), len(images))
+    if prompts is not None:
+        prompts = [read_json(b'"%b"' % texts[text], "malformed_body") if text in texts else text for text in prompts]
+    return LegacyCall(images, references or None, prompts)
 
 
-def _from_base64(text: object, index: int) -> bytes:
+def _without_long_texts(body: bytes) -> tuple[bytes, dict[str, bytes]]:
+    """The JSON with a name in the place of each long text that has no escapes, and these texts by their names."""
+    rest: list[bytes] = []
+    texts: dict[str, bytes] = {}
+    position, size, mark = 0, 0, secrets.token_hex(8)
+    while position < len(body):
+        start = body.find(b'"', position)
+        end = body.find(b'"', start + 1)
+        stand_in = b""
+        if start < 0 or end < 0:
+            start = end = len(body)
+        elif end - start > LONG_TEXT and body.find(b"\\", start, end) < 0:
+            name = f"{mark}-{len(texts)}"
+            texts[name] = body[start + 1 : end]
+            end, stand_in = end + 1, f'"{name}"'.encode()
+        else:
+            text = _TEXT.match(body, start, start + MAX_JSON_BYTES)
+            start = end = text.end() if text else len(body)
+        size += start - position + len(stand_in)
+        if size > MAX_JSON_BYTES:
+            raise ServiceError(413, "body_too_large", f"expected at most {MAX_JSON_BYTES} bytes beside the pictures.")
+        rest += (body[position:start], stand_in)
+        position = end
+    return b"".join(rest), texts
+
+
+def _from_base64(text: object, texts: dict[str, bytes], index: int) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)  # pyright: ignore[reportArgumentType]
-    except (TypeError, binascii.Error, ValueError):
+        if not isinstance(text, str):
+            raise TypeError
+        whole = texts.get(text, text)
+        pieces = (whole[start : start + BASE64_PIECE] for start in range(0, len(whole), BASE64_PIECE))
+        return b"".join([binascii.a2b_base64(piece, strict_mode=True) for piece in pieces])
+    except (TypeError, ValueError):  # not a text; not ASCII, not base64
         raise ServiceError(422, "bad_request", "expected the picture as base64.", index=index) from None
 
 
 def _prompts(prompts: object, count: int) -> list[str] | None:
     """Prompts if they are one text per image. flow_grpo's children send other things there, which no reward reads."""
-    if isinstance(prompts, list) and len(prompts) == count and all(isinstance(text, str) for text in prompts):
-        return prompts
+    if isinstance(prompts, list | tuple) and len(prompts) == count and all(isinstance(text, str) for text in prompts):
+        return list(prompts)
     return None

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import dataclasses
 import io
+import json
 import os
 import pickle
 
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 import iqareward
-from iqareward.serving.dispatch import Scored
+from iqareward.serving.dispatch import Facts, Scored
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.plain_pickle import loads_plain
 from iqareward.serving.settings import Settings
@@ -100,6 +102,38 @@ def test_flow_factory(app):
         response = post(app, f"/flow_factory/{name}/compute", json=body)
         assert response.status_code == 200
         assert response.json() == {"rewards": expected.tolist()}
+
+
+def test_flow_factory_prompts():
+    """Prompts arrive as they are, be they short, long or escaped."""
+    prompts, seen = ["a", "b" * 1000, 'c "d" \\ \n' * 100, "\u00fc" * 1000, "\0", "\u00fc"], []
+
+    async def look(call) -> Scored:
+        seen.extend(call.prompts)
+        return Scored(torch.zeros(len(call)))
+
+    served = dataclasses.replace(answering(look), facts=Facts("r", False, True, (None, None)), max_images=99)
+    app, image = application({"r": served}), base64.b64encode(encoded()).decode()
+    body = {"image": [image] * len(prompts), "prompt": prompts}
+    for form in ({"ensure_ascii": True}, {"ensure_ascii": False, "indent": 1}):
+        response = post(app, "/flow_factory/compute", content=json.dumps(body, **form).encode())
+        assert response.json() == {"rewards": [0.0] * len(prompts)}
+    assert seen == prompts * 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"image":[' + b"1," * 2**19 + b"1]}",
+        b'{"image":["' + b'\\"' * 2**19 + b'"]}',
+        b'{"image":[' + b'"",' * 2**19 + b"0]}",
+    ],
+    ids=["numbers", "escapes", "texts"],
+)
+def test_flow_factory_large_json(only_piqe, body):
+    """Much JSON that is not pictures is refused before it is parsed; parsing it would hold up all other requests."""
+    response = post(only_piqe, "/flow_factory/compute", content=body)
+    assert (response.status_code, "beside the pictures" in response.json()["error"]) == (413, True)
 
 
 def test_lossless_switch():

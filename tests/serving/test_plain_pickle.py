@@ -2,10 +2,11 @@
 
 import collections
 import datetime
+import json
 import os
 import pickle
-import pickletools
 import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -15,8 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqareward.serving import plain_pickle
-from iqareward.serving.plain_pickle import PLAIN_OPCODES, loads_plain
+from iqareward.serving.plain_pickle import loads_plain
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
 PLAIN = st.recursive(
@@ -72,7 +72,7 @@ def exploits(marker: Path) -> dict[str, bytes]:
 def test_exploits_are_blocked(name, tmp_path):
     """Nothing is imported, called or built, and the error names the opcode."""
     marker = tmp_path / "exploited"
-    with pytest.raises(ValueError, match=r"expected plain data, got the opcode [A-Z_0-9]+, which could run code"):
+    with pytest.raises(ValueError, match=r"expected plain data, got the opcode [A-Z_0-9]+\."):
         loads_plain(exploits(marker)[name])
     assert not marker.exists()
 
@@ -85,14 +85,6 @@ def test_the_exploits_are_real(tmp_path):
         subprocess.run(["python3", "-c", "import pickle, sys; pickle.load(sys.stdin.buffer)"],
                        input=exploits(marker)[name], check=True)  # fmt: skip
         assert marker.exists(), name
-
-
-def test_second_wall(monkeypatch):
-    """Were an opcode on the list by mistake, the unpickler behind it would still find no name."""
-    monkeypatch.setattr(plain_pickle, "PLAIN_OPCODES", {opcode.name for opcode in pickletools.opcodes})
-    for payload in (pickle.dumps(print), pickle.dumps(Call(os.getpid)), b"\x80\x02U\x01xQ."):
-        with pytest.raises(ValueError, match=r"expected plain data, got a (persistent )?reference"):
-            loads_plain(payload)
 
 
 @settings(max_examples=300, deadline=None)
@@ -114,12 +106,51 @@ def test_any_bytes(body):
     assert isinstance(document, type(None) | bool | int | float | str | bytes | list | tuple | dict)
 
 
-def test_bombs():
-    """Small bodies that ask for much memory or time are refused before anything is allocated."""
-    with pytest.raises(ValueError, match="LONG_BINPUT"):
-        loads_plain(b"\x80\x02]r\xff\xff\xff\xff.")
-    with pytest.raises(ValueError, match="at most 50000 opcodes"):
-        loads_plain(b"\x80\x02]" + b"(" * 60_000 + b".")
-    with pytest.raises(ValueError):
-        loads_plain(b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"x.")
-    assert "REDUCE" not in PLAIN_OPCODES
+def test_a_thousand_images_with_everything():
+    """1024 images with references, prompts and GenEval's metadata pass, whoever shares texts with whom."""
+    thing = {"class": "bench", "count": 1, "color": "red"}
+    metadata = {"tag": "two_object", "include": [thing, thing], "exclude": [], "prompt": "a bench", "seed": 2**40}
+    body = {
+        "images": [b"%d" % i for i in range(1024)],
+        "ref_images": [b"%d reference" % i for i in range(1024)],
+        "prompts": tuple(f"prompt {i}" for i in range(1024)),
+        "metadatas": [json.loads(json.dumps(metadata)) for _ in range(1024)],
+        "only_strict": True,
+    }
+    for protocol in (3, 4, 5):
+        assert loads_plain(pickle.dumps(body, protocol)) == body
+
+
+PAIRS = b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))  # 60 tuples, each of the one before, twice
+COLLIDING = b"".join(b"\x8a\x0c" + (i * sys.hash_info.modulus).to_bytes(12, "little") + b"N" for i in range(1, 25_000))
+BOMBS = {
+    "key that is hashed in 2^60 steps": (b"\x80\x04)\x94" + PAIRS + b"}h\x3cNs.", "keys are texts"),
+    "keys with one hash": (b"\x80\x04}(" + COLLIDING + b"u.", "keys are texts"),
+    "key that comes twice": (b"\x80\x04}(\x8c\x01aN\x8c\x01aNu.", "each once"),
+    "marks without end": (b"\x80\x02]" + b"(" * 200_000 + b".", "at most 100000 opcodes"),
+    "bytes that are not there": (b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"x.", "ends early"),
+    "text that is not there": (b"\x80\x04\x8d" + (2**60).to_bytes(8, "little") + b"x.", "texts of at most"),
+    "text of a megabyte": (pickle.dumps("x" * (2**20 + 1)), "texts of at most"),
+    "integer of a kilobyte": (pickle.dumps(2**8192), "LONG4"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs(name):
+    """Small bodies that ask for much memory or time are refused at once."""
+    body, message = BOMBS[name]
+    with pytest.raises(ValueError, match=message):
+        loads_plain(body)
+
+
+def test_large_numbers_in_the_memo_cost_nothing():
+    """Python's machine makes room for as many entries as the number says."""
+    assert loads_plain(b"\x80\x02]r\xff\xff\xff\xff.") == []
+
+
+@pytest.mark.parametrize(
+    "nesting", [b"]" * 40_000 + b"a" * 39_999, b"N" + b"\x85" * 90_000, b"]\x94" + b"h\0a" * 40_000]
+)
+def test_deep_nesting(nesting):
+    """Lists and tuples in one another, and a list in itself, are built and freed without recursion."""
+    assert len(loads_plain(b"\x80\x04" + nesting + b".")) >= 1
