@@ -1,6 +1,5 @@
 """Serve rewards over HTTP from the command line."""
 
-import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -8,6 +7,7 @@ from rich.console import Console
 
 from iqareward.cli.text import say
 from iqareward.optional import require
+from iqareward.rewards._http_loop import token_in
 from iqareward.rewards.wire import Limits
 
 
@@ -37,7 +37,7 @@ def run(job: Job, messages: Console) -> None:
     from iqareward.serving.run import cluster_ray, deploy, local_ray, wait_for_stop
     from iqareward.serving.settings import Settings
 
-    secured = bool(os.environ.get(job.token_env))
+    secured = token_in(job.token_env) is not None
     deployment = Deployment(
         replicas=_replicas(job.replicas),
         num_gpus=job.num_gpus,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar, final
 
 from iqareward.optional import require
-from iqareward.rewards._http_loop import AttemptFailed, HttpLoop, RemoteError, start_loop
+from iqareward.rewards._http_loop import AttemptFailed, HttpLoop, RemoteError, start_loop, token_in
 from iqareward.rewards._per_process import PerProcess
 
 __all__ = ["HttpClient", "RemoteError"]
@@ -38,7 +38,7 @@ class HttpClient:
 
     Raises:
         ImportError: httpx2 is missing.
-        ValueError: no URL, one that is not http(s), or a bound below 1.
+        ValueError: no URL, one that is not http(s), a bound below 1, or an environment variable without a token in it.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class HttpClient:
         if max_in_flight < 1 or attempts < 1:
             raise ValueError(f"{purpose} expected max_in_flight and attempts >= 1, got {max_in_flight} and {attempts}.")
         require("httpx2", extra="serve", purpose=purpose)
+        if token_variable is not None:
+            token_in(token_variable)  # an error here and not at the first request; it is read anew in each process
         self.urls = tuple(url.rstrip("/") for url in urls)
         self.attempts, self.hedge_after = attempts, hedge_after
         self._here = PerProcess(partial(start_loop, purpose, max_in_flight, token_variable, len(self.urls)))

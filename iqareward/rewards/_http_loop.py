@@ -110,11 +110,40 @@ class HttpLoop:
         raise error
 
 
+def checked_token(text: str, source: str) -> str:
+    """A token as both sides use it: without the white space around it, with which files and secrets often end.
+
+    Args:
+        text: the token as it was found.
+        source: where, for the error message.
+
+    Raises:
+        ValueError: nothing is left of it, or something that a header cannot carry.
+    """
+    token = text.strip()
+    if not token or not (token.isascii() and token.isprintable()):
+        raise ValueError(
+            f"{source} expected a token of printable ASCII characters, got {'others' if token else 'none'}. "
+            "Set it to a secret such as `openssl rand -hex 32` prints, or leave it unset."
+        )
+    return token
+
+
+def token_in(variable: str) -> str | None:
+    """The token in an environment variable; None = it is not set.
+
+    Raises:
+        ValueError: it is set to what is no token.
+    """
+    text = os.environ.get(variable)
+    return None if text is None else checked_token(text, f"${variable}")
+
+
 def start_loop(purpose: str, max_in_flight: int, token_variable: str | None, num_servers: int) -> HttpLoop:
     httpx2 = require("httpx2", extra="serve", purpose=purpose)
-    token = os.environ.get(token_variable) if token_variable else None
+    token = token_in(token_variable) if token_variable else None
     http = httpx2.AsyncClient(
-        headers={"Authorization": f"Bearer {token.strip()}"} if token else {},
+        headers={"Authorization": f"Bearer {token}"} if token else {},
         timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # the deadline bounds the rest
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
     )

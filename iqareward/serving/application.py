@@ -1,6 +1,5 @@
 """The Ray Serve application: one deployment per reward, and in front of them one that speaks HTTP."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from iqareward.optional import require
+from iqareward.rewards._http_loop import token_in
 from iqareward.rewards.catalog import load
 from iqareward.rewards.wire import Limits
 from iqareward.serving.app import build_app
@@ -145,8 +145,8 @@ def front(names: Mapping[str, str], facts: Mapping[str, Facts], deployment: Depl
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     token = None
     if deployment.token_env is not None:
-        token = os.environ.get(deployment.token_env)
-        if not token:
+        token = token_in(deployment.token_env)
+        if token is None:
             raise RuntimeError(
                 f"expected the token in ${deployment.token_env} where the server runs, and it is not set there. "
                 "Set it in the environment of Ray itself (of `ray start`, or of the pods)."

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from iqareward.rewards._http_loop import checked_token
 from iqareward.rewards.wire import Limits
 
 
@@ -14,7 +15,8 @@ class Settings:
         limits: of one request.
         max_inflight_bytes: of all requests that one front process is reading or scoring; the bytes of encoded pictures
             and of their pixels both count.
-        max_inflight_requests: that one front process is reading or scoring; it mostly waits.
+        max_inflight_requests: that one front process is reading or scoring; it mostly waits. As many
+            requests without a body may be under way beside these.
         deadline: seconds from arrival to answer; a request may ask for less, not for more.
         jpeg: where JPEG and lossy WebP are taken. `"legacy"` = by the dialects of other code bases only, whose clients
             send nothing else; `"never"` = nowhere, which makes those clients fail until they send PNG; `"always"`.
@@ -38,5 +40,5 @@ class Settings:
                 f"Settings expected `max_inflight_bytes` >= {2 * self.limits.max_bytes}, twice `limits.max_bytes` "
                 f"because a request may hold files and their pixels, got {self.max_inflight_bytes}."
             )
-        if self.token == "":
-            raise ValueError("Settings expected a token of at least one character, or None.")
+        if self.token is not None:
+            object.__setattr__(self, "token", checked_token(self.token, "Settings"))

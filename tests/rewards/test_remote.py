@@ -274,6 +274,14 @@ def test_cancelling_frees_the_slot() -> None:
         assert time.monotonic() - start < 30  # far from both: the machine may be busy
 
 
+@pytest.mark.parametrize("text", ["", "\n", "schl\u00fcssel", "a\x07b"])
+def test_what_is_no_token(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A variable that is empty, or holds what no header carries, is an error where the reward is made."""
+    monkeypatch.setenv(TOKEN_VARIABLE, text)
+    with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE} expected a token of printable ASCII"):
+        RemoteReward("http://127.0.0.1:1", "r")
+
+
 def test_the_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the token the server refuses, whatever the policy; with it all is well; no pickle or repr holds it."""
     with Double([Brightness()], token="s3cret") as double:

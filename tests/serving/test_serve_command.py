@@ -195,6 +195,20 @@ def test_a_front_without_its_token_does_not_start(monkeypatch):
         front({}, {}, Deployment(token_env="IQAREWARD_TOKEN"), Settings())
 
 
+@pytest.mark.parametrize("text", ["", " \n", "schl\u00fcssel", "a\nb"])
+def test_what_is_no_token(deployed, monkeypatch, text):
+    """An empty variable does not leave the server open, and a token that no header carries is refused at the start."""
+    from iqareward.serving.application import front
+
+    monkeypatch.setenv("IQAREWARD_TOKEN", text)
+    result = typed("piqe")
+    assert result.exit_code == 2
+    assert "$IQAREWARD_TOKEN expected a token of printable ASCII characters" in " ".join(result.output.split())
+    assert not deployed
+    with pytest.raises(ValueError, match="expected a token"):
+        front({}, {}, Deployment(token_env="IQAREWARD_TOKEN"), Settings())
+
+
 @pytest.mark.slow
 def test_a_run_from_start_to_sigterm():
     """The command serves until SIGTERM, exits with 0 and leaves no process behind."""
