@@ -20,10 +20,12 @@ from iqareward.serving.errors import ServiceError, error_response
 from iqareward.serving.gate import Gate
 from iqareward.serving.legacy import add_legacy_routes
 from iqareward.serving.presence import while_connected
+from iqareward.serving.recent import Recent
 from iqareward.serving.settings import Settings
 from iqareward.serving.uploads import read_form
 
-DECODED_AT_ONCE = 2**22  # bytes: a quarter of a millisecond, about the way to another thread and back
+# Bytes of a body and of its header: a quarter of a millisecond, about the way to another thread and back.
+DECODED_AT_ONCE, HEADER_AT_ONCE = 2**22, 2**14
 
 
 def build_app(service: Service, settings: Settings) -> ASGIApp:
@@ -33,13 +35,15 @@ def build_app(service: Service, settings: Settings) -> ASGIApp:
         service: the rewards behind it.
         settings: limits, deadline, token.
     """
+    health, asleep = Recent(service.health), Recent(service.asleep, seconds=0.0)
+    service = replace(service, health=health, asleep=asleep, metrics=Recent(service.metrics))
     api = FastAPI(
         title="iqareward", version=iqareward.__version__, description=openapi.DESCRIPTION, docs_url=None, redoc_url=None
     )
     _add_error_handlers(api)
     _add_score_route(api, service, settings)
     _add_status_routes(api, service, settings)
-    _add_sleep_routes(api, service, settings)
+    _add_sleep_routes(api, service, settings, health.forget)
     add_legacy_routes(api, service, settings)
     return Gate(api, settings)
 
@@ -64,7 +68,7 @@ async def _read(request: Request, settings: Settings) -> ScoreRequest:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == CONTENT_TYPE:
         body = b"".join([chunk async for chunk in request.stream()])  # `body()` would keep it beside the pixels
-        if len(body) <= DECODED_AT_ONCE:
+        if len(body) <= DECODED_AT_ONCE and int.from_bytes(body[:8], "little") <= HEADER_AT_ONCE:
             return decode_request(body, settings.limits)
         return await asyncio.to_thread(decode_request, body, settings.limits)
     if kind == "multipart/form-data":
@@ -92,7 +96,7 @@ def _add_status_routes(api: FastAPI, service: Service, settings: Settings) -> No
         return PlainTextResponse(await service.metrics())
 
 
-def _add_sleep_routes(api: FastAPI, service: Service, settings: Settings) -> None:
+def _add_sleep_routes(api: FastAPI, service: Service, settings: Settings, forget_health: Callable[[], None]) -> None:
     # `:path`, because names of rewards may have slashes
     async def rest(name: str, asleep: bool) -> Response:
         served = service.rewards.get(name)
@@ -100,6 +104,7 @@ def _add_sleep_routes(api: FastAPI, service: Service, settings: Settings) -> Non
             raise unknown_reward(name, service)
         async with time_limit(settings.deadline):
             await served.rest(asleep)
+        forget_health()
         return JSONResponse({"asleep": asleep})
 
     @api.post("/v1/rewards/{name:path}/sleep", summary="Give the device back", responses=openapi.SLEEP_RESPONSES)

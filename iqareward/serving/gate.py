@@ -28,26 +28,28 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
         self._token = None if settings.token is None else settings.token.encode()
-        self._inflight, self._memory = 0, Memory(settings.max_inflight_bytes)
+        # with a body and without one, so that neither shuts the other out
+        self._inflight = {True: 0, False: 0}
+        self._memory = Memory(settings.max_inflight_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer why not."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        held = Reservation(self._memory)
+        held, has_body = Reservation(self._memory), scope["method"] in ("POST", "PUT", "PATCH")
         try:
-            held.grow(self._admit(scope))
+            held.grow(self._admit(scope, has_body))
         except ServiceError as error:
             return await error_response(error)(scope, receive, send)
-        self._inflight += 1
+        self._inflight[has_body] += 1
         scope["iqareward.memory"] = held  # for what a body becomes
         try:
             await self.app(scope, receive, send)
         finally:
-            self._inflight -= 1
+            self._inflight[has_body] -= 1
             held.release()
 
-    def _admit(self, scope: Scope) -> int:
+    def _admit(self, scope: Scope, has_body: bool) -> int:
         """The size of the body that may be read now."""
         headers = Headers(scope=scope)
         if self._token is not None and scope["path"] not in OPEN_PATHS:
@@ -55,17 +57,21 @@ class Gate:
             # compare_digest takes the same time wherever the first difference is
             if sent is None or not hmac.compare_digest(sent, self._token):
                 raise ServiceError(401, "unauthorized", "expected the server's token as `Authorization: Bearer ...`.")
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
-            return 0
-        length = headers.get("content-length", "")
-        if not (length.isascii() and length.isdigit()):
-            raise ServiceError(411, "length_required", "expected a Content-Length header: send the body in one piece.")
-        size, most = int(length[:20]), self.settings.limits.max_bytes
-        if size > most:
-            raise ServiceError(413, "body_too_large", f"expected at most {most} bytes, got {size}.")
-        if self._inflight >= self.settings.max_inflight_requests:
+        size = _size_of(headers, self.settings.limits.max_bytes) if has_body else 0
+        if self._inflight[has_body] >= self.settings.max_inflight_requests:
             raise ServiceError(429, "overloaded", "the server holds as much as it may; retry.", retry_after=1)
         return size
+
+
+def _size_of(headers: Headers, most: int) -> int:
+    """The size of the body, which the headers must say."""
+    length = headers.get("content-length", "")
+    if not (length.isascii() and length.isdigit()):
+        raise ServiceError(411, "length_required", "expected a Content-Length header: send the body in one piece.")
+    size = int(length[:20])
+    if size > most:
+        raise ServiceError(413, "body_too_large", f"expected at most {most} bytes, got {size}.")
+    return size
 
 
 def _token_of(authorization: str) -> bytes | None:
@@ -75,7 +81,7 @@ def _token_of(authorization: str) -> bytes | None:
         return value.strip().encode()
     if scheme.lower() == "basic":
         try:
-            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2].strip()
         except (binascii.Error, ValueError):
             return None
     return None

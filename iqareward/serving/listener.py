@@ -58,18 +58,18 @@ class Listener:
         self, build: Callable[[], ASGIApp], address: Address, *parts: Any
     ) -> None:
         uvicorn = require("uvicorn", extra="serve", purpose="the reward server")
-        from iqareward.serving.protocol import BoundedHead
+        from iqareward.serving.protocol import IDLE_SECONDS, BoundedConnection
 
         config = uvicorn.Config(
             build(),
-            http=BoundedHead,
+            http=BoundedConnection,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             proxy_headers=False,  # nothing here depends on who the client says it is
             server_header=False,
-            timeout_keep_alive=75,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=STOP_SECONDS,
         )
         self._server = uvicorn.Server(config)

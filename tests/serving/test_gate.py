@@ -1,14 +1,18 @@
 """Who gets in."""
 
+import asyncio
 import base64
+from typing import Any
 
 import pytest
 import torch
 
 import iqareward
 from iqareward.rewards.wire import encode_request
+from iqareward.serving.app import build_app
+from iqareward.serving.dispatch import Service
 from iqareward.serving.settings import Settings
-from tests.serving.in_process import SAFETENSORS, application, error_of, get, post, served
+from tests.serving.in_process import SAFETENSORS, application, error_of, get, post, send, served
 
 TOKEN = "correct horse"
 
@@ -54,7 +58,50 @@ def test_health_needs_no_token(app):
 
 def test_settings():
     """Settings that would leave a server open or dead by mistake are refused, and the token is not shown."""
-    for wrong in ({"token": ""}, {"deadline": 0.0}, {"deadline": float("nan")}, {"jpeg": "yes"}):
+    for wrong in (
+        {"token": ""},
+        {"token": " \n"},
+        {"token": "schl\u00fcssel"},
+        {"token": "a\x00b"},
+        {"deadline": 0.0},
+        {"deadline": float("nan")},
+        {"jpeg": "yes"},
+    ):
         with pytest.raises(ValueError, match="Settings expected"):
             Settings(**wrong)
     assert TOKEN not in repr(Settings(token=TOKEN))
+
+
+@pytest.mark.parametrize(
+    "sent", ["Bearer secret", "Bearer  secret \t", basic("any", "secret"), basic("any", "secret\n")]
+)
+def test_white_space_around_the_token(sent):
+    """A token from a file or a mounted secret ends with a newline, which neither side takes for a part of it."""
+    app = application({"piqe": served(iqareward.load("piqe"))}, Settings(token="secret\r\n"))
+    assert get(app, "/v1/rewards", headers={"authorization": sent}).status_code == 200
+
+
+def test_requests_without_a_body_take_no_room_from_scoring():
+    """While as many GETs as may be are under way, images are scored, and one more GET is told to come again."""
+
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def health() -> dict[str, str]:
+            await release.wait()
+            return {"piqe": "ok"}
+
+        async def unused() -> Any:
+            raise AssertionError
+
+        service = Service({"piqe": served(iqareward.load("piqe"))}, health, unused, unused)
+        app = build_app(service, Settings(max_inflight_requests=3))
+        waiting = [asyncio.ensure_future(send(app, "GET", "/healthz")) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        assert error_of(await send(app, "GET", "/healthz")) == (429, "overloaded")
+        content = encode_request(torch.rand(1, 3, 32, 32), rewards=["piqe"])
+        assert (await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)).status_code == 200
+        release.set()
+        assert [response.status_code for response in await asyncio.gather(*waiting)] == [200] * 3
+
+    asyncio.run(scenario())

@@ -2,16 +2,18 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx2
 import pytest
 import torch
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from iqareward.rewards.calls import Call
 from iqareward.rewards.remote import RemoteFacts, RemoteReward
 from iqareward.rewards.wire import Limits, encode_request
+from iqareward.serving import protocol
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.listener import Address, Listener
 from iqareward.serving.settings import Settings
@@ -28,12 +30,14 @@ async def ones(call: Call) -> Scored:
 def listening(
     work: Callable[[Listener, str], Coroutine[Any, Any, None]],
     score: Callable[[Call], Coroutine[Any, Any, Scored]] = ones,
+    app: ASGIApp | None = None,
 ) -> None:
     """Run a listener, and the work beside it."""
 
     async def scenario() -> None:
+        nonlocal app
         address = Address("127.0.0.1", free_port())
-        app = application({"r": answering(score)}, Settings(limits=LIMITS))
+        app = app or application({"r": answering(score)}, Settings(limits=LIMITS))
         listener = object.__new__(Listener)  # as Ray Serve does, which awaits __init__
         await listener.__init__(lambda: app, address)
         try:
@@ -43,6 +47,18 @@ def listening(
             assert listener.__del__() is None  # as a collection calls it
 
     asyncio.run(scenario())
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection without a client that knows HTTP."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 def test_a_large_body_is_refused_before_it_is_sent():
@@ -63,22 +79,126 @@ def test_headers_without_end(endless):
     """One header that does not end, and headers that do not end: a 400 and no connection, after a megabyte at most."""
 
     async def work(listener: Listener, url: str) -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
-        writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\ny: ")
         sent = 0
-        with contextlib.suppress(ConnectionError):
-            while sent < 64 * len(endless):
-                writer.write(endless)
-                await writer.drain()
-                await asyncio.sleep(0)  # to the server, which runs on the same loop
-                sent += len(endless)
-            pytest.fail("the server went on reading")
+        async with connected(url) as (_, writer):
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\ny: ")
+            with contextlib.suppress(ConnectionError):
+                while sent < 64 * len(endless):
+                    writer.write(endless)
+                    await writer.drain()
+                    await asyncio.sleep(0)  # to the server, which runs on the same loop
+                    sent += len(endless)
+                pytest.fail("the server went on reading")
         assert sent <= 2**21
         async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
             headers = {"x": "y" * 60_000}
             assert (await client.get("/healthz", headers=headers)).status_code == 200
 
     listening(work)
+
+
+GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+TOO_LARGE = b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "drops"),
+    [
+        (b"", b""), (b"", b"\r\n"), (b"", b"G"), (b"GET /healthz HTTP/1.1\r\nhost: x\r\n", b"x: y\r\n"),
+        (GET, b""), (GET, b"\r\n"), (GET + b"GET /", b"x"), (TOO_LARGE, b"pixels"), (b"nonsense\r\n\r\n", b""),
+    ],
+)  # fmt: skip
+def test_connections_that_do_not_get_on(monkeypatch, first, drops):
+    """A client that sends nothing, or drop after drop, is hung up on: at once, in a head, and after an answer."""
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(protocol, "IDLE_SECONDS", 0.5)
+
+    async def work(listener: Listener, url: str) -> None:
+        async def drip(writer: asyncio.StreamWriter) -> None:
+            while True:
+                await asyncio.sleep(0.05)
+                writer.write(drops)
+
+        async with asyncio.timeout(120), connected(url) as (reader, writer):
+            writer.write(first)
+            dripping = asyncio.create_task(drip(writer))
+            with contextlib.suppress(ConnectionError):
+                await reader.read()  # to the end of the connection
+            dripping.cancel()
+
+    listening(work)
+
+
+def test_slow_requests_are_not_cut(monkeypatch):
+    """What the deadline bounds, the body and the scoring, may take longer than a head and a pause."""
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(protocol, "IDLE_SECONDS", 1.0)
+
+    async def slow(call: Call) -> Scored:
+        await asyncio.sleep(1.5)
+        return await ones(call)
+
+    async def body():
+        for byte in CONTENT[:20]:
+            await asyncio.sleep(0.1)
+            yield bytes([byte])
+        yield CONTENT[20:]
+
+    async def work(listener: Listener, url: str) -> None:
+        headers = SAFETENSORS | {"content-length": str(len(CONTENT))}
+        async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
+            response = await client.post("/v1/score", content=body(), headers=headers)
+            assert response.json()["scores"] == {"r": [1.0]}
+
+    listening(work, slow)
+
+
+def test_a_client_that_does_not_read_its_answer(monkeypatch):
+    """It is hung up on, and the application is not held up by it for ever."""
+    monkeypatch.setattr(protocol, "WRITE_SECONDS", 0.5)
+    finished = asyncio.Event()
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % 2**27)]})
+        for _ in range(2**7):
+            await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})
+        finished.set()
+
+    async def work(listener: Listener, url: str) -> None:
+        async with asyncio.timeout(120), connected(url) as (reader, writer):
+            writer.write(GET)
+            await finished.wait()
+            with contextlib.suppress(ConnectionError):
+                assert len(await reader.read()) < 2**27
+
+    listening(work, app=large)
+
+
+@pytest.mark.parametrize(
+    "many", [GET * 1000, b"GET /healthz HTTP/1.1\r\n" + b"x:y\r\n" * 1000], ids=["requests", "headers"]
+)
+def test_too_many(many):
+    """Requests before the first answer, and headers, are so many that a 400 and the end of the connection follow."""
+
+    async def work(listener: Listener, url: str) -> None:
+        async with asyncio.timeout(120), connected(url) as (reader, writer):
+            writer.write(many)
+            answers = await reader.read()
+        assert b"HTTP/1.1 400 Bad Request" in answers
+        assert answers.count(b"HTTP/1.1 200 OK") <= 8
+
+    listening(work)
+
+
+def test_a_token_from_a_file(monkeypatch):
+    """The text of a mounted secret, newline and all, lets the client in that reads the same secret."""
+    monkeypatch.setenv("IQAREWARD_TOKEN", "s3cret\n")
+
+    async def work(listener: Listener, url: str) -> None:
+        with RemoteReward(url, "r", timeout=120) as remote:
+            assert (await remote.ascore(torch.rand(2, 3, 8, 8))).tolist() == [1.0, 1.0]
+
+    listening(work, app=application({"r": answering(ones)}, Settings(token="s3cret\n")))
 
 
 def test_remote_reward_halves_what_is_too_large():
