@@ -107,6 +107,9 @@ def score(
         complete = run(job, _messages)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
+    except KeyboardInterrupt as stop:
+        say(_messages, "Stopped. The same command goes on." if output else "Stopped.")
+        raise typer.Exit(130) from stop
     raise typer.Exit(0 if complete else 1)
 
 

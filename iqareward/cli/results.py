@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Collection, Generator, Iterable, Sequence
@@ -245,17 +246,28 @@ def write_summary(summary: Sequence[Summary], file: Path) -> None:
 
 def show(console: Console, summary: Sequence[Summary], rows: Collection[Row]) -> None:
     """Print a table with a line for each row, and below it the mean, the standard deviation and the count."""
-    table = Table(show_edge=False)
+    folder, names = _short_names(rows)
+    table = Table(title=plain(folder), title_justify="left", show_edge=False)
     table.add_column("image" if rows else "", overflow="fold")
     for column in summary:
         table.add_column(plain(column.name), justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(plain(row.path), *map(_number, row.scores))
+    for name, row in zip(names, rows, strict=True):
+        table.add_row(plain(name), *map(_number, row.scores))
     table.add_section()
     table.add_row("mean", *(_number(column.mean) for column in summary))
     table.add_row("std", *(_number(column.std) for column in summary))
     table.add_row("scored", *(f"{column.scored} of {column.pictures}" for column in summary))
     console.print(table)
+
+
+def _short_names(rows: Collection[Row]) -> tuple[str, list[str]]:
+    """The folder that holds all pictures, and their paths in it."""
+    paths = [Path(row.path) for row in rows]
+    try:
+        folder = Path(os.path.commonpath([path.parent for path in paths]))
+        return "" if folder == Path() else f"{folder}{os.sep}", [str(path.relative_to(folder)) for path in paths]
+    except ValueError:  # none, or some from the root and some from here
+        return "", [row.path for row in rows]
 
 
 def _number(value: float | None) -> str:

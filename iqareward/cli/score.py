@@ -184,7 +184,7 @@ def _columns(job: Job) -> list[Column]:
         columns.append(Column(spec, place))
         scale, offset = published(spec) or (1.0, 0.0)
         if job.published and (scale, offset) != (1.0, 0.0):
-            columns.append(Column(f"{spec} (published)", place, scale, offset))
+            columns.append(Column(f"{spec} published", place, scale, offset))
     return columns
 
 

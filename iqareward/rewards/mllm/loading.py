@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from iqareward.optional import require
@@ -117,7 +118,7 @@ def _fill(
     tensors = {}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for key in progress.track(sorted(_own(file)), description=f"loading {file.path.name}"):
+        for key in progress.track(sorted(_own(file)), description=f"loading {escape(file.path.name)}"):
             value = file.tensor(key, expected[key])
             if adapter and key in adapter.names():
                 check_values(file.path, {key: value})
