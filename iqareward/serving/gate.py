@@ -64,7 +64,9 @@ class Gate:
 
 
 def _size_of(headers: Headers, most: int) -> int:
-    """The size of the body, which the headers must say."""
+    """The size of the body, which the headers must say if there is one."""
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        return 0
     length = headers.get("content-length", "")
     if not (length.isascii() and length.isdigit()):
         raise ServiceError(411, "length_required", "expected a Content-Length header: send the body in one piece.")

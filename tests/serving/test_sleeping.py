@@ -71,6 +71,22 @@ def test_who_may():
     assert post(app, "/v1/rewards/weighty/sleep", headers=headers).status_code == 200
 
 
+def test_no_body_and_no_length():
+    """`curl -X POST` sends neither."""
+    app = application({"weighty": served(Weighty())})
+    sent: list[dict] = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def keep(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/rewards/weighty/sleep", "headers": [], "query_string": b""}
+    run(app(scope, receive, keep))
+    assert sent[0]["status"] == 200
+
+
 def test_calls_that_came_before_are_scored_first():
     """What is in work or waits is answered, then the reward is offloaded, and what came later is refused."""
     reward = Weighty(seconds=0.2)
