@@ -1,11 +1,29 @@
-"""Something that must exist once in each process: neither a fork nor a pickle may carry it over."""
+"""Locks, and values that exist once in each process, which neither a fork nor a pickle may carry over."""
 
 import os
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
 T = TypeVar("T")
+
+
+@final
+class ProcessLock:
+    """A re-entrant lock that a forked child finds free: the thread that held it at the fork is not in the child."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        # setdefault is atomic, and a lock that lost the race is dropped unused
+        self._locks.setdefault(os.getpid(), threading.RLock()).acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._locks[os.getpid()].release()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ProcessLock, ()
 
 
 @final
@@ -18,27 +36,27 @@ class PerProcess(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._slots: dict[int, _Slot[T]] = {}
+        self._lock = ProcessLock()
+        self._values: dict[int, T] = {}
 
     def get(self) -> T:
         """The value of this process."""
-        # setdefault is atomic, and a lock that lost the race is dropped unused; the parent's lock may be held for ever
-        slot = self._slots.setdefault(os.getpid(), _Slot())
-        with slot.lock:
-            if not slot.values:
-                slot.values.append(self._make())
-            return slot.values[0]
+        process = os.getpid()
+        with self._lock:
+            if process not in self._values:
+                self._values[process] = self._make()
+            return self._values[process]
 
     def forget(self) -> T | None:
         """What this process has, which is this object's no more; the next `get` makes another."""
-        slot = self._slots.pop(os.getpid(), None)
-        return slot.values[0] if slot and slot.values else None
+        with self._lock:
+            return self._values.pop(os.getpid(), None)
 
     def __reduce__(self) -> tuple[type, tuple[Callable[[], T]]]:
         return PerProcess, (self._make,)
 
 
-class _Slot(Generic[T]):
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.values: list[T] = []
+def fork_waits_for(lock: Any) -> None:
+    """Let forks wait until a re-entrant lock is free: a child would find what it guards half done for ever."""
+    if hasattr(os, "register_at_fork"):  # Windows has no forks
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)

@@ -31,14 +31,14 @@ class Cached:
     Args:
         reward: any reward that is not differentiable.
         max_entries: scores in memory at most; those not used for longest are dropped.
-        directory: keep scores there too, for other runs and processes (needs diskcache, in the extra `cache`).
+        directory: keep scores there too, for other runs and processes. If it cannot be used, such as for a full disk or
+            a damaged file, a warning says so once, and scores are computed.
         max_bytes: of the directory.
         version: part of the key, as are the reward's name and this library's version. Change it with the weights: a
             directory cannot see that a reward of the same name has become another.
         cache_nan: keep NaN too. Off, because "not scored" may pass, e.g. where a server was down.
 
     Raises:
-        ImportError: a directory without diskcache.
         ValueError: the reward is differentiable (a stored score has no graph), or a bound is below 1.
 
     Example:
@@ -64,11 +64,11 @@ class Cached:
             raise ValueError(f"Cached expected a reward without gradients, got {reward.name} with differentiable=True.")
         if max_entries < 1 or max_bytes < 1:
             raise ValueError(f"Cached expected max_entries and max_bytes >= 1, got {max_entries} and {max_bytes}.")
-        self.reward, self.cache_nan = reward, cache_nan
+        self.reward = reward
         self.name, self.bounds, self.differentiable = reward.name, reward.bounds, False
         self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
         self._prefix = repr((iqareward.__version__, reward.name, version)).encode()
-        self._store = PerProcess(partial(_Store, max_entries, directory, max_bytes))
+        self._store = PerProcess(partial(_Store, max_entries, directory, max_bytes, cache_nan))
 
     def __call__(
         self,
@@ -87,7 +87,7 @@ class Cached:
             rows = sorted(new.values())
             scores = call.rows(rows).score(self.reward).tolist()
             fresh = {keys[row]: score for row, score in zip(rows, scores, strict=True)}
-            store.put({key: score for key, score in fresh.items() if self.cache_nan or score == score})
+            store.put(fresh)
             known |= fresh
         return torch.tensor([known[key] for key in keys], dtype=torch.float32, device=call.device)
 
@@ -102,8 +102,8 @@ class Cached:
         return self._store.get().misses
 
     def close(self) -> None:
-        """Forget what is in memory, and close the directory in this thread; a later call starts again."""
-        self._store.get().close()
+        """Forget what is in memory; a later call starts again."""
+        self._store.get().forget()
 
     def _keys(self, call: Call) -> Iterator[bytes]:
         """A hash for each row."""
@@ -122,10 +122,10 @@ class Cached:
 class _Store:
     """Scores by key, in memory and perhaps on disk."""
 
-    def __init__(self, max_entries: int, directory: Path | str | None, max_bytes: int) -> None:
+    def __init__(self, max_entries: int, directory: Path | str | None, max_bytes: int, keep_nan: bool) -> None:
         self._lock = threading.Lock()
         self._memory: OrderedDict[bytes, float] = OrderedDict()
-        self._max_entries = max_entries
+        self._max_entries, self._keep_nan = max_entries, keep_nan
         self._disk = None if directory is None else ScoreDisk(directory, max_bytes)
         self.hits = self.misses = 0
 
@@ -135,7 +135,7 @@ class _Store:
             for key in found:
                 self._memory.move_to_end(key)
         if self._disk is not None and len(found) < len(keys):
-            stored = self._disk.get([key for key in keys if key not in found])
+            stored = self._kept(self._disk.get([key for key in keys if key not in found]))
             self._remember(stored)
             found |= stored
         with self._lock:
@@ -144,15 +144,18 @@ class _Store:
         return found
 
     def put(self, scores: Mapping[bytes, float]) -> None:
-        self._remember(scores)
-        if self._disk is not None and scores:
-            self._disk.put(scores)
+        kept = self._kept(scores)
+        self._remember(kept)
+        if self._disk is not None and kept:
+            self._disk.put(kept)
 
-    def close(self) -> None:
+    def forget(self) -> None:
         with self._lock:
             self._memory.clear()
-        if self._disk is not None:
-            self._disk.close()
+
+    def _kept(self, scores: Mapping[bytes, float]) -> dict[bytes, float]:
+        """Without NaN unless asked: those on the disk may be another run's."""
+        return {key: score for key, score in scores.items() if self._keep_nan or score == score}
 
     def _remember(self, scores: Mapping[bytes, float]) -> None:
         with self._lock:
