@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iqareward.images import ImageLike, to_images
 from iqareward.losses import LossWeights, drop_broken_gradients
+from iqareward.rewards.calls import Call
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward, Scores
 
@@ -89,7 +90,7 @@ def score(
         converted, device = [drop_broken_gradients(image) for image in converted], converted[0].device
     if references is not None:
         references = to_images(references, value_range=value_range, device=device)
-    scores = reward(converted, references=references, prompts=prompts)
+    scores = Call(converted, references, prompts).score(reward)
     return settle(scores, on_nan, name=reward.name)
 
 

@@ -22,7 +22,6 @@ along as one more component; change the trainer's `stat_tracker.update(prompts, 
 `stat_tracker.update(gathered_rewards["groups"], ...)`.
 """
 
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -42,6 +41,7 @@ from iqareward.adapters._values import (
 )
 from iqareward.images import to_images
 from iqareward.losses import LossWeights
+from iqareward.rewards._per_process import ProcessLock
 from iqareward.rewards.catalog import on_unit_scale
 from iqareward.types import Reward
 
@@ -83,7 +83,7 @@ def reward_function(
     """
     check_on_nan(on_nan, allowed=("raise", "mean", "worst"), who="reward_function")
     judge = find_reward(reward, who="reward_function", references=references, device=device)
-    lock = threading.Lock()
+    lock = ProcessLock()
 
     def fn(
         images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True

@@ -21,7 +21,6 @@ post_process = adaptive_post_process(weighter, reference_difficulty("gt_path"))
 """
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from iqareward.advantages import group_advantages
 from iqareward.difficulty import rmse
 from iqareward.groups import group_statistics
 from iqareward.images import to_images
+from iqareward.rewards._per_process import ProcessLock
 from iqareward.schedules.schedule import check_signal
 from iqareward.types import Reward, Scores
 from iqareward.weighting import AdaptiveWeighter
@@ -61,7 +61,7 @@ def reward_function(
     """
     check_on_nan(on_nan, allowed=("raise", "mean", "worst", "nan"), who="reward_function")
     judge = find_reward(reward, who="reward_function", references=references, device=device)
-    turns = threading.Lock()
+    turns = ProcessLock()
 
     def score_samples(samples: Sequence[Any]) -> list[float]:
         scores = torch.full((len(samples),), torch.nan)

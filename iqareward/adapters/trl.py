@@ -13,6 +13,7 @@ import torch
 
 from iqareward.adapters._values import find_reward
 from iqareward.images import ImageLike, to_images
+from iqareward.rewards.calls import Call
 from iqareward.rewards.compose import WeightedSum, evaluate
 from iqareward.types import Reward, Scores
 
@@ -123,7 +124,7 @@ class TRLReward:
         if isinstance(self.reward, WeightedSum):
             parts = evaluate(self.reward.rewards, images, references, prompts)
             return {"": self.reward.combine(parts), **parts}
-        return {"": self.reward(images, references=references, prompts=prompts)}
+        return {"": Call(images, references, prompts).score(self.reward)}
 
     def _converted(self, images: Sequence[Any], rows: Sequence[int]) -> Any:
         return to_images([images[row] for row in rows], value_range=(0, 1), device=self.device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from iqareward.rewards._streams import mark
+from iqareward.rewards._worker_thread import waiting_workers
 from iqareward.rewards.calls import Call
 from iqareward.types import Scores
 
@@ -19,6 +20,7 @@ class Waiting:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.marked = mark(call.device)
+        self.callers = waiting_workers()
         self.admitted: Future[None] = Future()
         self.scores: Future[tuple[Scores, Any]] = Future()
 
@@ -120,20 +122,25 @@ class BatchQueue:
             self._company = calls + len(self._inside)
             self._patience = self._limits.patience(seconds)
 
-    def close(self, *, abandon: bool = False, silent: bool = False) -> None:
-        """Take nothing more; what is inside is still answered, or with `abandon` fails, unless callers are not told."""
-        error = RuntimeError("this MicroBatched was closed while the call was waiting.")
+    def close(self) -> None:
+        """Take nothing more; what is inside is still answered."""
+        with self._changed:
+            self._closed = True
+            lost = [*self._outside]
+            self._outside.clear()
+            self._changed.notify_all()
+        _fail(lost)
+
+    def abandon(self, *, silent: bool) -> None:
+        """Take nothing more, and answer nothing more; whoever waits gets an error, unless `silent`."""
         with self._changed:
             self._closed, self.silent = True, silent
-            lost = [*self._inside, *self._outside] if abandon else [*self._outside]
+            lost = [*self._inside, *self._outside]
+            self._inside.clear()
             self._outside.clear()
-            if abandon:
-                self._inside.clear()
             self._changed.notify_all()
-        for waiting in lost if not silent else ():
-            for future in (waiting.admitted, waiting.scores):
-                if not future.done() and future.set_running_or_notify_cancel():
-                    future.set_exception(error)
+        if not silent:
+            _fail(lost)
 
     def _enough(self) -> bool:
         return self._closed or self._rows >= self._limits.max_batch or len(self._inside) >= self._company
@@ -154,3 +161,11 @@ class BatchQueue:
                 self._inside.append(waiting)
                 self._rows += len(waiting.call)
                 waiting.admitted.set_result(None)
+
+
+def _fail(lost: list[Waiting]) -> None:
+    error = RuntimeError("this MicroBatched was closed while the call was waiting.")
+    for waiting in lost:
+        for future in (waiting.admitted, waiting.scores):
+            if not future.done() and future.set_running_or_notify_cancel():
+                future.set_exception(error)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from iqareward.optional import require
+from iqareward.rewards.loading import LOADING
 
 MAX_ANSWER_BYTES = 64 * 2**20
 CONNECT_SECONDS = 5.0
@@ -140,7 +141,8 @@ def token_in(variable: str) -> str | None:
 
 
 def start_loop(purpose: str, max_in_flight: int, token_variable: str | None, num_servers: int) -> HttpLoop:
-    httpx2 = require("httpx2", extra="serve", purpose=purpose)
+    with LOADING:
+        httpx2 = require("httpx2", extra="serve", purpose=purpose)
     token = token_in(token_variable) if token_variable else None
     http = httpx2.AsyncClient(
         headers={"Authorization": f"Bearer {token}"} if token else {},

@@ -6,7 +6,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -15,10 +16,9 @@ import torch
 from iqareward.rewards._batch_queue import BatchLimits, BatchQueue, Waiting
 from iqareward.rewards._per_process import PerProcess
 from iqareward.rewards._streams import mark, take_over
+from iqareward.rewards._worker_thread import refuse_call_from_within, start_worker, working
 from iqareward.rewards.calls import Call, checked_call, merged
 from iqareward.types import Images, Reward, Scores
-
-_EXIT_SECONDS = 10.0  # how long an exiting interpreter waits for the batch under way
 
 
 @final
@@ -87,7 +87,7 @@ class MicroBatched:
         """Score each image, together with whoever else is calling; `[B]` float32, higher is better, NaN = not scored.
 
         Raises:
-            RuntimeError: it was closed.
+            RuntimeError: it was closed, or is called from within its own reward, whose worker would wait for itself.
         """
         call = checked_call(self.reward, images, references, prompts)
         sent: list[Waiting] = []
@@ -149,6 +149,7 @@ class MicroBatched:
         if worker is None or worker.process != os.getpid():
             worker = self._worker = _WORKERS.get().find(self)
             self.reward = worker.reward  # one copy of the weights per process
+        refuse_call_from_within(worker.queue, "MicroBatched", self.name)
         return worker
 
 
@@ -160,11 +161,8 @@ class _Worker:
         self.process, self.reward = os.getpid(), batched.reward
         self.settings = (batched.name, batched.limits)
         self.queue = BatchQueue(batched.limits)
-        # the thread knows the queue and the reward, not this object: without users it is collected, and the thread ends
-        arguments = (self.queue, self.reward)
-        self.thread = threading.Thread(target=_serve, args=arguments, name=f"iqareward-{batched.name}", daemon=True)
-        self.thread.start()
-        weakref.finalize(self, _abandon, self.queue, self.thread, self.process)
+        work = partial(_serve, batched.reward)
+        self.thread = start_worker(self, self.queue, work, f"iqareward-{batched.name}")
 
 
 @final
@@ -193,40 +191,50 @@ class _Workers:
 _WORKERS = PerProcess(_Workers)
 
 
-def _serve(queue: BatchQueue, reward: Reward) -> None:
-    while batch := queue.take():
-        started = time.monotonic()
-        outcomes = _outcomes(batch, reward)
-        queue.finished(len(batch), time.monotonic() - started)
-        if queue.silent:
-            return
-        for waiting, outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                waiting.scores.set_exception(outcome)
-            else:
-                waiting.scores.set_result(outcome)
+def _serve(reward: Reward, queue: BatchQueue) -> None:
+    while _serve_batch(reward, queue):
+        pass
 
 
-def _outcomes(batch: list[Waiting], reward: Reward) -> list[tuple[Waiting, Any]]:
-    """(scores and the mark of their stream) or an error for each call; calls that agree in columns and device merge."""
+def _serve_batch(reward: Reward, queue: BatchQueue) -> bool:
+    """Score one batch; says whether to go on. A function of its own, so that an idle worker holds no images."""
+    batch = queue.take()
+    started = time.monotonic()
+    outcomes = [outcome for group in _alike(batch) for outcome in _score(group, reward, queue)]
+    queue.finished(len(batch), time.monotonic() - started)
+    if queue.silent:
+        return False
+    for waiting, outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            waiting.scores.set_exception(outcome)
+        else:
+            waiting.scores.set_result(outcome)
+    return bool(batch)
+
+
+def _alike(batch: list[Waiting]) -> Iterable[list[Waiting]]:
+    """Calls that agree in columns and device, which can be scored as one."""
     alike: dict[Any, list[Waiting]] = {}
     for waiting in batch:
         alike.setdefault((waiting.call.device, waiting.call.prompts is None), []).append(waiting)
-    return [outcome for group in alike.values() for outcome in _score(group, reward)]
+    return alike.values()
 
 
-def _score(group: list[Waiting], reward: Reward) -> list[tuple[Waiting, Any]]:
+def _score(group: list[Waiting], reward: Reward, queue: BatchQueue) -> list[tuple[Waiting, Any]]:
+    """(scores and the mark of their stream) or an error for each call."""
     try:
         for waiting in group:
             take_over(waiting.marked, waiting.call.tensors())
-        with torch.no_grad():  # a graph must not cross threads, not even one that the reward built unasked
+        callers = frozenset[Any]().union(*(waiting.callers for waiting in group))
+        # without gradients: a graph must not cross threads, not even one that the reward built unasked
+        with torch.no_grad(), working(queue, callers):
             scores = merged([waiting.call for waiting in group]).score(reward)
         rows = [row.clone() for row in scores.split([len(waiting.call) for waiting in group])]  # nobody shares memory
         return [(waiting, (row, mark(row.device))) for waiting, row in zip(group, rows, strict=True)]
     except BaseException as error:  # the worker must live on, and the callers hear of it
         if len(group) == 1:
             return [(group[0], error)]
-        return [outcome for waiting in group for outcome in _score([waiting], reward)]
+        return [outcome for waiting in group for outcome in _score([waiting], reward, queue)]
 
 
 def _gathered(call: Call, parts: list[tuple[Scores, Any]]) -> Scores:
@@ -236,14 +244,3 @@ def _gathered(call: Call, parts: list[tuple[Scores, Any]]) -> Scores:
     if not parts:
         return torch.zeros(0, device=call.device)
     return torch.cat([scores for scores, _ in parts]) if len(parts) > 1 else parts[0][0]
-
-
-def _abandon(queue: BatchQueue, thread: threading.Thread, process: int) -> None:
-    if os.getpid() != process:  # a forked child has the objects but not the thread
-        return
-    exiting = not threading.main_thread().is_alive()
-    # At exit only daemon threads still wait. One woken now would free its tensors while the interpreter ends; torch
-    # releases the GIL for that, cannot take it back, and aborts ("terminate called without an active exception").
-    queue.close(abandon=True, silent=exiting)
-    if exiting:  # a mere collection must not wait
-        thread.join(_EXIT_SECONDS)

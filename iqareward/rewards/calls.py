@@ -1,5 +1,7 @@
 """One call of a reward as rows to check, cut, merge and score: what batching, caching and sending share."""
 
+import asyncio
+import concurrent.futures
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -9,6 +11,15 @@ from torch import Tensor
 
 from iqareward.rewards.batches import checked_rows
 from iqareward.types import Images, Reward, Scores
+
+# a future or a coroutine that ends with one of these ends silently, as if cancelled, or (Python 3.11) never
+_SIGNALS = (
+    StopIteration,
+    StopAsyncIteration,
+    GeneratorExit,
+    asyncio.CancelledError,
+    concurrent.futures.CancelledError,
+)
 
 
 @final
@@ -54,8 +65,19 @@ class Call:
         yield self.rows(slice(start, len(self)))
 
     def score(self, reward: Reward) -> Scores:
-        """The reward's scores, after a look at their number."""
-        scores = reward(self.images, references=self.references, prompts=self.prompts)
+        """The reward's scores.
+
+        Raises:
+            RuntimeError: the reward raised what generators and futures take for a signal, such as StopIteration.
+            ValueError: the number of scores is not that of the images.
+        """
+        try:
+            scores = reward(self.images, references=self.references, prompts=self.prompts)
+        except _SIGNALS as error:
+            signal = type(error).__name__
+            raise RuntimeError(
+                f"{reward.name} raised {signal}, which would end its caller without an error."
+            ) from error
         if scores.shape != (len(self),):
             raise ValueError(f"{reward.name} was given {len(self)} images, and answered scores {list(scores.shape)}.")
         return scores

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from iqareward.rewards.calls import Call
 from iqareward.rewards.scoring import reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
 
@@ -39,7 +40,7 @@ def evaluate(
         {'psnr': [100.0, 100.0], 'ssim': [1.0, 1.0]}
     """
     _check_parts("evaluate", rewards)
-    return {reward.name: reward(images, references=references, prompts=prompts) for reward in rewards}
+    return {reward.name: Call(images, references, prompts).score(reward) for reward in rewards}
 
 
 @final

@@ -8,12 +8,19 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from iqareward.rewards._per_process import ProcessLock, fork_waits_for
+
+# Held while weights are loaded: a forked child would find the modules that are being imported half done for ever, and
+# two threads that load at once would restore each other's random state.
+LOADING = threading.RLock()
+fork_waits_for(LOADING)
+
 
 @final
 class LazyModel:
     """A frozen network in eval mode that is built on first use, once, whichever thread comes first.
 
-    Pickling leaves the built network behind: a copy builds its own.
+    Pickling leaves the built network behind: a copy builds its own. A fork waits while one is being built.
 
     Args:
         build: `build(device)` gives the network on that device; picklable.
@@ -25,7 +32,7 @@ class LazyModel:
         self._device = None if device is None else torch.device(device)
         self._home: torch.device | None = None
         self._module: nn.Module | None = None
-        self.lock = threading.RLock()
+        self.lock = ProcessLock()
 
     def get(self, images: Tensor | None = None) -> nn.Module:
         """The network; built where it was asked to be, else where `images` are, else on the CPU."""
@@ -64,7 +71,7 @@ class LazyModel:
 
     def _build_aside(self, device: torch.device) -> nn.Module:
         """Build without a trace: ordinary tensors on CPU whatever the caller's modes, and the caller's random state."""
-        with ExitStack() as stack:
+        with LOADING, ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.device("cpu"))
             stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -74,7 +81,7 @@ class LazyModel:
         return {"_build": self._build, "_device": self._device, "_home": self._home}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _module=None, lock=threading.RLock())
+        self.__dict__.update(state, _module=None, lock=ProcessLock())
 
 
 def each_part(reward: Any, method: str) -> None:

@@ -3,14 +3,16 @@
 import asyncio
 import threading
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, final
 
 import torch
 
 from iqareward.rewards._per_process import PerProcess
 from iqareward.rewards._streams import mark, take_over
+from iqareward.rewards._worker_thread import refuse_call_from_within, start_worker, waiting_workers, working
 from iqareward.rewards.calls import Call, checked_call
 from iqareward.types import Images, Reward, Scores
 
@@ -77,6 +79,8 @@ class Overlapped:
         Raises:
             TypeError: something is not a floating-point tensor.
             ValueError: shapes are wrong, or references or prompts are missing or do not match.
+            RuntimeError: it is called from within its own reward, whose thread would wait for itself for ever, or the
+                interpreter exits.
         """
         return self._background.get().submit(self.reward, checked_call(self.reward, images, references, prompts))
 
@@ -113,19 +117,71 @@ class PendingScores:
 
 @final
 class _Background:
-    """The thread of one process, and a stream for each device."""
+    """The thread of one process."""
 
     def __init__(self, max_pending: int) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="iqareward-overlapped")
         self._room = threading.BoundedSemaphore(max_pending)
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._queue = _JobQueue()
+        start_worker(self, self._queue, _serve, "iqareward-overlapped")
 
     def submit(self, reward: Reward, call: Call) -> PendingScores:
-        marked = mark(call.device)
+        refuse_call_from_within(self._queue, "Overlapped", reward.name)
+        if self._queue.silent:
+            raise RuntimeError(f"Overlapped of {reward.name} was called while the interpreter exits.")
+        job = _Job(reward, call)
         self._room.acquire()
-        future = self._thread.submit(_score, reward, call, marked, self._streams)
-        future.add_done_callback(lambda _: self._room.release())  # cancelled ones too
-        return PendingScores(future)
+        job.future.add_done_callback(lambda _: self._room.release())  # cancelled ones too
+        self._queue.jobs.put(job)
+        return PendingScores(job.future)
+
+
+@final
+class _Job:
+    """A call, and the future of its scores."""
+
+    def __init__(self, reward: Reward, call: Call) -> None:
+        self.reward, self.call, self.marked = reward, call, mark(call.device)
+        self.callers = waiting_workers()
+        self.future: Future[tuple[Scores, Any]] = Future()
+
+
+@final
+class _JobQueue:
+    """What was submitted, first come, first served; None ends the thread."""
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self.silent = False  # nobody is to be answered any more
+
+    def abandon(self, *, silent: bool) -> None:
+        """End the thread after what was submitted before; with `silent`, after the job under way."""
+        self.silent = silent
+        self.jobs.put(None)
+
+
+def _serve(queue: _JobQueue) -> None:
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    while _serve_job(queue, streams):
+        pass
+
+
+def _serve_job(queue: _JobQueue, streams: dict[torch.device, torch.cuda.Stream]) -> bool:
+    """Score one call; says whether to go on. A function of its own, so that an idle thread holds no images."""
+    job = queue.jobs.get()
+    if job is None or queue.silent:
+        return False
+    if not job.future.set_running_or_notify_cancel():
+        return True
+    try:
+        with working(queue, job.callers):
+            outcome = _score(job.reward, job.call, job.marked, streams)
+    except BaseException as error:  # the thread must live on, and the caller hears of it
+        if not queue.silent:
+            job.future.set_exception(error)
+    else:
+        if not queue.silent:
+            job.future.set_result(outcome)
+    return not queue.silent
 
 
 def _score(

@@ -124,10 +124,11 @@ def test_no_graph_without_gradients() -> None:
 
 def test_copies_and_collection() -> None:
     """A pickled copy has a thread of its own, and without users the thread ends."""
-    reward = Overlapped(Brightness())
+    reward, before = Overlapped(Brightness()), threading.enumerate()
     copy = pickle.loads(pickle.dumps(reward))
     assert reward(flat(0.5)).tolist() == copy(flat(0.5)).tolist() == [0.5]
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("iqareward-overlapped")]
+    threads = [thread for thread in threading.enumerate() if thread not in before]
+    assert len(threads) == 2
     del reward, copy
     gc.collect()
     for thread in threads:

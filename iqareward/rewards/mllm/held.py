@@ -1,12 +1,13 @@
 """What a reward holds on a device: loaded by the first call, moved as a whole, left behind by pickling."""
 
-import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar, final
 
 import torch
 
+from iqareward.rewards._per_process import ProcessLock
+from iqareward.rewards.loading import LOADING
 from iqareward.rewards.scoring import reward_mode
 
 
@@ -28,7 +29,7 @@ T = TypeVar("T", bound=Movable)
 
 @final
 class Held(Generic[T]):
-    """Weights that are loaded once, whichever thread comes first. A pickled copy loads its own.
+    """Weights that are loaded once, whichever thread comes first. A pickled copy loads its own, and a fork waits.
 
     Unlike `rewards.loading.LazyModel` it does not compute while offloaded: on a CPU these models would take minutes.
 
@@ -43,19 +44,20 @@ class Held(Generic[T]):
         self._device = None if device is None else torch.device(device)
         self._home: torch.device | None = None  # where it was before it was offloaded
         self._value: T | None = None
-        self.lock = threading.Lock()
+        self.lock = ProcessLock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_name": self._name, "_load": self._load, "_device": self._device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _home=None, _value=None, lock=threading.Lock())
+        self.__dict__.update(state, _home=None, _value=None, lock=ProcessLock())
 
     def get(self) -> T:
         """What is held, wherever it is; loaded if need be."""
         with self.lock, torch.inference_mode(False), torch.no_grad():
             if self._value is None:
-                self._value = self._load(self._device)
+                with LOADING:
+                    self._value = self._load(self._device)
             return self._value
 
     def ready(self) -> T:

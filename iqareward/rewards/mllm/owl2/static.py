@@ -1,12 +1,12 @@
 """One compiled forward for one batch size, replayed as a CUDA graph where there is one."""
 
-import threading
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iqareward.rewards._per_process import ProcessLock
 from iqareward.rewards.mllm.owl2.model import Owl2, PromptState
 
 WARM_UP_RUNS = 3  # compilation and autotuning must be over before a graph is captured
@@ -27,7 +27,7 @@ class StaticForward:
 
     def __init__(self, model: Owl2, states: tuple[PromptState, ...], batch_size: int) -> None:
         self._states, self._batch_size = states, batch_size
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._compiled = torch.compile(model, fullgraph=True, dynamic=False)
         self._replay: _Replay | None = None
 

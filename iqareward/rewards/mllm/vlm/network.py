@@ -1,6 +1,5 @@
 """A loaded vision-language model: images and a prompt in, logits of the next token out, in one forward pass."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, final
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iqareward.rewards._per_process import ProcessLock
 from iqareward.rewards.mllm.vlm.branches import Branches
 from iqareward.rewards.mllm.vlm.chat import Prompt
 from iqareward.rewards.mllm.vlm.families import check_family, family_of
@@ -82,7 +82,7 @@ class Network:
                 f"(model) and {processor.image_token_id} (processor)."
             )
         self.family = family_of(model, processor)
-        self.writing = threading.Lock()  # `generate` keeps positions on the model
+        self.writing = ProcessLock()  # `generate` keeps positions on the model
         self.layout = lru_cache(_CACHED_SHAPES)(self._layout)
         self._tower = VisionTower(model)
 
