@@ -143,36 +143,57 @@ def check(
     typer.echo(str(report))
 
 
+class TableFormat(StrEnum):
+    """How a comparison is printed."""
+
+    table = "table"
+    markdown = "markdown"
+    latex = "latex"
+    json = "json"
+
+
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of results.")],
-    second: Annotated[Path, typer.Argument(help="Another, with the same file names.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders with the same file names, the baseline first.")],
     reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
     reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
-    output: Annotated[Path, typer.Option(help="Page with the pairs.")] = Path("comparison.html"),
+    format: Annotated[TableFormat, typer.Option(help="How the differences are printed.")] = TableFormat.table,
+    per_image: Annotated[Path | None, typer.Option(help="Write the scores of each image here, as CSV.")] = None,
+    output: Annotated[Path, typer.Option(help="Page with the pairs, at most 32 MiB.")] = Path("comparison.html"),
     pairs: Annotated[int, typer.Option(min=0, help="Pairs on the page.")] = 24,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     device: Annotated[str, typer.Option(help="Where to score, e.g. cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 8,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, help="Images per batch; fewer where they take over 512 MiB as float32 with references."),
+    ] = 8,
 ) -> None:
-    """Compare two folders of results: paired differences with intervals, and a page of pairs to look at."""
+    """Compare folders of results with the first: paired differences with intervals, and a page of pairs to look at.
+
+    Exit code 1 if some images were left out.
+    """
     from iqareward.atomic import write_text
-    from iqareward.cli.compare import Scoring, show
+    from iqareward.cli.compare import WRITERS, Scoring, scores_csv, show, summary
     from iqareward.cli.compare import compare as run_comparison
     from iqareward.cli.compare_page import render
 
     try:
-        found = run_comparison(first, second, Scoring(reward, reference, device, batch_size, _messages))
+        found = run_comparison(folders, Scoring(reward, reference, device, batch_size, _messages))
+        if format is TableFormat.table:
+            show(found, Console())
+        else:
+            typer.echo(WRITERS[format.value](found), nl=False)
+        for line in summary(found.problems):
+            say(_messages, line, label="left out:", style="yellow")
+        if per_image is not None:
+            per_image.parent.mkdir(parents=True, exist_ok=True)
+            write_text(per_image, scores_csv(found))
+            say(_messages, f"Scores of each image: {per_image}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, render(found, reference=reference, num_pairs=pairs))
+        write_text(output, render(found, folder=output.parent, num_pairs=pairs))
+        say(_messages, f"Pairs to look at: {output}")
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
-    if as_json:
-        typer.echo(json.dumps(found.document(), indent=2))
-    else:
-        show(found, Console())
-    say(_messages, f"Pairs to look at: {output}")
-    raise typer.Exit(1 if found.unreadable else 0)
+    raise typer.Exit(1 if found.problems else 0)
 
 
 @app.command()
