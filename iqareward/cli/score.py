@@ -83,7 +83,8 @@ def run(job: Job, messages: Console) -> bool:
         for path, problem in problems.items():
             say(messages, f"{path}: {problem}", label="skipped", style="yellow")
         todo = {file: relative for file, relative in files.items() if file not in rows}
-        progress = stack.enter_context(progress_bar(messages))
+        shown = stream is None or not stream.isatty()  # rows on the terminal would be written behind the bar
+        progress = stack.enter_context(progress_bar(messages, shown=shown))
         task = progress.add_task("scoring", total=len(todo))
         for batch in read_ahead(todo, references, device=job.device, batch_size=job.batch_size):
             for loaded, (scores, problem) in zip(batch, score_loaded(rewards, batch), strict=True):
@@ -166,12 +167,12 @@ def _scores(reward: Reward, chosen: Sequence[tuple[int, Tensor, Tensor | None]])
     ).tolist()
 
 
-def progress_bar(messages: Console) -> Progress:
-    """Of files, on standard error."""
+def progress_bar(messages: Console, *, shown: bool = True) -> Progress:
+    """Of files, on standard error if that is a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    return Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal)
+    return Progress(*columns, console=messages, transient=True, disable=not (shown and messages.is_terminal))
 
 
 def _columns(job: Job) -> list[Column]:
@@ -253,7 +254,11 @@ def _up_to_date(job: Job, known: Mapping[Path, Row], facts: Mapping[Path, tuple[
                 f"{job.output} compares {row.path} with {row.reference}, which is not in {job.reference}. "
                 "Choose another --output, or pass --overwrite to lose it."
             )
-    return {path: row for path, row in known.items() if not row.problem and (row.reference, row.inputs) == facts[path]}
+    return {
+        path: row
+        for path, row in known.items()
+        if row.inputs and not row.problem and (row.reference, row.inputs) == facts[path]
+    }
 
 
 def _is_within(file: Path, folder: Path) -> bool:
