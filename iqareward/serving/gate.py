@@ -1,8 +1,10 @@
 """Who may send how much: checked from the headers, before a byte of the body is read."""
 
+import asyncio
 import base64
 import binascii
 import hmac
+import time
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,6 +14,7 @@ from iqareward.serving.memory import Memory, Reservation
 from iqareward.serving.settings import Settings
 
 OPEN_PATHS = ("/healthz",)  # load balancers have no token
+PAUSE = 0.002  # seconds between two answers to requests that are refused or score nothing
 
 
 class Gate:
@@ -31,6 +34,7 @@ class Gate:
         # with a body and without one, so that neither shuts the other out
         self._inflight = {True: 0, False: 0}
         self._memory = Memory(settings.max_inflight_bytes)
+        self._next_turn = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer why not."""
@@ -40,14 +44,24 @@ class Gate:
         try:
             held.grow(self._admit(scope, has_body))
         except ServiceError as error:
+            await self._turn()
             return await error_response(error)(scope, receive, send)
         self._inflight[has_body] += 1
         scope["iqareward.memory"] = held  # for what a body becomes
         try:
+            if not has_body:
+                await self._turn()
             await self.app(scope, receive, send)
         finally:
             self._inflight[has_body] -= 1
             held.release()
+
+    async def _turn(self) -> None:
+        """Wait for one's turn, so that clients who only ask leave the process its time for those who score."""
+        now = time.monotonic()
+        turn = max(now, self._next_turn)
+        self._next_turn = turn + PAUSE
+        await asyncio.sleep(turn - now)
 
     def _admit(self, scope: Scope, has_body: bool) -> int:
         """The size of the body that may be read now."""

@@ -9,6 +9,7 @@ import torch
 
 import iqareward
 from iqareward.rewards.wire import encode_request
+from iqareward.serving import gate
 from iqareward.serving.app import build_app
 from iqareward.serving.dispatch import Service
 from iqareward.serving.settings import Settings
@@ -103,5 +104,24 @@ def test_requests_without_a_body_take_no_room_from_scoring():
         assert (await send(app, "POST", "/v1/score", content=content, headers=SAFETENSORS)).status_code == 200
         release.set()
         assert [response.status_code for response in await asyncio.gather(*waiting)] == [200] * 3
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("path", "token"), [("/healthz", ""), ("/v1/rewards", TOKEN), ("/v1/rewards", "wrong")])
+def test_scoring_does_not_queue_behind_questions(monkeypatch, app, path, token):
+    """Forty clients who ask, or are refused, get their answers one after the other; an image is scored meanwhile."""
+    monkeypatch.setattr(gate, "PAUSE", 0.2)
+
+    async def scenario() -> None:
+        headers = {"authorization": f"Bearer {token}"}
+        asking = [asyncio.ensure_future(send(app, "GET", path, headers=headers)) for _ in range(40)]
+        content = encode_request(torch.rand(1, 3, 32, 32), rewards=["piqe"])
+        headers = SAFETENSORS | {"authorization": f"Bearer {TOKEN}"}
+        assert (await send(app, "POST", "/v1/score", content=content, headers=headers)).status_code == 200
+        assert not all(task.done() for task in asking)
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
 
     asyncio.run(scenario())
