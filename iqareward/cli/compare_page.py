@@ -73,7 +73,8 @@ def _text(text: object) -> str:
 
 def _lede(comparison: Comparison) -> str:
     rewards = comparison.rewards
-    parts = [f"{len(comparison.images)} images, {len(rewards)} reward{'s' * (len(rewards) > 1)}."]
+    counts = {"image": len(comparison.images), "reward": len(rewards)}
+    parts = [", ".join(f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items()) + "."]
     for index, title in enumerate(comparison.titles[1:]):
         for verdict in ("better", "worse"):
             rows = zip(rewards, comparison.differences, strict=True)
