@@ -74,7 +74,7 @@ def flask_server(config: str, threads: int, *options: str) -> Iterator[str]:
     command = [sys.executable, "-m", "benchmarks._serving_flask", "--port", str(port), "--config", config]
     process = subprocess.Popen([*command, "--threads", str(threads), *options], stderr=subprocess.DEVNULL)
     try:
-        for _ in range(600):
+        for _ in range(3000):  # five minutes: on a busy machine its imports alone take one
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
