@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -167,6 +168,7 @@ HOSTILE = (
         "x_y^z~",
         "latin\udce9\u00e0",
         "javascript:alert(1)",
+        "a;=1+1",
     ),
 )
 
@@ -206,8 +208,10 @@ def test_names_cannot_inject_anything(folders: Path, monkeypatch: pytest.MonkeyP
     assert "latin\\udce9\u00e0.png" in page.text
     links = {Path(os.fsdecode(unquote_to_bytes(str(link["href"])))) for link in page.all("a")}
     assert links == {Path(folder, f"{name}.png") for name in HOSTILE for folder in ("blurred", method)}
-    rows = list(csv.reader(io.StringIO(Path("scores.csv").read_text(encoding="utf-8"))))
+    table = Path("scores.csv").read_text(encoding="utf-8")
+    rows = list(csv.reader(io.StringIO(table)))
     assert len(rows) == 1 + 2 * len(HOSTILE)
+    assert not set(re.sub('"[^"]*"', "", table)) & set(";\t")  # quoted is what other programs take for separators
     assert not [cell for row in rows for cell in row[:3] if cell[0] in "=+-@" or "\n" in cell]
 
 

@@ -1,7 +1,5 @@
 """Compare folders of results with a baseline: pair the images, score them, and tell the differences."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +14,7 @@ from rich.table import Table
 
 from iqareward.cli.comparison import Difference, difference
 from iqareward.cli.reading import read_ahead
+from iqareward.cli.results import csv_line, no_formula
 from iqareward.cli.score import check_device, find_references, progress_bar, score_loaded
 from iqareward.cli.text import plain, printable
 from iqareward.image_files import References, find_images
@@ -261,26 +260,21 @@ def _latex_text(text: str) -> str:
 
 def scores_csv(comparison: Comparison) -> str:
     """CSV with a row for each image and folder, and one for each file that was left out; no score is an empty cell."""
-    stream = io.StringIO()
-    table = csv.writer(stream, lineterminator="\n")
-    table.writerow(map(_csv_cell, ("image", "folder", "file", *comparison.rewards, "problem")))
+    lines = [["image", "folder", "file", *comparison.rewards, "problem"]]
     reasons: dict[Path, list[str]] = {}
     for file, reason in comparison.problems:
         reasons.setdefault(file, []).append(reason)
     for index, (image, files) in enumerate(zip(comparison.images, comparison.files, strict=True)):
         for title, file, scores in zip(comparison.titles, files, comparison.scores[:, index].tolist(), strict=True):
             numbers = ("" if score != score else repr(score) for score in scores)
-            problem = "; ".join(reasons.pop(file, ()))
-            table.writerow((*map(_csv_cell, (image, title, file)), *numbers, _csv_cell(problem)))
+            lines.append([*map(_csv_cell, (image, title, file)), *numbers, _csv_cell("; ".join(reasons.pop(file, ())))])
     for file, texts in reasons.items():
-        table.writerow(("", "", _csv_cell(file), *("" for _ in comparison.rewards), _csv_cell("; ".join(texts))))
-    return stream.getvalue()
+        lines.append(["", "", _csv_cell(file), *("" for _ in comparison.rewards), _csv_cell("; ".join(texts))])
+    return "".join(map(csv_line, lines))
 
 
 def _csv_cell(text: object) -> str:
-    """One line; a path that a spreadsheet would take for a formula gets `./` in front, which names the same file."""
-    line = printable(text)
-    return f"./{line}" if line.startswith(("=", "+", "-", "@")) else line
+    return no_formula(printable(text))
 
 
 def summary(problems: Sequence[Problem]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from iqareward.cli.text import plain
 
 FACTS = ("problem", "reference", "inputs")  # columns after the scores
 _UNQUOTED = re.compile(r"[\w ./\\:-]*")  # what no program takes for a separator or quote
-_NO_FORMULA = re.compile(r"[\w./\\~]")  # how a cell may begin; spreadsheets run what begins with = + - @
+_FORMULA = re.compile("[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")  # how it begins, also in full width
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,15 @@ class Rows(Protocol):
 
 
 class CsvRows:
-    """`path,<reward>,...,problem,reference,inputs` with a header; NaN is an empty cell.
-
-    Text is quoted wherever a program could take part of it for a separator, and a path that a spreadsheet would take
-    for a formula gets `./` in front, which names the same file.
-    """
+    """`path,<reward>,...,problem,reference,inputs` with a header; NaN is an empty cell."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)
-        self.head = _line(["path", *columns, *FACTS])
+        self.head = csv_line(["path", *columns, *FACTS])
 
     def dump(self, row: Row) -> str:
         scores = ("" if math.isnan(score) else repr(score) for score in row.scores)
-        return _line([_no_formula(row.path), *scores, row.problem, _no_formula(row.reference), row.inputs])
+        return csv_line([no_formula(row.path), *scores, row.problem, no_formula(row.reference), row.inputs])
 
     def load(self, text: str) -> list[Row]:
         whole = io.StringIO(text[: _end_of_rows(text)], newline="")
@@ -124,7 +120,8 @@ def _check_columns(found: list[str], expected: list[str]) -> None:
         raise _OtherColumnsError(", ".join(found))
 
 
-def _line(cells: Iterable[str]) -> str:
+def csv_line(cells: Iterable[str]) -> str:
+    """A line of CSV; text is quoted wherever a program could take part of it for a separator, be it `;` or a tab."""
     return ",".join(_quoted(cell) for cell in cells) + "\n"
 
 
@@ -132,8 +129,9 @@ def _quoted(cell: str) -> str:
     return cell if _UNQUOTED.fullmatch(cell) else '"' + cell.replace('"', '""') + '"'
 
 
-def _no_formula(path: str) -> str:
-    return path if not path or _NO_FORMULA.match(path) else f"./{path}"
+def no_formula(path: str) -> str:
+    """A path as a cell; what a spreadsheet would take for a formula gets `./` in front, which is the same file."""
+    return f"./{path}" if _FORMULA.match(path) else path
 
 
 def _end_of_rows(text: str) -> int:
@@ -238,7 +236,7 @@ def write_summary(summary: Sequence[Summary], file: Path) -> None:
     text = json.dumps(lines, indent=2) + "\n"
     if file.suffix.lower() == ".csv":
         cells = [["" if cell is None else str(cell) for cell in line.values()] for line in lines]
-        text = "".join(map(_line, [list(Summary._fields), *cells]))
+        text = "".join(map(csv_line, [list(Summary._fields), *cells]))
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as stream:
         stream.write(text.encode())
