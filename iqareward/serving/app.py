@@ -19,7 +19,7 @@ from iqareward.serving.dispatch import Service, answer, chosen, time_limit, unkn
 from iqareward.serving.errors import ServiceError, error_response
 from iqareward.serving.gate import Gate
 from iqareward.serving.legacy import add_legacy_routes
-from iqareward.serving.presence import while_connected
+from iqareward.serving.presence import read_body, while_connected
 from iqareward.serving.recent import Recent
 from iqareward.serving.settings import Settings
 from iqareward.serving.uploads import read_form
@@ -67,7 +67,7 @@ async def _read(request: Request, settings: Settings) -> ScoreRequest:
     """The request in either of the two forms."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == CONTENT_TYPE:
-        body = b"".join([chunk async for chunk in request.stream()])  # `body()` would keep it beside the pixels
+        body = await read_body(request)
         if len(body) <= DECODED_AT_ONCE and int.from_bytes(body[:8], "little") <= HEADER_AT_ONCE:
             return decode_request(body, settings.limits)
         return await asyncio.to_thread(decode_request, body, settings.limits)

@@ -34,7 +34,7 @@ from iqareward.serving.errors import ServiceError
 from iqareward.serving.memory import Reservation
 from iqareward.serving.pictures import decode_pairs
 from iqareward.serving.plain_pickle import loads_plain
-from iqareward.serving.presence import while_connected
+from iqareward.serving.presence import read_body, while_connected
 from iqareward.serving.settings import Settings
 
 MAX_JSON_BYTES = 2**19  # without the pictures
@@ -82,7 +82,7 @@ async def _scored(
     """Status and document of the answer."""
     try:
         async with time_limit(settings.deadline):
-            body = await request.body()
+            body = await read_body(request)
             name, memory = _chosen(reward, service), request.scope["iqareward.memory"]
             decoded = await asyncio.to_thread(lambda: _decoded(read(body), name, service, settings, memory))
             result = await while_connected(request, answer(chosen(service, decoded), decoded))
@@ -146,10 +146,10 @@ def _from_json(body: bytes) -> LegacyCall:
     return LegacyCall(images, references or None, prompts)
 
 
-def _without_long_texts(body: bytes) -> tuple[bytes, dict[str, bytes]]:
+def _without_long_texts(body: bytes) -> tuple[bytes, dict[str, memoryview]]:
     """The JSON with a name in the place of each long text that has no escapes, and these texts by their names."""
     rest: list[bytes] = []
-    texts: dict[str, bytes] = {}
+    texts: dict[str, memoryview] = {}
     position, size, mark = 0, 0, secrets.token_hex(8)
     while position < len(body):
         start = body.find(b'"', position)
@@ -159,7 +159,7 @@ def _without_long_texts(body: bytes) -> tuple[bytes, dict[str, bytes]]:
             start = end = len(body)
         elif end - start > LONG_TEXT and body.find(b"\\", start, end) < 0:
             name = f"{mark}-{len(texts)}"
-            texts[name] = body[start + 1 : end]
+            texts[name] = memoryview(body)[start + 1 : end]
             end, stand_in = end + 1, f'"{name}"'.encode()
         else:
             text = _TEXT.match(body, start, start + MAX_JSON_BYTES)
@@ -172,7 +172,7 @@ def _without_long_texts(body: bytes) -> tuple[bytes, dict[str, bytes]]:
     return b"".join(rest), texts
 
 
-def _from_base64(text: object, texts: dict[str, bytes], index: int) -> bytes:
+def _from_base64(text: object, texts: dict[str, memoryview], index: int) -> bytes:
     try:
         if not isinstance(text, str):
             raise TypeError

@@ -12,6 +12,7 @@ from typing import Any, final
 
 MAX_OPCODES = 100_000  # 1024 images with references, prompts and GenEval's metadata have 67,000
 MAX_TEXT_BYTES = 2**20  # decoding a text holds up all other threads
+PIECE = 2**20  # bytes that are copied at once
 
 # The known opcodes and the bytes of their arguments: what Python 3 writes for None, bool, int, float, str, bytes, list,
 # tuple and dict in protocols 3 to 5.
@@ -67,7 +68,11 @@ class _Program:
         start, self._position = self._position, self._position + size
         if self._position > len(self._body):
             raise ValueError("expected a pickle, got one that ends early.")
-        return self._body[start : self._position]
+        if size <= PIECE:
+            return self._body[start : self._position]
+        # Python lets other threads run while it joins, but not while it slices
+        pieces = range(start, self._position, PIECE)
+        return b"".join([self._body[piece : min(piece + PIECE, self._position)] for piece in pieces])
 
     def step(self) -> tuple[bytes, bytes]:
         """The next opcode and its argument."""

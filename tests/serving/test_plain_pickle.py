@@ -143,6 +143,12 @@ def test_bombs(name):
         loads_plain(body)
 
 
+def test_large_files():
+    """Bytes that are read in pieces come back whole, whatever their length is."""
+    body = [bytes(range(256)) * 2**14 + bytes(rest) for rest in (0, 1, 2**20 - 1)]
+    assert loads_plain(pickle.dumps(body)) == body
+
+
 def test_large_numbers_in_the_memo_cost_nothing():
     """Python's machine makes room for as many entries as the number says."""
     assert loads_plain(b"\x80\x02]r\xff\xff\xff\xff.") == []
