@@ -1,18 +1,22 @@
 """Rewards give their device back and take it again, over HTTP."""
 
 import asyncio
+from typing import Any
 
 import httpx2
 import pytest
 import torch
+from torch import Tensor
 
 import iqareward
 from iqareward.rewards.calls import Call
+from iqareward.rewards.loading import LazyModel
 from iqareward.rewards.wire import encode_request
 from iqareward.serving.replica import Failed, RewardReplica, pack
 from iqareward.serving.settings import Settings
+from iqareward.types import Images
 from tests.serving.in_process import SAFETENSORS, application, error_of, get, post, run, send, served
-from tests.serving.judges import Weighty
+from tests.serving.judges import Weighty, means
 
 CALL = Call(torch.full((2, 3, 32, 32), 0.5))
 
@@ -142,3 +146,43 @@ def test_a_process_that_starts_while_the_reward_sleeps():
 
     asyncio.run(scenario())
     assert reward.diary == ["loaded", "scored", "scored"]
+
+
+class Wide:
+    """The mean of each image through a network of 256 MiB."""
+
+    name, bounds = "wide", (None, None)
+    needs_references = needs_prompts = differentiable = False
+
+    def __init__(self) -> None:
+        self._loader = LazyModel(lambda device: torch.nn.Linear(2**13, 2**13, bias=False, device=device), "cuda")
+        self.offload, self.onload = self._loader.offload, self._loader.onload
+
+    def __call__(self, images: Images, references: Any = None, prompts: Any = None, **ignored: Any) -> Tensor:
+        self._loader.get(images)(torch.zeros(1, 2**13, device=images[0].device))
+        return means(images)
+
+
+@pytest.mark.gpu
+def test_the_memory_of_the_device_is_given_back():
+    """Asleep, a process has none of the network on the GPU, also not as a reserve; awake it scores as before."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    told = [False]
+    replica = RewardReplica(Wide(), device="cuda", told_to_sleep=lambda: told[-1])
+
+    async def scenario() -> list[int]:
+        first = await replica.score(*pack(CALL))
+        held = [torch.cuda.memory_reserved()]
+        for asleep in (True, False):
+            told.append(asleep)
+            assert await replica.settle() is None
+            held.append(torch.cuda.memory_reserved())
+        again = await replica.score(*pack(CALL))
+        assert not isinstance(first, Failed)
+        assert not isinstance(again, Failed)
+        assert first[0].tolist() == again[0].tolist() == [0.5, 0.5]
+        return held
+
+    before, resting, after = asyncio.run(scenario())
+    assert min(before, after) - resting >= 2**28
