@@ -456,6 +456,7 @@ def test_version() -> None:
     [
         (["{photos}", "--reward", "nique"], "niqe"),
         (["{photos}", "--reward", "ssim"], "pass --reference"),
+        (["{photos}", "--reward", "ssim", "--reference", "{photos}/deep"], "none of 5 pictures has a reference in"),
         (["{photos}", "--reward", "piqe", "--reward", "piqe"], "given twice"),
         (["no/such/folder", "--reward", "piqe"], "brings no image"),
         (["{photos}", "--reward", "piqe", "--format", "table", "--output", "x.csv"], "a table is for reading"),

@@ -76,6 +76,8 @@ def run(job: Job, messages: Console) -> bool:
     references = find_references(rewards, job.reference)
     files, problems = find_images(job.paths)
     facts = {file: _facts(file, relative, references) for file, relative in files.items()}
+    if references is not None and not any(reference for reference, _ in facts.values()):
+        raise ValueError(f"none of {len(files)} pictures has a reference in {job.reference}: they need the same paths.")
     with ExitStack() as stack:
         rows, stream = stack.enter_context(_results(job, form, facts, messages))
         if form is None:
