@@ -1,5 +1,6 @@
 """`iqareward train` on a few small pictures: what it writes, that a killed run goes on, what it says of mistakes."""
 
+import io
 import json
 import signal
 import subprocess
@@ -20,7 +21,7 @@ pytest.importorskip("accelerate", reason="training needs the extra diffusers")
 from iqareward.cli import app
 from iqareward.cli.train import EXAMPLE
 from iqareward.cli.train_config import HeldOut, Supervised, TrainConfig, read_config
-from iqareward.cli.train_data import split
+from iqareward.cli.train_data import folder_pairs, split
 from iqareward.diffusion.checkpoint import load_state
 from iqareward.diffusion.data.degradations import Degradation
 from iqareward.diffusion.data.textures import synthetic_images
@@ -85,7 +86,10 @@ def test_a_run_leaves_what_it_promises(folder: Path) -> None:
     assert [line["update"] for line in lines] == [0, 1, 2]
     assert {"reward", "difficulty", "rl_share", "sft_share", "validation/psnr"} <= lines[-1].keys()
     with Image.open("run/samples-000002.png") as grid:
-        assert grid.size == (2 * 16, 3 * 16)
+        assert min(grid.size) > 2 * 256
+    sft = [json.loads(line) for line in Path("run/history-sft.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in sft] == [1, 2, 3]
+    assert all(line["sft_loss"] > 0 for line in sft)
     learnt = load_state(Path("run/checkpoint.pt"))["learner"]["model"]
     for name, weight in weights("run").items():
         torch.testing.assert_close(weight, learnt[name], **EXACT)
@@ -96,7 +100,8 @@ def test_a_run_leaves_what_it_promises(folder: Path) -> None:
 
 def test_no_held_out_file_is_trained_on() -> None:
     """Files, not crops, are parted, and all of them are used."""
-    data = split(read_config(settings()))
+    config = read_config(settings())
+    data = split(config, folder_pairs(config))
     train_files, held_out_files = ({place // 2 for place in part.ids} for part in data)
     assert not train_files & held_out_files
     assert len(train_files) == 4
@@ -104,25 +109,47 @@ def test_no_held_out_file_is_trained_on() -> None:
     assert len(data.train) == 8
 
 
-def test_a_killed_run_goes_on_where_it_was(folder: Path) -> None:
-    """Killed without warning amid RL, then resumed, it ends with the numbers of a run that nothing has happened to."""
-    file = settings("killed", updates=10_000)
+def kill_when(lines: int, history: Path, file: Path) -> str:
+    """Start the command, kill it once a history has so many lines; returns what it has said on standard error."""
     program = "import sys; from iqareward.cli import app; app(['train', '--config', sys.argv[1]])"
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(file)], stderr=subprocess.DEVNULL)
-    checkpoint, deadline = Path("killed/checkpoint.pt"), time.monotonic() + 300
+    command = [sys.executable, "-W", "ignore", "-c", program, str(file)]
+    deadline = time.monotonic() + 600
+    with Path("said.txt").open("w") as said:
+        process = subprocess.Popen(command, stderr=said)
     try:
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not history.exists() or len(history.read_text().splitlines()) < lines:
+            assert process.poll() is None, "the run ended by itself"
+            assert time.monotonic() < deadline, "no line in time"
             time.sleep(0.01)
-        assert process.poll() is None, "the run ended by itself"
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    updates = load_state(checkpoint)["updates"] + 2
+    return Path("said.txt").read_text()
+
+
+def test_a_killed_run_goes_on_where_it_was(folder: Path) -> None:
+    """Killed amid RL, it has shown every update; resumed it ends with the numbers of a run that was never killed."""
+    file = settings("killed", updates=10_000)
+    file.write_text(file.read_text().replace("save_every = 1", "save_every = 2"))
+    said = kill_when(4, Path("killed/history.jsonl"), file)
+    assert "RL 1/10000  " in said
+    assert not [word for word in ("torchao", "pytree", "kernels") if word in said], "a warning of another package"
+    updates = load_state(Path("killed/checkpoint.pt"))["updates"] + 2
+    assert updates > 2
     train(settings("killed", updates), "--resume")
     train(settings("unbroken", updates))
     assert Path("killed/history.jsonl").read_text() == Path("unbroken/history.jsonl").read_text()
     for name, weight in weights("unbroken").items():
         torch.testing.assert_close(weights("killed")[name], weight, **EXACT)
+
+
+def test_killed_during_sft_it_can_begin_anew(folder: Path) -> None:
+    """Nothing is in the way of a run with other settings, and its history of SFT is its own."""
+    file = settings()
+    file.write_text(file.read_text().replace("sft.updates = 3", "sft.updates = 100000"))
+    kill_when(5, Path("run/history-sft.jsonl"), file)
+    train(settings(updates=1))
+    assert len(Path("run/history-sft.jsonl").read_text().splitlines()) == 3
 
 
 def test_stopped_during_sft_it_begins_sft_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +163,7 @@ def test_stopped_during_sft_it_begins_sft_again(folder: Path, monkeypatch: pytes
         torch.testing.assert_close(weights("stopped")[name], weight, **EXACT)
 
 
-def stop(*arguments: object) -> None:
+def stop(*arguments: object, **options: object) -> None:
     """A person presses Control-C."""
     raise KeyboardInterrupt
 
@@ -180,7 +207,7 @@ CHANGES = {
     "blind reward": ('"haarpsi"', '"niqe"', "`reward`: niqe gives no score for crops of 16 pixels"),
     "folder": ('"photos"', '"fotos"', "expected a folder of images, got fotos"),
     "model": ('"tiny"', '"huge"', "expected model as one of"),
-    "size of the images": ("size = 16", "size = 32", "24x24, smaller than `size` 32"),
+    "size of the images": ("size = 16", "size = 32", "at least 32 x 32, got photos/0.png of 24 x 24"),
     "size for the model": ("size = 16", "size = 18", "`size` expected a multiple of 4"),
     "too few images": ("validation.images = 2", "validation.images = 6", "without the 6 of `validation.images` give 0"),
     "too few crops": ("sft.batch_size = 4", "sft.batch_size = 9", "`sft.batch_size` need 9 crops"),
@@ -193,7 +220,7 @@ def test_mistakes_are_named(mistake: str) -> None:
     line, sentence = MISTAKES[mistake]
     said = train(settings(more=line), code=2)
     assert sentence in " ".join(said.split())
-    assert not Path("run/sft").exists()
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("mistake", CHANGES)
@@ -203,7 +230,108 @@ def test_settings_that_do_not_fit_are_named(mistake: str) -> None:
     file = settings()
     file.write_text(file.read_text().replace(before, after))
     assert sentence in " ".join(train(file, code=2).split())
-    assert not Path("run/sft").exists()
+    assert not Path("run").exists()
+
+
+def out_of_memory(*arguments: object, **options: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+
+def no_server(*arguments: object, **options: object) -> None:
+    raise ConnectionError("no answer from the tracker's server")
+
+
+FAILURES = {
+    "memory for SFT": (
+        "iqareward.cli.train.supervised",
+        out_of_memory,
+        "lower sft.batch_size or size and start again",
+        1,
+    ),
+    "memory for the model": ("iqareward.cli.train.build_restorer", out_of_memory, "out of memory. Lower", 1),
+    "tracker": ("accelerate.Accelerator.init_trackers", no_server, "no answer from the tracker", 2),
+    "interrupted": ("iqareward.cli.train.supervised", stop, "Stopped", 130),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failed_start_leaves_the_folder_as_it_was(
+    failure: str, existed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails before the first update: no file is left, so that the same command works afterwards."""
+    name, fails, sentence, code = FAILURES[failure]
+    if existed:
+        Path("run").mkdir()
+        Path("run/notes.txt").write_text("mine")
+    monkeypatch.setattr(name, fails)
+    assert sentence in " ".join(train(settings(more='trackers = ["tensorboard"]'), code=code).split())
+    assert Path("run").exists() == existed
+    if existed:
+        assert [item.name for item in Path("run").iterdir()] == ["notes.txt"]
+
+
+def test_a_model_folder_without_weights_leaves_nothing() -> None:
+    """Put right, the same file works."""
+    Path("empty").mkdir()
+    file = settings()
+    file.write_text(file.read_text().replace('"tiny"', '"empty"'))
+    assert "empty" in train(file, code=2)
+    assert not Path("run").exists()
+    train(settings(updates=1))
+
+
+def test_what_sft_has_done_outlives_a_failure_of_rl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh start is told to resume; what concerns RL alone may be mended, what SFT was made with may not."""
+    with monkeypatch.context() as patch:
+        patch.setattr("iqareward.diffusion.trainer.DifficultyAdaptiveTrainer.calibrate", out_of_memory)
+        assert "go on with --resume" in " ".join(train(settings(), code=1).split())
+    assert "holds a run that has done its SFT. Go on with --resume" in " ".join(train(settings(), code=2).split())
+    assert "`seed` was 0, is 3" in " ".join(train(settings(more="seed = 3"), "--resume", code=2).split())
+    before = Path("run/history-sft.jsonl").stat().st_mtime_ns
+    train(settings(updates=1, more="optimization.micro_batch = 2"), "--resume")
+    assert Path("run/history-sft.jsonl").stat().st_mtime_ns == before
+
+
+def test_files_that_cannot_be_used_are_named_and_left_out() -> None:
+    """Truncated, empty or too small: the run goes on with the others, and none of them is trained on."""
+    whole = Path("photos/0.png").read_bytes()
+    Path("photos/a-truncated.png").write_bytes(whole[: len(whole) // 2])
+    Path("photos/b-empty.jpg").touch()
+    Image.new("RGB", (15, 40)).save("photos/c-narrow.png")
+    said = train(settings(updates=1))
+    assert "3 of 9 images cannot be used and are left out:" in said
+    for name in ("a-truncated.png", "b-empty.jpg", "c-narrow.png"):
+        assert f"photos/{name}" in said
+    assert "8 crops to train on, 2 held out" in said
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    """The first and the last update of SFT and RL, with what matters and without control characters."""
+    said = train(settings(updates=1))
+    assert "SFT 1/3  sft_loss " in said
+    assert "SFT 3/3  " in said
+    line = next(line for line in said.splitlines() if line.startswith("RL 1/1  "))
+    for word in ("rl_loss", "sft_loss", "reward", "scored 100%", "skipped 0", "s each", "left"):
+        assert f"  {word}" in line or f"{word}  " in line or line.endswith(word)
+    assert not {"\x1b", "\r"} & set(said)
+
+
+def test_trackers_get_losses_of_both_phases_and_the_grids() -> None:
+    """In the order of their steps, SFT first, as trackers want it; the last grid is the picture of the last file."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings(more='trackers = ["tensorboard"]'))
+    events = EventAccumulator("run/logs/iqareward").Reload()
+    steps = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert steps["sft/loss"] == [1, 2, 3]
+    assert steps["validation/psnr"] == [3, 5]
+    assert steps["reward"] == steps["sft_loss"] == [4, 5]
+    first, last = events.Images("samples")
+    assert (first.step, last.step) == (3, 5)
+    with Image.open("run/samples-000002.png") as grid, Image.open(io.BytesIO(last.encoded_image_string)) as shown:
+        assert shown.tobytes() == grid.tobytes()
 
 
 def test_runs_are_not_mixed_up(folder: Path) -> None:
@@ -212,7 +340,7 @@ def test_runs_are_not_mixed_up(folder: Path) -> None:
     assert "Go on with --resume" in train(settings(updates=1), code=2)
     said = " ".join(train(settings(updates=1, more="seed = 3\noptimization.kl_beta = 0.5"), "--resume", code=2).split())
     assert "`seed` was 0, is 3; `optimization.kl_beta` was 0.0, is 0.5" in said
-    train(settings(updates=2, more="resume = true"))
+    train(settings(updates=2, more="resume = true\noptimization.micro_batch = 2\nsampling.inputs_at_once = 3"))
     assert len(Path("run/history.jsonl").read_text().splitlines()) == 3
 
 
@@ -222,6 +350,8 @@ def test_a_run_that_has_to_stop_says_why(folder: Path) -> None:
     assert "made weights that are not finite" in " ".join(said.split())
     assert load_state(Path("run/checkpoint.pt"))["updates"] == 0
     assert not Path("run/model").exists()
+    train(settings(updates=1, more="optimization.learning_rate = 1e-4"), "--resume")
+    assert len(Path("run/history.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_tracker_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,29 @@
 """Train a restorer on a folder of images: SFT if it starts from scratch, then difficulty-adaptive RL."""
 
-from collections.abc import Callable, Mapping
+import logging
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from iqareward.atomic import write_text
+from iqareward.cli.text import say
 from iqareward.cli.train_config import PRESETS, TrainConfig, read_config
-from iqareward.cli.train_data import Data, check_rewards, split
-from iqareward.diffusion.checkpoint import load_trained_weights
+from iqareward.cli.train_data import Data, check_rewards, folder_pairs, split, unusable
+from iqareward.diffusion.checkpoint import CHECKPOINT, latest, load_state, load_trained_weights
+from iqareward.diffusion.finite import TrainingError
 from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.policy import unwrapped
 from iqareward.diffusion.policy_gradient import PolicyGradient
 from iqareward.diffusion.restorer import build_restorer, load_restorer, save_restorer
-from iqareward.diffusion.run_folder import described, differences, exclusive
+from iqareward.diffusion.run_folder import LOCK, described, differences, exclusive
 from iqareward.diffusion.sft import supervised
 from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
 from iqareward.diffusion.validation import Validation
@@ -26,7 +32,31 @@ from iqareward.rewards.catalog import load
 from iqareward.types import Reward
 
 EXAMPLE = Path(__file__).with_name("train.toml")
-MAY_CHANGE = ("resume", "save_every", "trackers", "updates")  # without making a resumed run another one
+# What may change without making a resumed run another one.
+MAY_CHANGE = ("resume", "save_every", "trackers", "updates", "sampling.inputs_at_once", "optimization.micro_batch")
+# The same while only SFT is done: what SFT has not used.
+NOT_IN_SFT = (
+    "reward",
+    "objective",
+    "sampling",
+    "optimization",
+    "validation.judges",
+    "validation.every",
+    "validation.stop_on",
+    "validation.patience",
+)
+SFT_HISTORY = "history-sft.jsonl"
+LESS_MEMORY = (
+    "Lower sampling.inputs_at_once or optimization.micro_batch and go on with --resume; if it was SFT that failed, "
+    "lower sft.batch_size or size and start again."
+)
+SHOWN = 10  # files that are left out and named
+# Who warns, as diffusers imports what it needs for quantised models, of packages that are not used here.
+IMPORT_WARNINGS = (
+    "bitsandbytes.backends.cpu.ops",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch.utils._pytree",
+)
 
 
 def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
@@ -39,24 +69,26 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
 
     Raises:
         ValueError: a key, image or earlier run does not fit, or another run uses `output`; it is named.
-        TrainingError: the run cannot go on; see `DifficultyAdaptiveTrainer.train`.
+        TrainingError: the run cannot go on, see `DifficultyAdaptiveTrainer.train`; or the device has too little memory.
         ImportError: the extra `diffusers`, a tracker or a reward's package is missing.
     """
     config = read_config(file)
     resume = resume or config.resume
-    accelerator, data = _accelerator(config), split(config)
+    accelerator = _accelerator(config)
+    _import_diffusers()
+
+    def tell(text: str) -> None:
+        if accelerator.is_main_process:
+            say(messages, text)
+
+    data = _data(config, accelerator, tell)
     reward = load(config.reward, device=accelerator.device)
     judges = {name: load(name, device=accelerator.device) for name in config.validation.judges}
     check_rewards({"reward": reward, **{f"validation.judges {name}": judge for name, judge in judges.items()}}, data)
-
-    def say(text: str) -> None:
-        if accelerator.is_main_process:
-            messages.print(text, soft_wrap=True, highlight=False)
-
-    with exclusive(config.output, accelerator):
+    with _folder(config.output, accelerator):
         _open_output(config, file, accelerator, resume=resume)
-        say(f"{len(data.train)} crops to train on, {len(data.held_out)} held out; everything goes to {config.output}/")
-        policy = _starting_policy(config, data, accelerator, resume=resume)
+        tell(f"{len(data.train)} crops to train on, {len(data.held_out)} held out; everything goes to {config.output}/")
+        policy = _starting_policy(config, data, accelerator)
         trainer = DifficultyAdaptiveTrainer(
             policy,
             reward,
@@ -67,12 +99,43 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
             optimization=config.optimization,
             validation=_validation(config, data, judges),
             accelerator=accelerator,
+            sft_updates=config.sft.updates if config.model in PRESETS else 0,
             seed=config.seed,
         )
         every = config.validation.every
         trainer.train(config.updates, save_every=config.save_every, validate_every=every, resume=resume)
         accelerator.end_training()
-        return _finish(trainer, policy, config, say)
+        return _finish(trainer, policy, config, tell)
+
+
+def _import_diffusers() -> None:
+    """Import the model class of diffusers without the warnings of packages for quantised models."""
+    loggers = [logging.getLogger(name) for name in IMPORT_WARNINGS]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        require("diffusers.models.unets.unet_2d", extra="diffusers", purpose="iqareward train")
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _data(config: TrainConfig, accelerator: Any, tell: Callable[[str], None]) -> Data:
+    """The images, without those that cannot be used; each process looks at its share of them."""
+    from accelerate.utils import gather_object
+
+    pairs = folder_pairs(config)
+    mine = range(len(pairs.names))[accelerator.process_index :: accelerator.num_processes]
+    found = unusable(pairs, mine, shown=accelerator.is_main_process)
+    left_out: dict[int, str] = dict(gather_object(list(found.items())))
+    if left_out:
+        tell(f"{len(left_out)} of {len(pairs.names)} images cannot be used and are left out:")
+        for problem in list(left_out.values())[:SHOWN]:
+            tell(f"  {problem}")
+        if len(left_out) > SHOWN:
+            tell(f"  and {len(left_out) - SHOWN} more")
+    return split(config, pairs, left_out)
 
 
 def _accelerator(config: TrainConfig) -> Any:
@@ -94,30 +157,75 @@ def _accelerator(config: TrainConfig) -> Any:
     return accelerate.Accelerator(log_with=list(config.trackers) or None, project_dir=config.output / "logs")
 
 
+def _begun(output: Path) -> str:
+    """What a run has left in `output` that is worth going on from, in words; an update is, the calibration is not.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    file = latest(output / CHECKPOINT)
+    if file is not None and load_state(file).get("updates") != 0:
+        return "a run"
+    return "a run that has done its SFT" if (output / "sft").is_dir() else ""
+
+
+@contextmanager
+def _folder(output: Path, accelerator: Any) -> Generator[None]:
+    """Take `output` for this run; if it fails before the first update, leave the folder as it was."""
+    before = {item.name for item in output.iterdir()} if output.is_dir() else None
+    with exclusive(output, accelerator):
+        try:
+            yield
+        except BaseException as error:
+            worth_keeping = any((output / name).exists() for name in (SFT_HISTORY, "sft", CHECKPOINT))
+            if accelerator.is_main_process and not worth_keeping:
+                _remove(output, before)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise TrainingError(f"{str(error).partition('. ')[0]}. {LESS_MEMORY}") from error
+            raise
+
+
+def _remove(output: Path, before: set[str] | None) -> None:
+    """Remove what was not there before, the lock last, because the folder is free from then on."""
+    for item in sorted(output.iterdir(), key=lambda item: item.name == LOCK):
+        if item.name in (before or ()):
+            continue
+        if item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
+    if before is None:
+        with suppress(OSError):  # another run has just taken it
+            output.rmdir()
+
+
 def _open_output(config: TrainConfig, file: Path, accelerator: Any, *, resume: bool) -> None:
     """Keep a copy of the settings in `output`, beside which a resumed run must not differ."""
-    copy = config.output / "config.toml"
-    if copy.is_file() and not resume:
-        raise ValueError(f"{config.output} holds a run. Go on with --resume, or choose another `output`.")
-    if copy.is_file():
-        before = read_config(copy)
-        changed = differences(described(before, without=MAY_CHANGE), described(config, without=MAY_CHANGE))
+    copy, begun = config.output / "config.toml", _begun(config.output)
+    if begun and not resume:
+        raise ValueError(f"{config.output} holds {begun}. Go on with --resume, or choose another `output`.")
+    if begun and copy.is_file():
+        may = MAY_CHANGE if begun == "a run" else MAY_CHANGE + NOT_IN_SFT
+        found = differences(described(read_config(copy)), described(config))
+        changed = {key: words for key, words in found.items() if not key.startswith(may)}
         if changed:
             listed = "; ".join(f"`{key}` {words}" for key, words in changed.items())
             raise ValueError(
                 f"{file} differs from the run in {config.output}: {listed}. A resumed run may change "
-                f"{', '.join(MAY_CHANGE)} only: restore the others, or choose another `output`."
+                f"{', '.join(may)} only: restore the others, or choose another `output`."
             )
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
+        if begun != "a run":
+            (config.output / CHECKPOINT).unlink(missing_ok=True)  # of no update, and maybe of other settings
         write_text(copy, file.read_text(encoding="utf-8"))
 
 
-def _starting_policy(config: TrainConfig, data: Data, accelerator: Any, *, resume: bool) -> PixelPolicy:
+def _starting_policy(config: TrainConfig, data: Data, accelerator: Any) -> PixelPolicy:
     """The model before RL: from a folder, from the SFT of the run to be resumed, or from SFT now."""
     kept = config.output / "sft"
     scratch = config.model in PRESETS
-    if not scratch or (resume and kept.is_dir()):
+    if not scratch or kept.is_dir():
         policy = load_restorer(kept if scratch else config.model)
     else:
         channels, layers = PRESETS[config.model]
@@ -128,6 +236,8 @@ def _starting_policy(config: TrainConfig, data: Data, accelerator: Any, *, resum
         raise ValueError(f"key `size` expected a multiple of {factor} for this model, got {config.size}.")
     if scratch and not kept.is_dir():
         sft = config.sft
+        if config.trackers:
+            accelerator.init_trackers("iqareward")
         supervised(
             policy,
             data.train,
@@ -135,6 +245,7 @@ def _starting_policy(config: TrainConfig, data: Data, accelerator: Any, *, resum
             batch_size=sft.batch_size,
             learning_rate=sft.learning_rate,
             accelerator=accelerator,
+            history_file=config.output / SFT_HISTORY,
             seed=config.seed,
         )
         if accelerator.is_main_process:
@@ -156,7 +267,7 @@ def _validation(config: TrainConfig, data: Data, judges: Mapping[str, Reward]) -
 
 
 def _finish(
-    trainer: DifficultyAdaptiveTrainer, policy: PixelPolicy, config: TrainConfig, say: Callable[[str], None]
+    trainer: DifficultyAdaptiveTrainer, policy: PixelPolicy, config: TrainConfig, tell: Callable[[str], None]
 ) -> Path:
     """Write the model, and tell what became of the held-out images and where things are."""
     best, model = config.output / "best.safetensors", config.output / "model"
@@ -168,10 +279,10 @@ def _finish(
     looks = [line for line in trainer.history if "validation/reward" in line]
     for name in ("reward", *config.validation.judges):
         first, last = (looks[place][f"validation/{name}"] for place in (0, -1))
-        say(f"  {name}, held-out images: {first:.4g} before RL, {last:.4g} after {looks[-1]['update']} updates")
+        tell(f"  {name}, held-out images: {first:.4g} before RL, {last:.4g} after {looks[-1]['update']} updates")
     if looks[-1]["alarms"]:
-        say(f"[yellow]The monitor warns:[/] {looks[-1]['alarms']}")
-    say(f"{model}/ is the trained restorer, for iqareward.diffusion.restorer.load_restorer")
-    say(f"{trainer.history_file} has a line per update; samples-*.png beside it show held-out images")
-    say(f"{trainer.checkpoint}: with --resume and more `updates` the run goes on")
+        tell(f"The monitor warns: {looks[-1]['alarms']}")
+    tell(f"{model}/ is the trained restorer, for iqareward.diffusion.restorer.load_restorer")
+    tell(f"{trainer.history_file} has a line per update; samples-*.png beside it show held-out images")
+    tell(f"{trainer.checkpoint}: with --resume and more `updates` the run goes on")
     return model

@@ -1,17 +1,17 @@
 """The images that `iqareward train` learns from and those that it is judged by."""
 
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 from iqareward.cli.train_config import PRESETS, TrainConfig
-from iqareward.diffusion.data.pairs import FolderPairs
+from iqareward.diffusion.data.pairs import READERS, FolderPairs
 from iqareward.diffusion.data.views import Subset
 from iqareward.diffusion.noise import generator
-from iqareward.image_files import open_image
+from iqareward.diffusion.progress import progress_bar
 from iqareward.rewards.scoring import UnscoredWarning
 from iqareward.types import Reward
 
@@ -23,36 +23,71 @@ class Data(NamedTuple):
     held_out: Subset
 
 
-def split(config: TrainConfig) -> Data:
-    """The folder of the settings, parted by the seed; a held-out file gives one crop.
+def folder_pairs(config: TrainConfig) -> FolderPairs:
+    """All crops of the folder of the settings.
 
     Raises:
-        ValueError: a file is too small or unreadable, or there are too few; the key is named.
+        ValueError: a folder is missing or holds no image, or a degraded image is missing.
+    """
+    return FolderPairs(
+        config.folder, config.size, config.degradation, config.seed, config.degraded_folder, config.crops
+    )
+
+
+def unusable(pairs: FolderPairs, files: Sequence[int], *, shown: bool = True) -> dict[int, str]:
+    """Read every file once, because a damaged one is better known now than after hours.
+
+    Args:
+        pairs: the crops.
+        files: places in `pairs.names`.
+        shown: show the progress on the error stream.
+
+    Returns:
+        place -> why no crop can be cut from the file, for those that cannot be used.
+    """
+
+    def problem(file: int) -> str:
+        try:
+            pairs.batch([file * pairs.crops])
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    found: dict[int, str] = {}
+    readers = ThreadPoolExecutor(READERS)
+    try:
+        with progress_bar("reading images", len(files), shown=shown) as advance:
+            for file, text in zip(files, readers.map(problem, files), strict=True):
+                if text:
+                    found[file] = text
+                advance({})
+    finally:
+        readers.shutdown(cancel_futures=True)  # so that Control-C does not wait for the whole folder
+    return found
+
+
+def split(config: TrainConfig, pairs: FolderPairs, left_out: Collection[int] = ()) -> Data:
+    """The crops without those of files that are left out, parted by the seed; a held-out file gives one crop.
+
+    Raises:
+        ValueError: there are too few files; the key is named.
     """
     crops = config.crops
-    pairs = FolderPairs(config.folder, config.size, config.degradation, config.seed, config.degraded_folder, crops)
-    for name in pairs.names:
-        _check_size(Path(config.folder) / name, config.size)
     order = torch.randperm(len(pairs.names), generator=generator(config.seed)).tolist()
-    held_out, train = (sorted(part) for part in (order[: config.validation.images], order[config.validation.images :]))
+    usable = [file for file in order if file not in left_out]
+    held_out, train = (
+        sorted(part) for part in (usable[: config.validation.images], usable[config.validation.images :])
+    )
     scratch = config.model in PRESETS and config.sft.updates > 0
     needed = max(config.optimization.inputs_per_update, config.sft.batch_size if scratch else 1)
     if len(train) * crops < needed:
         raise ValueError(
-            f"`optimization.inputs_per_update` and `sft.batch_size` need {needed} crops, but {len(pairs.names)} images "
-            f"in {config.folder} without the {config.validation.images} of `validation.images` give "
+            f"`optimization.inputs_per_update` and `sft.batch_size` need {needed} crops, but {len(usable)} usable "
+            f"images in {config.folder} without the {config.validation.images} of `validation.images` give "
             f"{len(train) * crops}. Lower them, raise `crops`, or bring more images."
         )
     ids = tuple(file * crops + crop for file in train for crop in range(crops))
     return Data(Subset(pairs, ids), Subset(pairs, tuple(file * crops for file in held_out)))
-
-
-def _check_size(path: Path, size: int) -> None:
-    """Say now, not after hours, that a file cannot be used; only its header is read."""
-    with open_image(path) as image:
-        sides = image.size
-    if min(sides) < size:
-        raise ValueError(f"{path} is {sides[0]}x{sides[1]}, smaller than `size` {size}. Lower `size` or remove it.")
 
 
 def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iqareward.atomic import PART, atomic_write, write_text
 
+CHECKPOINT = "checkpoint.pt"  # in the folder of a run
 # A checkpoint is what torch.save writes, followed by this word and the SHA-256 of all before it. torch.load reads past
 # both, so that other programs can open the file.
 MARK, DIGEST_BYTES = b"iqareward sha256", 32
@@ -92,11 +93,20 @@ def _keep(path: Path) -> None:
 
 def save_lines(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Write records as JSON lines, null for NaN and infinity; `path` holds the old or the new file, never a part."""
-    lines = [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        for record in history
-    ]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(map(_line, history)))
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a record to the file of `save_lines`, for a reader who looks at once."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite) + "\n"
 
 
 def load_state(path: Path) -> dict[str, Any]:

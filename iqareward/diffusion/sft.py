@@ -1,11 +1,13 @@
 """Supervised fine-tuning: what a model goes through before RL, and the baseline that RL has to beat."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from iqareward.diffusion.batches import InputOrder, read_batch
+from iqareward.diffusion.checkpoint import append_line
 from iqareward.diffusion.data.pairs import Pairs
 from iqareward.diffusion.finite import TrainingError, require_usable_weights, step_if_finite
 from iqareward.diffusion.forward_process import draw_times
@@ -28,6 +30,7 @@ def supervised(
     max_grad_norm: float = 1.0,
     ema_decay: float = 0.0,
     accelerator: Any = None,
+    history_file: Path | None = None,
     show_progress: bool = True,
     seed: int = 0,
 ) -> list[float]:
@@ -46,12 +49,13 @@ def supervised(
         weight_decay: of AdamW.
         max_grad_norm: longer gradients are shortened to this.
         ema_decay: above 0, the model ends with the running average of its weights.
-        accelerator: of accelerate; a default one if not given.
-        show_progress: draw a progress bar.
+        accelerator: of accelerate; a default one if not given. Its trackers get the loss as "sft/loss".
+        history_file: gets a JSON line per update as it ends; what was in it before is removed.
+        show_progress: show a progress bar, or lines where there is no terminal.
         seed: of everything random.
 
     Returns:
-        The mean loss of each update, over the inputs of this process.
+        The mean loss of each update.
 
     Raises:
         ValueError: there are fewer pairs than `batch_size`.
@@ -72,7 +76,10 @@ def supervised(
     policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, max(num_updates, 1))
     average = EMAModel(weights, decay=ema_decay, use_ema_warmup=True) if ema_decay else None
-    losses, failures, why = [], 0, ""
+    losses: list[float] = []
+    failures, why = 0, ""
+    if history_file is not None and accelerator.is_main_process:
+        history_file.unlink(missing_ok=True)
     with progress_bar("SFT", num_updates, shown=show_progress and accelerator.is_main_process) as advance:
         for update in range(num_updates):
             ids = order.ids(update, rank=rank, world=world)
@@ -86,22 +93,28 @@ def supervised(
             rows = policy.sft_loss(references, condition, noise, times)
             loss = (usable * rows).sum() / usable.sum().clamp(min=1)
             accelerator.backward(loss)
-            norm = accelerator.reduce(accelerator.clip_grad_norm_(weights, max_grad_norm), "mean")
-            step = step_if_finite(accelerator, optimizer, float(norm))
+            norm = accelerator.clip_grad_norm_(weights, max_grad_norm)
+            figures: Any = accelerator.reduce(torch.stack([norm.float(), loss.detach().float()]), "mean")
+            norm, mean_loss = figures.tolist()
+            step = step_if_finite(accelerator, optimizer, norm)
             schedule.step()
             failures = failures + 1 if step.failed else 0
             if step.moved:
-                require_usable_weights(weights, update=update + 1, norm=float(norm), learning_rate=learning_rate)
+                require_usable_weights(weights, update=update + 1, norm=norm, learning_rate=learning_rate)
                 if average is not None:
                     average.step(weights)
             elif step.failed:
                 everyone = sorted(gather_object(list(ids)))
                 why = f"the gradient over inputs {everyone} is not finite"
                 warnings.warn(f"update {update + 1} of SFT: skipped, because {why}", RuntimeWarning, stacklevel=2)
+            record = {"update": update + 1, "sft_loss": mean_loss, "grad_norm": norm, "skipped": int(not step.moved)}
+            if history_file is not None and accelerator.is_main_process:
+                append_line(history_file, record)
+            accelerator.log({"sft/loss": mean_loss, "sft/grad_norm": norm}, update + 1)
             if failures == MAX_FAILED_UPDATES:
                 break
-            losses.append(loss.detach())
-            advance({"sft_loss": loss.detach()} if update % 10 == 0 else {})
+            losses.append(mean_loss)
+            advance(record)
     policy.model = accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
     if failures:
         raise TrainingError(
@@ -110,4 +123,4 @@ def supervised(
         )
     if average is not None:
         average.copy_to(weights)
-    return torch.stack(losses).tolist() if losses else []
+    return losses

@@ -14,7 +14,16 @@ from iqareward.advantages import RewardMemory
 from iqareward.atomic import atomic_write
 from iqareward.difficulty import rmse
 from iqareward.diffusion.batches import InputOrder, read_batch
-from iqareward.diffusion.checkpoint import latest, load_state, previous, save_lines, save_state, trained_weights
+from iqareward.diffusion.checkpoint import (
+    CHECKPOINT,
+    append_line,
+    latest,
+    load_state,
+    previous,
+    save_lines,
+    save_state,
+    trained_weights,
+)
 from iqareward.diffusion.data.pairs import Pairs
 from iqareward.diffusion.experience import Experience, Sampling, collect, compare
 from iqareward.diffusion.finite import TrainingError, finite_mean, finite_or_nan, require_finite
@@ -57,8 +66,9 @@ class DifficultyAdaptiveTrainer:
         memory: compares rewards with an input's own history instead of its group.
         metric: distance to the ground truth that difficulty is made of; not the reward.
         accelerator: of accelerate; a default one if not given.
+        sft_updates: updates of SFT before, which the steps of trackers begin with.
         overlap: score a part of the inputs while the next is sampled (`Sampling.inputs_at_once`).
-        show_progress: draw a progress bar.
+        show_progress: show a progress bar, or lines where there is no terminal.
         seed: of everything random.
 
     Raises:
@@ -95,6 +105,7 @@ class DifficultyAdaptiveTrainer:
         memory: RewardMemory | None = None,
         metric: Callable[..., Tensor] = rmse,
         accelerator: Any = None,
+        sft_updates: int = 0,
         overlap: bool = False,
         show_progress: bool = True,
         seed: int = 0,
@@ -111,7 +122,7 @@ class DifficultyAdaptiveTrainer:
                 "Build it with RewardMemory(len(pairs))."
             )
         self.sampling, self.validation, self.memory = sampling or Sampling(), validation, memory
-        self.output_dir, self.show_progress = Path(output_dir), show_progress
+        self.output_dir, self.show_progress, self.sft_updates = Path(output_dir), show_progress, sft_updates
         self.options = optimization or Optimization()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if self.options.inputs_per_update % self.world:
@@ -135,8 +146,9 @@ class DifficultyAdaptiveTrainer:
             "reward": described(reward),
             "metric": described(metric),
             "objective": described(self.learner.objective),
-            "sampling": described(self.sampling),
-            "optimization": described(self.options),
+            # Without what changes memory only: it has to change where memory has run out.
+            "sampling": described(self.sampling, without=("inputs_at_once",)),
+            "optimization": described(self.options, without=("micro_batch",)),
             "weighter": described(self.weighter, without=tuple(self.weighter.state_dict())),
             "memory": described(memory),
             "validation": described(validation),
@@ -177,14 +189,15 @@ class DifficultyAdaptiveTrainer:
                     f"{self.output_dir} holds a run: {begun.name}. Go on with resume=True, or choose another folder."
                 )
             self.accelerator.wait_for_everyone()  # all have looked before one writes
+            if self.accelerator.log_with and not self.accelerator.trackers:
+                self.accelerator.init_trackers("iqareward")
             if not (resume and self.load(allow_changes=allow_changes)):
                 self.calibrate()
                 self.history.append({"update": 0} | self.validate())
+                self._log(self.history[0])
                 self.save()
             elif self.accelerator.is_main_process:
-                save_lines(self.history_file, self.history)  # a kill may have come between the two files
-            if self.accelerator.log_with and not self.accelerator.trackers:
-                self.accelerator.init_trackers("iqareward")
+                save_lines(self.history_file, self.history)  # without the updates that a kill has lost
             try:
                 self._updates(num_updates, save_every, validate_every)
             except TrainingError as error:
@@ -203,7 +216,9 @@ class DifficultyAdaptiveTrainer:
                     alarms = [text for text in (record["alarms"], found.get("alarms")) if text]
                     record |= found | {"alarms": "; ".join(alarms)}
                 self.history.append(record)
-                self.accelerator.log({name: value for name, value in record.items() if name != "alarms"}, self.updates)
+                self._log(record)
+                if self.accelerator.is_main_process:
+                    append_line(self.history_file, record)
                 last = last or (self.validation is not None and self.validation.stopped)
                 due = due or last or self.updates % save_every == 0
                 # Weights can be finite and yet too large to work with. What shows it is the next update, which fails.
@@ -214,6 +229,10 @@ class DifficultyAdaptiveTrainer:
                 advance(record)
         if self.failures:
             raise TrainingError(f"The run ended with failed updates, {self.failures} in a row: {record['alarms']}.")
+
+    def _log(self, record: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in record.items() if name != "alarms"}
+        self.accelerator.log(numbers, self.sft_updates + self.updates)
 
     def calibrate(self) -> None:
         """Tell the weighter how hard inputs are for the model before RL; most schedules have no such anchor."""
@@ -319,7 +338,9 @@ class DifficultyAdaptiveTrainer:
             found = self.validation(self.policy, self.reward, seed=seed, rank=self.rank, world=self.world)
             if self.accelerator.is_main_process:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
-                save_grid(self.output_dir / f"samples-{self.updates:06d}.png", self.validation, found["images"])
+                grid = self.validation.grid(found["images"], found["scores"]["reward"], update=self.updates)
+                file, step = self.output_dir / f"samples-{self.updates:06d}.png", self.sft_updates + self.updates
+                save_grid(grid, file, self.accelerator.trackers, step=step)
                 if found["best"]:
                     with atomic_write(self.output_dir / "best.safetensors") as file:
                         file.write(safetensors.torch.save(trained_weights(unwrapped(self.policy.model))))
@@ -414,9 +435,9 @@ class DifficultyAdaptiveTrainer:
     @property
     def checkpoint(self) -> Path:
         """The file that `save` writes and `load` reads."""
-        return self.output_dir / "checkpoint.pt"
+        return self.output_dir / CHECKPOINT
 
     @property
     def history_file(self) -> Path:
-        """The history up to the checkpoint, one JSON object a line, for people and plots."""
+        """The history, one JSON object a line as each update ends, for people and plots."""
         return self.output_dir / "history.jsonl"

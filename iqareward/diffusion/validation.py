@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from iqareward.atomic import atomic_write
@@ -16,8 +17,13 @@ from iqareward.diffusion.finite import finite_mean, usable_rows
 from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.policy import Policy
 from iqareward.diffusion.rollout import rollout
+from iqareward.functional.psnr import psnr
 from iqareward.groups import gather_rows
 from iqareward.types import Reward
+
+COLUMNS = 8  # images on a grid
+MIN_SIDE, MAX_SIDE = 256, 512  # pixels of the longer side of an image on a grid
+GAP, CAPTION = 12, 28  # pixels between images, and for the text below one
 
 
 @dataclass
@@ -56,6 +62,7 @@ class Validation:
     inputs_at_once: int = 16
     best: float = field(default=float("-inf"), init=False)
     since_best: int = field(default=0, init=False)
+    first: dict[str, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.stop_on is not None and self.stop_on not in self.judges:
@@ -93,7 +100,7 @@ class Validation:
 
         Returns:
             `{"images": [V, 3, H, W], "scores": {name: [V]}, "alarms": (sentences), "best": bool}`; the training reward
-            is "reward", "best" says whether `stop_on` has not been as good before.
+            is "reward", "best" says whether `stop_on` has not been as good before. `grid` draws it.
 
         Raises:
             TypeError: a judge answers with something other than a tensor of real numbers.
@@ -118,7 +125,51 @@ class Validation:
             else:
                 self.monitor.calibrate(images, self.references, scores["reward"])
         best = self.stop_on is not None and self._compare(finite_mean(scores[self.stop_on]))
+        if self.first is None:
+            self.first = self._first_grid(images, scores["reward"], reward)
         return {"images": images, "scores": scores, "alarms": tuple(alarms), "best": best}
+
+    def _first_grid(self, images: Tensor, rewards: Tensor, reward: Reward) -> dict[str, Tensor]:
+        """What all later grids show as well, in 8 bits because it goes into every checkpoint."""
+        references, found = self.references[:COLUMNS], {}
+        for name, shown in (("degraded", self.degraded[:COLUMNS].cpu()), ("references", references)):
+            answer = reward(shown, references=references)
+            found[name] = checked_scores(answer, name=getattr(reward, "name", name), count=len(shown)).cpu()
+        return found | {"images": _in_8_bits(images[:COLUMNS]), "rewards": rewards[:COLUMNS]}
+
+    def grid(self, images: Tensor, rewards: Tensor, *, update: int) -> Image.Image:
+        """Draw the first eight inputs: degraded, restored at the first validation and now, and the ground truth.
+
+        Args:
+            images: `[V, 3, H, W]` restorations that the last call returned.
+            rewards: `[V]` the training reward of each.
+            update: number of the update, for the label.
+
+        Returns:
+            An RGB image with PSNR and training reward under each image.
+
+        Raises:
+            ValueError: nothing has been validated yet.
+        """
+        if self.first is None:
+            raise ValueError("Validation.grid expected an earlier validation, got none. Call the validation first.")
+        images, references = images[:COLUMNS], self.references[:COLUMNS]
+        rows = {"degraded": self.degraded[:COLUMNS].cpu()}
+        found = {"degraded": self.first["degraded"]}
+        if not torch.equal(_in_8_bits(images), self.first["images"]):
+            before = "restored\nat the start"
+            rows[before], found[before] = self.first["images"].float() / 255, self.first["rewards"]
+        now = f"restored\nupdate {update}"
+        rows[now], found[now] = images, rewards[:COLUMNS]
+        captions = {
+            label: [
+                f"PSNR {decibels:.2f} dB   reward {score:z.4g}"
+                for decibels, score in zip(psnr(shown, references).tolist(), found[label].tolist(), strict=True)
+            ]
+            for label, shown in rows.items()
+        }
+        captions["ground truth"] = [f"reward {score:z.4g}" for score in self.first["references"].tolist()]
+        return image_grid(rows | {"ground truth": references}, captions, columns=COLUMNS)
 
     def _compare(self, value: float) -> bool:
         """Whether it is the best so far; NaN, where nothing was scored, counts neither way."""
@@ -128,37 +179,90 @@ class Validation:
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far and the monitor."""
+        """The best value so far, the monitor, and what grids show of the first validation."""
         monitor = None if self.monitor is None else self.monitor.state_dict()
-        return {"best": self.best, "since_best": self.since_best, "monitor": monitor}
+        return {"best": self.best, "since_best": self.since_best, "monitor": monitor, "first": self.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken."""
-        self.best, self.since_best = state["best"], state["since_best"]
+        self.best, self.since_best, self.first = state["best"], state["since_best"], state["first"]
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])
 
 
-def image_grid(rows: Sequence[Tensor], *, columns: int = 8) -> Tensor:
-    """Images side by side, one line per tensor: degraded, restored, ground truth.
+def image_grid(
+    rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]] | None = None, *, columns: int = 8
+) -> Image.Image:
+    """Images side by side, one line per row, with the name of the row before it and a caption under each image.
+
+    Images whose longer side is below 256 pixels are enlarged by a whole factor without smoothing, so that their pixels
+    stay as they are; those above 512 are reduced to that.
 
     Args:
-        rows: `[V, 3, H, W]` each, in [0, 1].
-        columns: images per line, the first ones.
+        rows: name -> `[V, 3, H, W]` in [0, 1], all of one size.
+        captions: name -> text for each image of the row; rows without captions need no entry.
+        columns: images per row, the first ones.
 
     Returns:
-        `[3, lines * H, columns * W]`.
+        An RGB image.
 
     Example:
-        >>> image_grid([torch.zeros(3, 3, 4, 4), torch.ones(3, 3, 4, 4)], columns=2).shape
-        torch.Size([3, 8, 8])
+        >>> image_grid({"degraded": torch.zeros(3, 3, 64, 64), "restored": torch.ones(3, 3, 64, 64)}, columns=2).mode
+        'RGB'
     """
-    lines = [torch.cat(list(images[:columns].float().nan_to_num(0.0).clamp(0, 1)), 2) for images in rows]
-    return torch.cat(lines, 1)
+    captions = captions or {}
+    drawn = {label: [_drawn(image) for image in images[:columns]] for label, images in rows.items()}
+    width, height = next(images[0].size for images in drawn.values())
+    font, small = ImageFont.load_default(size=20), ImageFont.load_default(size=16)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = GAP + math.ceil(max(ruler.multiline_textbbox((0, 0), label, font=font)[2] for label in rows)) + GAP
+    texts = [text for row in captions.values() for text in row[:columns]]
+    cell = GAP + max([width, *(math.ceil(ruler.textlength(text, font=small)) for text in texts)])
+    line = GAP + height + (CAPTION if texts else 0)
+    size = left + cell * max(map(len, drawn.values())), line * len(drawn) + GAP
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    for row, (label, images) in enumerate(drawn.items()):
+        top = GAP + row * line
+        pen.multiline_text((GAP, top + height / 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            grid.paste(image, (left + column * cell, top))
+        for column, text in enumerate(captions.get(label, ())[:columns]):
+            pen.text((left + column * cell, top + height + CAPTION / 2), text, fill="black", font=small, anchor="lm")
+    return grid
 
 
-def save_grid(path: Path, validation: Validation, images: Tensor) -> None:
-    """Write degraded, restored and true images, one line each, as a PNG."""
-    pixels = image_grid([validation.degraded, images, validation.references]).mul(255).round().byte()
+def _in_8_bits(images: Tensor) -> Tensor:
+    return images.float().nan_to_num(0.0).clamp(0, 1).mul(255).round().byte()
+
+
+def _drawn(image: Tensor) -> Image.Image:
+    """An image `[3, H, W]` in a size to look at."""
+    drawn = Image.fromarray(_in_8_bits(image).permute(1, 2, 0).contiguous().numpy())
+    longer = max(drawn.size)
+    if longer < MIN_SIDE:
+        factor = math.ceil(MIN_SIDE / longer)
+        return drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.NEAREST)
+    drawn.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    return drawn
+
+
+def save_grid(grid: Image.Image, path: Path, trackers: Sequence[Any], *, step: int) -> None:
+    """Write a grid as a PNG, and give it to those trackers of accelerate that take images, as "samples".
+
+    Args:
+        grid: what to show.
+        path: the file.
+        trackers: `accelerator.trackers`; those without `log_images` are left out.
+        step: where the trackers put it.
+    """
     with atomic_write(path) as file:
-        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG")
+        grid.save(file, format="PNG")
+    pixels = np.asarray(grid)
+    for tracker in trackers:
+        if not hasattr(tracker, "log_images"):
+            continue
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
+        else:  # these two of accelerate take one image, all others a list
+            tracker.log_images({"samples": pixels if tracker.name in ("aim", "clearml") else [pixels]}, step=step)
