@@ -17,7 +17,7 @@ from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
 from iqareward.rewards.calibration import AffineMap, Calibrated
-from iqareward.rewards.compose import WeightedSum
+from iqareward.rewards.compose import WeightedSum, exact
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.rewards.mllm.deqa import DeQAReward
@@ -192,7 +192,7 @@ def load(spec: str, *, device: torch.device | str | None = None, differentiable:
         reward = _build(_known_names()[_key(match["name"])], device, differentiable)
         if match["low"] is not None:
             low, high = float(match["low"]), float(match["high"])
-            reward = Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{low:g}, {high:g}]")
+            reward = Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{exact(low)}, {exact(high)}]")
         if len(texts) == 1 and match["weight"] is None:
             return reward
         terms.append((float(match["weight"] or 1.0) * (1 if sign == "+" else -1), reward))
@@ -232,7 +232,7 @@ def on_unit_scale(spec: str, reward: Reward) -> str:
     if match is None:
         raise ValueError(f"on_unit_scale expected the spec of {reward.name!r}, got {spec!r}.")
     low, high = (CATALOG | PYIQA)[_known_names()[_key(match["name"])]].usual
-    return f"{spec}[{low:g}, {high:g}]"
+    return f"{spec}[{exact(low)}, {exact(high)}]"
 
 
 def _key(name: str) -> str:

@@ -74,7 +74,7 @@ class WeightedSum:
         if not all(abs(weight) <= torch.finfo(torch.float32).max for weight, _ in self.terms):
             got = [weight for weight, _ in self.terms]
             raise ValueError(f"WeightedSum expected weights that are finite in float32, got {got}.")
-        self.name = name or " + ".join(f"{weight:g}*{reward.name}" for weight, reward in self.terms)
+        self.name = name or " + ".join(f"{exact(weight)}*{reward.name}" for weight, reward in self.terms)
         self.needs_references, self.needs_prompts, self.differentiable = joint_facts(self.rewards)
         lows, highs = zip(*(_scaled(weight, reward.bounds) for weight, reward in self.terms), strict=True)
         self.bounds: Bounds = (_total(lows), _total(highs))
@@ -209,6 +209,12 @@ class Chunked:
             references=None if references is None else references[rows],
             prompts=None if prompts is None else prompts[rows],
         )
+
+
+def exact(number: float) -> str:
+    """The shortest text of a number that no other float64 has: names tell rewards apart, also for a cache."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
 
 
 def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool]:

@@ -5,7 +5,7 @@ from typing import Any, final
 
 import torch
 
-from iqareward.rewards.compose import joint_facts
+from iqareward.rewards.compose import exact, joint_facts
 from iqareward.rewards.scoring import reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
 
@@ -54,7 +54,7 @@ class FidelityFloor:
             )
         self.reward, self.fidelity = reward, fidelity
         self.floor, self.low = floor, low
-        self.name = name or f"{reward.name}[{fidelity.name}>={floor:g}]"
+        self.name = name or f"{reward.name}[{fidelity.name}>={exact(floor)}]"
         self.needs_references, self.needs_prompts, self.differentiable = joint_facts([reward, fidelity])
         self.bounds: Bounds = (None, reward.bounds[1])
 

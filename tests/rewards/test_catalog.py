@@ -176,6 +176,20 @@ def test_names_as_papers_write_them(spec: str, name: str) -> None:
     assert load(spec).name == name
 
 
+@pytest.mark.parametrize(
+    ("spec", "other"),
+    [
+        ("0.1234567*ssim + 0.5*haarpsi", "0.1234568*ssim + 0.5*haarpsi"),
+        ("ssim + 0.3*psnr[10.00001, 50]", "ssim + 0.3*psnr[10.00002, 50]"),
+        ("0.3000000000000001*ssim", "0.3*ssim"),
+    ],
+)
+def test_rewards_that_differ_have_names_that_differ(spec: str, other: str) -> None:
+    """No digit of a weight or a bound is lost: a cache tells rewards apart by their names."""
+    assert load(spec).name != load(other).name
+    assert load(load(spec).name).name == load(spec).name
+
+
 def test_names_of_pyiqa() -> None:
     """Each of pyiqa's names is found as it stands and in capitals with other hyphens, none for another."""
     pytest.importorskip("pyiqa")
