@@ -293,15 +293,17 @@ def test_what_sft_has_done_outlives_a_failure_of_rl(monkeypatch: pytest.MonkeyPa
     assert Path("run/history-sft.jsonl").stat().st_mtime_ns == before
 
 
-def test_files_that_cannot_be_used_are_named_and_left_out() -> None:
-    """Truncated, empty or too small: the run goes on with the others, and none of them is trained on."""
+def test_files_that_cannot_be_used_are_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Truncated, empty, too small or a decompression bomb: the run goes on with the others only."""
     whole = Path("photos/0.png").read_bytes()
     Path("photos/a-truncated.png").write_bytes(whole[: len(whole) // 2])
     Path("photos/b-empty.jpg").touch()
     Image.new("RGB", (15, 40)).save("photos/c-narrow.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    Image.new("RGB", (150, 150)).save("photos/d-bomb.png")
     said = train(settings(updates=1))
-    assert "3 of 9 images cannot be used and are left out:" in said
-    for name in ("a-truncated.png", "b-empty.jpg", "c-narrow.png"):
+    assert "4 of 10 images cannot be used and are left out:" in said
+    for name in ("a-truncated.png", "b-empty.jpg", "c-narrow.png", "d-bomb.png"):
         assert f"photos/{name}" in said
     assert "8 crops to train on, 2 held out" in said
 
