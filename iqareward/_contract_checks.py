@@ -65,7 +65,7 @@ def why_no_reward(reward: object) -> str:
     if isinstance(reward, type):
         return f"it is the class {reward.__name__}. Pass an instance: {reward.__name__}(...)"
     missing = [name for name in MEMBERS if fact(reward, name, _MISSING) is _MISSING]
-    kind, name = type(reward).__name__, getattr(reward, "__name__", "")
+    kind, name = type(reward).__name__, str(fact(reward, "__name__", ""))
     this = "None" if reward is None else f"the {kind} {name}" if name else f"of type {kind}"
     if callable(reward) and len(missing) == len(MEMBERS) - 1:
         metric = name if name.isidentifier() else "metric"
@@ -84,6 +84,14 @@ def fact(reward: object, name: str, default: object) -> Any:
         return getattr(reward, name, default)
     except Exception:
         return ""
+
+
+def raised(error: BaseException) -> str:
+    """What a reward has raised; its exception may be one that cannot be shown."""
+    try:
+        return f"it raised {type(error).__name__}: {error}"
+    except Exception:
+        return f"it raised {type(error).__name__}, whose message cannot be shown"
 
 
 def facts(case: Case) -> str | None:
@@ -167,7 +175,7 @@ def one_and_none(case: Case) -> str | None:
     except AssertionError:
         raise
     except Exception as error:
-        raise AssertionError(f"{wanted}; it raised {type(error).__name__}: {error}") from error
+        raise AssertionError(f"{wanted}; {raised(error)}") from error
 
 
 def order(case: Case) -> str | None:

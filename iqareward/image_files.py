@@ -69,7 +69,7 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
     """Image files under files, folders and globs.
 
     Folders are searched with all folders inside; links to folders are followed, each folder once. Other files are left
-    out by their suffix, whatever its case.
+    out by their suffix, whatever its case, and so is what macOS adds to an image as `._name`.
 
     Args:
         paths: files (any suffix), folders, or globs (`**` = any number of folders).
@@ -141,7 +141,7 @@ def _walk(
             relative = entry.relative_to(top)
             if not _matches(relative.parts, patterns, hidden):
                 continue
-            known = entry.suffix.lower() in SUFFIXES
+            known = entry.suffix.lower() in SUFFIXES and not entry.name.startswith("._")
             try:
                 mode = entry.stat().st_mode
             except OSError as error:

@@ -81,7 +81,8 @@ def check_reward(
         []
     """
     _check_images(images, references, degraded)
-    report = Report(str(checks.fact(reward, "name", getattr(reward, "__name__", type(reward).__name__))))
+    name = str(checks.fact(reward, "name", "")) or str(checks.fact(reward, "__name__", "")) or type(reward).__name__
+    report = Report(name)
     if problem := checks.why_no_reward(reward):
         report.failed.append(("is a reward", problem))
         raise RewardContractError(str(report))
@@ -100,8 +101,10 @@ def check_reward(
             raise ValueError(f"check_reward expected images that the reward scores, but {unscored}") from unscored
         except AssertionError as unmet:
             report.failed.append((title, str(unmet) or "AssertionError"))
-        except (Exception, SystemExit) as error:
-            report.failed.append((title, f"it raised {type(error).__name__}: {error}"))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also SystemExit and asyncio.CancelledError
+            report.failed.append((title, checks.raised(error)))
         else:
             if reason is None:
                 report.passed.append(title)

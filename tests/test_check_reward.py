@@ -1,5 +1,6 @@
 """The public check passes good rewards and names what is wrong with bad ones."""
 
+import asyncio
 import json
 import re
 import subprocess
@@ -105,6 +106,18 @@ def nothing(images: Tensor) -> None:
 
 def ends_the_program(images: Tensor) -> Tensor:
     sys.exit(3)
+
+
+def cancels(images: Tensor) -> Tensor:
+    raise asyncio.CancelledError  # a BaseException, as SystemExit is
+
+
+def raises_the_unshowable(images: Tensor) -> Tensor:
+    class Unshowable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    raise Unshowable
 
 
 def in_double(images: Tensor) -> Tensor:
@@ -218,6 +231,8 @@ FAULTS = [
     (Plain(no_tensor), "scores must be a tensor, got list"),
     (Plain(nothing), "scores must be a tensor, got NoneType"),
     (Plain(ends_the_program), "it raised SystemExit: 3"),
+    (Plain(cancels), "it raised CancelledError"),
+    (Plain(raises_the_unshowable), "it raised Unshowable, whose message cannot be shown"),
     (Plain(in_double), "scores must be float32, got torch.float64"),
     (Plain(half), r"the same pixels come as torch\.bfloat16"),
     (Plain(infinite), "scores must be finite or NaN, never infinite"),
@@ -327,6 +342,16 @@ class Partly:
 def test_what_is_no_reward_is_refused(thing: object, advice: str) -> None:
     """A name, a function, a class or any object is refused in one line, with the way to make a reward of it."""
     assert re.search(f"FAIL .*{advice}", report_on(thing))
+
+
+def test_attributes_may_fail_in_any_way() -> None:
+    """A dictionary whose attributes are its keys, as configuration libraries have them, is refused."""
+
+    class Keys(dict[str, object]):
+        def __getattr__(self, name: str) -> object:
+            return self[name]
+
+    assert "it raised KeyError: 'name'" in report_on(Keys())
 
 
 def test_one_fault_is_told_once() -> None:

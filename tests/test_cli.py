@@ -462,6 +462,7 @@ def test_version() -> None:
         (["{photos}", "--reward", "piqe", "--format", "table", "--output", "x.csv"], "a table is for reading"),
         (["{photos}", "--reward", "piqe", "--output", "{photos}/notes.txt", "--format", "csv"], "no results file"),
         (["{photos}", "--reward", "piqe", "--summary", "x.txt"], "give it the suffix"),
+        (["{photos}", "--reward", "piqe", "--summary", "x.csv", "--output", "./x.csv"], "two kinds of results"),
         (["{photos}", "--reward", "piqe", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["{photos}", "--reward", "piqe", "--device", "nonsense"], "--device nonsense cannot be used"),
     ],

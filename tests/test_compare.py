@@ -225,6 +225,25 @@ def test_table_fits_80_columns(folders: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {"reward", "psnr", "ssim", "blurred", "noisy", "truth", "baseline", "verdict", "better"} <= set(words)
 
 
+def test_narrow_terminals_lose_no_figure(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 30 columns the table has the figures that it has on 120, and the names."""
+    words: list[set[str]] = []
+    for columns in ("30", "120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        words.append(set(run(folders, "--reward", "piqe").split()) - {"\u2500" * width for width in range(200)})
+    assert words[0] == words[1]
+    assert {"piqe", "blurred", "noisy", "verdict"} <= words[0]
+
+
+def test_results_that_cannot_be_written_are_an_error_at_once(folders: Path) -> None:
+    """A folder, a file in a file, and one file for two kinds of results are refused before anything is scored."""
+    (folders / "file").touch()
+    refused = {str(folders): "is a folder", str(folders / "file" / "x.csv"): "file", str(folders / "page.html"): "two"}
+    for path, reason in refused.items():
+        assert reason in run(folders, "--reward", "piqe", "--per-image", path, code=2)
+    assert not (folders / "page.html").exists()
+
+
 @pytest.fixture
 def changed(tmp_path: Path) -> Path:
     """Pairs of 700x900 pixels: one differs by 20 steps in a patch at (300, 500), one is equal, one differs in size."""

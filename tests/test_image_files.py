@@ -386,6 +386,13 @@ def test_what_cannot_be_searched_is_reported(tmp_path: Path, monkeypatch: pytest
         find_images([tmp_path / "locked"])
 
 
+def test_resource_forks_are_no_images(tmp_path: Path) -> None:
+    """The `._name` that macOS puts beside an image on a foreign disk is left out, unless it is named itself."""
+    touch(tmp_path, "a.png", "._a.png", ".b.png")
+    assert names(find_images([tmp_path]).files) == [".b.png", "a.png"]
+    assert names(find_images([tmp_path / "._a.png"]).files) == ["._a.png"]
+
+
 def test_references_have_the_same_path_and_any_suffix(tmp_path: Path) -> None:
     """The same name comes first, then the only one with another suffix; several are named, not guessed."""
     touch(tmp_path, "DSC1.JPG", "deep/a.png", "deep/a.jpg", "a.txt")

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,8 @@ def any_command(
     # What a terminal cannot encode is shown escaped, as Python does on standard error by itself.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Pillow warns above 89 megapixels, which a panorama has, and refuses what is twice as large.
+    warnings.filterwarnings("ignore", "Image size .* decompression bomb")
 
 
 @app.command("list")
@@ -175,8 +178,10 @@ def compare(
     from iqareward.cli.compare import WRITERS, Scoring, scores_csv, show, summary
     from iqareward.cli.compare import compare as run_comparison
     from iqareward.cli.compare_page import render
+    from iqareward.cli.score import check_outputs
 
     try:
+        check_outputs(per_image, output)
         found = run_comparison(folders, Scoring(reward, reference, device, batch_size, _messages))
         if format is TableFormat.table:
             show(found, Console())
@@ -185,10 +190,8 @@ def compare(
         for line in summary(found.problems):
             say(_messages, line, label="left out:", style="yellow")
         if per_image is not None:
-            per_image.parent.mkdir(parents=True, exist_ok=True)
             write_text(per_image, scores_csv(found))
             say(_messages, f"Scores of each image: {per_image}")
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, render(found, folder=output.parent, num_pairs=pairs))
         say(_messages, f"Pairs to look at: {output}")
     except (ValueError, TypeError, ImportError, OSError) as error:

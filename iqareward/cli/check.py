@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from iqareward._contract_checks import fact
+from iqareward._contract_checks import fact, raised
 from iqareward.image_files import References, find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import PYIQA_PREFIX, load
@@ -56,7 +56,7 @@ def find_reward(spec: str) -> object:
 
 
 def _failure(spec: str, title: str, error: BaseException, advice: str = "") -> RewardContractError:
-    reason = f"it raised {type(error).__name__}: {error}. {advice}".rstrip()
+    reason = f"{raised(error)}. {advice}".rstrip()
     return RewardContractError(str(Report(spec, failed=[(title, reason)])))
 
 

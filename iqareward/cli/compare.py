@@ -203,14 +203,19 @@ def _number(value: float, digits: int, sign: str = "") -> str:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print the differences as a table."""
+    """Print the differences as a table; names fold, and a terminal too narrow for the figures wraps the lines."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in COLUMNS:
+    groups, width = comparison.table(), 0
+    for column, *texts in zip(COLUMNS, *(row for group in groups for row in group), strict=True):
+        folds = column in ("reward", "folder")
+        least = 8 if folds else max(map(len, (column, *texts)))
         justify = "left" if column in TEXT_COLUMNS else "right"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=column not in ("reward", "folder"))
-    for group in comparison.table():
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=not folds, min_width=least)
+        width += least + 2  # and what is between columns
+    for group in groups:
         for row in group:
             table.add_row(*map(plain, row), end_section=row is group[-1])
+    console.width = max(console.width, width)
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -72,6 +73,7 @@ def run(job: Job, messages: Console) -> bool:
     names = [column.name for column in columns]
     form = _form(job, names)
     check_device(job.device)
+    check_outputs(job.output, job.summary)
     rewards = [load(spec, device=job.device) for spec in job.rewards]
     references = find_references(rewards, job.reference)
     files, problems = find_images(job.paths)
@@ -123,6 +125,27 @@ def check_device(device: str) -> None:
         raise ValueError(
             f"--device {device} cannot be used: {reason}. `iqareward doctor` lists the devices."
         ) from error
+
+
+def check_outputs(*files: Path | None) -> None:
+    """Make the folders of results, and find out before anything is scored whether files can be written there.
+
+    Args:
+        files: of results; None = not wanted.
+
+    Raises:
+        ValueError: two are the same file, one is a folder, or a folder cannot be written to.
+    """
+    places: set[str] = set()
+    for file in filter(None, files):
+        if os.path.realpath(file) in places:
+            raise ValueError(f"{file} cannot hold two kinds of results. Choose another file for one of them.")
+        places.add(os.path.realpath(file))
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder. Name a file in it.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise ValueError(f"{file} cannot be written: no permission for its folder. Choose another place.")
 
 
 def find_references(rewards: Sequence[Reward], path: Path | None) -> References | None:

@@ -5,8 +5,9 @@ import re
 from rich.console import Console
 from rich.text import Text
 
-# control characters, which move a terminal's cursor, and halves of surrogate pairs, which no encoding can write
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# control characters, which move a terminal's cursor or turn the direction of text, and halves of surrogate pairs, which
+# no encoding can write
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object) -> str:

@@ -69,7 +69,7 @@ class Call:
 
         Raises:
             RuntimeError: the reward raised what generators and futures take for a signal, such as StopIteration.
-            ValueError: the number of scores is not that of the images.
+            ValueError: the scores are no tensor with one for each image.
         """
         try:
             scores = reward(self.images, references=self.references, prompts=self.prompts)
@@ -78,8 +78,9 @@ class Call:
             raise RuntimeError(
                 f"{reward.name} raised {signal}, which would end its caller without an error."
             ) from error
-        if scores.shape != (len(self),):
-            raise ValueError(f"{reward.name} was given {len(self)} images, and answered scores {list(scores.shape)}.")
+        if not isinstance(scores, Tensor) or scores.shape != (len(self),):
+            answer = f"scores {list(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise ValueError(f"{reward.name} was given {len(self)} images, and answered {answer}.")
         return scores
 
     def tensors(self) -> Iterator[Tensor]:

@@ -154,7 +154,7 @@ def test_bad_arguments_fail_at_the_door(arguments: dict[str, Any], error: type[E
 
 
 def test_a_reward_that_miscounts_is_an_error_of_every_call() -> None:
-    """Scores that are not one per image are never dealt out."""
+    """Scores that are not a tensor with one per image are never dealt out."""
 
     class Miscounts(Brightness):
         name = "miscounts"
@@ -162,8 +162,13 @@ def test_a_reward_that_miscounts_is_an_error_of_every_call() -> None:
         def __call__(self, images: Any, *arguments: Any, **keywords: Any) -> Tensor:
             return torch.zeros(len(images) + 1)
 
-    with MicroBatched(Miscounts()) as reward, pytest.raises(ValueError, match="given 1 images"):
-        reward(flat(0.5))
+    class Lists(Brightness):
+        def __call__(self, images: Any, *arguments: Any, **keywords: Any) -> Any:
+            return [0.0] * len(images)
+
+    for wrong, answer in ((Miscounts(), r"scores \[2\]"), (Lists(), "a list")):
+        with MicroBatched(wrong) as reward, pytest.raises(ValueError, match=f"given 1 images, and answered {answer}"):
+            reward(flat(0.5))
 
 
 def test_the_queue_is_bounded() -> None:
