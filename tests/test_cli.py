@@ -170,6 +170,12 @@ def test_missing_scores_say_why(tmp_path: Path) -> None:
     run("score", tmp_path / "good.png", "--reward", "piqe")
 
 
+def test_panoramas_are_scored_without_a_warning(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Pillow only warns of, an image between its limit and twice that, is scored; here warnings are errors."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
+    run("score", photos / "a.png", "--reward", "piqe")
+
+
 def test_summary(photos: Path, tmp_path: Path) -> None:
     """Mean, standard deviation and count over all pictures: in the table, beside csv and json, and in a file."""
     job = ["score", photos, "--reward", "piqe", "--reward", "niqe"]

@@ -168,6 +168,7 @@ HOSTILE = (
         "x_y^z~",
         "latin\udce9\u00e0",
         "javascript:alert(1)",
+        "turned\u202egnp",
         "a;=1+1",
     ),
 )
@@ -206,6 +207,7 @@ def test_names_cannot_inject_anything(folders: Path, monkeypatch: pytest.MonkeyP
         assert str(attributes.get("src", "data:")).startswith("data:")
     assert "two\\nlines.png" in page.text
     assert "latin\\udce9\u00e0.png" in page.text
+    assert "\u202e" not in text
     links = {Path(os.fsdecode(unquote_to_bytes(str(link["href"])))) for link in page.all("a")}
     assert links == {Path(folder, f"{name}.png") for name in HOSTILE for folder in ("blurred", method)}
     table = Path("scores.csv").read_text(encoding="utf-8")
