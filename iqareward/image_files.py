@@ -97,10 +97,10 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
         for file, relative in files:  # one file in one folder, by whatever links it was reached
             found.setdefault((os.path.realpath(file.parent), file.name), (file, relative))
         if not files:
-            reasons = "".join(f" {path}: {reason}." for path, reason in own.items())
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in own.items())
             raise ValueError(
-                f"'{argument}' brings no image: there is no such file, or none in it has the suffix of an "
-                f"image, such as .png, .jpg or .tif.{reasons}"
+                f"'{argument}' brings no image: "
+                f"{reasons or 'no file there has the suffix of an image, such as .png, .jpg or .tif'}."
             )
         problems |= own
     return ImageFiles(dict(found.values()), problems)
@@ -134,6 +134,9 @@ def _walk(
         seen.add(real)
         try:
             entries = sorted(folder.iterdir())
+        except FileNotFoundError:
+            problems[folder] = "there is no such file or folder"
+            continue
         except OSError as error:
             problems[folder] = f"the folder cannot be searched ({error.strerror})"
             continue

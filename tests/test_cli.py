@@ -464,7 +464,8 @@ def test_version() -> None:
         (["{photos}", "--reward", "ssim"], "pass --reference"),
         (["{photos}", "--reward", "ssim", "--reference", "{photos}/deep"], "none of 5 pictures has a reference in"),
         (["{photos}", "--reward", "piqe", "--reward", "piqe"], "given twice"),
-        (["no/such/folder", "--reward", "piqe"], "brings no image"),
+        (["no/such/folder", "--reward", "piqe"], "no/such/folder: there is no such file or folder."),
+        (["{photos}/notes.txt/*", "--reward", "piqe"], "brings no image"),
         (["{photos}", "--reward", "piqe", "--format", "table", "--output", "x.csv"], "a table is for reading"),
         (["{photos}", "--reward", "piqe", "--output", "{photos}/notes.txt", "--format", "csv"], "no results file"),
         (["{photos}", "--reward", "piqe", "--summary", "x.txt"], "give it the suffix"),
@@ -480,6 +481,18 @@ def test_mistakes_in_the_command(photos: Path, arguments: list[str], message: st
     assert message in text
     assert text.count("\n") == 1
     assert (photos / "notes.txt").read_text() == "no image"
+
+
+def test_weights_that_cannot_be_fetched_are_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward without its weights is an error that names them, without an empty table before it."""
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    text = run("score", str(photos), "--reward", "qalign", code=2)
+    assert "hf download q-future/one-align" in text
+    assert text.count("\n") == 1
 
 
 REWARD_MODULE = """

@@ -302,7 +302,7 @@ def test_files_that_cannot_be_used_are_named_and_left_out(monkeypatch: pytest.Mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     Image.new("RGB", (150, 150)).save("photos/d-bomb.png")
     said = train(settings(updates=1))
-    assert "4 of 10 images cannot be used and are left out:" in said
+    assert "4 of 10 images left out, because they cannot be used:" in said
     for name in ("a-truncated.png", "b-empty.jpg", "c-narrow.png", "d-bomb.png"):
         assert f"photos/{name}" in said
     assert "8 crops to train on, 2 held out" in said

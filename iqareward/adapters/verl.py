@@ -70,7 +70,7 @@ async def compute_score(
         on_nan: what an image without a score becomes: "raise" (default) or a number.
         device: where images are scored, and where weights live.
         max_batch: images that are scored together at most.
-        max_wait_ms: how long a free worker waits for company, or a fifth of its last batch's time if longer.
+        max_wait_ms: how long a free worker waits for more calls, or a fifth of its last batch's time if longer.
         ignored: whatever else verl passes.
 
     Returns:

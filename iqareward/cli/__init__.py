@@ -1,4 +1,4 @@
-"""The command line: list, score, check, demo, train. `--help` on each says the rest."""
+"""The command line; `iqareward --help` lists its commands."""
 
 import io
 import json
@@ -119,7 +119,9 @@ def score(
 @app.command()
 def check(
     reward: Annotated[str, typer.Argument(help="module:object (a reward, or a class to call), or a name of `list`.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: generated pictures.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder whose first four photographs are used; default: generated pictures.")
+    ] = None,
     degraded: Annotated[
         Path | None, typer.Option(help="Folder of worse versions of --images, with the same file names.")
     ] = None,
@@ -160,7 +162,9 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders with the same file names, the baseline first.")],
     reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
     reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
-    format: Annotated[TableFormat, typer.Option(help="How the differences are printed.")] = TableFormat.table,
+    format: Annotated[
+        TableFormat, typer.Option(metavar="FORMAT", help="table, markdown, latex or json.")
+    ] = TableFormat.table,
     per_image: Annotated[Path | None, typer.Option(help="Write the scores of each image here, as CSV.")] = None,
     output: Annotated[Path, typer.Option(help="Page with the pairs, at most 32 MiB.")] = Path("comparison.html"),
     pairs: Annotated[int, typer.Option(min=0, help="Pairs on the page.")] = 24,
@@ -253,7 +257,7 @@ def train(
         say(_messages, error, label="stopped:", style="red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as stop:
-        _messages.print("Stopped. With --resume the run goes on from its last checkpoint.")
+        say(_messages, "Stopped. --resume goes on from the last checkpoint; unfinished SFT starts again.")
         raise typer.Exit(130) from stop
 
 
@@ -268,10 +272,10 @@ def serve(
     replicas: Annotated[str, typer.Option(help="Processes of each reward, or auto.")] = "auto",
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a process; 0.5 = two share one, 0 = CPU.")] = 0,
     num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a process, and its threads.")] = 1,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a process waits for company.")] = 5,
-    max_body_mib: Annotated[int, typer.Option(min=1, help="Size of a request.")] = 256,
-    max_images: Annotated[int, typer.Option(min=1, help="Images in a request.")] = 1024,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images in a batch.")] = 32,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Longest wait for more requests in a batch.")] = 5,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request in MiB.")] = 256,
+    max_images: Annotated[int, typer.Option(min=1, help="Most images in a request.")] = 1024,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 120,
     jpeg: Annotated[str, typer.Option(help="Take JPEG: never, legacy (from foreign clients) or always.")] = "legacy",
     token_env: Annotated[

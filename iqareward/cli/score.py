@@ -83,7 +83,7 @@ def run(job: Job, messages: Console) -> bool:
     with ExitStack() as stack:
         rows, stream = stack.enter_context(_results(job, form, facts, messages))
         if form is None:
-            stack.callback(lambda: show(Console(), summarize(names, rows.values()), rows.values()))
+            stack.callback(lambda: rows and show(Console(), summarize(names, rows.values()), rows.values()))
         for path, problem in problems.items():
             say(messages, f"{path}: {problem}", label="skipped", style="yellow")
         todo = {file: relative for file, relative in files.items() if file not in rows}
@@ -107,8 +107,11 @@ def run(job: Job, messages: Console) -> bool:
     if job.summary is not None:
         write_summary(summary, job.summary)
     num_complete = sum(not row.problem for row in rows.values())
-    written = "".join(f" Written: {path}" for path in (job.output, job.summary) if path is not None)
-    say(messages, f"{num_complete} of {len(files)} pictures have every score.{written}")
+    written = ", ".join(str(path) for path in (job.output, job.summary) if path is not None)
+    say(
+        messages,
+        f"{num_complete} of {len(files)} pictures have every score.{f' Written: {written}' if written else ''}",
+    )
     return num_complete == len(files) and not problems
 
 

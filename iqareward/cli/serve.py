@@ -58,7 +58,7 @@ def run(job: Job, messages: Console) -> None:
         say(messages, warning, label="warning:", style="yellow")
     with local_ray() if job.address is None else cluster_ray(job.address):
         deploy(rewards, deployment, settings, host=job.host, port=job.port, everywhere=job.address is not None)
-        say(messages, f"{', '.join(job.rewards)}: http://{job.host}:{job.port}/v1/score")
+        say(messages, f"{', '.join(job.rewards)}: http://{job.host}:{job.port}")
         if job.address is None:
             wait_for_stop()
 

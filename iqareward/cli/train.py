@@ -130,7 +130,7 @@ def _data(config: TrainConfig, accelerator: Any, tell: Callable[[str], None]) ->
     found = unusable(pairs, mine, shown=accelerator.is_main_process)
     left_out: dict[int, str] = dict(gather_object(list(found.items())))
     if left_out:
-        tell(f"{len(left_out)} of {len(pairs.names)} images cannot be used and are left out:")
+        tell(f"{len(left_out)} of {len(pairs.names)} images left out, because they cannot be used:")
         for problem in list(left_out.values())[:SHOWN]:
             tell(f"  {problem}")
         if len(left_out) > SHOWN:

@@ -64,7 +64,7 @@ class BatchLimits:
 class BatchQueue:
     """Callers put calls in, one worker takes batches out.
 
-    A free worker waits for company: until the batch is full, or as many calls have come as were around at the end of
+    A free worker waits for more calls: until the batch is full, or as many calls have come as were around at the end of
     the last batch (threads in a loop come back all at once, and a caller alone must not wait for nobody), or its
     patience ends.
 

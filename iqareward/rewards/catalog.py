@@ -92,7 +92,7 @@ CATALOG: dict[str, Entry] = {
     "piqe": _metric(piqe, "blockwise distortion; 0 = none; light noise raises the score", bounds=(-100.0, 0.0),
                     usual=(-100.0, 0.0), higher_is_better=False, references=False, differentiable=False,
                     min_side=PIQE_MIN_SIDE),
-    "niqe": _metric(niqe, "distance from natural statistics; sides >= 256; a latent autoencoder raises the score",
+    "niqe": _metric(niqe, "distance from natural statistics; best at sides >= 256; latent autoencoders raise it",
                     bounds=(None, 0.0), usual=(-12.0, 0.0), higher_is_better=False, references=False,
                     differentiable=False, min_side=NIQE_MIN_SIDE),
     # name           reward, what a score says, needs references, can be differentiable, weights, licence, extra

@@ -44,7 +44,7 @@ class Deployment:
         num_gpus: GPUs of a process; a fraction lets several share one, 0 = CPU.
         num_cpus: CPUs of a process, and its threads.
         max_batch: images per call of a reward.
-        max_wait_ms: how long a free process waits for company, or a fifth of its last batch's time if longer.
+        max_wait_ms: how long a free process waits for more requests, or a fifth of its last batch's time if longer.
         front_replicas: processes that speak HTTP; `"auto"` = one for every 8 cores of a machine, or on a cluster as
             many as requests ask for; up to 8.
         token_env: environment variable, where the front runs, that holds the token; None = no token.

@@ -63,7 +63,7 @@ class RewardReplica:
         reward: the reward; its weights are loaded here, and a picture is scored to see that they can be.
         device: where images are moved to before they are scored.
         max_batch: images per call of the reward.
-        max_wait_ms: how long a free process waits for company, or a fifth of its last batch's time if longer.
+        max_wait_ms: how long a free process waits for more requests, or a fifth of its last batch's time if longer.
         observer: makes what is told of each batch; made here because it may belong to this process.
         told_to_sleep: whether the reward is to be asleep now; default: never. A process that starts asleep loads
             nothing until it is woken.
@@ -101,7 +101,7 @@ class RewardReplica:
         call = Call(_tensors(images), None if references is None else _tensors(references), prompts)
         async with self._room.taken(4 * sum(tensor.numel() for tensor in call.tensors())):
             if self._asleep:
-                return Failed(409, "asleep", "wake the reward with POST /v1/rewards/NAME/wake, or onload().")
+                return Failed(409, "asleep", "the reward sleeps: wake it with POST /v1/rewards/NAME/wake, or onload().")
             try:
                 floats = as_floats(call.images)
                 truths = None if call.references is None else as_floats(call.references)

@@ -155,10 +155,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, model) -> None:
         load_owl2(tmp_path, **CPU)
 
 
-def test_absent_sources_are_explained(tmp_path) -> None:
-    """Neither a folder nor a hub id, and a folder without weights."""
+def test_absent_sources_are_explained(tmp_path, monkeypatch) -> None:
+    """Neither a folder nor a hub id, a download that fails, and a folder without weights."""
     with pytest.raises(ValueError, match="no such folder"):
         checkpoint_folder("no/such/folder")
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(OSError, match=r"no network.*hf download nobody/nothing"):
+        checkpoint_folder("nobody/nothing")
     (tmp_path / "config.json").write_text(json.dumps(hub_config(CONFIG)))
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         load_owl2(tmp_path, **CPU)

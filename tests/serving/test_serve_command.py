@@ -59,7 +59,7 @@ def test_defaults(deployed):
     result = typed("piqe", "0.7*ssim + 0.3*haarpsi")
     assert result.exit_code == 0
     assert "warning" not in result.output
-    assert "http://127.0.0.1:8000/v1/score" in result.output
+    assert "piqe, 0.7*ssim + 0.3*haarpsi: http://127.0.0.1:8000\n" in result.output
     assert deployed["rewards"] == ["piqe", "0.7*ssim + 0.3*haarpsi"]
     assert deployed["deployment"] == Deployment()
     assert deployed["settings"] == Settings()
@@ -232,7 +232,7 @@ def test_a_run_from_start_to_sigterm():
     try:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
-        assert any(re.search(rf"piqe: http://127\.0\.0\.1:{port}/v1/score", line) for line in lines)
+        assert any(re.search(rf"piqe: http://127\.0\.0\.1:{port}$", line) for line in lines)
         images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         with RemoteReward(f"http://127.0.0.1:{port}", "piqe") as remote:
             assert torch.equal(remote(images), iqareward.load("piqe")(images))

@@ -43,7 +43,13 @@ def checkpoint_folder(source: str | Path, *, inner: str = "", also: Sequence[str
 
     def fetch(*patterns: str) -> Path:
         allowed = [start + pattern for pattern in ("*.json", *also, *patterns)]
-        return Path(snapshot_download(source, allow_patterns=allowed, ignore_patterns=[f"{start}*/*"])) / start
+        try:
+            return Path(snapshot_download(source, allow_patterns=allowed, ignore_patterns=[f"{start}*/*"])) / start
+        except OSError as error:
+            raise OSError(
+                f"the weights of {source} are not all in the hub's cache and could not be downloaded ({error}). "
+                f"Run `hf download {source}` where there is a network, or pass the folder that holds them."
+            ) from error
 
     folder = fetch()
     if (folder / ADAPTER_CONFIG).is_file():
