@@ -337,8 +337,10 @@ def test_a_file_of_other_results_is_refused(photos: Path, tmp_path: Path) -> Non
 def test_two_runs_on_one_output(photos: Path, tmp_path: Path) -> None:
     """While a run writes to a file, another one is refused."""
     with locked(tmp_path / "scores.csv"):
-        message = run("score", photos, "--reward", "piqe", "--output", tmp_path / "scores.csv", code=2)
-    assert "another run writes to" in message
+        (tmp_path / "link.csv").symlink_to(tmp_path / "scores.csv")
+        for name in ("scores.csv", "link.csv"):
+            message = run("score", photos, "--reward", "piqe", "--output", tmp_path / name, code=2)
+            assert "another run writes to" in message
     run("score", photos, "--reward", "piqe", "--output", tmp_path / "scores.csv", code=1)
 
 

@@ -265,7 +265,7 @@ def train(
 def serve(
     rewards: Annotated[list[str], typer.Argument(help='Names or sums, e.g. qalign or "0.7*qalign + 0.3*ssim".')],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 = all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster, or auto; default: one of its own.")
     ] = None,

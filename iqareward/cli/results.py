@@ -154,8 +154,9 @@ def locked(file: Path) -> Generator[None]:
     """
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is no regular file. Leave out --output to print the scores.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=0)
+    real = file.resolve()  # runs that reach it by different links share one lock
+    real.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(real.with_name(f".{real.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

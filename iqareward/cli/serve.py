@@ -34,6 +34,7 @@ def run(job: Job, messages: Console) -> None:
     """Serve until told to stop; with an address, deploy there and return."""
     require("ray.serve", extra="serve", purpose="iqareward serve")
     from iqareward.serving.application import Deployment, load_rewards
+    from iqareward.serving.listener import Address
     from iqareward.serving.run import cluster_ray, deploy, local_ray, wait_for_stop
     from iqareward.serving.settings import Settings
 
@@ -54,11 +55,14 @@ def run(job: Job, messages: Console) -> None:
         jpeg=job.jpeg,  # pyright: ignore[reportArgumentType]
     )
     rewards = load_rewards(job.rewards, job.num_gpus)
-    for warning in _warnings(job, secured):
+    address = Address(job.host, job.port)
+    if job.address is None:
+        address.bind().close()  # a port that is taken is an error before Ray takes its time to start
+    for warning in _warnings(job, str(address), secured):
         say(messages, warning, label="warning:", style="yellow")
     with local_ray() if job.address is None else cluster_ray(job.address):
         deploy(rewards, deployment, settings, host=job.host, port=job.port, everywhere=job.address is not None)
-        say(messages, f"{', '.join(job.rewards)}: http://{job.host}:{job.port}")
+        say(messages, f"{', '.join(job.rewards)}: http://{address}")
         if job.address is None:
             wait_for_stop()
 
@@ -71,14 +75,14 @@ def _replicas(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-def _warnings(job: Job, secured: bool) -> list[str]:
+def _warnings(job: Job, address: str, secured: bool) -> list[str]:
     """What somebody who starts this server should know."""
     from iqareward.serving.run import is_loopback
 
     found = []
     if not is_loopback(job.host) and not secured:
         found.append(
-            f"anyone who can reach {job.host}:{job.port} can use this server: ${job.token_env} is not set. "
+            f"anyone who can reach {address} can use this server: ${job.token_env} is not set. "
             "Set it to a secret, which clients then send as a bearer token."
         )
     if not is_loopback(job.host):

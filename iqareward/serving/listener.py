@@ -28,6 +28,10 @@ class Address:
     port: int
     processes: int = 1
 
+    def __str__(self) -> str:
+        """As in a URL, where an IPv6 address needs brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     def bind(self) -> socket.socket:
         """A listening socket.
 
@@ -39,9 +43,7 @@ class Address:
         try:
             return socket.create_server(place, family=family, backlog=BACKLOG, reuse_port=shared)
         except OSError as error:
-            raise OSError(
-                f"cannot listen at {self.host}:{self.port} ({error}). Choose another host or port."
-            ) from error
+            raise OSError(f"cannot listen at {self} ({error}). Choose another host or port.") from error
 
 
 @final

@@ -135,7 +135,7 @@ def _without_full_opacity(array: np.ndarray) -> np.ndarray:
 def _channels_first(array: np.ndarray) -> Tensor:
     height, width = array.shape[:2]
     colors = array.reshape(height, width, -1).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(colors, (3, height, width))))
+    return torch.from_numpy(np.array(np.broadcast_to(colors, (3, height, width)), order="C"))  # always a copy
 
 
 def _is_lossless(kind: str | None, content: bytes) -> bool:

@@ -49,7 +49,6 @@ def deploy(
         everywhere: a cluster: Ray's proxies listen, on every node. Otherwise the front listens, on this machine only.
 
     Raises:
-        OSError: one machine, and the port is taken or the address is not its own.
         RuntimeError: a reward cannot be built, for example because its weights are missing.
         ValueError: one machine, and it has no room for a process of each reward.
     """
@@ -60,7 +59,6 @@ def deploy(
         serve.start(proxy_location="EveryNode", http_options=http)
     else:
         deployment = replace(deployment, max_replicas=_room(len(rewards), deployment))
-        Address(host, port).bind().close()  # a port that is taken is an error before anything is started
         address = Address(host, port, _fronts(deployment))
         serve.start(proxy_location="Disabled")
     wake_all()

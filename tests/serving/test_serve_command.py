@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from iqareward.cli import app
 from iqareward.rewards.remote import RemoteReward
 from iqareward.serving import run as server
 from iqareward.serving.application import APP_NAME, Deployment, application, from_config, load_rewards
+from iqareward.serving.listener import Address
 from iqareward.serving.run import is_loopback
 from iqareward.serving.settings import Settings
 from tests.serving import ray_quietly
@@ -42,6 +44,7 @@ def deployed(monkeypatch) -> dict:
     def deploy(rewards, deployment, settings, **options):
         seen.update(rewards=list(rewards), deployment=deployment, settings=settings, **options)
 
+    monkeypatch.setattr(Address, "bind", lambda address: socket.socket())  # whatever else listens here
     monkeypatch.setattr(server, "local_ray", on)
     monkeypatch.setattr(server, "cluster_ray", on)
     monkeypatch.setattr(server, "deploy", deploy)
@@ -93,6 +96,20 @@ def test_an_open_door_is_warned_of(deployed):
     assert "anyone who can reach 0.0.0.0:8000 can use this server" in typed("piqe", "--host", "0.0.0.0").output
 
 
+def test_an_ipv6_address_has_brackets(deployed):
+    """The address that is printed can be used as it is."""
+    assert "http://[::1]:8000" in typed("piqe", "--host", "::1").output
+
+
+def test_a_taken_port_starts_no_ray(monkeypatch):
+    """A port that is taken is refused at once, and not after Ray has started."""
+    monkeypatch.setattr(server, "local_ray", lambda: pytest.fail("Ray was started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = typed("piqe", "--port", str(taken.getsockname()[1]))
+    assert result.exit_code == 2
+    assert "cannot listen at 127.0.0.1" in result.output
+
+
 def test_bodies_beyond_the_default_memory(deployed):
     """The memory of a front grows with what a body may be, so that the largest is let in."""
     assert typed("piqe", "--max-body-mib", "4096").exit_code == 0
@@ -108,6 +125,8 @@ def test_bodies_beyond_the_default_memory(deployed):
         (["piqe", "--replicas", "many"], "--replicas"),
         (["piqe", "--replicas", "0"], "--replicas"),
         (["piqe", "--jpeg", "maybe"], "jpeg"),
+        (["piqe", "--port", "65536"], "--port"),
+        (["piqe", "--port", "0"], "--port"),
     ],
 )
 def test_what_is_mistyped(deployed, arguments, message):

@@ -48,6 +48,16 @@ def test_files_score_like_local_files(app):
     assert torch.equal(answer.scores["piqe"], iqareward.load("piqe")(local))
 
 
+def test_a_picture_of_one_pixel():
+    """Its pixels are a copy that may be written to, as those of any picture, so that torch has nothing to warn of."""
+    torch.set_warn_always(True)
+    try:
+        (pixels,) = decode_pictures([encoded(picture(size=(1, 1)))], Limits(), room(), allow_lossy=False)
+    finally:
+        torch.set_warn_always(False)
+    assert pixels.shape == (3, 1, 1)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16"])
 def test_other_modes_of_png(mode):
     """Grey, transparent, indexed and 16-bit pictures become what `to_images` makes of them, and no larger."""
