@@ -79,6 +79,11 @@ def weights(output: str) -> dict[str, torch.Tensor]:
     return dict(load_restorer(f"{output}/model").model.named_parameters())
 
 
+def test_settings_that_are_not_there() -> None:
+    """The error names the file and has no number of the system's."""
+    assert train(Path("nowhere.toml"), code=2) == "error: nowhere.toml: No such file or directory\n"
+
+
 def test_a_run_leaves_what_it_promises(folder: Path) -> None:
     """A checkpoint, a history, grids of held-out images and the model, all of them named at the end."""
     said = train(settings())

@@ -299,7 +299,10 @@ def _usage_error(error: Exception) -> typer.Exit:
     """Show what was wrong without a traceback; exit code 2, as for a mistyped option."""
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough: `| head`
         raise error
-    first, *rest = str(error).split("\n")
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:  # of the system: "[Errno 2] ..."
+        text = f"{error.filename}: {error.strerror}"
+    first, *rest = text.split("\n")
     say(_messages, first, label="error:", style="red")
     for line in rest:
         say(_messages, line)
