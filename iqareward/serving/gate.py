@@ -87,6 +87,9 @@ def _size_of(headers: Headers, most: int) -> int:
     size = int(length[:20])
     if size > most:
         raise ServiceError(413, "body_too_large", f"expected at most {most} bytes, got {size}.")
+    coding = headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":  # its size when decoded would be unknown
+        raise ServiceError(415, "content_encoding", f"expected a body without Content-Encoding, got {coding!r:.100}.")
     return size
 
 

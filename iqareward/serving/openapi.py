@@ -94,7 +94,7 @@ SLEEP_RESPONSES: Responses = {
         "description": "Every process of the reward has done so, after the calls that came before",
         "content": _json(_object({"asleep": {"type": "boolean"}})),
     },
-    **{status: _ERRORS[status] for status in (401, 404, 411, 413, 429, 503, 504)},
+    **{status: _ERRORS[status] for status in (401, 404, 411, 413, 415, 429, 503, 504)},
 }
 _HEALTH = _json(_object({"status": {"enum": ["ok", "degraded"]}, "rewards": {"type": "object"}}))
 HEALTH_RESPONSES: Responses = {

@@ -143,13 +143,14 @@ def test_unknown_paths_and_methods(app):
 
 
 def test_size_is_checked_before_the_body_is_read():
-    """A body that is too large, or of unknown size, is refused without a byte of it being asked for."""
+    """A body that is too large, of unknown size or compressed is refused without a byte of it being asked for."""
     app = application({"piqe": answering(_never)}, Settings(limits=Limits(max_bytes=1000)))
     for headers, status in (
         ([(b"content-length", b"1001")], 413),
         ([(b"transfer-encoding", b"chunked")], 411),
         ([(b"content-length", b"9" * 5000)], 413),
         ([(b"content-length", b"-1")], 411),
+        ([(b"content-length", b"9"), (b"content-encoding", b"gzip")], 415),
     ):
         scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": headers, "query_string": b""}
         sent: list[dict] = []
