@@ -485,6 +485,14 @@ def test_mistakes_in_the_command(photos: Path, arguments: list[str], message: st
     assert (photos / "notes.txt").read_text() == "no image"
 
 
+def test_a_table_in_a_pipe_is_not_folded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many columns there are, names and numbers stay in one line each."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    sums = [f"{factor}*piqe[-100, 0]" for factor in (0.25, 0.5, 0.75, 1.5)]
+    text = run("score", str(photos / "deep"), *(word for spec in sums for word in ("--reward", spec)))
+    assert any(all(spec in line for spec in sums) for line in text.splitlines())
+
+
 def test_weights_that_cannot_be_fetched_are_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward without its weights is an error that names them, without an empty table before it."""
 

@@ -34,6 +34,7 @@ from iqareward.rewards.catalog import load, published
 from iqareward.rewards.scoring import collect_reasons
 from iqareward.types import Reward
 
+WHOLE = 100_000  # columns: in a file or pipe no line of a table is cut or folded
 SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -83,7 +84,8 @@ def run(job: Job, messages: Console) -> bool:
     with ExitStack() as stack:
         rows, stream = stack.enter_context(_results(job, form, facts, messages))
         if form is None:
-            stack.callback(lambda: rows and show(Console(), summarize(names, rows.values()), rows.values()))
+            width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WHOLE
+            stack.callback(lambda: rows and show(Console(width=width), summarize(names, rows.values()), rows.values()))
         for path, problem in problems.items():
             say(messages, f"{path}: {problem}", label="skipped", style="yellow")
         todo = {file: relative for file, relative in files.items() if file not in rows}
