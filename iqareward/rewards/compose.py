@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from iqareward.rewards._names import exact
 from iqareward.rewards.calls import Call
 from iqareward.rewards.scoring import reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
@@ -209,12 +210,6 @@ class Chunked:
             references=None if references is None else references[rows],
             prompts=None if prompts is None else prompts[rows],
         )
-
-
-def exact(number: float) -> str:
-    """The shortest text of a number that no other float64 has: names tell rewards apart, also for a cache."""
-    short = f"{number:g}"
-    return short if float(short) == number else repr(float(number))
 
 
 def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool]:

@@ -5,7 +5,8 @@ from typing import Any, final
 
 import torch
 
-from iqareward.rewards.compose import exact, joint_facts
+from iqareward.rewards._names import exact
+from iqareward.rewards.compose import joint_facts
 from iqareward.rewards.scoring import reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
 
