@@ -33,13 +33,10 @@ FUNCTION = {name: getattr(piq, "information_weighted_ssim" if name == "iwssim" e
 # ---- piq
 
 
-@pytest.mark.parametrize(
-    "metric",
-    ["fsim", "mdsi", "srsim", "dss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vsi", "iwssim"))],
-)
+@pytest.mark.parametrize("metric", ["fsim", "mdsi", "srsim", "dss", pytest.param("vsi", marks=pytest.mark.slow)])
 def test_piq_contract(metric: str) -> None:
-    """Every piq metric keeps the whole contract of a reward."""
-    references = textures(3, MIN_SIDE[metric] if metric == "iwssim" else 48)
+    """Every piq metric keeps the whole contract of a reward; IW-SSIM follows on pictures that are harder for it."""
+    references = textures(3, 48)
     check_reward(PIQReward(metric), noisy(references), references, degraded=noisy(references, 0.2))
 
 
@@ -127,7 +124,8 @@ def test_four_nearly_flat_pictures_keep_the_contract_under_iwssim() -> None:
     """The public check passes on pictures whose covariances are next to singular."""
     rng = torch.Generator().manual_seed(0)
     references = 0.5 + 0.002 * torch.randn(4, 3, 161, 161, generator=rng)
-    check_reward(PIQReward("iwssim"), noisy(references, 0.001), references)
+    degraded = noisy(references, 0.01)
+    check_reward(PIQReward("iwssim"), noisy(references, 0.001), references, degraded=degraded)
 
 
 @pytest.mark.parametrize("metric", MIN_SIDE)
