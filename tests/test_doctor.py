@@ -154,11 +154,11 @@ def test_commands_can_be_copied(monkeypatch: pytest.MonkeyPatch, columns: str) -
     assert [line.strip() for line in lines].count(curl) == 1
 
 
-def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     versions = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name == "transformers":
+        if name == package:
             raise importlib.metadata.PackageNotFoundError(name)
         return versions(name)
 
@@ -168,7 +168,7 @@ def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("columns", ["30", "80", "400"])
 def test_list_is_one_line_per_name(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     """In a pipe of any width: name, what works here or the extra, references, gradient, range, sign."""
-    without_transformers(monkeypatch)
+    without("transformers", monkeypatch)
     _, *lines = CliRunner().invoke(app, ["list"], env={"COLUMNS": columns}).stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(CATALOG)
     rows = {line.split()[0]: line.split()[1:6] for line in lines}
@@ -181,7 +181,7 @@ def test_list_is_one_line_per_name(monkeypatch: pytest.MonkeyPatch, columns: str
 def test_list_says_what_works_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """JSON has range, direction, and the same verdict as `doctor`, without importing the extras."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    without_transformers(monkeypatch)
+    without("transformers", monkeypatch)
     verdicts = {finding.name: finding for finding in diagnose() if finding.part == "rewards"}
     monkeypatch.setattr(importlib, "import_module", None)
     rows = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
@@ -194,14 +194,7 @@ def test_list_says_what_works_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_list_of_pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:
     """pyiqa's names are listed with what is known of them, also where pyiqa is missing."""
-    versions = importlib.metadata.version
-
-    def version(name: str) -> str:
-        if name == "pyiqa":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return versions(name)
-
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    without("pyiqa", monkeypatch)
     rows = {
         line.split()[0]: line.split()[1:6] for line in CliRunner().invoke(app, ["list", "--pyiqa"]).stdout.splitlines()
     }

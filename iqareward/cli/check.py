@@ -67,7 +67,7 @@ def run_check(
 
     Args:
         reward: what to check.
-        folder: of photographs; None = generated pictures.
+        folder: folder of photographs; None = generate pictures.
         size: side of the square that is cut from the centre of each.
         degraded_folder: worse versions, with the names that those in `folder` have; None = coarse and noisy ones.
         direction: check that worse images score lower.

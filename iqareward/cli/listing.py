@@ -23,7 +23,7 @@ def facts(*, pyiqa: bool) -> dict[str, dict[str, Any]]:
     """What is known of each reward, and whether it works here, without loading any.
 
     Args:
-        pyiqa: of pyiqa's metrics instead of the catalogue.
+        pyiqa: list pyiqa's metrics instead of the catalogue.
     """
     entries = PYIQA if pyiqa else CATALOG
     here = rewards_here(entries)

@@ -30,7 +30,7 @@ class Row:
     """What is known of one picture.
 
     Attributes:
-        path: of the picture, as the command found it.
+        path: path of the image, as the command found it.
         scores: one per column; NaN = not scored.
         problem: why scores are missing; empty if none is.
         reference: path of the picture that it was compared with; empty if there is none.
@@ -197,8 +197,8 @@ class Summary(NamedTuple):
     """One column over all pictures.
 
     Attributes:
-        name: of the column.
-        mean: of the scores; None if there is none.
+        name: name of the column.
+        mean: mean score; None if no image has one.
         std: their standard deviation (divided by n - 1); None for fewer than two.
         scored: number of scores.
         pictures: number of pictures.
@@ -216,7 +216,7 @@ def summarize(columns: Sequence[str], rows: Collection[Row]) -> list[Summary]:
 
     Args:
         columns: their names.
-        rows: of all pictures.
+        rows: rows of all images.
 
     Example:
         >>> summarize(["psnr"], [Row("a.png", [30.0]), Row("b.png", [math.nan]), Row("c.png", [32.0])])

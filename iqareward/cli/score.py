@@ -136,7 +136,7 @@ def check_outputs(*files: Path | None) -> None:
     """Make the folders of results, and find out before anything is scored whether files can be written there.
 
     Args:
-        files: of results; None = not wanted.
+        files: result files to be written; None = not wanted.
 
     Raises:
         ValueError: two are the same file, one is a folder, or a folder cannot be written to.

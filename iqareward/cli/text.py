@@ -35,6 +35,6 @@ def say(console: Console, text: object, *, label: str = "", style: str = "") -> 
         console: where to.
         text: the line.
         label: words before the text.
-        style: of the label, e.g. "red".
+        style: rich style of the label, e.g. "red".
     """
     console.print(Text.assemble((label, style), " " if label else "", printable(text)), soft_wrap=True)

@@ -49,7 +49,7 @@ def supervised(
         weight_decay: of AdamW.
         max_grad_norm: longer gradients are shortened to this.
         ema_decay: above 0, the model ends with the running average of its weights.
-        accelerator: of accelerate; a default one if not given. Its trackers get the loss as "sft/loss".
+        accelerator: accelerate's `Accelerator`; a default one if not given. Its trackers get the loss as "sft/loss".
         history_file: gets a JSON line per update as it ends; what was in it before is removed.
         show_progress: show a progress bar, or lines where there is no terminal.
         seed: of everything random.

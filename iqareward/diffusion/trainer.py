@@ -65,7 +65,7 @@ class DifficultyAdaptiveTrainer:
         validation: what is measured on held-out inputs.
         memory: compares rewards with an input's own history instead of its group.
         metric: distance to the ground truth that difficulty is made of; not the reward.
-        accelerator: of accelerate; a default one if not given.
+        accelerator: accelerate's `Accelerator`; a default one if not given.
         sft_updates: updates of SFT before, which the steps of trackers begin with.
         overlap: score a part of the inputs while the next is sampled (`Sampling.inputs_at_once`).
         show_progress: show a progress bar, or lines where there is no terminal.

@@ -29,7 +29,7 @@ def start_worker(owner: object, queue: Q, work: Callable[[Q], None], name: str) 
         owner: without it the thread ends, so neither the queue nor `work` may refer to it.
         queue: what the thread takes its work from.
         work: the loop of the thread.
-        name: of the thread.
+        name: name of the thread.
     """
     thread = threading.Thread(target=work, args=(queue,), name=name, daemon=True)
     thread.start()
@@ -77,7 +77,7 @@ def working(queue: Queue, callers: frozenset[Any]) -> Generator[None]:
     """Score for callers, of which some may be workers themselves.
 
     Args:
-        queue: of this thread.
+        queue: queue of this thread.
         callers: the workers that wait for the result.
     """
     token = _waiting.set(callers | {queue})

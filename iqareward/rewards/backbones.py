@@ -17,7 +17,7 @@ class Backbone(NamedTuple):
 
     Attributes:
         function: in `torchvision.models`.
-        url: of its ImageNet weights there.
+        url: address of its ImageNet weights there.
         taps: indices of the compared layers in `.features`.
         widths: their channels.
         min_side: smallest image side that leaves every compared layer a pixel.

@@ -216,7 +216,7 @@ def on_unit_scale(spec: str, reward: Reward) -> str:
     """The spec of a reward as a part of a sum.
 
     Args:
-        spec: from which `load` built the reward.
+        spec: name or sum from which `load` built the reward.
         reward: that reward.
 
     Returns:
@@ -301,7 +301,7 @@ def published(spec: str) -> tuple[float, float] | None:
     """How to turn scores of a reward into the numbers that papers print, often distances where lower is better.
 
     Args:
-        spec: from which `load` built the reward.
+        spec: name or sum from which `load` built the reward.
 
     Returns:
         (scale, offset): papers print `scale * score + offset`. None for sums and ranges, which no paper prints.

@@ -40,7 +40,7 @@ class Limits:
     """What a server accepts in one request; a request beyond it is a `WireError` with status 413.
 
     Args:
-        max_bytes: of the whole body; and of the pixels of all its pictures when decoded, in the dtype they have then.
+        max_bytes: size of the whole body, and of all its decoded pixels in the dtype they then have.
         max_images: number of images.
         max_pixels: H * W of one image.
         max_header_bytes: of the safetensors header, which holds names, shapes and prompts.

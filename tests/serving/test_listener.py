@@ -122,9 +122,15 @@ def test_connections_that_do_not_get_on(monkeypatch, first, drops):
         async with asyncio.timeout(120), connected(url) as (reader, writer):
             writer.write(first)
             dripping = asyncio.create_task(drip(writer))
-            with contextlib.suppress(ConnectionError):
+            try:
                 await reader.read()  # to the end of the connection
+                closed = reader.at_eof()
+            except ConnectionError:
+                closed = True
             dripping.cancel()
+        assert closed
+        async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
+            assert (await client.get("/healthz")).status_code == 200
 
     listening(work)
 
