@@ -111,7 +111,8 @@ def score(
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise _usage_error(error) from error
     except KeyboardInterrupt as stop:
-        say(_messages, "Stopped. The same command goes on." if output else "Stopped.")
+        again = "the same command without --overwrite" if overwrite else "the same command"
+        say(_messages, f"Stopped; {again} goes on." if output else "Stopped.")
         raise typer.Exit(130) from stop
     raise typer.Exit(0 if complete else 1)
 
