@@ -31,7 +31,7 @@ from iqareward.groups import (
     place_in_group,
 )
 from iqareward.weighting import AdaptiveWeighter
-from tests.gpu import no_waits
+from tests.gpu import no_waits, on_devices
 from tests.tolerances import EXACT, FORMULA_FP32
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)
@@ -216,7 +216,6 @@ def test_ids_out_of_range_on_a_device_touch_no_other_input():
     rows, others = torch.tensor([1.0, 2.0, 4.0]).cuda(), torch.tensor([7.0, 8.0, 4.0]).cuda()
     for one in (memory, difficulty):
         one.update(rows, all_ids)
-    torch.cuda.synchronize()
     with no_waits():
         for one in (memory, difficulty):
             one.update(others, wrong)
@@ -227,13 +226,11 @@ def test_ids_out_of_range_on_a_device_touch_no_other_input():
     assert recalled.isnan().tolist() == [True, True, False]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_statistics_never_wait_for_the_device():
+@on_devices
+def test_statistics_never_wait_for_the_device(device):
     """No call in group_statistics makes the host wait for the GPU, and the numbers are those of the CPU."""
     values, groups = ragged(0)
-    on_gpu = values.cuda(), groups.cuda()
-    torch.cuda.synchronize()
+    there = values.to(device), groups.to(device)
     with no_waits():
-        result = group_statistics(*on_gpu)
+        result = group_statistics(*there)
     torch.testing.assert_close(result.std.cpu(), group_statistics(values, groups).std, equal_nan=True, **FORMULA_FP32)

@@ -14,7 +14,7 @@ from PIL import Image
 from iqareward.functional.natural_model import NaturalModel, packaged_model
 from iqareward.functional.niqe import MIN_SIDE, niqe
 from iqareward.functional.nss import clipped_luma, natural_features
-from tests.gpu import no_waits
+from tests.gpu import no_waits, on_devices
 from tests.tolerances import EXACT, FORMULA_FP32, OTHER_PACKAGE
 
 # (figure of the authors' MATLAB release, relative tolerance). Two per cent of the pixels of I03 and I08 lie in exactly
@@ -209,17 +209,15 @@ def test_errors_say_what_to_do():
         niqe(torch.rand(1, 3, 128, 128), model=model.to("meta"))
 
 
-@pytest.mark.gpu
-def test_cuda_agrees_and_never_waits():
+@on_devices
+def test_any_device_agrees_and_never_waits(device):
     """The same scores as on the CPU, from a call that never synchronises with the host once the model is loaded."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     images = noisy(15, 256, 320, batch=4)
     images[3] = 0.0
-    on_device = images.cuda()
-    niqe(on_device)
+    there = images.to(device)
+    niqe(there)
     with no_waits():
-        scores = niqe(on_device)
+        scores = niqe(there)
     torch.testing.assert_close(scores.cpu(), niqe(images), **FORMULA_FP32, equal_nan=True)
 
 

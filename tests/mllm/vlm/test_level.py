@@ -346,13 +346,3 @@ def test_old_transformers_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "5.2.0")
     with pytest.raises(ImportError, match=r"(?s)transformers>=5\.23.*upgrade"):
         reward("qwen2_5_vl")(tiny.images(1))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_gpu_scores_are_those_of_the_cpu(family, exact_convolutions) -> None:
-    """Every family runs on the device, with images there."""
-    tok = tiny.pair(family)[1].tokenizer
-    made = reward(family, model=(tiny.model(family, tok), tiny.pair(family)[1]), device="cuda")
-    torch.testing.assert_close(made(tiny.images(3).cuda()).cpu(), reward(family)(tiny.images(3)), **NETWORK_BATCH)
