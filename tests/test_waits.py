@@ -1,14 +1,11 @@
-"""No warm call copies between host and device, which makes the host wait: counted on a fake GPU, tried on one."""
+"""No warm call copies between host and device, which makes the host wait: metered without a GPU, tried on one."""
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import iqareward
+from benchmarks.meter import Meter
 from iqareward.diffusion.data.jpeg import jpeg
 from iqareward.diffusion.monitor import STATISTICS
 from iqareward.rewards.calibration import CDFMap
@@ -18,7 +15,6 @@ from tests.diffusion import tiny
 from tests.gpu import no_waits
 from tests.tolerances import NETWORK_BATCH
 
-GPU = torch.device("cuda", 0)
 faked = pytest.mark.skipif(
     torch.cuda.is_available(),
     reason="constants of a fake GPU would stay in caches for the real one, which is tested below",
@@ -26,27 +22,10 @@ faked = pytest.mark.skipif(
 REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe")
 
 
-class Copies(TorchDispatchMode):
-    """Lists the operators that copy between two devices."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        if "copy" in func.__name__ and len({tensor.device for tensor in tensors}) > 1:
-            self.found.append(f"{func.__name__}{[tuple(tensor.shape) for tensor in tensors]}")
-        return result
-
-
-def copies_of_second(call):
-    """What a call copies between devices when it has been made once before."""
-    call()
-    with Copies() as copies:
-        call()
-    return copies.found
+def assert_never_waits(meter: Meter, call):
+    """A warm call neither waits for the device nor sends a constant there."""
+    meter.second(call)
+    assert [*map(str, meter.waits + meter.host_constants)] == []
 
 
 @pytest.fixture
@@ -70,35 +49,28 @@ def perceptual(tmp_path):
 
 
 @faked
-def test_a_copy_is_seen():
-    """The counter itself: a constant made on the device costs one copy, one that is already there none."""
-    with FakeTensorMode():
-        there = torch.ones(2, device=GPU)
-        assert len(copies_of_second(lambda: there * torch.tensor([1.0, 2.0], device=GPU))) == 1
-        assert copies_of_second(lambda: there * 2) == []
-
-
-@faked
 @pytest.mark.parametrize("name", REWARDS)
 def test_rewards_copy_nothing(name):
     """The checks and marks of the contract included; only the first call of all looks at its scores."""
     reward = iqareward.load(name)
     images = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     reward(images, references=images)
-    with FakeTensorMode():
-        images = torch.rand(2, 3, 192, 192, device=GPU)
-        assert copies_of_second(lambda: reward(images, references=images)) == []
+    with Meter() as meter:
+        images = torch.rand(2, 3, 192, 192, device="cuda")
+        assert_never_waits(meter, lambda: reward(images, references=images))
 
 
 @faked
 @pytest.mark.parametrize("kind", ["lpips", "dists"])
 def test_feature_distances_copy_nothing(kind, perceptual):
     """The networks hold their constants as buffers, which move with them."""
-    model = perceptual(kind).model
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        images = torch.rand(2, 3, 64, 64, device=GPU)
-        state = {name: torch.empty(tensor.shape, device=GPU) for name, tensor in model.state_dict().items()}
-        assert copies_of_second(lambda: functional_call(model, state, (images, images))) == []
+    reward = perceptual(kind)
+    images = torch.rand(1, 3, 64, 64)
+    reward(images, references=images)
+    with Meter() as meter:
+        images = torch.rand(2, 3, 64, 64, device="cuda")
+        reward.to("cuda")
+        assert_never_waits(meter, lambda: reward(images, references=images))
 
 
 @faked
@@ -112,9 +84,9 @@ def test_functions_copy_nothing(name):
         "calibration": lambda images: quantiles(images[:, 0, 0, 0]),
         "preprocess": lambda images: preprocess(images, 28),
     }
-    with FakeTensorMode():
-        images = torch.rand(2, 3, 40, 64, device=GPU)
-        assert copies_of_second(lambda: functions[name](images)) == []
+    with Meter() as meter:
+        images = torch.rand(2, 3, 40, 64, device="cuda")
+        assert_never_waits(meter, lambda: functions[name](images))
 
 
 @pytest.mark.gpu
@@ -134,23 +106,25 @@ def test_gpu_scores_are_those_of_the_cpu(name, exact_convolutions, perceptual):
     torch.testing.assert_close(scores.cpu(), expected, **NETWORK_BATCH)
 
 
+@faked
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_policies_copy_nothing(kind):
-    """A denoising step, and the noising and its inverse, with a prompt that was encoded on the CPU ("meta": no GPU)."""
+    """A denoising step, and the noising and its inverse, with a prompt that was encoded on the CPU."""
     policy = tiny.policy_of(kind)
-    for part in vars(policy).values():
-        if isinstance(part, nn.Module):
-            part.to("meta")
-    if hasattr(policy, "autoencoder"):
-        policy.autoencoder.vae.to("meta")
-    latents = torch.zeros(2, *policy.latent_shape(tiny.images(1)), device="meta")
-    times = torch.zeros(2, dtype=torch.long, device="meta")
-    condition = policy.condition(tiny.images(2).to("meta"))
+    with Meter() as meter:
+        for part in vars(policy).values():
+            if isinstance(part, nn.Module):
+                part.to("cuda")
+        if hasattr(policy, "autoencoder"):
+            policy.autoencoder.vae.to("cuda")
+        latents = torch.zeros(2, *policy.latent_shape(tiny.images(1)), device="cuda")
+        times = torch.zeros(2, dtype=torch.long, device="cuda")
+        condition = policy.condition(torch.rand(2, *tiny.images(1).shape[1:], device="cuda"))
 
-    def step():
-        noisy = policy.process.add_noise(latents, latents, times)
-        answer = policy.predict(noisy, times, condition)
-        policy.process.clean(answer, noisy, times)
-        policy.decode(latents)
+        def step():
+            noisy = policy.process.add_noise(latents, latents, times)
+            answer = policy.predict(noisy, times, condition)
+            policy.process.clean(answer, noisy, times)
+            policy.decode(latents)
 
-    assert copies_of_second(step) == []
+        assert_never_waits(meter, step)

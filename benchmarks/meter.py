@@ -1,0 +1,449 @@
+"""What a call would cost on a GPU, counted without one.
+
+Example:
+    >>> import iqareward
+    >>> reward = iqareward.load("psnr")
+    >>> with Meter() as meter:
+    ...     images = torch.rand(32, 3, 512, 512, device="cuda")
+    ...     scores = meter.second(lambda: reward(images, references=images))
+    >>> meter.waits
+    []
+    >>> meter.kernels < 50, meter.bytes < 2e9, meter.peak_bytes < 1e9, meter.predicted_ms < 1
+    (True, True, True, True)
+"""
+
+import heapq
+import itertools
+import math
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+# of an H100, measured (benchmarks/results/gpu_h100_2026-11-26.md); float64 is from its data sheet
+BYTES_PER_S = 2.97e12
+S_PER_LAUNCH = 10.2e-6
+FLOP_PER_S = {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 51.5e12, torch.float64: 34e12}
+CONVOLUTION_FLOP_PER_S = 385e12  # float32, as TF32: the default of cuDNN
+ATTENTION_FLOP_PER_S = 350e12  # of a fused kernel in half precision; an estimate
+
+# one for the process: a package's cached constants are tensors of the mode in which they were made
+_FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+_FREE = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.lift_fresh}
+_WRITES_ONLY = {aten.copy_, aten.fill_, aten.zero_, aten.random_, aten.normal_, aten.uniform_}
+_LOOKUPS = {aten.index, aten.gather, aten.embedding, aten.index_select}
+_READS = {aten._local_scalar_dense, aten.equal, aten.allclose}
+_COPIES = {aten._to_copy, aten.copy_}
+_SELECTS = {aten.nonzero, aten.masked_select, aten._unique2, aten.repeat_interleave}
+_CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
+
+
+class Place(NamedTuple):
+    """An operator, and the innermost line of code outside torch that ran it."""
+
+    operator: str
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.operator} at {self.line}"
+
+
+class Meter(TorchDispatchMode):
+    """Counts what the code within it would do on a GPU, for tensors that it makes there with `device="cuda"`.
+
+    Tensors within have shapes and no values (`FakeTensorMode`), gradients included, so that networks of any size run in
+    no memory. Every operator is one kernel that reads its inputs and writes its outputs once; views and allocations
+    cost nothing. What a kernel uses beside its result is not counted, nor the memory of what existed before.
+
+    Args:
+        read: the value of every number of the device that the code reads on the host.
+        selected: how many elements a boolean mask selects; None = all.
+
+    Attributes:
+        kernels: launches.
+        bytes: read and written.
+        flops: of matrix products, convolutions and attention, a multiplication and an addition counted apart.
+        copies: places that copy between host and device.
+        waits: places where the host waits for the device: blocking copies, and reads of what the device computed.
+        host_constants: places where a tensor of the host is an operand beside tensors of the device.
+        peak_bytes: of the storages made within.
+        launch_ms: that the host needs for all launches.
+        device_ms: that the kernels need, each by its bytes or its FLOPs, whichever takes longer.
+        by_operator: kernels, bytes and milliseconds of each operator.
+    """
+
+    def __init__(self, *, read: float = 0.0, selected: int | None = None):
+        super().__init__()
+        self.read, self.selected = read, selected
+        self._live = 0
+        self._known: set[int] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count anew; what lives goes on to count as memory from here on only if it is made anew."""
+        self.kernels = self.bytes = self.flops = self.peak_bytes = 0
+        self.device_ms = 0.0
+        self.copies: list[Place] = []
+        self.waits: list[Place] = []
+        self.host_constants: list[Place] = []
+        self.by_operator: dict[str, Counter[str]] = {}
+        self._base = self._live
+
+    def second(self, call: Callable[[], Any]) -> Any:
+        """Call twice, and count the second call only: a warm one."""
+        call()
+        self.reset()
+        return call()
+
+    @property
+    def launch_ms(self) -> float:
+        return 1e3 * S_PER_LAUNCH * self.kernels
+
+    @property
+    def predicted_ms(self) -> float:
+        """Milliseconds by the roofline: launches or kernels, whichever take longer."""
+        return max(self.launch_ms, self.device_ms)
+
+    def __enter__(self) -> "Meter":
+        if torch.cuda.is_available():
+            raise RuntimeError(
+                "Meter is for machines without a GPU: constants of a fake one would stay in caches for the real one."
+            )
+        with ExitStack() as stack:
+            stack.enter_context(_FAKE)
+            stack.enter_context(_Attention())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_Saved, _Saved.unpack))
+            for name, replacement in _REPLACED.items():
+                stack.enter_context(mock.patch(name, replacement))
+            super().__enter__()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode composites come undecomposed
+                return func.decompose(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not _is_fake(inputs, kwargs):
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        there = [tensor for tensor in inputs if tensor.device.type == "cuda"]
+        packet = func.overloadpacket
+        if packet in _READS:
+            return self._read(func, args, kwargs, there)
+        if there and (packet in _SELECTS or (packet is aten.index and _has_mask(args[1]))):
+            self._wait(func)
+            result = self._select(packet, args)
+        else:
+            result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        made = [tensor for tensor in outputs if tensor.device.type == "cuda"]
+        for tensor in made:
+            self._track(tensor)
+        if (there or made) and (len(there) < len(inputs) or (packet in _COPIES and len(made) < len(outputs))):
+            self._mixed(func, packet, args, kwargs)
+        if made or there:
+            self._count(func, packet, args, kwargs, there, made, result)
+        return result
+
+    def _read(self, func: Any, args: Any, kwargs: Any, there: list[Tensor]) -> Any:
+        """A number that the host asks for."""
+        if there:
+            self._wait(func)
+        else:
+            try:
+                return func(*args, **kwargs)
+            except DataDependentOutputException:
+                pass  # of the host, but unknown here all the same
+        dtype = args[0].dtype if func.overloadpacket is aten._local_scalar_dense else torch.bool
+        return torch.tensor(self.read).to(dtype).tolist() if dtype.is_complex else _as(dtype, self.read)
+
+    def _select(self, packet: Any, args: Any) -> Any:
+        """What an operator gives whose size depends on values."""
+        first = args[0]
+        if packet is aten.nonzero:
+            return first.new_empty((self._rows(first), first.dim()), dtype=torch.long)
+        if packet is aten.masked_select:
+            return first.new_empty((self._rows(args[1]),))
+        if packet is aten._unique2:
+            flat = first.new_empty(first.numel())
+            return flat, first.new_empty(first.shape, dtype=torch.long), flat.new_empty(first.numel(), dtype=torch.long)
+        if packet is aten.repeat_interleave:
+            return first.new_empty(self.selected or first.numel(), dtype=torch.long)
+        indices: list[Any] = []
+        for index in args[1]:
+            mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+            rows = (self._rows(index),) if mask else ()
+            indices += [index.new_empty(rows, dtype=torch.long)] * index.dim() if mask else [index]
+        return aten.index(first, indices)
+
+    def _rows(self, mask: Tensor) -> int:
+        return mask.numel() if self.selected is None else self.selected
+
+    def _mixed(self, func: Any, packet: Any, args: Any, kwargs: Any) -> None:
+        """Host and device in one operator: a copy, or a constant of the host."""
+        place = Place(str(func), _line())
+        if packet in _COPIES:
+            self.copies.append(place)
+            blocking = not (kwargs.get("non_blocking") or (packet is aten.copy_ and len(args) > 2 and args[2]))
+            if blocking:
+                self.waits.append(place)
+            return
+        self.host_constants.append(place)
+        if packet in _LOOKUPS or packet is aten.index_put_:
+            self.waits.append(place)
+
+    def _wait(self, func: Any) -> None:
+        self.waits.append(Place(str(func), _line()))
+
+    def _track(self, tensor: Tensor) -> None:
+        """Count a storage from its first tensor to its end."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._live += size
+        self.peak_bytes = max(self.peak_bytes, self._live - self._base)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+    def _count(
+        self, func: Any, packet: Any, args: Any, kwargs: Any, there: list[Tensor], made: list[Tensor], result: Any
+    ) -> None:
+        mutated = func._schema.is_mutable
+        if packet in _FREE or func.is_view or (not mutated and made and _shares(made, there)):
+            return
+        read = sum(map(_size, there))
+        if packet in _WRITES_ONLY:
+            read -= _size(args[0])
+        elif packet in _LOOKUPS and there:
+            read = read - _size(there[0]) + sum(map(_size, made))
+        moved = read + sum(map(_size, made))
+        flops = 0
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=result)
+        rate = FLOP_PER_S.get((there or made)[0].dtype, FLOP_PER_S[torch.float32])
+        if packet in _CONVOLUTIONS and rate == FLOP_PER_S[torch.float32]:
+            rate = CONVOLUTION_FLOP_PER_S
+        elif "attention" in str(func):
+            rate = min(rate, ATTENTION_FLOP_PER_S)
+        kernels = sum(args[-1]) if packet is aten.convolution_backward else 1
+        milliseconds = 1e3 * max(moved / BYTES_PER_S, flops / rate)
+        self.kernels += kernels
+        self.bytes += moved
+        self.flops += flops
+        self.device_ms += milliseconds
+        self.by_operator.setdefault(str(func), Counter()).update(kernels=kernels, bytes=moved, ms=milliseconds)
+
+
+class _Attention(TorchFunctionMode):
+    """The fused kernels of a GPU, which torch chooses only where it finds one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and args[0].device.type == "cuda":
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if enable_gqa:
+        key, value = (rows.repeat_interleave(query.shape[-3] // rows.shape[-3], -3) for rows in (key, value))
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    efficient = aten._scaled_dot_product_efficient_attention
+    grad = torch.is_grad_enabled() and any(rows.requires_grad for rows in (query, key, value))
+    return efficient(query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale)[0]
+
+
+class _Saved:
+    """A tensor that the graph keeps, until the node that needs it has run."""
+
+    unpacked: ClassVar[list["_Saved"]] = []
+
+    def __init__(self, tensor: Tensor):
+        self.tensor: Tensor | None = tensor
+
+    def unpack(self) -> Tensor | None:
+        self.unpacked.append(self)
+        return self.tensor
+
+    @classmethod
+    def end_of_node(cls, *, keep: bool) -> None:
+        for saved in cls.unpacked:
+            saved.tensor = saved.tensor if keep else None
+        cls.unpacked.clear()
+
+
+def run_backward(
+    outputs: Sequence[Any],
+    gradients: Sequence[Tensor | None],
+    keep_graph: bool,
+    create_graph: bool,
+    inputs: Sequence[Any] = (),
+    allow_unreachable: bool = False,
+    accumulate_grad: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Run the nodes of a graph as torch's engine does, which asks for the streams of a GPU even for fake tensors.
+
+    Hooks of tensors and nodes are not run.
+    """
+    edge = torch.autograd.graph.get_gradient_edge
+    roots = [edge(tensor) for tensor in outputs]
+    targets = [edge(tensor) for tensor in inputs]
+    needed = _leading_to({target.node for target in targets}, [root.node for root in roots]) if targets else None
+    pending: dict[Any, dict[int, Tensor]] = {}
+    queue: list[tuple[int, int, Any]] = []
+    tie = itertools.count()
+
+    def arrive(node: Any, index: int, gradient: Tensor) -> None:
+        if needed is not None and node not in needed:
+            return
+        expected = node._input_metadata[index]
+        gradient = gradient.sum_to_size(expected.shape).to(expected.dtype)
+        if node not in pending:
+            pending[node] = {}
+            heapq.heappush(queue, (-node._sequence_nr(), next(tie), node))
+        present = pending[node].get(index)
+        pending[node][index] = gradient if present is None else present + gradient
+
+    results: list[Tensor | None] = [None] * len(targets)
+    with torch.set_grad_enabled(create_graph):
+        for root, gradient in zip(roots, gradients):
+            assert gradient is not None
+            arrive(root.node, root.output_nr, gradient)
+        while queue:
+            node = heapq.heappop(queue)[2]
+            found = pending.pop(node)
+            for place, target in enumerate(targets):
+                if target.node == node:
+                    results[place] = found.get(target.output_nr)
+            is_leaf = not node.next_functions
+            if targets and is_leaf and not accumulate_grad:
+                continue
+            arguments = [found.get(index) for index in range(len(node._input_metadata))]
+            answers = getattr(node, "apply", node)(*arguments)
+            _Saved.end_of_node(keep=keep_graph)
+            answers = answers if isinstance(answers, tuple) else (answers,)
+            answer = None
+            for (child, index), answer in zip(node.next_functions, answers):
+                if child is not None and answer is not None:
+                    arrive(child, index, answer)
+            del found, arguments, answers, answer
+    return tuple(results)
+
+
+def _swap(first: Tensor, second: Tensor) -> None:
+    """What `Module.to` does with fake parameters; torch's refuses them for weak references of the fake mode's own."""
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
+    torch._C._swap_tensor_impl(first, second)
+
+
+def _leading_to(targets: set[Any], roots: Sequence[Any]) -> set[Any]:
+    """The nodes of a graph from which one of the targets can be reached."""
+    parents: dict[Any, list[Any]] = {}
+    stack, seen = list(roots), set(roots)
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions:
+            if child is not None:
+                parents.setdefault(child, []).append(node)
+                if child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+    stack, found = list(targets), set(targets)
+    while stack:
+        for parent in parents.get(stack.pop(), ()):
+            if parent not in found:
+                found.add(parent)
+                stack.append(parent)
+    return found
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "torch.autograd._engine_run_backward": run_backward,
+    "torch.utils.swap_tensors": _swap,
+    "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # autocast looks for a GPU
+    "torch.cuda.is_bf16_supported": lambda: True,
+}
+
+
+def _is_fake(inputs: Sequence[Tensor], kwargs: Any) -> bool:
+    """Whether an operator concerns the fake device; the host goes on computing with numbers."""
+    device = kwargs.get("device")
+    return any(isinstance(tensor, FakeTensor) for tensor in inputs) or (
+        device is not None and torch.device(device).type == "cuda"
+    )
+
+
+def _as(dtype: torch.dtype, value: float) -> Any:
+    return bool(value) if dtype is torch.bool else value if dtype.is_floating_point else int(value)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor in memory: an expanded dimension has one element."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.element_size()
+
+
+def _shares(made: Sequence[Tensor], there: Sequence[Tensor]) -> bool:
+    storages = {tensor.untyped_storage()._cdata for tensor in there}
+    return all(tensor.untyped_storage()._cdata in storages for tensor in made)
+
+
+def _has_mask(indices: Sequence[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _frames() -> Iterator[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _line() -> str:
+    """The innermost line that is neither torch's nor of this file, with the last parts of its path."""
+    torch_folder = str(Path(torch.__file__).parent)
+    for frame in _frames():
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith((torch_folder, "<")) and "unittest/mock" not in file:
+            return f"{'/'.join(Path(file).parts[-3:])}:{frame.f_lineno}"
+    return "?"
