@@ -141,7 +141,7 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self:  # in inference mode composites come undecomposed
+            with _Again(self):  # in inference mode composites come undecomposed
                 return func.decompose(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not _is_fake(inputs, kwargs):
@@ -258,6 +258,17 @@ class Meter(TorchDispatchMode):
         self.flops += flops
         self.device_ms += milliseconds
         self.by_operator.setdefault(str(func), Counter()).update(kernels=kernels, bytes=moved, ms=milliseconds)
+
+
+class _Again(TorchDispatchMode):
+    """A meter within its own handling of an operator, without what surrounds it."""
+
+    def __init__(self, meter: Meter):
+        super().__init__()
+        self.meter = meter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.meter.__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Attention(TorchFunctionMode):
