@@ -20,6 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
@@ -42,6 +43,7 @@ ATTENTION_FLOP_PER_S = 350e12  # of a fused kernel in half precision; an estimat
 
 # one for the process: a package's cached constants are tensors of the mode in which they were made
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+_TASKS = itertools.count(1)  # a checkpoint recomputes once in each backward pass
 _FREE = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.lift_fresh}
 _WRITES_ONLY = {aten.copy_, aten.fill_, aten.zero_, aten.random_, aten.normal_, aten.uniform_}
 _LOOKUPS = {aten.index, aten.gather, aten.embedding, aten.index_select}
@@ -356,7 +358,10 @@ def run_backward(
         pending[node][index] = gradient if present is None else present + gradient
 
     results: list[Tensor | None] = [None] * len(targets)
-    with torch.set_grad_enabled(create_graph):
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(create_graph))
+        stack.enter_context(_Attention())  # set aside by torch.autograd, wanted where a checkpoint recomputes
+        stack.enter_context(mock.patch("torch._C._current_graph_task_id", partial(int, next(_TASKS))))
         for root, gradient in zip(roots, gradients):
             assert gradient is not None
             arrive(root.node, root.output_nr, gradient)
