@@ -1,6 +1,7 @@
-"""Run a per-image formula in pieces that stay in the CPU's cache."""
+"""Pieces of a batch: as large as stay in a CPU's cache, or as fit a budget of bytes on any other device."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,23 +11,54 @@ from torch import Tensor
 # are up to twice as slow.
 CPU_PIXELS_PER_CHUNK = 512 * 512
 
+# Working memory of one piece on a device. With elements of two bytes or more no tensor of a piece reaches 2^31
+# elements, beyond which kernels with 32-bit indices fail or copy.
+DEVICE_BYTES = 4 * 2**30
+DEVICE_SHARE = 8  # of a device with less than eight times that memory, one part in eight
 
-def rows_in_cache(batch: Tensor, device: torch.device) -> int:
-    """How many images of a batch `[B, ..., H, W]` to work on at a time on a device: all of them unless it is a CPU."""
-    if device.type != "cpu":
-        return max(1, batch.shape[0])
-    return max(1, CPU_PIXELS_PER_CHUNK // max(1, batch.shape[-2] * batch.shape[-1]))
+# Networks enlarge smaller images to about this.
+LEAST_PIXELS = 224 * 224
+
+# No formula of this package takes more for a plane or an RGB image, the clean copies of a reward and a graph included.
+FORMULA_BYTES_PER_PIXEL = 128
+
+
+@lru_cache
+def working_bytes(device: torch.device) -> int:
+    """The memory that one piece may take on a device, beside its input.
+
+    It does not depend on what is free: asking costs a call of the driver each time, counts the blocks that torch keeps
+    for reuse as taken, and would let the pieces, and with them the last digit of a network's score, change from call
+    to call.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return DEVICE_BYTES
+    return min(DEVICE_BYTES, torch.cuda.get_device_properties(device).total_memory // DEVICE_SHARE)
+
+
+def rows_at_once(batch: Tensor, device: torch.device, *, bytes_per_pixel: int = FORMULA_BYTES_PER_PIXEL) -> int:
+    """How many images of a batch `[B, ..., H, W]` to work on at a time on a device, at least one.
+
+    Args:
+        batch: the images.
+        device: where they are worked on.
+        bytes_per_pixel: working memory for each pixel of `[H, W]`; on a CPU the cache decides instead.
+    """
+    pixels = max(1, batch.shape[-2] * batch.shape[-1])
+    if device.type == "cpu":
+        return max(1, CPU_PIXELS_PER_CHUNK // pixels)
+    return max(1, working_bytes(device) // (bytes_per_pixel * max(pixels, LEAST_PIXELS)))
 
 
 def map_chunks(formula: Callable[..., Tensor], *batches: Tensor) -> Tensor:
-    """Apply `formula(*pieces) -> [b]` to consecutive pieces of the batches and concatenate; one call on other devices.
+    """Apply `formula(*pieces) -> [b, ...]` to consecutive pieces of the batches and concatenate.
 
     Args:
         formula: treats images independently of each other.
-        batches: tensors `[B, ..., H, W]` with one shape for H, W.
+        batches: `[B, ..., H, W]`, the first of which decides; others may have any shape `[B, ...]`.
     """
     first = batches[0]
-    size = rows_in_cache(first, first.device)
+    size = rows_at_once(first, first.device)
     if first.shape[0] <= size:
         return formula(*batches)
     pieces = zip(*(batch.split(size) for batch in batches), strict=True)

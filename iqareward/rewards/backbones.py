@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -68,14 +69,17 @@ class FeatureTrunk(nn.Module):
             raise ValueError(f"expected torchvision's weights of {BACKBONES[net].function}: {error}") from error
         self.load_state_dict({key: value.float() for key, value in found.items()}, assign=True)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Activations of the compared layers, shallow to deep, of `images` normalised for ImageNet."""
-        activations = []
+    def pairs(self, images: Tensor, references: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Activations of the compared layers, shallow to deep, of two batches normalised for ImageNet.
+
+        Layer by layer for both, so that a pair of activations can be dropped before the next one is computed: all of
+        them together are ten times what the images take.
+        """
         for index, layer in enumerate(self.features):
             images = layer(images)
+            references = layer(references)
             if index in self.taps:
-                activations.append(images)
-        return activations
+                yield images, references
 
 
 def cached_file(net: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iqareward.functional import gmsd, haarpsi, ms_ssim, niqe, piqe, psnr, ssim
+from iqareward.functional._chunks import FORMULA_BYTES_PER_PIXEL
 from iqareward.functional.gmsd import MIN_SIDE as GMSD_MIN_SIDE
 from iqareward.functional.haarpsi import MIN_SIDE as HAARPSI_MIN_SIDE
 from iqareward.functional.ms_ssim import MIN_SIDE as MS_SSIM_MIN_SIDE
@@ -74,7 +75,10 @@ def _metric(
     name: str = "",
 ) -> Entry:
     form = FullReference if references else NoReference
-    build = partial(form, metric, higher_is_better=higher_is_better, bounds=bounds, min_side=min_side, name=name)
+    build = partial(
+        form, metric, higher_is_better=higher_is_better, bounds=bounds, min_side=min_side, name=name,
+        bytes_per_pixel=FORMULA_BYTES_PER_PIXEL,
+    )  # fmt: skip
     return Entry(
         build, summary, references, differentiable, usual=usual, bounds=bounds, higher_is_better=higher_is_better
     )

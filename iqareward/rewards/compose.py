@@ -1,11 +1,13 @@
 """Rewards made of rewards: evaluate many, sum them, take the worst, limit the batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from iqareward.rewards._names import exact
 from iqareward.rewards.calls import Call
@@ -157,7 +159,8 @@ class SoftMin:
 class Chunked:
     """The same reward, called with at most `batch_size` images at a time: a bound on its memory.
 
-    Our own rewards limit their batches themselves; this is for others.
+    Our own rewards limit their batches themselves; this is for others. With `differentiable=True` and more images than
+    that, each part is scored again in the backward pass, so that the graph of one part is kept at a time.
 
     Args:
         reward: any reward.
@@ -196,11 +199,12 @@ class Chunked:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored."""
         starts = range(0, max(1, len(images)), self.batch_size)  # an empty batch is still one call
+        score: Callable[..., Any] = self._score_rows
+        if self.differentiable and len(starts) > 1:
+            score = partial(checkpoint, score, use_reentrant=False)
         # slices and the concatenation are part of the graph; the reward sets its own modes for its own devices
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
-            return torch.cat(
-                [self._score_rows(slice(s, s + self.batch_size), images, references, prompts) for s in starts]
-            )
+            return torch.cat([score(slice(s, s + self.batch_size), images, references, prompts) for s in starts])
 
     def _score_rows(
         self, rows: slice, images: Images, references: Images | None, prompts: Sequence[str] | None

@@ -1,6 +1,7 @@
 """LPIPS and DISTS as plain networks: distances between features of two images."""
 
 from collections.abc import Sequence
+from itertools import starmap
 from typing import final
 
 import torch
@@ -40,12 +41,8 @@ class LPIPSNetwork(nn.Module):
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distances `[B]` >= 0 of pairs `[B, 3, H, W]` in [-1, 1]; 0 = identical."""
-        first = self.trunk((images - self.shift) / self.scale)
-        second = self.trunk((references - self.shift) / self.scale)
-        layers = [
-            ((_unit(a) - _unit(b)).square() * head).sum(1).mean((1, 2))
-            for head, a, b in zip(self.heads, first, second, strict=True)
-        ]
+        pairs = self.trunk.pairs((images - self.shift) / self.scale, (references - self.shift) / self.scale)
+        layers = [_difference(*next(pairs), head) for head in self.heads]
         return torch.stack(layers).sum(0)
 
 
@@ -85,9 +82,9 @@ class DISTSNetwork(nn.Module):
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distances `[B]` of pairs `[B, 3, H, W]` in [0, 1]; 0 = identical."""
-        first = [images, *self.trunk((images - self.mean) / self.std)]
-        second = [references, *self.trunk((references - self.mean) / self.std)]
-        texture, structure = zip(*(_similarities(a, b) for a, b in zip(first, second, strict=True)), strict=True)
+        pairs = self.trunk.pairs((images - self.mean) / self.std, (references - self.mean) / self.std)
+        layers = [_similarities(images, references), *starmap(_similarities, pairs)]
+        texture, structure = zip(*layers, strict=True)
         similarity = self.alpha * torch.cat(texture, 1) + self.beta * torch.cat(structure, 1)
         return 1 - similarity.sum((1, 2, 3))
 
@@ -113,11 +110,16 @@ def _similarities(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Texture and structure similarity of every channel of `[B, C, H, W]`, each `[B, C, 1, 1]`."""
     mean_a, mean_b = first.mean((2, 3), keepdim=True), second.mean((2, 3), keepdim=True)
     a, b = first - mean_a, second - mean_b
-    variances = (a.square() + b.square()).mean((2, 3), keepdim=True)
+    variances = a.square().add_(b.square()).mean((2, 3), keepdim=True)
     # centred before multiplying: E[ab] - E[a]E[b] loses more digits in float32 than the constant 1e-6 has
     covariance = (a * b).mean((2, 3), keepdim=True)
     texture = (2 * mean_a * mean_b + 1e-6) / (mean_a.square() + mean_b.square() + 1e-6)
     return texture, (2 * covariance + 1e-6) / (variances + 1e-6)
+
+
+def _difference(first: Tensor, second: Tensor, head: Tensor) -> Tensor:
+    """Weighted squared difference of the directions of two maps `[B, C, H, W]`, averaged over positions: `[B]`."""
+    return (_unit(first).sub_(_unit(second)).square() * head).sum(1).mean((1, 2))
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from iqareward.rewards.loading import LazyModel, computing_on
 from iqareward.rewards.scoring import UnscoredWatch, score_images
 from iqareward.types import Bounds, Images, Scores
 
+# Working memory without and with a graph, counted by tests/test_memory.py, the clean copies included.
+_BYTES_PER_PIXEL = {"alex": (128, 192), "squeeze": (320, 640), "vgg": (1152, 2176), "dists": (1664, 2944)}
+
 
 @final
 class LPIPSReward:
@@ -29,7 +32,7 @@ class LPIPSReward:
             `lpips.LPIPS(...)`. It is frozen and put into eval mode.
         differentiable: keep the graph from scores to pixels.
         device: where the weights live; None = where the first images are.
-        batch_size: images per run of the network; None = chosen by pixels.
+        batch_size: images per run of the network; None = as many as fit the budget of memory.
 
     Raises:
         ValueError: an unknown `net`, or both `weights` and `model`.
@@ -64,6 +67,7 @@ class LPIPSReward:
         self.batch_size = batch_size
         self._watch = UnscoredWatch()
         self._min_side = BACKBONES[net].min_side
+        self._bytes_per_pixel = _BYTES_PER_PIXEL[net][differentiable]
         self._loader = LazyModel(_build("LPIPSReward", partial(_lpips, net, weights), weights, model), device)
 
     @property
@@ -86,6 +90,7 @@ class LPIPSReward:
             name=self.name,
             needs_references=True,
             differentiable=self.differentiable,
+            bytes_per_pixel=self._bytes_per_pixel,
             min_side=self._min_side,
             batch_size=self.batch_size,
             watch=self._watch,
@@ -120,7 +125,7 @@ class DISTSReward:
             into eval mode. DISTS-pytorch's own class passes gradients only if called with `require_grad=True`.
         differentiable: keep the graph from scores to pixels.
         device: where the weights live; None = where the first images are.
-        batch_size: images per run of the network; None = chosen by pixels.
+        batch_size: images per run of the network; None = as many as fit the budget of memory.
 
     Raises:
         ValueError: both `weights` and `model`.
@@ -173,6 +178,7 @@ class DISTSReward:
             name=self.name,
             needs_references=True,
             differentiable=self.differentiable,
+            bytes_per_pixel=_BYTES_PER_PIXEL["dists"][self.differentiable],
             min_side=BACKBONES["vgg"].min_side,
             batch_size=self.batch_size,
             watch=self._watch,

@@ -24,7 +24,9 @@ class FullReference:
         bounds: of the reward, that is after the sign.
         min_side: images with a shorter side give NaN.
         differentiable: keep the graph from scores to pixels.
-        batch_size: images per call of the metric; None = chosen by pixels.
+        batch_size: images per call of the metric; None = chosen by `bytes_per_pixel`.
+        bytes_per_pixel: working memory on a device for each pixel of an image, beside the images given: the peak of one
+            call divided by its pixels. With `differentiable=True` what is kept for the gradient counts as well.
 
     Example:
         >>> import torch
@@ -43,6 +45,7 @@ class FullReference:
     min_side: int = 1
     differentiable: bool = False
     batch_size: int | None = None
+    bytes_per_pixel: int = 1024
     _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
 
     needs_references = True
@@ -66,6 +69,7 @@ class FullReference:
             name=self.name,
             needs_references=True,
             differentiable=self.differentiable,
+            bytes_per_pixel=self.bytes_per_pixel,
             min_side=self.min_side,
             batch_size=self.batch_size,
             watch=self._watch,
@@ -84,7 +88,9 @@ class NoReference:
         bounds: of the reward, that is after the sign.
         min_side: images with a shorter side give NaN.
         differentiable: keep the graph from scores to pixels.
-        batch_size: images per call of the metric; None = chosen by pixels.
+        batch_size: images per call of the metric; None = chosen by `bytes_per_pixel`.
+        bytes_per_pixel: working memory on a device for each pixel of an image, beside the images given: the peak of one
+            call divided by its pixels. With `differentiable=True` what is kept for the gradient counts as well.
 
     Example:
         >>> import torch
@@ -103,6 +109,7 @@ class NoReference:
     min_side: int = 1
     differentiable: bool = False
     batch_size: int | None = None
+    bytes_per_pixel: int = 1024
     _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
 
     needs_references = False
@@ -125,6 +132,7 @@ class NoReference:
             name=self.name,
             needs_references=False,
             differentiable=self.differentiable,
+            bytes_per_pixel=self.bytes_per_pixel,
             min_side=self.min_side,
             batch_size=self.batch_size,
             watch=self._watch,

@@ -19,6 +19,8 @@ class _Metric(NamedTuple):
     double: bool = False  # in float64, each image on its own
 
 
+_BYTES_PER_PIXEL = 256  # FSIM's working memory; the others take less, or one image at a time
+
 # min_side: SR-SIM, DSS and IW-SSIM raise or divide by zero below; the others stay defined down to a pixel, but their
 # smallest filters (wavelength 6, Prewitt and Scharr kernels after a down-scaling) then see hardly anything but border.
 _METRICS = {
@@ -48,8 +50,8 @@ class PIQReward:
         metric: `"fsim"`, `"vsi"`, `"srsim"`, `"dss"`, `"iwssim"`: similarity, 1 = identical; `"mdsi"`: minus the
             deviation, 0 = identical.
         differentiable: only False.
-        batch_size: images per call of piq; None = chosen by pixels. SR-SIM, DSS and IW-SSIM are always
-            computed one image at a time, in float64.
+        batch_size: images per call of piq; None = as many as fit the budget of memory. SR-SIM, DSS and IW-SSIM are
+            always computed one image at a time, in float64.
 
     Raises:
         ValueError: an unknown metric, or `differentiable=True`.
@@ -109,6 +111,7 @@ class PIQReward:
             name=self.name,
             needs_references=True,
             differentiable=False,
+            bytes_per_pixel=_BYTES_PER_PIXEL,
             min_side=_METRICS[self.name].min_side,
             batch_size=self.batch_size,
             watch=self._watch,

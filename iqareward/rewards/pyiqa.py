@@ -13,6 +13,7 @@ from iqareward.losses import drop_broken_gradients
 from iqareward.rewards.loading import LazyModel, computing_on, plain_defaults
 from iqareward.rewards.pyiqa_build import build_metric, check_request, network_of
 from iqareward.rewards.pyiqa_facts import (
+    BYTES_PER_PIXEL,
     CEILING,
     FLAT_REFERENCE_UNDEFINED,
     METRICS,
@@ -48,7 +49,7 @@ class PyIQAReward:
             a metric without a limit on one side, d / (d + half), d the distance from the limit that it has.
         differentiable: keep the graph from scores to pixels. An image whose gradient is not finite gets a zero one.
         device: where the weights live; None = where the first images are.
-        batch_size: images per run of the network; None = chosen by pixels.
+        batch_size: images per run of the network; None = as many as fit the budget of memory.
         weights: file with the metric's own weights, for metrics that can read one (pyiqa's `pretrained_model_path`).
             Backbones may still be downloaded.
         **options: of the metric in pyiqa, e.g. `test_y_channel=False` for ssim.
@@ -110,6 +111,7 @@ class PyIQAReward:
             name=self.name,
             needs_references=self.needs_references,
             differentiable=self.differentiable,
+            bytes_per_pixel=BYTES_PER_PIXEL.get(self.metric, BYTES_PER_PIXEL[""])[self.differentiable],
             min_side=MIN_SIDE.get(self.metric, 1),
             batch_size=self.batch_size,
             watch=self._watch,

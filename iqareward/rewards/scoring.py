@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from iqareward._gradients import clamp
-from iqareward.functional._chunks import rows_in_cache
+from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.batches import shape_buckets
 from iqareward.types import Images, Scores
 
@@ -26,10 +28,6 @@ from iqareward.types import Images, Scores
 # in [0, 1] (a forgotten [-1, 1] or [0, 255]); they are not scored, because a clamped one would get a plausible wrong
 # number.
 RANGE_SLACK = 0.25
-
-# 32 images of 1024 x 1024: a few GB for the classical metrics.
-DEVICE_PIXELS_PER_CALL = 32 * 1024 * 1024
-
 
 _reasons: ContextVar[list[str] | None] = ContextVar("reasons", default=None)
 
@@ -193,7 +191,10 @@ def sanitize(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     images = images.float()
     pixels = images.detach().flatten(1)
-    low, high = pixels.amin(1), pixels.amax(1)  # aminmax is ten times slower on a CPU (torch 2.15)
+    if pixels.device.type == "cpu":
+        low, high = pixels.amin(1), pixels.amax(1)  # aminmax is ten times slower there (torch 2.15)
+    else:
+        low, high = pixels.aminmax(dim=1)
     valid = (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK)  # comparisons with NaN are False
     return torch.where(valid[:, None, None, None], clamp(images, 0, 1), 0.5), valid
 
@@ -206,6 +207,7 @@ def score_images(
     name: str,
     needs_references: bool,
     differentiable: bool,
+    bytes_per_pixel: int,
     min_side: int = 1,
     batch_size: int | None = None,
     watch: UnscoredWatch | None = None,
@@ -220,9 +222,12 @@ def score_images(
         name: of the reward, for error messages.
         needs_references: whether to pass references on; if not, they are ignored.
         differentiable: whether to keep the graph to the pixels; otherwise none is built.
+        bytes_per_pixel: working memory of `score_batch` on a device for each pixel of an image (and its reference),
+            the clean copies included, and with `differentiable` what the graph keeps.
         min_side: images with a shorter side are not scored.
-        batch_size: images per call of `score_batch`; None = by pixels, so that a call stays in a CPU's cache or well
-            within a GPU's memory.
+        batch_size: images per call of `score_batch`; None = what stays in a CPU's cache, or fits `working_bytes` on
+            another device. With `differentiable`, images that do not all fit that are scored again in the backward
+            pass, part by part, so that the graph of one part is kept at a time.
         watch: kept by the reward from call to call; warns if no image is scored.
 
     Returns:
@@ -240,11 +245,21 @@ def score_images(
     if not buckets:
         device = images.device if isinstance(images, Tensor) else None
         return torch.zeros(0, dtype=torch.float32, device=device)
-    with reward_mode(buckets[0][0].device.type, differentiable=differentiable):
+    device = buckets[0][0].device
+    sizes = [
+        rows_at_once(bucket[0], device, bytes_per_pixel=bytes_per_pixel) if batch_size is None else batch_size
+        for bucket in buckets
+    ]
+    score: Callable[..., Any] = partial(_score_clean, score_batch, name, min_side)
+    fits = sum(bucket[0].shape[0] / size for bucket, size in zip(buckets, sizes, strict=True)) <= 1
+    # the pieces of a CPU's cache are no bound on memory, unless they were asked for
+    if differentiable and not fits and (batch_size is not None or device.type != "cpu"):
+        score = partial(checkpoint, score, use_reentrant=False)
+    with reward_mode(device.type, differentiable=differentiable):
         scores = [
-            _score_clean(score_batch, name, min_side, piece)
-            for bucket in buckets
-            for piece in _split(bucket, batch_size)
+            score(*piece)
+            for bucket, size in zip(buckets, sizes, strict=True)
+            for piece in zip(*(tensor.split(size) for tensor in bucket), strict=True)
         ]
         merged = scores[0] if len(scores) == 1 else torch.cat(scores)
         if watch is not None:
@@ -255,19 +270,7 @@ def score_images(
         return torch.stack([rows[i] for i in order])
 
 
-def _split(bucket: tuple[Tensor, ...], batch_size: int | None) -> Iterator[tuple[Tensor, ...]]:
-    """Micro-batches of a bucket of one shape."""
-    first = bucket[0]
-    if batch_size is None:
-        limit = max(1, DEVICE_PIXELS_PER_CALL // (first.shape[2] * first.shape[3]))
-        batch_size = min(limit, rows_in_cache(first, first.device))
-    if first.shape[0] <= batch_size:
-        yield bucket
-    else:
-        yield from zip(*(tensor.split(batch_size) for tensor in bucket), strict=True)
-
-
-def _score_clean(score_batch: Callable[..., Tensor], name: str, min_side: int, piece: tuple[Tensor, ...]) -> Tensor:
+def _score_clean(score_batch: Callable[..., Tensor], name: str, min_side: int, *piece: Tensor) -> Tensor:
     """Sanitise one micro-batch, score it, and mask what was not valid."""
     count = piece[0].shape[0]
     if min(piece[0].shape[2:]) < min_side:

@@ -404,8 +404,11 @@ def test_refusals() -> None:
 def test_trunk_reads_the_compared_layers(backbone_files: dict[str, Path]) -> None:
     """Compared activations come from rectified layers and shrink with depth."""
     trunk = FeatureTrunk("squeeze", WeightFile(backbone_files["squeeze"]))
-    activations = trunk(torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)))
-    assert len(activations) == len(BACKBONES["squeeze"].taps)
+    images = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    pairs = list(trunk.pairs(images, images.clone()))
+    assert len(pairs) == len(BACKBONES["squeeze"].taps)
+    assert all(torch.equal(*pair) for pair in pairs)
+    activations = [activation for activation, _ in pairs]
     assert all(bool((activation >= 0).all()) for activation in activations)
     sides = [activation.shape[-1] for activation in activations]
     assert sides == sorted(sides, reverse=True)

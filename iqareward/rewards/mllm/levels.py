@@ -9,7 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from iqareward.functional._chunks import rows_in_cache
+from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.batches import Buckets, shape_buckets
 from iqareward.rewards.mllm.held import Held, any_device_mode
 from iqareward.rewards.mllm.loading import load_owl2, quantize_decoder
@@ -160,7 +160,7 @@ def _pixels(buckets: Buckets, model: Owl2, batch_size: int, valid: list[Tensor])
     """Preprocessed pixels in the network's dtype, one piece of a bucket at a time; appends to `valid` on the way."""
     weight = model.model.norm.weight
     for (bucket,) in buckets:
-        for piece in bucket.split(min(batch_size, rows_in_cache(bucket, weight.device))):
+        for piece in bucket.split(min(batch_size, rows_at_once(bucket, weight.device))):
             clean, intact = sanitize(piece.to(weight.device))
             valid.append(intact)
             yield preprocess(clean, model.config.image_size).to(weight.dtype)

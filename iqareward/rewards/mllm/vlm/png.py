@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.batches import shape_buckets
 from iqareward.rewards.scoring import reward_mode, sanitize
 from iqareward.types import Images
 
-_IMAGES_PER_COPY = 32  # so that the float32 copy of a large batch stays small
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _RGB8 = (8, 2, 0, 0, 0)  # bits, colour type, compression, filter and interlace methods
 
@@ -30,7 +30,7 @@ def host_pixels(name: str, images: Images) -> tuple[list[np.ndarray | None], tor
         buckets, order = shape_buckets(name, images, None)
         rows: list[np.ndarray | None] = []
         for (bucket,) in buckets:
-            for piece in bucket.split(_IMAGES_PER_COPY):
+            for piece in bucket.split(rows_at_once(bucket, bucket.device)):
                 clean, valid = sanitize(piece)
                 levels = (clean * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 rows += [row if intact else None for row, intact in zip(levels, valid.tolist(), strict=True)]

@@ -1,0 +1,140 @@
+"""Memory on a device is bounded in bytes: pieces, peaks of large batches, and results that do not depend on either."""
+
+import pytest
+import torch
+
+import iqareward
+from benchmarks.meter import Meter
+from iqareward import Chunked, FullReference, NoReference
+from iqareward.rewards.backbones import BACKBONES
+from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
+from tests.tolerances import EXACT, NETWORK_BATCH
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="constants of a fake GPU would stay in caches for the real one"
+)
+BUDGET = 4 * 2**30
+
+
+class Counting:
+    """A metric that remembers the sizes of the batches it was called with."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, images, references=None):
+        self.sizes.append(len(images))
+        return images.square().mean((1, 2, 3)) - (0 if references is None else references.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "options", "sizes"),
+    [
+        (40, (512, 512), {}, [16, 16, 8]),
+        (3, (4096, 4096), {}, [1, 1, 1]),
+        (200, (16, 16), {}, [83, 83, 34]),  # small images count as 224x224, to which many networks enlarge them
+        (40, (256, 1024), {"bytes_per_pixel": 2048}, [8] * 5),
+        (40, (512, 512), {"bytes_per_pixel": 128}, [40]),
+        (40, (512, 512), {"batch_size": 30}, [30, 10]),
+    ],
+)
+@pytest.mark.parametrize("form", [FullReference, NoReference])
+def test_pieces_follow_from_bytes(form, count, shape, options, sizes):
+    """A metric on a device is called with as many images as fit the budget, or with `batch_size`."""
+    metric = Counting()
+    reward = form(metric, higher_is_better=True, name="counting", **options)
+    reward(torch.rand(1, 3, 16, 16), references=torch.rand(1, 3, 16, 16))
+    metric.sizes.clear()
+    with Meter():
+        images = torch.rand(count, 3, *shape, device="cuda")
+        assert reward(images, references=images).shape == (count,)
+    assert metric.sizes == sizes
+
+
+@pytest.fixture
+def weighty(tmp_path):
+    """Makes LPIPS or DISTS over seeded weights."""
+    models = pytest.importorskip("torchvision.models", reason="the extra `perceptual` is not installed")
+
+    def make(name, **options):
+        net = "vgg" if name == "dists" else name.removeprefix("lpips_")
+        with torch.device("meta"):
+            whole = getattr(models, BACKBONES[net].function)(weights=None).state_dict()
+        rng = torch.Generator().manual_seed(0)
+        weights = {
+            name: torch.randn(weight.shape, generator=rng) * (2 / max(1, weight[0].numel())) ** 0.5
+            for name, weight in whole.items()
+            if name.startswith("features.")
+        }
+        torch.save(weights, tmp_path / name)
+        options |= {"weights": tmp_path / name}
+        return DISTSReward(**options) if name == "dists" else LPIPSReward(net, **options)
+
+    return make
+
+
+FORMULAS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi")
+NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "dists")
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, "piqe", "niqe", *NETWORKS])
+def test_scoring_stays_below_the_budget(name, weighty):
+    """128 images of 512x512, and 24 of 1280x1024."""
+    reward = weighty(name) if name in NETWORKS else iqareward.load(name)
+    small = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    reward(small, references=small)
+    with Meter() as meter:
+        for shape in ((128, 3, 512, 512), (24, 3, 1280, 1024)):
+            images, references = torch.rand(2, *shape, device="cuda")
+            if name in NETWORKS:
+                reward.to("cuda")
+            meter.reset()
+            reward(images, references=references)
+            assert meter.peak_bytes < BUDGET
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, *NETWORKS])
+def test_gradients_stay_below_the_budget(name, weighty):
+    """Scores and gradients of 32 images of 512x512 by a network, 192 by a formula; the gradient is one more copy."""
+    make = weighty if name in NETWORKS else iqareward.load
+    reward = make(name, differentiable=True)
+    small = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    reward(small, references=small)
+    with Meter() as meter:
+        shape = (32 if name in NETWORKS else 192, 3, 512, 512)
+        images, references = torch.rand(shape, device="cuda", requires_grad=True), torch.rand(shape, device="cuda")
+        if name in NETWORKS:
+            reward.to("cuda")
+        meter.reset()
+        reward(images, references=references).sum().backward()
+        assert meter.peak_bytes < BUDGET + 2 * images.nbytes
+    assert images.grad.shape == images.shape
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scoring_in_pieces_changes_nothing(name, weighty):
+    """Scores and gradients are those of the whole batch, although pieces are computed again for the gradient."""
+    pairs = torch.rand(2, 5, 3, 40, 48, generator=torch.Generator().manual_seed(0))
+    results = []
+    for options in ({"batch_size": 5}, {"batch_size": 2}):
+        images = pairs[0].clone().requires_grad_()
+        scores = weighty(name, differentiable=True, **options)(images, references=pairs[1])
+        (scores * torch.arange(1.0, 6.0)).sum().backward()
+        results.append((scores.detach(), images.grad))
+    torch.testing.assert_close(results[1], results[0], **NETWORK_BATCH)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_batch_size_recomputes_for_the_gradient(chunked):
+    """With a gradient and more images than `batch_size` each piece is scored again in the backward pass, alone."""
+    metric = Counting()
+    options = {"higher_is_better": True, "name": "counting", "differentiable": True}
+    reward = Chunked(NoReference(metric, **options), 2) if chunked else NoReference(metric, **options, batch_size=2)
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores = reward(images)
+    assert metric.sizes == [2, 2, 1]
+    scores.sum().backward()
+    assert sorted(metric.sizes[3:]) == [1, 2, 2]
+    whole = images.detach().clone().requires_grad_()
+    NoReference(metric, **options)(whole).sum().backward()
+    torch.testing.assert_close(images.grad, whole.grad, **EXACT)
