@@ -13,6 +13,7 @@ import torch
 
 from iqareward.adapters._values import find_reward
 from iqareward.images import ImageLike, to_images
+from iqareward.rewards._devices import device_here, device_now
 from iqareward.rewards.calls import Call
 from iqareward.rewards.compose import WeightedSum, evaluate
 from iqareward.types import Reward, Scores
@@ -73,7 +74,7 @@ class TRLReward:
                 "Name the column that holds them with prompts=..."
             )
         self.images, self.references, self.prompts = images, references, prompts
-        self.no_image, self.device = no_image, device
+        self.no_image, self.device = no_image, None if device is None else device_here(device)
         self.__name__ = name or self.reward.name
 
     def __call__(
@@ -127,7 +128,8 @@ class TRLReward:
         return {"": Call(images, references, prompts).score(self.reward)}
 
     def _converted(self, images: Sequence[Any], rows: Sequence[int]) -> Any:
-        return to_images([images[row] for row in rows], value_range=(0, 1), device=self.device)
+        device = None if self.device is None else device_now(self.device, name=self.__name__)
+        return to_images([images[row] for row in rows], value_range=(0, 1), device=device)
 
     def _column(self, argument: str, column: str, columns: dict[str, Any]) -> Any:
         if column not in columns:

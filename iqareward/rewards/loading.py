@@ -1,19 +1,28 @@
 """Weights that are loaded once, on first use, and foreign code that runs as it was written to run."""
 
 import threading
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, final
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from iqareward.rewards._devices import device_here, device_now
 from iqareward.rewards._per_process import ProcessLock, fork_waits_for
+from iqareward.rewards._streams import StreamOrder
+from iqareward.rewards.scoring import reward_mode
 
 # Held while weights are loaded: a forked child would find the modules that are being imported half done for ever, and
 # two threads that load at once would restore each other's random state.
 LOADING = threading.RLock()
 fork_waits_for(LOADING)
+
+_ALIGNMENT = 256  # bytes, of the tensors of a `HostCopy`
+
+T = TypeVar("T")
 
 
 @final
@@ -22,26 +31,83 @@ class LazyModel:
 
     Pickling leaves the built network behind: a copy builds its own. A fork waits while one is being built.
 
+    "cuda" without an index is the current GPU of the thread that makes this object, or unpickles it, or calls `to`. If
+    that thread does not use CUDA yet, it is the GPU of the first images, else that of the main thread.
+
     Args:
         build: `build(device)` gives the network on that device; picklable.
-        device: where to build it; None = where the first images are.
+        device: where to build it; None = `default`.
+        name: of the reward, for error messages.
+        default: `"images"` = where the first images are; `"cuda"` = CUDA if there is one, else the CPU; `"stay"` =
+            `build` gets None and decides.
     """
 
-    def __init__(self, build: Callable[[torch.device], nn.Module], device: torch.device | str | None = None) -> None:
-        self._build = build
-        self._device = None if device is None else torch.device(device)
-        self._home: torch.device | None = None
-        self._module: nn.Module | None = None
+    def __init__(
+        self,
+        build: Callable[[Any], nn.Module],
+        device: torch.device | str | None = None,
+        *,
+        name: str = "the reward",
+        default: Literal["images", "cuda", "stay"] = "images",
+    ) -> None:
+        self._build, self._asked, self._name, self._default = build, device, name, default
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in ("_build", "_asked", "_name", "_default")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        asked = "cuda" if self._asked is None and self._default == "cuda" else self._asked
+        self._device = None if asked is None else device_here(asked)
+        self._network: nn.Module | None = None
+        self._host: HostCopy | None = None
+        self._offloaded = False
+        self._order = StreamOrder(torch.device("cpu"))
+        self._derived: dict[Hashable, tuple[Any, StreamOrder]] = {}
         self.lock = ProcessLock()
 
     def get(self, images: Tensor | None = None) -> nn.Module:
-        """The network; built where it was asked to be, else where `images` are, else on the CPU."""
+        """The network wherever it is, built if need be; `images` tell where, if nobody else does."""
         with self.lock:
-            if self._module is None:
-                if self._device is None:
-                    self._device = torch.device("cpu") if images is None else images.device
-                self._module = self._build_aside(self._device)
-            return self._module
+            if self._network is None:
+                device = self._where_to_build(images)
+                network = self._build_aside(device)
+                first = next(_tensors(network), None)
+                self._device = device or (torch.device("cpu") if first is None else first.device)
+                self._order, self._network = StreamOrder(self._device), network
+            return self._network
+
+    def ready(self, images: Tensor | None = None) -> nn.Module:
+        """The network on its device, for this thread's stream.
+
+        Raises:
+            RuntimeError: it is offloaded, or which GPU it belongs on cannot be told.
+        """
+        network = self.get(images)
+        if self._offloaded:
+            raise RuntimeError(f"{self._name} is offloaded; call .onload() before scoring.")
+        self._order.read()
+        return network
+
+    def derived(self, key: Hashable, make: Callable[[Any], T]) -> T:
+        """What `make` computes from the network: once, and again when the network has moved; for this thread's stream.
+
+        Args:
+            key: what it is kept under.
+            make: `make(network)`.
+        """
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            network = self.ready()
+            if key not in self._derived:
+                value = make(network)
+                self._derived[key] = value, StreamOrder(self.device)
+            value, order = self._derived[key]
+        order.read()
+        return value
 
     @property
     def device(self) -> torch.device:
@@ -50,38 +116,158 @@ class LazyModel:
 
     def to(self, device: torch.device | str) -> None:
         """Move the network, or build it there when it is needed."""
-        with self.lock:
-            self._device = torch.device(device)
-            if self._module is not None:
-                self._module.to(self._device)
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            target = device_here(device)
+            if self._network is not None:
+                target = device_now(target, name=self._name)
+                if self._offloaded and target == self.device:
+                    self.onload()
+                else:
+                    self._let_go()
+                    self._network.to(target)
+                    self._host, self._offloaded, self._order = None, False, StreamOrder(target)
+            self._asked, self._device = device, target
 
     def offload(self) -> None:
-        """Move the network to the CPU and remember where it was. Calls until `onload` compute on the CPU."""
-        with self.lock:
-            if self._device is not None and self._home is None:
-                self._home = self._device
-                self.to("cpu")
+        """Give the device's memory back, if the network is built. Calls are refused until `onload`.
+
+        The weights stay in host memory, in a copy that the first call makes and that is kept from then on, so that
+        later calls copy nothing.
+        """
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            if self._network is None or self._offloaded:
+                return
+            self._order.read()
+            self._let_go()
+            if self.device.type != "cpu":
+                if self._host is None or not self._host.is_current(self._network):
+                    self._host = None  # two copies need not fit
+                    self._host = HostCopy(self._network, self.device)
+                self._host.offload()
+            self._offloaded = True
 
     def onload(self) -> None:
-        """Move the network back to where `offload` found it."""
-        with self.lock:
-            if self._home is not None:
-                self.to(self._home)
-                self._home = None
+        """Undo `offload`."""
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            if self._offloaded:
+                if self._host is not None:
+                    self._host.onload()
+                self._offloaded, self._order = False, StreamOrder(self.device)
 
-    def _build_aside(self, device: torch.device) -> nn.Module:
+    def _let_go(self) -> None:
+        """Forget what was computed from the weights; memory of both is reused only when those who read it are done."""
+        for order in (self._order, *(order for _, order in self._derived.values())):
+            order.drop()
+        self._derived.clear()
+
+    def _where_to_build(self, images: Tensor | None) -> torch.device | None:
+        device = self._device
+        if device is None:
+            return None if self._default == "stay" else torch.device("cpu") if images is None else images.device
+        if self._asked is None and not torch.cuda.is_available():
+            return torch.device("cpu")
+        if device.type == "cuda" and device.index is None and images is not None and images.device.type == "cuda":
+            return images.device
+        return device_now(device, name=self._name)
+
+    def _build_aside(self, device: torch.device | None) -> nn.Module:
         """Build without a trace: ordinary tensors on CPU whatever the caller's modes, and the caller's random state."""
         with LOADING, ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
             stack.enter_context(torch.device("cpu"))
             stack.enter_context(torch.random.fork_rng(devices=[]))
             return self._build(device).eval().requires_grad_(False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_build": self._build, "_device": self._device, "_home": self._home}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _module=None, lock=ProcessLock())
+@final
+class HostCopy:
+    """A copy of a network's weights in host memory, made once: to leave the device is then only to let go.
+
+    For CUDA the memory is page-locked, so that weights come back without a wait of the host, as fast as the bus is.
+
+    Args:
+        network: frozen; quantised tensors of torchao may be among its weights.
+        device: where it is.
+
+    Example:
+        >>> network = nn.Linear(2, 1).requires_grad_(False)
+        >>> copy = HostCopy(network, torch.device("cpu"))
+        >>> copy.offload()  # the weights are in the copy now, and nowhere else
+        >>> copy.onload()
+        >>> copy.is_current(network)
+        True
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._tensors = [tensor for tensor in _tensors(network) if tensor.device == device]
+        sizes = [-(-tensor.numel() * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+        if device.type == "cuda" and self._tensors:
+            self._lock_pages(memory)
+        self._copies = [
+            _shaped_like(tensor, part) for tensor, part in zip(self._tensors, memory.split(sizes), strict=True)
+        ]
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            copy.copy_(tensor)
+        self._seen = _versions(self._tensors)
+
+    def is_current(self, network: nn.Module) -> bool:
+        """Whether this still is a copy: nobody has written to the network's weights, or replaced any."""
+        return self._seen == _versions(tensor for tensor in _tensors(network) if tensor.device == self._device)
+
+    def offload(self) -> None:
+        """Let the network's weights be the copies, so that their memory on the device is free."""
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            tensor.data = copy
+
+    def onload(self) -> None:
+        """Copy the weights to the device, in this thread's stream; all of them or, if there is no room, none."""
+        try:
+            for tensor, copy in zip(self._tensors, self._copies, strict=True):
+                tensor.data = copy.to(self._device, non_blocking=True)
+        except BaseException:
+            self.offload()
+            raise
+        self._seen = _versions(self._tensors)
+
+    def _lock_pages(self, memory: Tensor) -> None:
+        # Not torch's own pinned memory: its sizes are powers of two, and it is never given back to the system.
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+        weakref.finalize(self, _unlock_pages, memory.data_ptr()).atexit = False
+
+
+def _unlock_pages(address: int) -> None:
+    torch.cuda.synchronize()  # copies from there may be under way
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each once, and of a quantised one the ordinary tensors that it consists of."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        yield from _ordinary(tensor)
+
+
+def _ordinary(tensor: Tensor) -> Iterator[Tensor]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _ordinary(getattr(tensor, name))
+
+
+def _shaped_like(tensor: Tensor, memory: Tensor) -> Tensor:
+    """A tensor in these bytes, with the strides that a copy of `tensor` has."""
+    stride = torch.empty_like(tensor, device="meta").stride()
+    return memory[: tensor.numel() * tensor.itemsize].view(tensor.dtype).as_strided(tensor.shape, stride)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int, int | None]]:
+    """Changes when a tensor is written to or replaced."""
+    return [(id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
 
 def each_part(reward: Any, method: str) -> None:
@@ -99,6 +285,13 @@ def each_part(reward: Any, method: str) -> None:
 def computing_on(device: torch.device) -> Generator[None]:
     """No autocast where the network lives; `score_images` turns it off where the images are."""
     with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def any_device_mode(*, differentiable: bool) -> Generator[None]:
+    """`reward_mode` on every kind of device: images and weights may be on different ones."""
+    with reward_mode("cpu", differentiable=differentiable), reward_mode("cuda", differentiable=differentiable):
         yield
 
 

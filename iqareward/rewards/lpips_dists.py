@@ -68,7 +68,8 @@ class LPIPSReward:
         self._watch = UnscoredWatch()
         self._min_side = BACKBONES[net].min_side
         self._bytes_per_pixel = _BYTES_PER_PIXEL[net][differentiable]
-        self._loader = LazyModel(_build("LPIPSReward", partial(_lpips, net, weights), weights, model), device)
+        build = _build("LPIPSReward", partial(_lpips, net, weights), weights, model)
+        self._loader = LazyModel(build, device, name=self.name)
 
     @property
     def model(self) -> nn.Module:
@@ -156,7 +157,8 @@ class DISTSReward:
         self.differentiable = differentiable
         self.batch_size = batch_size
         self._watch = UnscoredWatch()
-        self._loader = LazyModel(_build("DISTSReward", partial(_dists, weights), weights, model), device)
+        build = _build("DISTSReward", partial(_dists, weights), weights, model)
+        self._loader = LazyModel(build, device, name=self.name)
 
     @property
     def model(self) -> nn.Module:
@@ -224,7 +226,7 @@ def _dists(weights: str | Path | None, device: torch.device) -> nn.Module:
 
 def _minus_distance(loader: LazyModel, images: Tensor, references: Tensor) -> Tensor:
     """Minus the network's distance, computed where the network lives, `[B]` where the images are."""
-    model = loader.get(images)
+    model = loader.ready(images)
     with computing_on(loader.device):
         distances = model(images.to(loader.device), references.to(loader.device))
     # some networks return [B, 1, 1, 1]; rounding can make the distance of identical images -1e-7

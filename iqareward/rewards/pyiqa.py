@@ -86,7 +86,7 @@ class PyIQAReward:
         self.differentiable = differentiable
         self.batch_size = 1 if metric in ONE_IMAGE_PER_CALL else batch_size
         self.bounds: Bounds = (0.0, 1.0) if normalize else bounds_of(metric)
-        self._loader = LazyModel(partial(build_metric, metric, weights, options), device)
+        self._loader = LazyModel(partial(build_metric, metric, weights, options), device, name=self.name)
         self._reported: set[str] = set()
         self._watch = UnscoredWatch()
 
@@ -138,7 +138,7 @@ class PyIQAReward:
         if any(padding):
             batch = tuple(nn.functional.pad(tensor, padding, mode="replicate") for tensor in batch)
         with plain_defaults(self.name), self._loader.lock:  # metrics keep state between layers (PIQE: wrong scores)
-            model = self._loader.get(images)
+            model = self._loader.ready(images)
             with computing_on(self._loader.device):
                 values = self._measure(model, *(tensor.to(self._loader.device) for tensor in batch)).to(images.device)
         signed = values if facts.higher_is_better else torch.neg(values)

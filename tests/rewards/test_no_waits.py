@@ -190,7 +190,7 @@ loading.join()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
-@pytest.mark.parametrize("kind", ["LazyModel(build)", "Held('it', build, None)"])
+@pytest.mark.parametrize("kind", ["LazyModel(build)"])
 def test_a_fork_while_weights_are_loaded(kind: str, tmp_path: Path) -> None:
     """A process that is forked while another thread loads weights, and imports what it needs for that, can use them."""
     (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(1)\n")

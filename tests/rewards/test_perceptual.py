@@ -468,19 +468,26 @@ def test_pickle_leaves_the_network_behind() -> None:
 
 
 def test_offload_and_onload() -> None:
-    """Offloading moves to the CPU, onloading back, each once; `to` before loading decides where to build."""
+    """While offloaded the network is not to be had; `to` before loading decides where to build, later it moves."""
     BUILDS.clear()
     loader = LazyModel(build_recorder)
     loader.offload()  # nothing to move yet
     loader.to("meta")
-    moves = loader.get().moves
+    moves = loader.ready().moves
     assert BUILDS == ["meta"]
-    loader.offload()
-    loader.offload()
-    loader.onload()
-    loader.onload()
-    assert moves == ["cpu", "meta"]
     assert loader.device.type == "meta"
+    loader.offload()
+    loader.offload()
+    with pytest.raises(RuntimeError, match="onload"):
+        loader.ready()
+    loader.onload()
+    loader.onload()
+    loader.ready()
+    assert moves == []
+    loader.offload()
+    loader.to("cpu")
+    loader.ready()
+    assert moves == ["cpu"]
 
 
 def test_moving_a_reward(backbone_files: dict[str, Path]) -> None:

@@ -1,17 +1,16 @@
 """From images of any sizes to the logits of level words: what the mPLUG-Owl2 rewards have in common."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.batches import Buckets, shape_buckets
-from iqareward.rewards.mllm.held import Held, any_device_mode
+from iqareward.rewards.loading import LazyModel, any_device_mode
 from iqareward.rewards.mllm.loading import load_owl2, quantize_decoder
 from iqareward.rewards.mllm.owl2 import Owl2
 from iqareward.rewards.mllm.owl2.model import PromptState
@@ -22,42 +21,15 @@ from iqareward.rewards.scoring import UnscoredWatch, sanitize
 from iqareward.types import Images
 
 
-@dataclass
-class _Loaded:
-    """Everything that lives on the device; dropped and rebuilt when the weights move."""
-
-    model: Owl2
-    prompts: dict[Prompt, PromptState] = field(default_factory=dict)
-    static: StaticForward | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.model.norm.weight.device
-
-    def to(self, device: torch.device) -> "_Loaded":
-        """The weights on another device, without what was computed from them."""
-        return _Loaded(self.model.to(device))
-
-    def prompt(self, prompt: Prompt) -> PromptState:
-        """The prompt's shared part, computed once."""
-        if prompt not in self.prompts:  # two threads may both compute it; they get the same numbers
-            self.prompts[prompt] = self.model.prepare_prompt(*prompt, LEVEL_IDS)
-        return self.prompts[prompt]
-
-
-def _load(
-    source: str | Path | Owl2, dtype: torch.dtype | None, quant: Literal["int8"] | None, device: torch.device | None
-) -> _Loaded:
+def _load(source: str | Path | Owl2, dtype: torch.dtype | None, quant: Literal["int8"] | None, device: Any) -> Owl2:
     if isinstance(source, Owl2):
-        model = source.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        model = source.to(device=device, dtype=dtype)
     else:
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model = load_owl2(source, device=device, dtype=dtype)
     if quant is not None:
         quantize_decoder(model)
-    return _Loaded(model)
+    return model
 
 
 @final
@@ -98,7 +70,8 @@ class LevelScorer:
         if quant not in (None, "int8"):
             raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
         self.name, self.prompts, self.batch_size, self.compile = name, prompts, batch_size, compile
-        self.held = Held(name, partial(_load, source, dtype, quant), device)
+        default = "stay" if isinstance(source, Owl2) else "cuda"
+        self.loader = LazyModel(partial(_load, source, dtype, quant), device, name=name, default=default)
         self.mode = partial(any_device_mode, differentiable=differentiable)
         self.watch = UnscoredWatch()
 
@@ -109,15 +82,15 @@ class LevelScorer:
             return torch.zeros(0, len(prompts), len(LEVEL_IDS), dtype=torch.float32)
         with self.mode():
             buckets, order = shape_buckets(self.name, [frame for clip in clips for frame in clip], None)
-            loaded = self.held.ready()
-            states = [loaded.prompt(prompt) for prompt in prompts]
-            rows, valid = self._map(buckets, order, loaded.model, loaded.model.encode_images)
+            model = self._ready(buckets)
+            states = [self._state(prompt) for prompt in prompts]
+            rows, valid = self._map(buckets, order, model, model.encode_images)
             clip_rows = [frames.flatten(0, 1) for frames in rows.split(counts)]
             # Clips of different lengths never share a batch: each is read at its own last position, without padding.
             logits: dict[int, Tensor] = {}
             for members in _same_length(counts, self.batch_size):
                 batch = torch.stack([clip_rows[index] for index in members])
-                found = torch.stack([loaded.model.level_logits(batch, state) for state in states], dim=1)
+                found = torch.stack([model.level_logits(batch, state) for state in states], dim=1)
                 logits.update(zip(members, found.unbind(0), strict=True))
             whole = torch.stack([frames.all() for frames in valid.split(counts)])
             return _masked(torch.stack([logits[index] for index in range(len(counts))]), whole, clips[0].device)
@@ -129,18 +102,23 @@ class LevelScorer:
             if not buckets:
                 device = images.device if isinstance(images, Tensor) else None
                 return torch.zeros(0, len(self.prompts), len(LEVEL_IDS), dtype=torch.float32, device=device)
-            loaded = self.held.ready()
-            values, valid = self._map(buckets, order, loaded.model, self._network(loaded))
+            model = self._ready(buckets)
+            values, valid = self._map(buckets, order, model, self._network(model))
             return _masked(values, valid, buckets[0][0].device)
 
-    def _network(self, loaded: _Loaded) -> Callable[[Tensor], Tensor]:
-        states = tuple(loaded.prompt(prompt) for prompt in self.prompts)
+    def _ready(self, buckets: Buckets) -> Owl2:
+        model: Any = self.loader.ready(buckets[0][0])
+        return model
+
+    def _state(self, prompt: Prompt) -> PromptState:
+        """The prompt's shared part, computed once."""
+        return self.loader.derived(prompt, lambda model: model.prepare_prompt(*prompt, LEVEL_IDS))
+
+    def _network(self, model: Owl2) -> Callable[[Tensor], Tensor]:
+        states = tuple(self._state(prompt) for prompt in self.prompts)
         if not self.compile:
-            return partial(loaded.model, states=states)
-        with self.held.lock:
-            if loaded.static is None:
-                loaded.static = StaticForward(loaded.model, states, self.batch_size)
-            return loaded.static
+            return partial(model, states=states)
+        return self.loader.derived("static", lambda model: StaticForward(model, states, self.batch_size))
 
     def _map(
         self, buckets: Buckets, order: list[int] | None, model: Owl2, network: Callable[[Tensor], Tensor]

@@ -83,7 +83,8 @@ class QAlignReward:
     @property
     def model(self) -> Owl2:
         """The network; loads it if need be."""
-        return self._scorer.held.get().model
+        model: Any = self._scorer.loader.get()
+        return model
 
     def __call__(
         self,
@@ -127,13 +128,13 @@ class QAlignReward:
 
     def to(self, device: torch.device | str) -> "QAlignReward":
         """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.held.to(device)
+        self._scorer.loader.to(device)
         return self
 
     def offload(self) -> None:
         """Move the weights to host memory, for example while the trained model is being updated."""
-        self._scorer.held.offload()
+        self._scorer.loader.offload()
 
     def onload(self) -> None:
         """Move the weights back to where they were before `offload`."""
-        self._scorer.held.onload()
+        self._scorer.loader.onload()

@@ -43,7 +43,7 @@ def generate_answers(
     device = images.device if isinstance(images, Tensor) else (buckets[0][0].device if buckets else None)
     texts: list[str] = []
     if buckets:
-        network = scorer.held.ready().network
+        network = scorer.asked(buckets[0][0]).network
         text = render(network.processor, preset, question)
         prompt = tokenize(network.processor, text, network.family.around)
         for (bucket,) in buckets:

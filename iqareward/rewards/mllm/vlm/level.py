@@ -111,12 +111,12 @@ class LevelReward:
     @property
     def model(self) -> Any:
         """The network, a native class of transformers; loads it if need be."""
-        return self._scorer.held.get().network.model
+        return self._scorer.judge.model
 
     @property
     def prompt(self) -> str:
         """What the model continues, one placeholder for the image; loads the model if need be."""
-        processor = self._scorer.held.get().network.processor
+        processor = self._scorer.judge.processor
         return render(processor, self.preset, self.preset.question, self.preset.stem)
 
     def __call__(
@@ -153,13 +153,13 @@ class LevelReward:
 
     def to(self, device: torch.device | str) -> "LevelReward":
         """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.held.to(device)
+        self._scorer.loader.to(device)
         return self
 
     def offload(self) -> None:
         """Move the weights to host memory, for example while the trained model is being updated."""
-        self._scorer.held.offload()
+        self._scorer.loader.offload()
 
     def onload(self) -> None:
         """Move the weights back to where they were before `offload`."""
-        self._scorer.held.onload()
+        self._scorer.loader.onload()

@@ -179,12 +179,12 @@ class RatingReward:
     @property
     def model(self) -> Any:
         """The network, a native class of transformers; loads it if need be."""
-        return self._scorer.held.get().network.model
+        return self._scorer.judge.model
 
     @property
     def prompt(self) -> str:
         """What the model continues, one placeholder for the image; loads the model if need be."""
-        processor = self._scorer.held.get().network.processor
+        processor = self._scorer.judge.processor
         begun = self.preset.answer_prefix if self.mode == "expected" else ""
         return render(processor, self.preset, self._question, begun)
 
@@ -223,13 +223,13 @@ class RatingReward:
 
     def to(self, device: torch.device | str) -> "RatingReward":
         """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.held.to(device)
+        self._scorer.loader.to(device)
         return self
 
     def offload(self) -> None:
         """Move the weights to host memory, for example while the trained model is being updated."""
-        self._scorer.held.offload()
+        self._scorer.loader.offload()
 
     def onload(self) -> None:
         """Move the weights back to where they were before `offload`."""
-        self._scorer.held.onload()
+        self._scorer.loader.onload()

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward.rewards.batches import shape_buckets
-from iqareward.rewards.mllm.held import Held, any_device_mode
+from iqareward.rewards.loading import LazyModel, any_device_mode
 from iqareward.rewards.mllm.vlm.loading import load_network, require_transformers
 from iqareward.rewards.mllm.vlm.network import Features, Network
 from iqareward.rewards.scoring import UnscoredWatch, sanitize
@@ -32,39 +32,39 @@ class Readout(Protocol):
         ...
 
 
-class Asked:
+class Asked(NamedTuple):
     """A network with a prepared question."""
 
-    def __init__(self, network: Network, readout: Readout) -> None:
-        self.network, self._readout = network, readout
-        self.read = readout.prepare(network)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.network.device
-
-    def to(self, device: torch.device) -> "Asked":
-        """The same on another device."""
-        return Asked(Network(self.network.model.to(device), self.network.processor), self._readout)
+    network: Network
+    read: Callable[[Features], Tensor]
 
 
-def _load(
-    name: str,
-    source: Source,
-    readout: Readout,
-    dtype: torch.dtype | None,
-    differentiable: bool,
-    device: torch.device | None,
-) -> Asked:
+@final
+class Judge(nn.Module):
+    """A model, and the processor that belongs to it."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__()
+        self.model, self.processor = model, processor
+
+    def train(self, mode: bool = True) -> "Judge":
+        """Nothing: the model is in eval mode, except layers that are recomputed in the backward pass."""
+        return self
+
+    def asked(self, readout: Readout) -> Asked:
+        """Everything that lives on the device."""
+        network = Network(self.model, self.processor)
+        return Asked(network, readout.prepare(network))
+
+
+def _load(name: str, source: Source, dtype: torch.dtype | None, differentiable: bool, device: Any) -> Judge:
     require_transformers(name)
     if isinstance(source, tuple):
         model, processor = source
-        return Asked(Network(model.requires_grad_(False).eval().to(device=device, dtype=dtype), processor), readout)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Judge(model.requires_grad_(False).eval().to(device=device, dtype=dtype), processor)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     network = load_network(name, source, device=device, dtype=dtype, checkpointing=differentiable)
-    return Asked(network, readout)
+    return Judge(network.model, network.processor)
 
 
 @final
@@ -97,9 +97,23 @@ class VLMScorer:
         if isinstance(source, tuple) and len(source) != 2:
             raise ValueError(f"{name} expected `model` as a pair (model, processor), got {len(source)} things.")
         self.name, self.width, self.batch_size = name, readout.width, batch_size
-        self.held = Held(name, partial(_load, name, source, readout, dtype, differentiable), device)
+        self._readout = readout
+        build = partial(_load, name, source, dtype, differentiable)
+        default = "stay" if isinstance(source, tuple) else "cuda"
+        self.loader = LazyModel(build, device, name=name, default=default)
         self.mode = partial(any_device_mode, differentiable=differentiable)
         self.watch = UnscoredWatch()
+
+    @property
+    def judge(self) -> Judge:
+        """Model and processor; loads them if need be."""
+        judge: Any = self.loader.get()
+        return judge
+
+    def asked(self, images: Tensor) -> Asked:
+        """What scores; `images` tell where, if nobody else has."""
+        self.loader.ready(images)
+        return self.loader.derived("asked", lambda judge: judge.asked(self._readout))
 
     def rows(self, images: Images) -> Tensor:
         """`[B, width]` float32 on the images' device; NaN for images that cannot be scored."""
@@ -111,7 +125,7 @@ class VLMScorer:
         if not buckets:
             device = images.device if isinstance(images, Tensor) else None
             return torch.zeros(0, self.width, dtype=torch.float32, device=device)
-        asked = self.held.ready()
+        asked = self.asked(buckets[0][0])
         pieces = [piece for (bucket,) in buckets for piece in bucket.split(self.batch_size)]
         found = torch.cat([self._read(asked, piece) for piece in pieces])
         if order is None:
