@@ -32,6 +32,7 @@ from iqareward.advantages import group_advantages
 from iqareward.difficulty import rmse
 from iqareward.groups import group_statistics
 from iqareward.images import to_images
+from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards._per_process import ProcessLock
 from iqareward.schedules.schedule import check_signal
 from iqareward.types import Reward, Scores
@@ -61,7 +62,7 @@ def reward_function(
     """
     check_on_nan(on_nan, allowed=("raise", "mean", "worst", "nan"), who="reward_function")
     judge = find_reward(reward, who="reward_function", references=references, device=device)
-    turns = ProcessLock()
+    turns, where = ProcessLock(), ImageDevice(device, name="reward_function")
 
     def score_samples(samples: Sequence[Any]) -> list[float]:
         scores = torch.full((len(samples),), torch.nan)
@@ -69,7 +70,7 @@ def reward_function(
         if rows:
             found = [samples[row] for row in rows]
             with turns:
-                scores[rows] = _score(judge, found, references, device).cpu()
+                scores[rows] = _score(judge, found, references, where.get()).cpu()
         return settle(scores, on_nan, name=judge.name).tolist()
 
     async def custom_rm(args: Any, samples: Sequence[Any], **ignored: Any) -> list[float]:

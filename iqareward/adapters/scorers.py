@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from iqareward.adapters._values import OnNan, check_on_nan, score
 from iqareward.images import ImageLike, to_images
+from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward, Scores
 
@@ -106,12 +107,12 @@ class HPSv3Model:
     def __init__(self, reward: str | Reward, *, device: torch.device | str, on_nan: OnNan = "raise") -> None:
         check_on_nan(on_nan, allowed=("raise",), who="HPSv3Model")
         self.judge = text_free(reward, who="HPSv3Model", device=device)
-        self.device = torch.device(device)
+        self._device = ImageDevice(device, name="HPSv3Model")
         self.on_nan: OnNan = on_nan
 
     def reward(self, image_paths: Sequence[str], prompts: Sequence[str]) -> Scores:
         """`[B]` scores of the images in these files, on `device`; higher is better."""
-        return _score_files(self.judge, image_paths, prompts, self.device, self.on_nan)
+        return _score_files(self.judge, image_paths, prompts, self._device, self.on_nan)
 
 
 def mixgrpo_model(
@@ -151,10 +152,11 @@ def mixgrpo_model(
         )
     check_on_nan(on_nan, allowed=("raise",), who="mixgrpo_model")
     judge = text_free(reward, who="mixgrpo_model", device=device)
+    where = ImageDevice(device, name="mixgrpo_model")
 
     def call(model: object, images: Sequence[ImageLike], prompts: Sequence[str]) -> list[float]:
         try:
-            return _score_files(judge, images, prompts, device, on_nan).tolist()
+            return _score_files(judge, images, prompts, where, on_nan).tolist()
         except Exception as error:  # MixGRPO swallows every Exception around a reward, and would train on without it
             raise SystemExit(f"mixgrpo_model: {error}") from error
 
@@ -208,7 +210,7 @@ class SRPOModel(nn.Module):
 
 
 def _score_files(
-    reward: Reward, images: ImageLike, prompts: Sequence[str], device: torch.device | str | None, on_nan: OnNan
+    reward: Reward, images: ImageLike, prompts: Sequence[str], device: ImageDevice, on_nan: OnNan
 ) -> Scores:
-    pixels = to_images(list(images), device=device)
+    pixels = to_images(list(images), device=device.get())
     return score(reward, pixels, value_range=(0, 1), prompts=list(prompts), on_nan=on_nan)

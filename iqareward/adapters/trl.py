@@ -13,7 +13,7 @@ import torch
 
 from iqareward.adapters._values import find_reward
 from iqareward.images import ImageLike, to_images
-from iqareward.rewards._devices import device_here, device_now
+from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards.calls import Call
 from iqareward.rewards.compose import WeightedSum, evaluate
 from iqareward.types import Reward, Scores
@@ -74,8 +74,9 @@ class TRLReward:
                 "Name the column that holds them with prompts=..."
             )
         self.images, self.references, self.prompts = images, references, prompts
-        self.no_image, self.device = no_image, None if device is None else device_here(device)
+        self.no_image = no_image
         self.__name__ = name or self.reward.name
+        self._device = ImageDevice(device, name=self.__name__)
 
     def __call__(
         self, *, completions: Sequence[Any], log_metric: Callable[[str, float], None] | None = None, **columns: Any
@@ -128,8 +129,7 @@ class TRLReward:
         return {"": Call(images, references, prompts).score(self.reward)}
 
     def _converted(self, images: Sequence[Any], rows: Sequence[int]) -> Any:
-        device = None if self.device is None else device_now(self.device, name=self.__name__)
-        return to_images([images[row] for row in rows], value_range=(0, 1), device=device)
+        return to_images([images[row] for row in rows], value_range=(0, 1), device=self._device.get())
 
     def _column(self, argument: str, column: str, columns: dict[str, Any]) -> Any:
         if column not in columns:

@@ -91,7 +91,8 @@ async def compute_score(
     image = to_images(_one_image(solution_image), device=device)
     found = None
     if references is not None:  # reading a file must not stop the loop
-        found = await asyncio.to_thread(to_images, _reference(references, ground_truth, extra_info), device=device)
+        truth = _reference(references, ground_truth, extra_info)
+        found = await asyncio.to_thread(to_images, truth, device=image[0].device)  # another thread's "cuda" is GPU 0
     prompts = [str(ground_truth)] if judge.needs_prompts else None
     scores = await judge.ascore(image, references=found, prompts=prompts)
     return {"score": settle(scores, on_nan, name=judge.name).item()}

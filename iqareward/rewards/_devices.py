@@ -1,6 +1,7 @@
 """Which GPU "cuda" is. Every thread has a current device of its own, which is GPU 0 in a new one."""
 
 import threading
+from typing import final
 
 import torch
 
@@ -29,14 +30,33 @@ def device_now(device: torch.device, *, name: str) -> torch.device:
         name: who uses it, for the error message.
 
     Raises:
-        RuntimeError: it is "cuda" in a background thread, and the process sees several GPUs. That thread's own is GPU 0
-            in every process of a distributed run.
+        RuntimeError: it is "cuda" in a background thread, and the process uses CUDA and sees several GPUs. That
+            thread's own is GPU 0 in every process of a distributed run.
     """
     if device.type != "cuda" or device.index is not None:
         return device
+    if not torch.cuda.is_initialized():  # so nobody has chosen one
+        return torch.device("cuda", 0)
     if threading.current_thread() is not threading.main_thread() and torch.cuda.device_count() > 1:
         raise RuntimeError(
             f'{name} expected to know which of {torch.cuda.device_count()} GPUs "cuda" is, and is used in a background '
             "thread, which cannot tell. Pass device=accelerator.device, or make it after torch.cuda.set_device(...)."
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@final
+class ImageDevice:
+    """Where an adapter moves its images, which it may do in another thread than the one that it was made in.
+
+    Args:
+        device: as it was given; None = the images stay where they are.
+        name: of the adapter, for error messages.
+    """
+
+    def __init__(self, device: torch.device | str | None, *, name: str) -> None:
+        self._device, self._name = None if device is None else device_here(device), name
+
+    def get(self) -> torch.device | None:
+        """The device, now that it has to be used."""
+        return None if self._device is None else device_now(self._device, name=self._name)

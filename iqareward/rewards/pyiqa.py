@@ -123,11 +123,11 @@ class PyIQAReward:
         return self
 
     def offload(self) -> None:
-        """Move the weights to host memory, for example while the trained model is being updated."""
+        """Give the weights' memory on the device back, for example while the model trains; calls fail until `onload`."""
         self._loader.offload()
 
     def onload(self) -> None:
-        """Move the weights back to where they were before `offload`."""
+        """Bring the weights back from host memory to where they were before `offload`."""
         self._loader.onload()
 
     def _score_batch(self, *batch: Tensor) -> Tensor:

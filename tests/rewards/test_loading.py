@@ -1,9 +1,12 @@
 """Weights are loaded onto the right GPU whatever the thread, are there before they are read, leave it and come back."""
 
+import asyncio
 import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iqareward import MicroBatched, Overlapped
+from iqareward.adapters.miles import reward_function as miles_function
+from iqareward.adapters.scorers import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
 from iqareward.rewards.loading import HostCopy, LazyModel
 from iqareward.rewards.mllm import levels
@@ -144,7 +149,8 @@ def test_multimodal_judges_too(device: str | None, monkeypatch: pytest.MonkeyPat
 def test_the_first_images_tell_if_nothing_else_does(machine: Machine) -> None:
     """Where CUDA was not in use when the reward was made; without them only the main thread knows its GPU."""
     machine.in_use = False
-    loaders = [LazyModel(build, "cuda", name="the judge") for _ in range(3)]
+    loaders = [LazyModel(build, "cuda", name="the judge") for _ in range(4)]
+    in_a_thread(lambda: loaders[3].ready(flat(0.5)))  # nobody has chosen a GPU
     machine.in_use = True
     with FakeTensorMode():
         images = torch.zeros(1, 3, 4, 4, device="cuda:5")
@@ -152,7 +158,7 @@ def test_the_first_images_tell_if_nothing_else_does(machine: Machine) -> None:
     with pytest.raises(RuntimeError, match=r"the judge expected to know which of 8 GPUs .* device=accelerator.device"):
         in_a_thread(lambda: loaders[1].ready(flat(0.5)))
     loaders[2].ready(flat(0.5))
-    assert BUILDS == ["cuda:5", "cuda:3"]
+    assert BUILDS == ["cuda:0", "cuda:5", "cuda:3"]
 
 
 def test_cuda_after_pickling_and_moving(machine: Machine) -> None:
@@ -166,17 +172,38 @@ def test_cuda_after_pickling_and_moving(machine: Machine) -> None:
     assert BUILDS == ["cuda:0", "cuda:3", "cuda:3", "cuda:6"]
 
 
-def test_trl_scores_where_its_reward_was_made(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL runs asynchronous rewards in a loop on a thread of its own, and we score in yet another."""
-    import asyncio
+ADAPTERS = {
+    "trl": lambda: partial(
+        AsyncTRLReward(TRLReward(Brightness(), "restored", device="cuda")),
+        completions=["a"],
+        restored=[torch.zeros(3, 4, 4)],
+    ),
+    "scorers": lambda: partial(HPSv3Model(Brightness(), device="cuda").reward, [torch.zeros(3, 4, 4)], [""]),
+    "miles": lambda: partial(
+        miles_function(Brightness(), device="cuda"),
+        None,
+        [SimpleNamespace(generated_output=torch.zeros(3, 4, 4), prompt="")],
+    ),
+}
 
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_move_images_to_the_gpu_of_the_thread_that_makes_them(
+    adapter: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainers call them in threads; TRL's asynchronous rewards run in a loop on a thread, and score in yet another."""
     seen = []
     monkeypatch.setattr(
-        "iqareward.adapters.trl.to_images", lambda images, device, **_: seen.append(str(device)) or torch.stack(images)
+        f"iqareward.adapters.{adapter}.to_images",
+        lambda images, device, **_: seen.append(str(device)) or torch.stack(images),
     )
-    reward = AsyncTRLReward(TRLReward(Brightness(), "restored", device="cuda"))
-    call = {"completions": ["a"], "restored": [torch.zeros(3, 4, 4)]}
-    assert in_a_thread(lambda: asyncio.run(reward(**call))) == [0.0]
+    call = ADAPTERS[adapter]()
+
+    def run() -> Any:
+        scores = call()
+        return asyncio.run(scores) if asyncio.iscoroutine(scores) else scores
+
+    assert in_a_thread(run)[0] == 0
     assert seen == ["cuda:3"]
 
 

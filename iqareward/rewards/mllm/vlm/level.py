@@ -157,9 +157,9 @@ class LevelReward:
         return self
 
     def offload(self) -> None:
-        """Move the weights to host memory, for example while the trained model is being updated."""
+        """Give the weights' memory on the device back, for example while the model trains; calls fail until `onload`."""
         self._scorer.loader.offload()
 
     def onload(self) -> None:
-        """Move the weights back to where they were before `offload`."""
+        """Bring the weights back from host memory to where they were before `offload`."""
         self._scorer.loader.onload()
