@@ -106,7 +106,7 @@ class LPIPSReward:
         return self
 
     def offload(self) -> None:
-        """Give the weights' memory on the device back, for example while the model trains; calls fail until `onload`."""
+        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
         self._loader.offload()
 
     def onload(self) -> None:
@@ -192,7 +192,7 @@ class DISTSReward:
         return self
 
     def offload(self) -> None:
-        """Give the weights' memory on the device back, for example while the model trains; calls fail until `onload`."""
+        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
         self._loader.offload()
 
     def onload(self) -> None:

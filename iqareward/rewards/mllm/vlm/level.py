@@ -157,7 +157,7 @@ class LevelReward:
         return self
 
     def offload(self) -> None:
-        """Give the weights' memory on the device back, for example while the model trains; calls fail until `onload`."""
+        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
         self._scorer.loader.offload()
 
     def onload(self) -> None:
