@@ -28,7 +28,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def caption(document: Document, command: str) -> str:
     """Where the figures come from."""
-    return f"`{command}`, {document['hardware']}, {document['date']}, commit {document['commit']}."
+    return f"`{command}`, {document['hardware']}, {document['date'][:10]}, commit {document['commit']}."
 
 
 def overhead(document: Document) -> str:

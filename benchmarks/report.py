@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _classical_tables as classical
+from benchmarks import _gpu_tables as gpu
 from benchmarks import _tables as tables
 from benchmarks._result_figures import FIGURES, is_current
 from benchmarks._results import newest
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"(?P<open><!-- results: (?P<name>[^>]+?) -->\n).*?(?P<close><!-- /results -->)", re.S)
 
+GPU_RUN = "python benchmarks/gpu/run.py --out OUT"
 Build = Callable[[dict[str, Any]], str]
 # name in the pages -> theme of the result, what makes the table, and the command that measured it
 TABLES: dict[str, tuple[str, Build, str]] = {
@@ -43,6 +45,12 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "batching": ("batching", tables.batching, "python -m benchmarks.bench_batching"),
     "serving": ("serving", tables.serving, "python -m benchmarks.bench_serving"),
     "requests": ("requests", tables.requests, "python -m benchmarks.bench_requests"),
+    "gpu qalign": ("gpu/qalign", gpu.qalign, GPU_RUN),
+    "gpu vlm": ("gpu/vlm", gpu.vlm, GPU_RUN),
+    "gpu classical": ("gpu/classical", gpu.classical, GPU_RUN),
+    "gpu features": ("gpu/classical", gpu.features, GPU_RUN),
+    "gpu trainer": ("gpu/train", gpu.trainer, GPU_RUN),
+    "gpu targets": ("gpu/qalign", gpu.promises, GPU_RUN),
     "serving targets": ("serving", tables.targets, "python -m benchmarks.bench_serving"),
 }
 

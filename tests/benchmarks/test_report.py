@@ -54,6 +54,20 @@ def test_newest_goes_by_date_then_name(tmp_path: Path) -> None:
     assert _results.newest("a", tmp_path)["name"] == "a_x_2026-01-02"
 
 
+def test_newest_of_a_part_has_measured_it(tmp_path: Path) -> None:
+    """A later run that left a stage out does not hide the one that has it; on one day the time decides."""
+    for name, date, stages in (
+        ("g_x_2026-01-01", "2026-01-01T10:00+00:00", {"train": {"a": 1}}),
+        ("g_w_2026-01-01_abc", "2026-01-01T12:00+00:00", {"train": {"a": 2}}),
+        ("g_x_2026-01-02", "2026-01-02T09:00+00:00", {"train": {}, "vlm": {"a": 3}}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"theme": "g", "date": date, **stages}))
+    assert _results.newest("g/train", tmp_path)["train"] == {"a": 2}
+    assert _results.newest("g", tmp_path)["vlm"] == {"a": 3}
+    with pytest.raises(FileNotFoundError):
+        _results.newest("g/qalign", tmp_path)
+
+
 def test_regression_sees_what_became_worse() -> None:
     """A ratio that fell by a fifth and a latency that rose are named; what became better or is new is not."""
 

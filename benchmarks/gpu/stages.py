@@ -1,0 +1,12 @@
+"""The stages of a run in order of value: seconds of 530 on an H100, and the function that measures."""
+
+from benchmarks._gpu_targets import targets
+
+STAGES = {
+    "canary": (30, "benchmarks.gpu.device:canary"), "tests": (110, "benchmarks.gpu.suite:run"),
+    "parity": (50, "benchmarks.gpu.parity:run"), "qalign": (60, "benchmarks.gpu.mllm:qalign"),
+    "classical": (65, "benchmarks.gpu.classical:run"), "vlm": (65, "benchmarks.gpu.mllm:vlm"),
+    "train": (85, "benchmarks.gpu.train:run"), "compile": (50, "benchmarks.gpu.mllm:compiled"),
+}  # fmt: skip
+
+__all__ = ["STAGES", "targets"]
