@@ -48,14 +48,14 @@ def reference_scores(model: Owl2, images: list[Image.Image]) -> Tensor:
         pixels = torch.from_numpy(pillow_pixels(image, model.config.image_size))[None].to(weight.device, weight.dtype)
         with sdpa_kernel(SDPBackend.MATH):
             rows = model.encode_images(pixels)
-            before, after = (embed(torch.tensor([ids], device=weight.device)) for ids in prompt)
-            start = before.shape[1]
+            before, after = (embed(torch.tensor(ids, device=weight.device))[:, None] for ids in prompt)
+            start = before.shape[0]
             image_rows = (start, start + rows.shape[1])
-            rows = torch.cat([before, rows, after], dim=1)
+            rows = torch.cat([before, rows.transpose(0, 1), after])
             layout = Layout.build(model.config, rows, image=image_rows, past=0)
             for layer in model.model.layers:
-                rows, _ = layer(rows, layout)
-        logits = model.lm_head(model.model.norm(rows))[:, -1, LEVEL_IDS]
+                rows = layer(rows, layout)
+        logits = model.lm_head(model.model.norm(rows))[-1][:, LEVEL_IDS]
         scores.append(logits.float().softmax(-1) @ worth)
     return torch.cat(scores)
 

@@ -109,13 +109,13 @@ def test_shared_prefix_changes_nothing() -> None:
     state = model.prepare_prompt(*prompt, LEVEL_IDS)
     with torch.no_grad():
         embed = model.model.embed_tokens
-        before, after = (embed(torch.tensor(ids)).expand(2, -1, -1) for ids in prompt)
-        rows = torch.cat([before, image_rows, after], dim=1)
+        before, after = (embed(torch.tensor(ids))[:, None].expand(-1, 2, -1) for ids in prompt)
+        rows = torch.cat([before, image_rows.transpose(0, 1), after])
         start = len(prompt.prefix)
         layout = Layout.build(SMALL, rows, image=(start, start + 5), past=0)
         for layer in model.model.layers:
-            rows, _ = layer(rows, layout)
-        whole = model.lm_head(model.model.norm(rows))[:, -1, LEVEL_IDS]
+            rows = layer(rows, layout)
+        whole = model.lm_head(model.model.norm(rows))[-1][:, LEVEL_IDS]
         torch.testing.assert_close(model.level_logits(image_rows, state), whole, **NETWORK_BATCH)
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,12 +201,53 @@ def test_no_host_synchronisation_in_a_forward(monkeypatch) -> None:
     torch.testing.assert_close(scores, expected, **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("device", "compile"),
+    [
+        pytest.param("cpu", True, marks=pytest.mark.slow),
+        pytest.param("cuda", "graph", marks=[pytest.mark.gpu, needs_cuda]),
+        pytest.param("cuda", True, marks=[pytest.mark.gpu, needs_cuda]),
+    ],
+)
+def test_graphs_and_compiled_layers_score_as_eager_ones(device, compile) -> None:
+    """Sizes in turn share their memory, eight threads share a graph, weights move and come back, and nothing waits."""
+    eager = _small(device=device, batch_size=4, task=BOTH)
+    reward = _small(device=device, batch_size=4, task=BOTH, compile=compile)
+    images = _images(6).to(device)
+    expected = eager(images)
+    for count in (1, 4, 2, 6, 3, 1):
+        torch.testing.assert_close(reward(images[:count]), expected[:count], **NETWORK_BATCH)
+    with no_waits():
+        scores = reward(images)
+    torch.testing.assert_close(scores, expected, **NETWORK_BATCH)
+    parts = [images[:count] for count in (1, 4, 2, 3)] * 4
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for scores in pool.map(reward, parts):
+            torch.testing.assert_close(scores, expected[: len(scores)], **NETWORK_BATCH)
+    reward.offload()
+    reward.onload()
+    torch.testing.assert_close(reward(images), expected, **NETWORK_BATCH)
+
+
 @pytest.mark.slow
-def test_compiled_equals_eager() -> None:
-    """One static graph, its tail padded, gives the eager scores for any number of images."""
-    eager, compiled = _small(batch_size=4), _small(batch_size=4, compile=True)
-    for count in (1, 4, 6):
-        torch.testing.assert_close(compiled(_images(count)), eager(_images(count)), **NETWORK_BATCH)
+def test_layers_of_a_kind_share_one_compilation() -> None:
+    """Vision tower, abstractor and decoder are compiled once each for a batch size, however many layers they have."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()  # other tests may have compiled the same
+    deep = replace(SMALL, vision_layers=3, abstractor_layers=3, layers=4)
+    reward = QAlignReward(seeded_model(deep), batch_size=4, compile=True)
+    for count, kinds in ((2, 3), (4, 3), (3, 0)):  # three images are padded to four
+        before = counters["stats"]["unique_graphs"]
+        reward(_images(count))
+        assert counters["stats"]["unique_graphs"] - before == kinds
+
+
+def test_a_cuda_graph_needs_cuda() -> None:
+    """`compile="graph"` elsewhere is an error that says what to use, not a slow surprise."""
+    reward = _small(compile="graph", device="cpu")
+    with pytest.raises(ValueError, match=r"CUDA device.*compile=True"):
+        reward(_images(1))
 
 
 def test_bad_options_are_refused() -> None:
@@ -218,35 +260,12 @@ def test_bad_options_are_refused() -> None:
         QAlignReward(scale="percent")
     with pytest.raises(ValueError, match="at most one"):
         DeQAReward(differentiable=True, compile=True)
+    with pytest.raises(ValueError, match='True or "graph"'):
+        DeQAReward(compile="graphs")
     with pytest.raises(ValueError, match="batch_size"):
         DeQAReward(batch_size=0)
     with pytest.raises(ValueError, match=r"clips\[0\]"):
         _small().video([torch.zeros(3, 8, 8)])
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_gpu_forward_does_not_synchronise() -> None:
-    """CUDA's own debug mode raises on any wait in a warm call with images on the device."""
-    for options in ({}, {"compile": True}):
-        reward = _small(device="cuda", **options)
-        images = _images(4).cuda()
-        expected = reward(images)
-        with no_waits():
-            scores = reward(images)
-        torch.testing.assert_close(scores, expected, **NETWORK_BATCH)
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_gpu_graph_replays_from_other_threads() -> None:
-    """A graph captured in one thread gives the same scores in eight others."""
-    reward = _small(device="cuda", compile=True, batch_size=4)
-    images = _images(4).cuda()
-    expected = reward(images)
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for scores in pool.map(reward, [images] * 16):
-            torch.testing.assert_close(scores, expected, **EXACT)
 
 
 @pytest.mark.hub

@@ -21,15 +21,30 @@ from iqareward.rewards.scoring import UnscoredWatch, sanitize
 from iqareward.types import Images
 
 
-def _load(source: str | Path | Owl2, dtype: torch.dtype | None, quant: Literal["int8"] | None, device: Any) -> Owl2:
+def _load(
+    check: Callable[[torch.device], None],
+    source: str | Path | Owl2,
+    dtype: torch.dtype | None,
+    quant: Literal["int8"] | None,
+    device: Any,
+) -> Owl2:
     if isinstance(source, Owl2):
         model = source.to(device=device, dtype=dtype)
     else:
+        check(device)  # before 16 GB are read
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         model = load_owl2(source, device=device, dtype=dtype)
     if quant is not None:
         quantize_decoder(model)
     return model
+
+
+def _check_device(name: str, compile: bool | str, device: torch.device) -> None:
+    if compile == "graph" and device.type != "cuda":
+        raise ValueError(
+            f'{name} expected a CUDA device for `compile="graph"`, got {device.type!r}, which has no CUDA graphs. Use '
+            "compile=False, or compile=True, which compiles the layers on any device."
+        )
 
 
 @final
@@ -44,7 +59,8 @@ class LevelScorer:
         dtype: None = bfloat16 on CUDA, float32 elsewhere (a network given keeps its own).
         differentiable: keep the graph to the pixels; layers are recomputed in the backward pass.
         batch_size: images per run of the network.
-        compile: run one static compiled graph, captured as a CUDA graph on CUDA; smaller batches are padded.
+        compile: "graph" = replay CUDA graphs of the network; True = of its compiled layers, which run without graphs
+            elsewhere.
         quant: "int8" = hold the decoder's weights in int8.
     """
 
@@ -58,11 +74,13 @@ class LevelScorer:
         dtype: torch.dtype | None,
         differentiable: bool,
         batch_size: int,
-        compile: bool,
+        compile: bool | Literal["graph"],
         quant: Literal["int8"] | None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"{name} expected `batch_size` >= 1, got {batch_size}.")
+        if compile not in (False, True, "graph"):
+            raise ValueError(f'{name} expected `compile` False, True or "graph", got {compile!r}.')
         if differentiable and compile:
             raise ValueError(
                 f"{name} expected at most one of `differentiable` and `compile`: the graph is for scoring."
@@ -71,7 +89,9 @@ class LevelScorer:
             raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
         self.name, self.prompts, self.batch_size, self.compile = name, prompts, batch_size, compile
         default = "stay" if isinstance(source, Owl2) else "cuda"
-        self.loader = LazyModel(partial(_load, source, dtype, quant), device, name=name, default=default)
+        self._check_device = partial(_check_device, name, compile)
+        load = partial(_load, self._check_device, source, dtype, quant)
+        self.loader = LazyModel(load, device, name=name, default=default)
         self.mode = partial(any_device_mode, differentiable=differentiable)
         self.watch = UnscoredWatch()
 
@@ -118,7 +138,9 @@ class LevelScorer:
         states = tuple(self._state(prompt) for prompt in self.prompts)
         if not self.compile:
             return partial(model, states=states)
-        return self.loader.derived("static", lambda model: StaticForward(model, states, self.batch_size))
+        self._check_device(self.loader.device)
+        options = {"compile_layers": self.compile is True}
+        return self.loader.derived("static", lambda model: StaticForward(model, states, self.batch_size, **options))
 
     def _map(
         self, buckets: Buckets, order: list[int] | None, model: Owl2, network: Callable[[Tensor], Tensor]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iqareward.rewards.mllm.owl2.config import Owl2Config
-from iqareward.rewards.mllm.owl2.recompute import run_layer
+from iqareward.rewards.mllm.owl2.recompute import RunLayer, run_layer
 
 NORM_EPS = 1e-5
 FFN_NORM_EPS = 1e-6
@@ -22,10 +22,10 @@ class Abstractor(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(config) for _ in range(config.abstractor_layers))})
         self.visual_fc = nn.Linear(config.abstractor_hidden, config.hidden)
 
-    def forward(self, vision: Tensor) -> Tensor:
-        queries = self.query_embeds.expand(vision.shape[0], -1, -1)
+    def forward(self, vision: Tensor, run: RunLayer = run_layer) -> Tensor:
+        queries = self.query_embeds.repeat(vision.shape[0], 1, 1)  # not expanded, which would be compiled twice
         for layer in self.encoder["layers"]:  # pyright: ignore[reportGeneralTypeIssues]
-            queries = run_layer(layer, queries, vision)
+            queries = run(layer, queries, vision)
         return torch.cat([self.visual_fc(queries), self.vit_eos.expand(vision.shape[0], -1, -1)], dim=1)
 
 

@@ -15,21 +15,22 @@ class Layout(NamedTuple):
     """What the rows of one forward are. Rows before `image` and after it are text; earlier rows are in a cache."""
 
     image: tuple[int, int]  # start and stop of the image rows
-    cos: Tensor  # [T, head_dim]
-    sin: Tensor
-    mask: Tensor  # [T, past + T] bool: causal over cached and new rows
+    cos: Tensor  # [past + T, 1, 1, head_dim]
+    sin: Tensor  # the same, its first half negated
+    mask: Tensor  # [T, past + T], added to logits: 0, or -inf for later rows. A bool would be converted in each layer.
 
     @classmethod
     def build(cls, config: Owl2Config, rows: Tensor, image: tuple[int, int], past: int) -> "Layout":
-        """The layout of `rows` `[B, T, hidden]` that continue after `past` cached rows."""
-        count, device = rows.shape[1], rows.device
+        """The layout of `rows` `[T, B, hidden]` that continue after `past` cached rows."""
+        count, device = rows.shape[0], rows.device
         width = config.hidden // config.heads
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-        positions = torch.arange(past, past + count, dtype=torch.float32, device=device)
-        angles = positions[:, None] / config.rope_theta**exponents
-        angles = torch.cat([angles, angles], dim=-1)
-        mask = torch.ones(count, past + count, dtype=torch.bool, device=device).tril(past)
-        return cls(image, angles.cos().to(rows.dtype), angles.sin().to(rows.dtype), mask)
+        positions = torch.arange(past + count, dtype=torch.float32, device=device)
+        angles = (positions[:, None] / config.rope_theta**exponents)[:, None, None]
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (torch.cat(halves, dim=-1).to(rows.dtype) for halves in ((cos, cos), (-sin, sin)))
+        mask = torch.full((count, past + count), -torch.inf, dtype=rows.dtype, device=device).triu(past + 1)
+        return cls(image, cos, sin, mask)
 
 
 class RmsNorm(nn.Module):
@@ -51,16 +52,17 @@ class Multiway(nn.Module):
         super().__init__()
         self.multiway = nn.ModuleList([text, image])
 
-    def forward(self, rows: Tensor, image: tuple[int, int]) -> Tensor:
+    def forward(self, rows: Tensor, image: tuple[int, int], *before: Tensor) -> Tensor:
+        """Results for `rows` `[T, B, width]`, after the results of earlier rows, `before`."""
         start, stop = image
         text_weights, image_weights = self.multiway
-        pieces = ((text_weights, rows[:, :start]), (image_weights, rows[:, start:stop]), (text_weights, rows[:, stop:]))
-        # A slice is not contiguous, and torch multiplies such rows by a copy of the weights for every image.
-        return torch.cat([module(piece.contiguous()) for module, piece in pieces if piece.shape[1]], dim=1)
+        pieces = ((text_weights, rows[:start]), (image_weights, rows[start:stop]), (text_weights, rows[stop:]))
+        found = [*before, *(module(piece) for module, piece in pieces if piece.shape[0])]
+        return torch.cat(found) if len(found) > 1 else found[0]
 
 
 class DecoderLayer(nn.Module):
-    """One layer; `forward` returns the new rows and the keys and values that it computed."""
+    """One layer, on rows `[T, B, hidden]`: position first, so that the rows of one modality lie side by side."""
 
     def __init__(self, config: Owl2Config) -> None:
         super().__init__()
@@ -70,41 +72,47 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Multiway(RmsNorm(width, eps), RmsNorm(width, eps))
         self.mlp = _Mlp(width, config.ffn)
 
-    def forward(
-        self, rows: Tensor, layout: Layout, past: KeyValue | None = None, last_only: bool = False
-    ) -> tuple[Tensor, KeyValue]:
+    def keys_values(self, rows: Tensor, layout: Layout) -> KeyValue:
+        """What later rows need of these: keys, not yet rotated, and values, each `[T, B, kv_width]`."""
+        return self.self_attn.keys_values(self.input_layernorm(rows, layout.image), layout)
+
+    def forward(self, rows: Tensor, layout: Layout, past: KeyValue | None = None, last_only: bool = False) -> Tensor:
         normed = self.input_layernorm(rows, layout.image)
-        own = self.self_attn.keys_values(normed, layout)
-        attended = own if past is None else _append(past, own)
+        keys_values = self.self_attn.keys_values(normed, layout, past)
         image = layout.image
         if last_only:  # the last row is text, and nothing reads the other rows of the last layer
-            rows, normed, image = rows[:, -1:], normed[:, -1:], (0, 0)
-        rows = rows + self.self_attn(normed, attended, layout)
-        return rows + self.mlp(self.post_attention_layernorm(rows, image)), own
+            rows, normed, image = rows[-1:], normed[-1:], (0, 0)
+        rows = rows + self.self_attn(normed, keys_values, layout)
+        return rows + self.mlp(self.post_attention_layernorm(rows, image))
 
 
 class _Attention(nn.Module):
     def __init__(self, config: Owl2Config) -> None:
         super().__init__()
-        width, head = config.hidden, config.hidden // config.heads
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        kv_width = config.kv_heads * head
+        width, self.head_dim = config.hidden, config.hidden // config.heads
+        kv_width = config.kv_heads * self.head_dim
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = Multiway(nn.Linear(width, kv_width, bias=False), nn.Linear(width, kv_width, bias=False))
         self.v_proj = Multiway(nn.Linear(width, kv_width, bias=False), nn.Linear(width, kv_width, bias=False))
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def keys_values(self, normed: Tensor, layout: Layout) -> KeyValue:
-        keys = _split(self.k_proj(normed, layout.image), self.kv_heads)
-        return _rotate(keys, layout.cos, layout.sin), _split(self.v_proj(normed, layout.image), self.kv_heads)
+    def keys_values(self, normed: Tensor, layout: Layout, past: KeyValue | None = None) -> KeyValue:
+        batch = normed.shape[1]  # a cache holds what all images share, [P, 1, kv_width]
+        keys, values = ((),) * 2 if past is None else ((old.expand(-1, batch, -1),) for old in past)
+        return self.k_proj(normed, layout.image, *keys), self.v_proj(normed, layout.image, *values)
 
-    def forward(self, normed: Tensor, attended: KeyValue, layout: Layout) -> Tensor:
-        count = normed.shape[1]  # all new rows, or the last one alone, which may attend to every row
-        queries = _rotate(_split(self.q_proj(normed), self.heads), layout.cos[-count:], layout.sin[-count:])
-        mask = layout.mask if count > 1 else None
-        grouped = self.heads != self.kv_heads
-        mixed = F.scaled_dot_product_attention(queries, *attended, attn_mask=mask, enable_gqa=grouped)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+    def forward(self, normed: Tensor, keys_values: KeyValue, layout: Layout) -> Tensor:
+        count = normed.shape[0]  # all new rows, or the last one alone, which may attend to every row
+        queries, keys, values = (x.unflatten(-1, (-1, self.head_dim)) for x in (self.q_proj(normed), *keys_values))
+        queries = _rotate(queries, layout.cos[-count:], layout.sin[-count:])
+        keys = _rotate(keys, layout.cos, layout.sin)
+        mixed = F.scaled_dot_product_attention(
+            *(x.permute(1, 2, 0, 3) for x in (queries, keys, values)),
+            attn_mask=layout.mask if count > 1 else None,
+            enable_gqa=queries.shape[2] != keys.shape[2],
+        )
+        # Most kernels keep the order of the queries in memory; where one does not, a product would copy the weights.
+        return self.o_proj(mixed.permute(2, 0, 1, 3).contiguous().flatten(2))
 
 
 class _Mlp(nn.Module):
@@ -118,18 +126,6 @@ class _Mlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(rows)) * self.up_proj(rows))
 
 
-def _split(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-split convention."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def _append(past: KeyValue, own: KeyValue) -> KeyValue:
-    """Put the shared cache `[1, heads, P, head_dim]` before each image's own keys and values."""
-    return tuple(  # pyright: ignore[reportReturnType]
-        torch.cat([old.expand(new.shape[0], -1, -1, -1), new], dim=2) for old, new in zip(past, own, strict=True)
-    )
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)

@@ -1,6 +1,6 @@
 """mPLUG-Owl2 for reading out level words: pixels to image rows, image rows to the logits of a few vocabulary ids."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from iqareward.rewards.mllm.owl2.abstractor import Abstractor
 from iqareward.rewards.mllm.owl2.config import Owl2Config
 from iqareward.rewards.mllm.owl2.decoder import DecoderLayer, KeyValue, Layout, RmsNorm
-from iqareward.rewards.mllm.owl2.recompute import run_layer
+from iqareward.rewards.mllm.owl2.recompute import RunLayer, run_layer
 from iqareward.rewards.mllm.owl2.vision import VisionTower
 
 
 class PromptState(NamedTuple):
     """A prompt made ready on the model's device: what all images share."""
 
-    past: tuple[KeyValue, ...]  # per layer, keys and values [1, kv_heads, P, head_dim] of the text before the image
+    past: tuple[KeyValue, ...]  # per layer, keys and values [P, 1, kv_width] of the text before the image
     suffix: Tensor  # [S, hidden] embeddings of the text after the image
     head: Tensor  # [K, hidden] float32 rows of the language-model head for the ids to read out
 
@@ -41,9 +41,9 @@ class Owl2(nn.Module):
         self.model = _Trunk(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor, run: RunLayer = run_layer) -> Tensor:
         """Rows that stand for each image in the prompt: `[N, 3, S, S]` to `[N, num_queries + 1, hidden]`."""
-        return self.model.visual_abstractor(self.model.vision_model(pixels))
+        return self.model.visual_abstractor(self.model.vision_model(pixels, run), run)
 
     @torch.no_grad()
     def prepare_prompt(
@@ -52,32 +52,32 @@ class Owl2(nn.Module):
         """Run the text before the image once, for any number of images; a prompt's ids never change."""
         device = self.lm_head.weight.device
         embed = self.model.embed_tokens
-        rows = embed(torch.tensor(prefix, dtype=torch.long, device=device))[None]
+        rows = embed(torch.tensor(prefix, dtype=torch.long, device=device))[:, None]
         layout = Layout.build(self.config, rows, image=(0, 0), past=0)
-        past = []
-        for layer in self.model.layers:
-            rows, own = layer(rows, layout)
-            past.append(own)
+        past: list[KeyValue] = []
+        layers: Any = self.model.layers
+        for layer in layers:
+            past.append(layer.keys_values(rows, layout))
+            rows = layer(rows, layout)
         head = self.lm_head.weight[torch.tensor(level_ids, dtype=torch.long, device=device)]
         head = head if head.dtype == torch.float64 else head.float()
         return PromptState(tuple(past), embed(torch.tensor(suffix, dtype=torch.long, device=device)), head)
 
-    def level_logits(self, image_rows: Tensor, state: PromptState) -> Tensor:
+    def level_logits(self, image_rows: Tensor, state: PromptState, run: RunLayer = run_layer) -> Tensor:
         """Logits of the level ids after the prompt around `image_rows` `[B, rows, hidden]`: `[B, K]`, float32."""
-        suffix = state.suffix.expand(image_rows.shape[0], -1, -1)
-        rows = torch.cat([image_rows, suffix], dim=1)
-        past = state.past[0][0].shape[2]
-        layout = Layout.build(self.config, rows, image=(0, image_rows.shape[1]), past=past)
-        layers = list(self.model.layers)
-        for index, (layer, cached) in enumerate(zip(layers, state.past, strict=True)):
-            rows, _ = run_layer(layer, rows, layout, cached, index == len(layers) - 1)
-        last = self.model.norm(rows[:, -1])
-        return last.to(state.head.dtype) @ state.head.mT
+        batch, count = image_rows.shape[:2]
+        rows = torch.cat([image_rows.transpose(0, 1), state.suffix[:, None].expand(-1, batch, -1)])
+        layout = Layout.build(self.config, rows, image=(0, count), past=state.past[0][0].shape[0])
+        *layers, last = self.model.layers
+        for layer, past in zip(layers, state.past, strict=False):
+            rows = run(layer, rows, layout, past)
+        rows = run_layer(last, rows, layout, state.past[-1], True)
+        return self.model.norm(rows[-1]).to(state.head.dtype) @ state.head.mT
 
-    def forward(self, pixels: Tensor, states: tuple[PromptState, ...]) -> Tensor:
+    def forward(self, pixels: Tensor, states: tuple[PromptState, ...], run: RunLayer = run_layer) -> Tensor:
         """Level logits `[N, prompts, K]` of preprocessed pixels `[N, 3, S, S]`; the prompts share the vision tower."""
-        image_rows = self.encode_images(pixels)
-        return torch.stack([self.level_logits(image_rows, state) for state in states], dim=1)
+        image_rows = self.encode_images(pixels, run)
+        return torch.stack([self.level_logits(image_rows, state, run) for state in states], dim=1)
 
 
 class _Trunk(nn.Module):

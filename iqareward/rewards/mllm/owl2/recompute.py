@@ -1,4 +1,4 @@
-"""Trade compute for memory in the backward pass."""
+"""How a layer is run: as it is, or recomputed in the backward pass, which trades compute for memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+RunLayer = Callable[..., Any]  # (layer, *inputs) -> what the layer returns
 
 
 def run_layer(layer: Callable[..., Any], *inputs: Any) -> Any:
