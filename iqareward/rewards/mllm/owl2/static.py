@@ -42,6 +42,10 @@ class StaticForward:
         self._batch_size = batch_size
         self._lock = ProcessLock()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by batch size, each with its output
+        weight, side = model.model.norm.weight, model.config.image_size
+        if weight.is_cuda:
+            self._input = weight.new_zeros(batch_size, 3, side, side)
+            self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Level logits `[N, prompts, K]` of pixels `[N, 3, S, S]`, N <= batch_size."""
@@ -55,10 +59,6 @@ class StaticForward:
 
     def _replay(self, pixels: Tensor, size: int) -> Tensor:
         stream = torch.cuda.current_stream()
-        if not self._graphs:
-            self._input = pixels.new_zeros(self._batch_size, *pixels.shape[1:])
-            self._pool = torch.cuda.graph_pool_handle()
-            self._done = torch.cuda.Event()
         stream.wait_event(self._done)  # another thread's stream may still be using the buffers
         self._input[: pixels.shape[0]].copy_(pixels)  # rows behind these are those of an earlier call
         if size not in self._graphs:
