@@ -33,5 +33,7 @@ def differentiated(values: Tensor) -> bool:
 
 def root(values: Tensor) -> Tensor:
     """Square root with gradient 0 instead of infinity at 0."""
+    if not differentiated(values):
+        return values.sqrt()
     zero = values == 0  # false for NaN, which must stay NaN
     return values.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

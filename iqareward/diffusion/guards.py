@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._checks import check_images
+from iqareward.functional._fused import correlate
 from iqareward.functional.color import luma
-from iqareward.functional.filters import weighted_slices
 
 DARK = 0.1
 CLIPPED = 1 / 255  # nearer to 0 or 1 than this is saturated
@@ -71,8 +71,10 @@ def edge_density(images: Tensor) -> Tensor:
     images = check_images("edge_density", images, min_side=3)
     planes = luma(images).view(-1, *images.shape[2:])
     slopes = [
-        weighted_slices(weighted_slices(planes, [-0.5, 0.0, 0.5], along), [0.25, 0.5, 0.25], across)
-        for along, across in ((-1, -2), (-2, -1))
+        correlate(
+            correlate(planes, (-0.5, 0.0, 0.5), is_vertical=is_vertical), (0.25, 0.5, 0.25), is_vertical=not is_vertical
+        )
+        for is_vertical in (False, True)
     ]
     return _unless_broken(torch.stack(slopes).norm(dim=0).flatten(1).mean(1), images)
 

@@ -26,12 +26,12 @@ YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
 def weighted_channels(images: Tensor, weights: tuple[float, float, float]) -> Tensor:
-    """One plane `[B, H, W]` from the channels of `images` `[B, 3, H, W]`.
+    """One plane `[..., H, W]` from the channels of `images` `[..., 3, H, W]`.
 
     Three scaled additions rather than a matrix product: trainers switch TF32 or bfloat16 on for products, and its 8 to
     11 significant bits would show in every variance computed from the plane.
     """
-    red, green, blue = images.unbind(1)
+    red, green, blue = images.unbind(-3)
     return (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])
 
 

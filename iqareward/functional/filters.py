@@ -1,15 +1,19 @@
-"""Small separable filters as sums of shifted slices: the same digits in any batch, and up to rounding on any device.
+"""Small separable filters: the same digits in any batch, and up to rounding on any device.
 
 A convolution or a matrix product would be the usual way. Both obey process-wide switches (TF32, bfloat16, autocast)
-that trainers turn on, and may sum in another order for another batch size. Slices do neither. On a CPU they are faster,
-which benchmarks/bench_classical.py shows; on a GPU they are as fast for one plane and slower for RGB.
+that trainers turn on, and may sum in another order for another batch size. Sums of shifted slices, in which tap after
+tap is added, do neither. On a CPU they are faster too, which benchmarks/bench_classical.py shows; on a GPU one kernel
+adds all taps in a single pass over memory.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from iqareward.functional._fused import correlate, on_gpu
 
 
 def gaussian_taps(size: int, sigma: float) -> list[float]:
@@ -26,18 +30,9 @@ def gaussian_taps(size: int, sigma: float) -> list[float]:
     return [tap / total for tap in taps]
 
 
-def weighted_slices(maps: Tensor, taps: list[float], dim: int) -> Tensor:
-    """Correlate one dimension with `taps`; it shrinks by `len(taps) - 1` because no border is made up."""
-    length = maps.shape[dim] - len(taps) + 1
-    result = maps.narrow(dim, 0, length) * taps[0]
-    for offset, tap in enumerate(taps[1:], start=1):
-        result.add_(maps.narrow(dim, offset, length), alpha=tap)
-    return result
-
-
-def blur_valid(maps: Tensor, taps: list[float]) -> Tensor:
+def blur_valid(maps: Tensor, taps: Sequence[float]) -> Tensor:
     """Correlate the last two dimensions of `maps` `[..., H, W]` with `taps`; both shrink by `len(taps) - 1`."""
-    return weighted_slices(weighted_slices(maps, taps, -2), taps, -1)
+    return correlate(correlate(maps, taps, is_vertical=True), taps, is_vertical=False)
 
 
 def halve(maps: Tensor, *, replicate: bool) -> Tensor:
@@ -50,6 +45,9 @@ def halve(maps: Tensor, *, replicate: bool) -> Tensor:
     Returns:
         `[..., ceil(H / 2), ceil(W / 2)]`.
     """
+    if on_gpu(maps):  # one kernel instead of three to seven; on a CPU a pool is slower than slices
+        # a block's mean without the missing line is that with a copy of its last; with zeros, the sum is a quarter
+        return F.avg_pool2d(maps, 2, ceil_mode=True, divisor_override=None if replicate else 4, count_include_pad=False)
     for dim in (-2, -1):
         if maps.shape[dim] % 2:
             last = maps.narrow(dim, -1, 1)

@@ -17,16 +17,17 @@ SIGMOID_SLOPE = 4.2  # alpha of the paper
 MIN_WEIGHT = 1e-12
 
 
-def haar_magnitudes(maps: Tensor) -> list[Tensor]:
-    """Absolute Haar responses of `[..., H, W]` from fine to coarse, each `[2, ..., H, W]`: across rows, across columns.
+def haar_magnitudes(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Absolute Haar responses of `[..., H, W]`: `[4, ..., H, W]` of the two fine scales, `[2, ..., H, W]` of the last.
 
-    Scale k answers with 2^-k (sum of one half of a 2^k square - sum of the other), from block sums that double in side.
-    Zeros lie beyond the border as in MATLAB's `conv2(..., 'same')`.
+    Each scale has one across rows, then one across columns. Scale k answers with 2^-k (sum of one half of a 2^k square
+    - sum of the other), from block sums that double in side and are halved at each scale. Zeros lie beyond the border
+    as in MATLAB's `conv2(..., 'same')`.
     """
     height, width = maps.shape[-2:]
     widest = 2**NUM_SCALES
-    blocks = pad_zeros(maps, widest // 2 - 1, widest // 2)
-    magnitudes = []
+    blocks = pad_zeros(maps * 0.5, widest // 2 - 1, widest // 2)
+    responses = []
     for scale in range(1, NUM_SCALES + 1):
         half = 2 ** (scale - 1)
         wide = blocks[..., :-half] + blocks[..., half:]
@@ -35,9 +36,10 @@ def haar_magnitudes(maps: Tensor) -> list[Tensor]:
         rows, columns = slice(start, start + height), slice(start, start + width)
         across_rows = (wide[..., :-half, :] - wide[..., half:, :])[..., rows, columns]
         across_columns = (tall[..., :-half] - tall[..., half:])[..., rows, columns]
-        magnitudes.append(torch.stack((across_rows, across_columns)).abs().mul_(2.0**-scale))
-        blocks = wide[..., :-half, :] + wide[..., half:, :]
-    return magnitudes
+        responses += [across_rows, across_columns]
+        if scale < NUM_SCALES:
+            blocks = (wide[..., :-half, :] + wide[..., half:, :]).mul_(0.5)
+    return torch.stack(responses[:-2]).abs(), torch.stack(responses[-2:]).abs()
 
 
 def similarity(first: Tensor, second: Tensor) -> Tensor:
@@ -48,18 +50,18 @@ def similarity(first: Tensor, second: Tensor) -> Tensor:
 
 def luma_maps(pair: Tensor) -> tuple[Tensor, Tensor]:
     """Similarities and weights `[2, B, H, W]`, one per orientation, of a luma pair `[2, B, H, W]`."""
-    fine, middle, coarse = haar_magnitudes(pair)
-    similarities = (similarity(fine[:, 0], fine[:, 1]) + similarity(middle[:, 0], middle[:, 1])) / 2
-    return similarities, torch.maximum(coarse[:, 0], coarse[:, 1])
+    fine, coarse = haar_magnitudes(pair)
+    similarities = similarity(fine[:, 0], fine[:, 1])
+    return (similarities[:2] + similarities[2:]) / 2, torch.maximum(coarse[:, 0], coarse[:, 1])
 
 
-def chroma_map(images: Tensor, references: Tensor) -> Tensor:
-    """Mean similarity `[B, H, W]` of the two chroma planes of halved RGB pairs, after a 2x2 mean."""
-    planes = [weighted_channels(rgb, row) for row in YIQ[1:] for rgb in (images, references)]
-    padded = pad_zeros(torch.stack(planes), 0, 1)
+def chroma_map(pair: Tensor) -> Tensor:
+    """Mean similarity `[B, H, W]` of the two chroma planes of a halved RGB pair `[2, B, 3, H, W]`, after a 2x2 mean."""
+    padded = pad_zeros(torch.stack([weighted_channels(pair, row) for row in YIQ[1:]]), 0, 1)
     rows = padded[..., :-1, :] + padded[..., 1:, :]
     means = (rows[..., :-1] + rows[..., 1:]).abs() / 4
-    return (similarity(means[0], means[1]) + similarity(means[2], means[3])) / 2
+    similarities = similarity(means[:, 0], means[:, 1])
+    return (similarities[0] + similarities[1]) / 2
 
 
 def haarpsi(images: Tensor, references: Tensor) -> Tensor:
@@ -91,10 +93,9 @@ def haarpsi(images: Tensor, references: Tensor) -> Tensor:
     images, references = check_pair("haarpsi", images, references, min_side=MIN_SIDE)
 
     def score(images: Tensor, references: Tensor) -> Tensor:
-        images, references = halve(images, replicate=False), halve(references, replicate=False)
-        pair = torch.stack((weighted_channels(images, YIQ[0]), weighted_channels(references, YIQ[0])))
-        similarities, weights = luma_maps(pair)
-        similarities = torch.cat((similarities, chroma_map(images, references).unsqueeze(0)))
+        pair = torch.stack((halve(images, replicate=False), halve(references, replicate=False)))
+        similarities, weights = luma_maps(weighted_channels(pair, YIQ[0]))
+        similarities = torch.cat((similarities, chroma_map(pair).unsqueeze(0)))
         weights = torch.cat((weights, weights.mean(0, keepdim=True))) + MIN_WEIGHT
         # The share of disagreement is small for good images; 1 - it, as in the paper, would round its digits away.
         disagreement = torch.sigmoid(-SIGMOID_SLOPE * similarities)

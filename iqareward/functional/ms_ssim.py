@@ -1,5 +1,6 @@
 """Multi-scale structural similarity."""
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -8,7 +9,14 @@ from torch import Tensor
 from iqareward.functional._checks import check_pair
 from iqareward.functional.color import Color, map_planes
 from iqareward.functional.filters import gaussian_taps, halve, mean_of_map
-from iqareward.functional.ssim import SIGMA, WINDOW_SIZE, similarity_maps, sum_and_difference
+from iqareward.functional.ssim import (
+    SIGMA,
+    WINDOW_SIZE,
+    local_moments,
+    luminance_map,
+    structure_map,
+    sum_and_difference,
+)
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the paper, finest scale first
 MIN_SIDE = (WINDOW_SIZE - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1  # 161: the window fits at the coarsest scale
@@ -16,10 +24,11 @@ MIN_SIDE = (WINDOW_SIZE - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1  # 161: the win
 LINEAR_BELOW = 1e-6
 
 
-def floored_power(similarities: Tensor, exponent: float) -> Tensor:
-    """`x ** exponent`, 0 for negative `x`, with a finite gradient everywhere."""
+def floored_powers(similarities: Tensor, exponents: Sequence[float]) -> list[Tensor]:
+    """Each row of `similarities` to its exponent, 0 for negative values, with a finite gradient everywhere."""
     base = similarities.clamp(min=LINEAR_BELOW)
-    return base**exponent * (similarities.clamp(min=0) / base)
+    share = similarities.clamp(min=0) / base
+    return [row**exponent * rest for row, exponent, rest in zip(base, exponents, share, strict=True)]
 
 
 def ms_ssim(
@@ -66,13 +75,14 @@ def ms_ssim(
 
     def score(planes: Tensor, reference_planes: Tensor) -> Tensor:
         pair = sum_and_difference(planes, reference_planes)
-        powers = []
-        for scale, weight in enumerate(SCALE_WEIGHTS):
+        similarities = []
+        for scale in range(len(SCALE_WEIGHTS)):
             pair = halve(pair, replicate=True) if scale else pair
-            luminance, similarity = similarity_maps(pair, taps)
+            means, variances = local_moments(pair, taps)
+            similarity = structure_map(variances)
             if scale == len(SCALE_WEIGHTS) - 1:
-                similarity = luminance * similarity
-            powers.append(floored_power(mean_of_map(similarity), weight))
-        return reduce(torch.mul, powers)
+                similarity = luminance_map(means) * similarity
+            similarities.append(mean_of_map(similarity))
+        return reduce(torch.mul, floored_powers(torch.stack(similarities), SCALE_WEIGHTS))
 
     return map_planes("ms_ssim", score, images, references, color)

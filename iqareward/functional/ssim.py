@@ -1,4 +1,4 @@
-"""Structural similarity, and the two maps that it shares with its multi-scale form."""
+"""Structural similarity, and the maps that it shares with its multi-scale form."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ def sum_and_difference(planes: Tensor, reference_planes: Tensor) -> Tensor:
     return torch.stack((planes + reference_planes - 1, planes - reference_planes))
 
 
-def similarity_maps(pair: Tensor, taps: list[float]) -> tuple[Tensor, Tensor]:
-    """Luminance and contrast-structure maps of SSIM at every position where the window fits.
+def local_moments(pair: Tensor, taps: list[float]) -> tuple[Tensor, Tensor]:
+    """Means and variances `[2, ..., h, w]` at every position where the window fits.
 
     Args:
         pair: `[2, ..., H, W]` from `sum_and_difference`.
@@ -30,11 +30,21 @@ def similarity_maps(pair: Tensor, taps: list[float]) -> tuple[Tensor, Tensor]:
     """
     means = blur_valid(pair, taps)
     # Rounding can leave a flat area with a variance just below 0, which far outside [0, 1] would cancel C2.
-    variances = (blur_valid(pair * pair, taps) - means * means).clamp(min=0)
-    sums, differences = (means[0] + 1).square(), means[1].square()
-    luminance = (sums - differences + 2 * C1) / (sums + differences + 2 * C1)
-    sums, differences = variances.unbind(0)
-    return luminance, (sums - differences + 2 * C2) / (sums + differences + 2 * C2)
+    return means, (blur_valid(pair * pair, taps) - means * means).clamp(min=0)
+
+
+def luminance_map(means: Tensor) -> Tensor:
+    """The first factor of SSIM, from the means of `local_moments`."""
+    return _ratio((means[0] + 1).square(), means[1].square(), 2 * C1)
+
+
+def structure_map(variances: Tensor) -> Tensor:
+    """The other two factors of SSIM, contrast and structure, from the variances of `local_moments`."""
+    return _ratio(variances[0], variances[1], 2 * C2)
+
+
+def _ratio(sums: Tensor, differences: Tensor, constant: float) -> Tensor:
+    return (sums - differences + constant) / (sums + differences + constant)
 
 
 def ssim(
@@ -78,7 +88,7 @@ def ssim(
     taps = gaussian_taps(window_size, sigma)
 
     def score(planes: Tensor, reference_planes: Tensor) -> Tensor:
-        luminance, contrast_structure = similarity_maps(sum_and_difference(planes, reference_planes), taps)
-        return mean_of_map(luminance * contrast_structure)
+        means, variances = local_moments(sum_and_difference(planes, reference_planes), taps)
+        return mean_of_map(luminance_map(means) * structure_map(variances))
 
     return map_planes("ssim", score, images, references, color)

@@ -10,7 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, final
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from iqareward._gradients import clamp
 from iqareward.functional._chunks import rows_at_once
+from iqareward.functional._fused import clean
 from iqareward.rewards.batches import shape_buckets
 from iqareward.types import Images, Scores
 
@@ -172,10 +172,11 @@ def reward_mode(device_type: str, *, differentiable: bool) -> Generator[None]:
 
     Grad mode and autocast are thread-local, and trainers call rewards from thread pools, so a reward sets both itself.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(differentiable))
-        stack.enter_context(torch.autocast(device_type, enabled=False))
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(differentiable),
+        torch.autocast(device_type, enabled=False),
+    ):
         yield
 
 
@@ -189,14 +190,8 @@ def sanitize(images: Tensor) -> tuple[Tensor, Tensor]:
         Float32 images in [0, 1], mid-grey where not valid; and `[B]` bool: all pixels finite and within `RANGE_SLACK`
         of [0, 1]. Gradients reach the pixels of valid images that lie in [0, 1], bounds included.
     """
-    images = images.float()
-    pixels = images.detach().flatten(1)
-    if pixels.device.type == "cpu":
-        low, high = pixels.amin(1), pixels.amax(1)  # aminmax is ten times slower there (torch 2.15)
-    else:
-        low, high = pixels.aminmax(dim=1)
-    valid = (low >= -RANGE_SLACK) & (high <= 1 + RANGE_SLACK)  # comparisons with NaN are False
-    return torch.where(valid[:, None, None, None], clamp(images, 0, 1), 0.5), valid
+    (cleaned,), valid = clean([images], -RANGE_SLACK, 1 + RANGE_SLACK)
+    return cleaned, valid[0]
 
 
 def score_images(
@@ -275,12 +270,11 @@ def _score_clean(score_batch: Callable[..., Tensor], name: str, min_side: int, *
     count = piece[0].shape[0]
     if min(piece[0].shape[2:]) < min_side:
         return torch.full((count,), torch.nan, dtype=torch.float32, device=piece[0].device)
-    cleaned = [sanitize(tensor) for tensor in piece]
-    scores = score_batch(*(clean for clean, _ in cleaned))
+    cleaned, valid = clean(piece, -RANGE_SLACK, 1 + RANGE_SLACK)
+    scores = score_batch(*cleaned)
     if scores.shape != (count,):
         raise ValueError(
             f"{name} expected its metric to return one score per image, shape [{count}], got {list(scores.shape)}. "
             "Reduce over channels and pixels, never over the batch."
         )
-    valid = torch.stack([valid for _, valid in cleaned]).all(0) & scores.isfinite()
-    return torch.where(valid, scores.float(), torch.nan)
+    return torch.where(valid.all(0) & (scores.abs() < torch.inf), scores.float(), torch.nan)

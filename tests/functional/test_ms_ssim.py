@@ -5,7 +5,7 @@ import torch
 
 from iqareward.functional import ms_ssim, ssim
 from iqareward.functional.filters import halve
-from iqareward.functional.ms_ssim import SCALE_WEIGHTS, floored_power
+from iqareward.functional.ms_ssim import SCALE_WEIGHTS, floored_powers
 from tests.functional.pairs import textured
 from tests.tolerances import EXACT, FORMULA_FP32
 
@@ -40,10 +40,10 @@ def test_inverted_images_score_zero() -> None:
     assert not gradient.any()
 
 
-def test_floored_power() -> None:
+def test_floored_powers() -> None:
     """The power is exact above the line to 0, and value and gradient stay finite below."""
     bases = torch.tensor([-1.0, -1e-9, 0.0, 1e-9, 1e-6, 0.1, 1.0], dtype=torch.float64, requires_grad=True)
-    powers = floored_power(bases, 0.0448)
+    (powers,) = floored_powers(bases[None], [0.0448])
     (gradient,) = torch.autograd.grad(powers.sum(), bases)
     assert gradient.isfinite().all()
     assert (powers.diff() >= 0).all()
