@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from iqareward.diffusion.finite import finite_or_nan, is_count, require_options
 from iqareward.diffusion.policy import Condition, Policy, select
 from iqareward.diffusion.rollout import Trajectory, rollout
 from iqareward.groups import gather_rows
+from iqareward.rewards.overlapped import Overlapped
 from iqareward.types import Reward
 
 
@@ -158,9 +158,8 @@ def collect(
     *,
     seed: int,
     metric: Callable[..., Tensor],
-    executor: Executor | None = None,
 ) -> tuple[Trajectory, Condition, Tensor, Tensor]:
-    """Sample the inputs part by part, each part scored while the next is sampled if there is an `executor`.
+    """Sample the inputs part by part, each part scored while the next is sampled if the reward is `Overlapped`.
 
     Args:
         policy: the model.
@@ -171,7 +170,6 @@ def collect(
         sampling: how.
         seed: of the noise.
         metric: distance of an image to its reference, `metric(images, references) -> [N]`.
-        executor: runs `reward`; without it scoring waits.
 
     Returns:
         The trajectory, the condition, rewards `[S, N]` (NaN where infinite) and distances to the ground truth `[N]`.
@@ -200,7 +198,7 @@ def collect(
         scored = [trajectory.clean[step] for step in sampling.reward_steps] + [trajectory.sample]
         images = images_of(policy, torch.cat(scored))
         side_by_side = references[part].repeat_interleave(sampling.group_size, 0)
-        pending.append(_submit(executor, reward, images, side_by_side.repeat(len(scored), 1, 1, 1)))
+        pending.append(_submit(reward, images, side_by_side.repeat(len(scored), 1, 1, 1)))
         last = images[-side_by_side.shape[0] :]
         distances.append(reference_distance(last, side_by_side, metric))
         trajectories.append(trajectory)
@@ -229,13 +227,13 @@ def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: Reward
     return values[:, mine], parts[-1].active[mine]
 
 
-def _submit(executor: Executor | None, reward: Reward, images: Tensor, references: Tensor) -> Callable[[], Tensor]:
+def _submit(reward: Reward, images: Tensor, references: Tensor) -> Callable[[], Tensor]:
     name, count = getattr(reward, "name", type(reward).__name__), images.shape[0]
-    if executor is None:
-        scores = checked_scores(reward(images, references), name=name, count=count)
-        return lambda: scores
-    future: Future[Any] = executor.submit(reward, images, references)
-    return lambda: checked_scores(future.result(), name=name, count=count)
+    if isinstance(reward, Overlapped):
+        pending = reward.submit(images, references)
+        return lambda: checked_scores(pending.result(), name=name, count=count)
+    scores = checked_scores(reward(images, references), name=name, count=count)
+    return lambda: scores
 
 
 def _joined(parts: Sequence[Trajectory]) -> Trajectory:

@@ -1,4 +1,8 @@
-"""Constants on a device, copied there once: a copy in every call would make the host wait for the device each time."""
+"""Constants on a device, copied there once: a copy in every call would make the host wait for the device each time.
+
+That one wait makes them safe for every stream: a copy from ordinary host memory returns when the device has it, so no
+other thread can find one in the cache that is not there yet. It needs no events, which capturing a CUDA graph forbids.
+"""
 
 from functools import lru_cache
 

@@ -230,7 +230,10 @@ def _score(group: list[Waiting], reward: Reward, queue: BatchQueue) -> list[tupl
         with torch.no_grad(), working(queue, callers):
             scores = merged([waiting.call for waiting in group]).score(reward)
         rows = [row.clone() for row in scores.split([len(waiting.call) for waiting in group])]  # nobody shares memory
-        return [(waiting, (row, mark(row.device))) for waiting, row in zip(group, rows, strict=True)]
+        done = mark(scores.device)
+        if done is not None:  # else the next batch would be taken, and small, as soon as this one is queued on the GPU
+            done.synchronize()
+        return [(waiting, (row, done)) for waiting, row in zip(group, rows, strict=True)]
     except BaseException as error:  # the worker must live on, and the callers hear of it
         if len(group) == 1:
             return [(group[0], error)]

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,16 @@ from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.learner import Optimization
 from iqareward.diffusion.policy import add_lora
 from iqareward.diffusion.reward_gradient import RewardGradient
+from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule
 from iqareward.schedules.formulas import constant
 from tests.diffusion.tiny import pixel_policy
 from tests.diffusion.train_tiny import contrast, overflow, trainer
+from tests.rewards.counting import Brightness
+from tests.tolerances import FORMULA_FP32
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROOT = Path(__file__).parents[2]
 
@@ -101,6 +106,30 @@ def test_micro_batches_and_overlap_change_nothing(tmp_path):
     for name, weight in weights_of(runs[0]).items():
         torch.testing.assert_close(weights_of(runs[1])[name], weight, rtol=1e-3, atol=2e-5)
     assert runs[0].history[1]["reward"] == pytest.approx(runs[1].history[1]["reward"], rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def test_overlap_scores_on_a_thread_and_a_stream_of_its_own(tmp_path, device):
+    """Not on the sampler's stream, behind which kernels of another thread would queue; an error stops the update."""
+    seen = []
+
+    class Watched(Brightness):
+        def __call__(self, images, *arguments, **keywords):
+            seen.append((threading.current_thread(), torch.cuda.current_stream() if images.is_cuda else None))
+            if len(seen) > 2:
+                raise ArithmeticError("as told")
+            return super().__call__(images)
+
+    options = {"accelerator": Accelerator(cpu=device == "cpu"), "validation": None, "memory": None}
+    run = trainer(tmp_path, reward=Watched(), overlap=True, **options)
+    experience = run.experience(0, ROLLOUT)
+    images = run.policy.decode(experience.trajectory.sample).clamp(0, 1)
+    torch.testing.assert_close(experience.rewards[0], images.mean((1, 2, 3)), **FORMULA_FP32)
+    assert len(set(seen)) == 1
+    assert seen[0][0] is not threading.current_thread()
+    assert device == "cpu" or seen[0][1] != torch.cuda.current_stream()
+    with pytest.raises(ArithmeticError, match="as told"):
+        run.experience(1, ROLLOUT)
 
 
 def test_mixed_precision_and_trackers(tmp_path):

@@ -27,6 +27,8 @@ from iqareward.rewards.calls import Call
 from tests.rewards.counting import Brightness, Held, Together, flat
 from tests.tolerances import EXACT
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 def threads_named(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == f"iqareward-{name}"]
@@ -231,6 +233,36 @@ def test_slow_batches_are_worth_a_longer_wait() -> None:
         assert len(queue.take()) == (2 if share else 1)
 
 
+class Launches(Brightness):
+    """Answers at once, while the GPU is at work for a while longer."""
+
+    def __call__(self, images: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        scores = super().__call__(images)
+        if scores.is_cuda:
+            torch.cuda._sleep(400_000_000)  # about a fifth of a second
+        return scores
+
+
+class Event:
+    """Of a GPU that works a fifth of a second."""
+
+    def synchronize(self) -> None:
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def test_a_batch_takes_until_the_device_is_done(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time, of which a share is waited for more calls, is not that of launching it on a GPU."""
+    if device == "cpu":
+        monkeypatch.setattr("iqareward.rewards.batching.mark", lambda _: Event())
+        monkeypatch.setattr("iqareward.rewards.batching.take_over", lambda *_: None)
+    times = []
+    monkeypatch.setattr(BatchQueue, "finished", lambda _, calls, seconds: times.append(seconds))
+    with MicroBatched(Launches()) as reward:
+        assert reward(flat(0.5).to(device)).tolist() == [0.5]
+    assert times[0] >= 0.1
+
+
 def test_cancelled_coroutines_are_not_scored() -> None:
     """A coroutine that is cancelled while it waits costs the reward nothing and holds nobody up."""
     held = Held()
@@ -372,7 +404,7 @@ def test_bounds_must_make_sense(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_streams_are_respected() -> None:
     """Images written and scores read on a stream of the caller's own are right without any synchronisation."""
     device, stream = torch.device("cuda"), torch.cuda.Stream()

@@ -20,6 +20,7 @@ from iqareward.adapters.scorers import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
 from iqareward.rewards.loading import HostCopy, LazyModel
 from iqareward.rewards.mllm import levels
+from iqareward.rewards.mllm.preprocess import preprocess
 from iqareward.rewards.mllm.qalign import QAlignReward
 from iqareward.rewards.mllm.vlm import scorer
 from iqareward.rewards.mllm.vlm.level import LevelReward
@@ -27,7 +28,7 @@ from iqareward.rewards.mllm.vlm.network import Network
 from tests.gpu import no_waits
 from tests.mllm.owl2_tiny import SMALL, seeded_model
 from tests.rewards.counting import Brightness, flat
-from tests.tolerances import EXACT
+from tests.tolerances import EXACT, FORMULA_FP32
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -223,6 +224,25 @@ def test_weights_are_read_when_they_are_there(machine: Machine) -> None:
         assert machine.diary == [("a_0", "waits for", "b_0"), ("b_0", "waits for", "a_0")]
     assert values == [total(loader.get())] * 3
     assert loader.derived("sum", total) is not values[0]  # computed again from the weights that have moved
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def test_constants_are_there_for_every_stream(device: str) -> None:
+    """Those that one thread copies to the GPU behind other work are read at once, and right, on another's stream."""
+    images = torch.rand(2, 3, 37, 53, generator=torch.Generator().manual_seed(0))
+    expected = preprocess(images, 29)
+    there = images.to(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(200_000_000)
+            preprocess(there, 29)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = preprocess(there, 29)
+        torch.cuda.synchronize()
+    else:
+        found = in_a_thread(lambda: preprocess(there, 29))
+    torch.testing.assert_close(found.cpu(), expected, **FORMULA_FP32)
 
 
 def total(network: nn.Module) -> Tensor:
