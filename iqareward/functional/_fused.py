@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iqareward._gradients import clamp, differentiated
+from iqareward.functional._threads import free_threads
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _unusable: list[str] = []  # why this process cannot use Triton, once that is known
@@ -133,11 +134,12 @@ def _empty_clean(batches: list[Tensor], low: float, high: float) -> tuple[Tensor
 
 
 def _plain_clean(images: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    images = images.float()
-    pixels = images.detach().flatten(1)
-    least, most = pixels.amin(1), pixels.amax(1)  # aminmax is ten times slower on a CPU (torch 2.15)
-    valid = (least >= low) & (most <= high)  # comparisons with NaN are False
-    return torch.where(valid[:, None, None, None], clamp(images, 0, 1), 0.5), valid
+    with free_threads(images.device):
+        images = images.float()
+        pixels = images.detach().flatten(1)
+        least, most = pixels.amin(1), pixels.amax(1)  # aminmax is ten times slower on a CPU (torch 2.15)
+        valid = (least >= low) & (most <= high)  # comparisons with NaN are False
+        return torch.where(valid[:, None, None, None], clamp(images, 0, 1), 0.5), valid
 
 
 def _launched(result: Tensor, launch: Callable[[Any], None]) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from iqareward.functional._checks import check_images
 from iqareward.functional._chunks import map_chunks
+from iqareward.functional._threads import free_threads
 from iqareward.functional.natural_model import NaturalModel, packaged_model
 from iqareward.functional.nss import clipped_luma, natural_features
 
@@ -57,7 +58,8 @@ def niqe(images: Tensor, *, model: NaturalModel | None = None) -> Tensor:
     model = packaged_model(images.device) if model is None else model
     _check_model(images, model)
     features = map_chunks(partial(_features, side=model.block_size), images)
-    return _distance(features, model).to(images.dtype)
+    with free_threads(images.device):
+        return _distance(features, model).to(images.dtype)
 
 
 def _check_model(images: Tensor, model: NaturalModel) -> None:

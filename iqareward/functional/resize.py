@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iqareward._gradients import clamp, differentiated, straight_through
 from iqareward.functional._checks import check_images
+from iqareward.functional._threads import free_threads
 
 CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
 CUBIC_SUPPORT = 2.0
@@ -77,7 +78,7 @@ def resize_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"pillow_resize expected a positive (height, width), got {size}.")
     height, width = size
     lost_rows, lost_columns = levels.shape[-2] - height, levels.shape[-1] - width
-    with torch.autocast(levels.device.type, enabled=False):
+    with torch.autocast(levels.device.type, enabled=False), free_threads(levels.device):
         # Pillow 13's rule, found by comparing both orders with its output; earlier releases always filter rows first.
         # The order shows only through the rounding in between, and squares are resized the same way by every release.
         if lost_rows > max(0, 2 * lost_columns):

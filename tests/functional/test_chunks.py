@@ -1,8 +1,14 @@
-"""Pieces that stay in a CPU's cache."""
+"""Pieces that stay in a CPU's cache, on as many threads as find a core."""
+
+import itertools
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from iqareward import functional as F
 from iqareward.functional._chunks import CPU_PIXELS_PER_CHUNK, map_chunks, rows_at_once
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
@@ -23,14 +29,106 @@ def test_rows_on_a_device(side, per_pixel, rows):
     assert rows_at_once(batch, OTHER, bytes_per_pixel=per_pixel) == rows
 
 
-def test_map_chunks_calls_with_pieces():
+def test_one_thread_takes_smaller_pieces():
+    """One thread has less cache than several."""
+    assert rows_at_once(torch.empty(100, 3, 64, 64, device="meta"), CPU, threads=1) == 16
+
+
+def first_pixels(batch):
+    return batch.flatten(1)[:, 0]
+
+
+def test_map_chunks_calls_with_pieces(threads):
     """Every row once, in order, in pieces that are not larger than they should be."""
     sizes = []
 
     def formula(rows):
         sizes.append(len(rows))
-        return rows.flatten(1)[:, 0]
+        return first_pixels(rows)
 
     batch = torch.arange(10.0)[:, None, None].expand(10, 256, 512)
-    assert torch.equal(map_chunks(formula, batch), torch.arange(10.0))
-    assert sizes == [2] * 5
+    for count, expected in ((1, [1] * 10), (2, [2] * 5)):
+        threads(count)
+        sizes.clear()
+        assert torch.equal(map_chunks(formula, batch), torch.arange(10.0))
+        assert sizes == expected
+    assert map_chunks(first_pixels, batch[:0]).shape == (0,)
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Sets the share of the time, measured in hours, that threads get to run."""
+    clock, share = itertools.count(0, 3600), [1.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    ran = itertools.accumulate(itertools.repeat(3600), lambda total, hour: total + hour * share[0], initial=0.0)
+    monkeypatch.setattr(time, "thread_time", lambda: next(ran))
+    return lambda value: share.__setitem__(0, value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs torch with OpenMP")
+def test_threads_without_a_core_are_not_used(threads, cores):
+    """A thread that hardly runs halves its threads down to one, and doubles them again when it runs all the time.
+
+    Neither the caller's own number nor that of another thread changes.
+    """
+    batch = torch.arange(3.0)[:, None, None].expand(3, 512, 512)
+    used = []
+
+    def formula(rows):
+        used.append(torch.get_num_threads())
+        return first_pixels(rows)
+
+    def score(share):
+        cores(share)
+        assert torch.equal(map_chunks(formula, batch), torch.arange(3.0))
+        assert torch.get_num_threads() == 4
+        return [used.pop(0) for _ in range(3)]
+
+    threads(4)
+    with ThreadPoolExecutor(1) as mine, ThreadPoolExecutor(1) as other:
+        assert mine.submit(score, 0.5).result() == [4, 2, 1]
+        assert mine.submit(score, 0.9).result() == [1, 1, 1]
+        assert other.submit(torch.get_num_threads).result() == 4
+        assert mine.submit(score, 1.0).result() == [1, 2, 4]
+        assert mine.submit(score, 1.0).result() == [4, 4, 4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs torch with OpenMP")
+def test_threads_come_back_after_an_error(threads, cores):
+    """A formula that fails on fewer threads leaves the caller with its own number."""
+    threads(2)
+    cores(0.1)
+    batch = torch.zeros(2, 512, 512)
+
+    def fail(rows):
+        raise ValueError(torch.get_num_threads())
+
+    def score():
+        for expected in (2, 1):
+            with pytest.raises(ValueError, match=str(expected)):
+                map_chunks(fail, batch)
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(score).result() == 2
+
+
+@pytest.mark.parametrize("metric", [F.psnr, F.ssim, F.ms_ssim, F.gmsd, F.haarpsi, F.piqe, F.niqe])
+def test_digits_do_not_depend_on_threads(threads, metric):
+    """One thread and several give the same bits, so that the number may change at any time."""
+    images, references = torch.rand(2, 2, 3, 200, 224, generator=torch.Generator().manual_seed(0))
+    arguments = (images,) if metric in (F.piqe, F.niqe) else (images, references)
+    scores = []
+    for count in (1, 2, 3):
+        threads(count)
+        scores += [metric(*arguments), torch.cat([metric(*row) for row in zip(*(a.split(1) for a in arguments))])]
+    for score in scores[1:]:
+        torch.testing.assert_close(score, scores[0], rtol=0, atol=0)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iqareward.functional._constants import constant
+from iqareward.functional._threads import free_threads
 from iqareward.functional.resize import resize_levels, to_levels
 
 PAD_LEVELS = (122.0, 116.0, 104.0)  # CLIP's mean colour in whole levels
@@ -28,11 +29,12 @@ def preprocess(images: Tensor, image_size: int) -> Tensor:
         >>> preprocess(torch.rand(2, 3, 30, 50), 448).shape
         torch.Size([2, 3, 448, 448])
     """
-    pad, mean, std = (
-        constant(row, images.dtype, images.device).view(3, 1, 1) for row in (PAD_LEVELS, CLIP_MEAN, CLIP_STD)
-    )
-    levels = resize_levels(_pad_to_square(to_levels(images), pad), (image_size, image_size))
-    return (levels / 255 - mean) / std
+    with free_threads(images.device):
+        pad, mean, std = (
+            constant(row, images.dtype, images.device).view(3, 1, 1) for row in (PAD_LEVELS, CLIP_MEAN, CLIP_STD)
+        )
+        levels = resize_levels(_pad_to_square(to_levels(images), pad), (image_size, image_size))
+        return (levels / 255 - mean) / std
 
 
 def _pad_to_square(levels: Tensor, color: Tensor) -> Tensor:

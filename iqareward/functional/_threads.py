@@ -1,0 +1,119 @@
+"""Use as many of torch's threads as there are cores free for them.
+
+These threads divide each operator between them and wait for each other at its end. Beside processes that take every
+core, as data loaders do, one of them is always suspended, and the others wait for it a hundred times per image: two
+threads are then 5 to 50 times slower than one.
+"""
+
+import ctypes
+import math
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import cast
+
+import torch
+
+# A core is shared between processes in slices of about 3 ms. In a shorter window one slice would decide.
+WINDOW_SECONDS = 0.02
+# Share of the time that a thread runs. On free cores it is 0.99 or more, beside one process per core 0.5 or less.
+CROWDED, CALM = 0.75, 0.95
+MAX_PATIENCE_SECONDS = 2.0
+
+
+class _Observed(threading.local):
+    """What the calling thread has seen of its share of the cores."""
+
+    seconds = running = 0.0
+    halvings = 0  # of the number of threads
+    crowded_until = -math.inf
+    patience = WINDOW_SECONDS  # before more threads are tried again
+
+
+_observed = _Observed()
+
+
+@contextmanager
+def free_threads(device: torch.device) -> Generator[int]:
+    """Within the block, operators on the CPU use only as many of torch's threads as find a free core.
+
+    The calling thread is observed: what share of the time it runs, rather than waits for a core or for other threads.
+    The number of threads is halved while that is little, and doubled again when it is nearly all of the time. That
+    applies to the calling thread alone, and only where torch uses OpenMP (not on Windows).
+
+    Args:
+        device: where the block computes; what waits for a GPU says nothing about cores. On a CPU, digits must not
+            depend on the number of threads.
+
+    Yields:
+        The number of threads, at most `torch.get_num_threads()`.
+    """
+    own = torch.get_num_threads()
+    if own == 1 or device.type != "cpu" or torch.compiler.is_compiling() or _openmp() is None:
+        yield own
+        return
+    threads = max(1, own >> _observed.halvings)
+    start, running = time.perf_counter(), time.thread_time()
+    try:
+        with _limited(threads, own):
+            yield threads
+    finally:
+        _observe(time.perf_counter() - start, time.thread_time() - running, threads, own)
+
+
+@contextmanager
+def _limited(threads: int, own: int) -> Generator[None]:
+    """Change the number of threads for the operators of this thread alone.
+
+    `torch.set_num_threads` also changes it for threads that begin later.
+    """
+    if threads == own:
+        yield
+        return
+    openmp, mkl = cast("Callable[[int], None]", _openmp()), _mkl()
+    openmp(threads)
+    before = mkl(threads) if mkl else 0
+    try:
+        yield
+    finally:
+        openmp(own)
+        if mkl:
+            mkl(before)
+
+
+def _observe(seconds: float, running: float, threads: int, own: int) -> None:
+    seen = _observed
+    seen.seconds += seconds
+    seen.running += running
+    if seen.seconds < WINDOW_SECONDS:
+        return
+    share, now = seen.running / seen.seconds, time.perf_counter()
+    seen.seconds = seen.running = 0.0
+    if share < CROWDED:
+        seen.halvings += threads > 1
+        seen.patience = min(2 * seen.patience, MAX_PATIENCE_SECONDS) if threads > 1 else seen.patience
+        seen.crowded_until = now + seen.patience
+    elif share > CALM and now > seen.crowded_until:
+        if threads == own:
+            seen.patience = WINDOW_SECONDS
+        seen.halvings = max(0, seen.halvings - 1)
+
+
+@lru_cache
+def _openmp() -> Callable[[int], None] | None:
+    """`omp_set_num_threads` of the library that torch calls."""
+    try:
+        return ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):  # Windows, and torch without OpenMP
+        return None
+
+
+@lru_cache
+def _mkl() -> Callable[[int], int] | None:
+    """MKL has a number of its own, by which it also divides logarithms and powers; gives the number so far."""
+    try:
+        return ctypes.CDLL(torch._C.__file__).MKL_Set_Num_Threads_Local  # pyright: ignore[reportPrivateUsage]
+    except (AttributeError, OSError):
+        return None
