@@ -1,5 +1,6 @@
 """Weights that are loaded once, on first use, and foreign code that runs as it was written to run."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
@@ -236,11 +237,13 @@ class HostCopy:
         # Not torch's own pinned memory: its sizes are powers of two, and it is never given back to the system.
         runtime: Any = torch.cuda.cudart()
         torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
-        weakref.finalize(self, _unlock_pages, memory.data_ptr()).atexit = False
+        weakref.finalize(self, _unlock_pages, memory.data_ptr(), self._device, os.getpid()).atexit = False
 
 
-def _unlock_pages(address: int) -> None:
-    torch.cuda.synchronize()  # copies from there may be under way
+def _unlock_pages(address: int, device: torch.device, process: int) -> None:
+    if os.getpid() != process:  # a forked child has the object, and no CUDA
+        return
+    torch.cuda.synchronize(device)  # copies from there may be under way
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(address)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iqareward.rewards._devices import device_here
 from iqareward.rewards.batching import MicroBatched
 from iqareward.rewards.calls import Call
 from iqareward.rewards.compose import WeightedSum
@@ -166,7 +167,8 @@ class _OnDevice:
     """A reward whose images arrive on the CPU and are scored elsewhere, in whole batches."""
 
     def __init__(self, reward: Reward, device: torch.device, observe: Observer | None) -> None:
-        self.reward, self.device, self.observe = reward, device, observe
+        # here, because the thread that scores has a current GPU of its own
+        self.reward, self.device, self.observe = reward, device_here(device), observe
         self.name, self.bounds, self.differentiable = reward.name, reward.bounds, False
         self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
         self.num_batches = self.num_images = 0
