@@ -15,10 +15,11 @@ from iqareward.functional._threads import free_threads
 CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
 CUBIC_SUPPORT = 2.0
 COEFFICIENT_BITS = 22  # Pillow stores kernel weights as integers in units of 2**-22
-DIGIT_BITS = 8
+BASE = 1 << 8
 # Three signed 8-bit digits hold a 22-bit coefficient. Pixel times digit is exact in every matmul mode (float32, TF32,
 # bf16 passes), and sums over up to 512 taps stay below 2**24, where float32 still counts every integer.
 NUM_DIGITS = 3
+UNIT = 2**COEFFICIENT_BITS // BASE ** (NUM_DIGITS - 1)  # a grey level, in units of the most significant digit
 MAX_TAPS = 512
 # The kernel is a narrow band of the matrix, so a dense product would mostly multiply zeros: each product makes as many
 # output columns as read about this many input columns, within limits that keep it worth a call.
@@ -31,7 +32,7 @@ class Band(NamedTuple):
 
     start: int
     stop: int
-    digits: Tensor  # [stop - start, NUM_DIGITS * columns], most significant digit first, integer valued
+    digits: Tensor  # [stop - start, NUM_DIGITS * columns], most significant digit first, in units of the one before
     weights: Tensor  # [stop - start, columns], the same coefficients as plain numbers, for the gradient
 
 
@@ -105,11 +106,8 @@ def _exact(levels: Tensor, bands: tuple[Band, ...]) -> Tensor:
     """`round(levels @ coefficients)`, not clipped, in integer arithmetic carried by floats."""
     products = [(levels[..., b.start : b.stop] @ b.digits).unflatten(-1, (NUM_DIGITS, -1)) for b in bands]
     high, middle, low = torch.cat(products, dim=-1).unbind(-2)
-    base = 2.0**DIGIT_BITS
-    carry = (low / base).floor_().add_(middle)
-    carry = carry.div_(base).floor_().add_(high)
-    unit = 2.0 ** (COEFFICIENT_BITS - 2 * DIGIT_BITS)
-    return carry.add_(unit / 2).div_(unit).floor_()
+    carry = torch.add(middle, low.floor(), alpha=1 / BASE).floor_()
+    return torch.add(high, carry, alpha=1 / UNIT).add_(0.5).floor_()
 
 
 @lru_cache(maxsize=64)
@@ -131,14 +129,14 @@ def _bands(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device
 
 
 def _digits(coefficients: np.ndarray) -> np.ndarray:
-    """Split integers into balanced base-256 digits, most significant first, side by side."""
-    half, base = 1 << (DIGIT_BITS - 1), 1 << DIGIT_BITS
+    """Split integers into balanced base-256 digits, most significant first, side by side, as `Band.digits`."""
+    half = BASE // 2
     digits = []
     for _ in range(NUM_DIGITS - 1):
-        digit = (coefficients + half) % base - half
-        digits.append(digit)
-        coefficients = (coefficients - digit) // base
-    return np.concatenate([coefficients, *reversed(digits)], axis=1)
+        digit = (coefficients + half) % BASE - half
+        digits.append(digit / BASE)
+        coefficients = (coefficients - digit) // BASE
+    return np.concatenate([coefficients / UNIT, *reversed(digits)], axis=1)
 
 
 def bicubic_coefficients(in_size: int, out_size: int) -> np.ndarray:
