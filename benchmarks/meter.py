@@ -1,5 +1,8 @@
 """What a call would cost on a GPU, counted without one.
 
+    python -m benchmarks.meter                 # table of rewards and of their peers, predicted for an H100
+    python -m benchmarks.meter --only Q-Align
+
 Example:
     >>> import iqareward
     >>> reward = iqareward.load("psnr")
@@ -12,10 +15,12 @@ Example:
     (True, True, True, True)
 """
 
+import argparse
 import heapq
 import itertools
 import math
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +131,7 @@ class Meter(TorchDispatchMode):
             )
         with ExitStack() as stack:
             stack.enter_context(_FAKE)
-            stack.enter_context(_Attention())
+            stack.enter_context(_AsOnAGPU())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_Saved, _Saved.unpack))
             for name, replacement in _REPLACED.items():
                 stack.enter_context(mock.patch(name, replacement))
@@ -142,7 +147,8 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        if composite and func.overloadpacket is not aten._fused_rms_norm:  # one kernel on a GPU
             with _Again(self):  # in inference mode composites come undecomposed
                 return func.decompose(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -273,13 +279,16 @@ class _Again(TorchDispatchMode):
         return self.meter.__torch_dispatch__(func, types, args, kwargs)
 
 
-class _Attention(TorchFunctionMode):
-    """The fused kernels of a GPU, which torch chooses only where it finds one."""
+class _AsOnAGPU(TorchFunctionMode):
+    """What torch does otherwise where it finds a GPU: attention in one kernel, and lists from one copy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and args[0].device.type == "cuda":
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _attention(*args, **kwargs)
+        if func is Tensor.tolist:
+            args = (args[0].cpu(),)
+        return func(*args, **kwargs)
 
 
 def _attention(
@@ -360,7 +369,7 @@ def run_backward(
     results: list[Tensor | None] = [None] * len(targets)
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(create_graph))
-        stack.enter_context(_Attention())  # set aside by torch.autograd, wanted where a checkpoint recomputes
+        stack.enter_context(_AsOnAGPU())  # set aside by torch.autograd, wanted where a checkpoint recomputes
         stack.enter_context(mock.patch("torch._C._current_graph_task_id", partial(int, next(_TASKS))))
         for root, gradient in zip(roots, gradients):
             assert gradient is not None
@@ -384,6 +393,21 @@ def run_backward(
                     arrive(child, index, answer)
             del found, arguments, answers, answer
     return tuple(results)
+
+
+class _Generator(torch.Generator):
+    """Of the host whatever device it is for; fake numbers need none."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls)
+
+
+_LOAD = torch.load
+
+
+def _load(*args: Any, **kwargs: Any) -> Any:
+    with _disable_current_modes():
+        return _LOAD(*args, **kwargs)
 
 
 def _swap(first: Tensor, second: Tensor) -> None:
@@ -418,6 +442,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "torch.utils.swap_tensors": _swap,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # autocast looks for a GPU
     "torch.cuda.is_bf16_supported": lambda: True,
+    "torch.Generator": _Generator,
+    "torch.load": _load,  # it would give tensors without numbers
 }
 
 
@@ -463,3 +489,49 @@ def _line() -> str:
         if file != __file__ and not file.startswith((torch_folder, "<")) and "unittest/mock" not in file:
             return f"{'/'.join(Path(file).parts[-3:])}:{frame.f_lineno}"
     return "?"
+
+
+def row(subject: Any) -> dict[str, Any]:
+    """What a subject of `_meter_subjects` costs, or why it could not be metered."""
+    found: dict[str, Any] = {"name": subject.name, "mode": subject.mode, "batch": subject.batch}
+    try:
+        with Meter(read=1.0, selected=subject.selected) as meter, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scores that are not there
+            meter.second(subject.begin())
+    except Exception as error:
+        return found | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    return found | {
+        "kernels": meter.kernels,
+        "gigabytes": round(meter.bytes / 1e9, 3),
+        "tflop": round(meter.flops / 1e12, 4),
+        "waits": len(meter.waits),
+        "peak_gib": round(meter.peak_bytes / 2**30, 3),
+        "launch_ms": round(meter.launch_ms, 3),
+        "device_ms": round(meter.device_ms, 3),
+        "predicted_ms": round(meter.predicted_ms, 3),
+        "images_per_s": round(1e3 * subject.batch / meter.predicted_ms, 1),
+        "places": dict(Counter(map(str, meter.waits + meter.host_constants))),
+    }
+
+
+def main() -> None:
+    """Print a row for each subject as it comes, and end with one line of JSON."""
+    from benchmarks._harness import document, finish
+    from benchmarks._meter_subjects import subjects
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="subjects whose name contains this")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    rows = []
+    for subject in subjects():
+        if options.only in subject.name:
+            rows.append(row(subject))
+            print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if key != "places"), flush=True)
+    packages = ["transformers", "piq", "pytorch-msssim", "torchmetrics", "piqa", "kornia"]
+    record = document("meter", rows, [], packages) | {"hardware": "predicted for an NVIDIA H100 80GB"}
+    finish(record, options.output)
+
+
+if __name__ == "__main__":
+    main()
