@@ -24,12 +24,18 @@ _unusable: list[str] = []  # why this process cannot use Triton, once that is kn
 # Operators, so that fake tensors and whoever counts or traces operators see them.
 _library = torch.library.Library("iqareward", "DEF")
 _library.define("correlate(Tensor maps, float[] taps, bool is_vertical, int pad) -> Tensor")
+_library.define("ssim_map(Tensor means, Tensor powers, float c1, float c2, bool with_luminance) -> Tensor")
 _library.define("clean(Tensor[] batches, float low, float high) -> (Tensor, Tensor)")
 
 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether few launches count most: eager operations on a GPU."""
     return (tensor.is_cuda or _INTERPRETED) and not torch.compiler.is_compiling()
+
+
+def fuses(tensor: Tensor) -> bool:
+    """Whether an operator without derivatives and without a plain form here may take the place of torch's own."""
+    return on_gpu(tensor) and not differentiated(tensor) and not _unusable
 
 
 def correlate(maps: Tensor, taps: Sequence[float], *, is_vertical: bool) -> Tensor:
@@ -142,6 +148,19 @@ def _plain_clean(images: Tensor, low: float, high: float) -> tuple[Tensor, Tenso
         return torch.where(valid[:, None, None, None], clamp(images, 0, 1), 0.5), valid
 
 
+def _ssim_map(means: Tensor, powers: Tensor, c1: float, c2: float, with_luminance: bool) -> Tensor:
+    result = torch.empty_like(means[0])
+    if not _launched(result, lambda triton: triton.ssim_map(means, powers, c1, c2, with_luminance, result)):
+        raise RuntimeError(f"Triton failed at SSIM though it had filtered before: {_unusable[0]}")
+    return result
+
+
+def _batched_ssim_map(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+    # one batch for both: they come from the same pair
+    pairs = [maps.movedim(dim, 1).contiguous() for maps, dim in zip(inputs[:2], in_dims)]
+    return torch.ops.iqareward.ssim_map(*pairs, *inputs[2:]), 0
+
+
 def _launched(result: Tensor, launch: Callable[[Any], None]) -> bool:
     """Whether the kernels of a non-empty result could be launched on its device."""
     if result.numel() == 0:
@@ -169,5 +188,8 @@ def _launched(result: Tensor, launch: Callable[[Any], None]) -> bool:
 for _device in ("CUDA", "CPU"):
     _library.impl("correlate", _correlate, _device)
     _library.impl("clean", _clean, _device)
+    _library.impl("ssim_map", _ssim_map, _device)
+torch.library.register_fake("iqareward::ssim_map", lambda means, *_: torch.empty_like(means[0]), lib=_library)
+torch.library.register_vmap("iqareward::ssim_map", _batched_ssim_map, lib=_library)
 torch.library.register_fake("iqareward::correlate", _empty_correlate, lib=_library)
 torch.library.register_fake("iqareward::clean", _empty_clean, lib=_library)

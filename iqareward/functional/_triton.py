@@ -67,6 +67,32 @@ def correlate_tile(
     tl.store(target + rows * out_width + columns, total, inside)
 
 
+@triton.jit
+def ssim_ratio(sums, differences, CONSTANT: tl.constexpr) -> tl.tensor:
+    """As `iqareward.functional.ssim` has it; division rounds to the nearest, which is not Triton's default."""
+    above, below = sums - differences + CONSTANT, sums + differences + CONSTANT
+    if sums.dtype == tl.float32:
+        return tl.div_rn(above, below)
+    return above / below
+
+
+@triton.jit
+def ssim_block(
+    means, powers, target, size, C1: tl.constexpr, C2: tl.constexpr, WITH_LUMINANCE: tl.constexpr, PIXELS: tl.constexpr
+) -> None:
+    """Contrast and structure, times luminance, in one block of the maps of sums and of differences."""
+    places = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    inside = places < size
+    mean_sum, mean_difference = tl.load(means + places, inside), tl.load(means + size + places, inside)
+    sums = tl.load(powers + places, inside) - mean_sum * mean_sum
+    differences = tl.load(powers + size + places, inside) - mean_difference * mean_difference
+    # NaN is not below 0, and stays
+    ratio = ssim_ratio(tl.where(sums < 0, 0, sums), tl.where(differences < 0, 0, differences), C2)
+    if WITH_LUMINANCE:
+        ratio *= ssim_ratio((mean_sum + 1) * (mean_sum + 1), mean_difference * mean_difference, C1)
+    tl.store(target + places, ratio, inside)
+
+
 @triton.jit(do_not_specialize=["images", "blocks"])
 def clean_block(
     first,
@@ -117,6 +143,13 @@ def correlate(maps: Tensor, taps: tuple[float, ...], is_vertical: bool, pad: int
     grid = planes * triton.cdiv(height, SIDE) * triton.cdiv(width, SIDE)
     options = {"TAPS": taps, "IS_VERTICAL": is_vertical, "SIDE": SIDE, "enable_fp_fusion": True}
     correlate_tile[(grid,)](maps, result, *maps.stride(), *maps.shape[1:], height, width, pad, **options)
+
+
+def ssim_map(means: Tensor, powers: Tensor, c1: float, c2: float, with_luminance: bool, result: Tensor) -> None:
+    """Launch SSIM's map of contiguous means and powers `[2, ...]` into the contiguous `result`, with torch's digits."""
+    size = result.numel()
+    options = {"C1": c1, "C2": c2, "WITH_LUMINANCE": with_luminance, "PIXELS": 1024, "enable_fp_fusion": False}
+    ssim_block[(triton.cdiv(size, 1024),)](means, powers, result, size, **options)
 
 
 def clean(batches: list[Tensor], low: float, high: float, result: Tensor, valid: Tensor) -> None:

@@ -9,14 +9,7 @@ from torch import Tensor
 from iqareward.functional._checks import check_pair
 from iqareward.functional.color import Color, map_planes
 from iqareward.functional.filters import gaussian_taps, halve, mean_of_map
-from iqareward.functional.ssim import (
-    SIGMA,
-    WINDOW_SIZE,
-    local_moments,
-    luminance_map,
-    structure_map,
-    sum_and_difference,
-)
+from iqareward.functional.ssim import SIGMA, WINDOW_SIZE, similarity_map, sum_and_difference
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the paper, finest scale first
 MIN_SIDE = (WINDOW_SIZE - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1  # 161: the window fits at the coarsest scale
@@ -78,11 +71,8 @@ def ms_ssim(
         similarities = []
         for scale in range(len(SCALE_WEIGHTS)):
             pair = halve(pair, replicate=True) if scale else pair
-            means, variances = local_moments(pair, taps)
-            similarity = structure_map(variances)
-            if scale == len(SCALE_WEIGHTS) - 1:
-                similarity = luminance_map(means) * similarity
-            similarities.append(mean_of_map(similarity))
+            is_last = scale == len(SCALE_WEIGHTS) - 1
+            similarities.append(mean_of_map(similarity_map(pair, taps, with_luminance=is_last)))
         return reduce(torch.mul, floored_powers(torch.stack(similarities), SCALE_WEIGHTS))
 
     return map_planes("ms_ssim", score, images, references, color)

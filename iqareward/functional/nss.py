@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iqareward.functional._fused import on_gpu
 from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps
 
@@ -136,11 +137,13 @@ def block_features(coefficients: Tensor, side: int) -> Tensor:
     """
     blocks = split_blocks(coefficients, side)
     wrapped = F.pad(blocks, (1, 1, 0, 1), mode="circular")
-    moments = [_moments(blocks.flatten(2))]
-    for down, right in NEIGHBORS:
-        neighbors = wrapped[:, :, down : down + side, 1 + right : 1 + right + side]
-        moments.append(_moments((blocks * neighbors).flatten(2)))
-    shape, mean, left, right = fit_aggd(torch.stack(moments, dim=2), side * side).unbind(-1)  # [B, n, 5] each
+    neighbors = (wrapped[:, :, down : down + side, 1 + right : 1 + right + side] for down, right in NEIGHBORS)
+    products = (values.flatten(2) for values in (blocks, *(blocks * others for others in neighbors)))
+    if on_gpu(blocks):  # where launches count; on a CPU 20 % slower, because less stays in the cache
+        moments = _moments(torch.stack(tuple(products), dim=2))
+    else:
+        moments = torch.stack([_moments(values) for values in products], dim=2)
+    shape, mean, left, right = fit_aggd(moments, side * side).unbind(-1)  # [B, n, 5] each
     symmetric = torch.stack((shape[..., 0], (left[..., 0] + right[..., 0]) / 2), dim=-1)
     return torch.cat((symmetric, torch.stack((shape, mean, left, right), dim=-1)[..., 1:, :].flatten(-2)), dim=-1)
 

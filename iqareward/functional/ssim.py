@@ -1,9 +1,10 @@
-"""Structural similarity, and the maps that it shares with its multi-scale form."""
+"""Structural similarity, and the map that it shares with its multi-scale form."""
 
 import torch
 from torch import Tensor
 
 from iqareward.functional._checks import check_pair
+from iqareward.functional._fused import fuses
 from iqareward.functional.color import Color, map_planes
 from iqareward.functional.filters import blur_valid, gaussian_taps, mean_of_map
 
@@ -21,26 +22,21 @@ def sum_and_difference(planes: Tensor, reference_planes: Tensor) -> Tensor:
     return torch.stack((planes + reference_planes - 1, planes - reference_planes))
 
 
-def local_moments(pair: Tensor, taps: list[float]) -> tuple[Tensor, Tensor]:
-    """Means and variances `[2, ..., h, w]` at every position where the window fits.
+def similarity_map(pair: Tensor, taps: list[float], *, with_luminance: bool) -> Tensor:
+    """Contrast and structure of SSIM at every position where the window fits, times luminance if that is asked for.
 
     Args:
         pair: `[2, ..., H, W]` from `sum_and_difference`.
         taps: the window, one dimension of it.
+        with_luminance: whether the map is that of SSIM itself.
     """
-    means = blur_valid(pair, taps)
+    means, powers = blur_valid(pair, taps), blur_valid(pair * pair, taps)
+    if fuses(means):
+        return torch.ops.iqareward.ssim_map(means, powers, 2 * C1, 2 * C2, with_luminance)
     # Rounding can leave a flat area with a variance just below 0, which far outside [0, 1] would cancel C2.
-    return means, (blur_valid(pair * pair, taps) - means * means).clamp(min=0)
-
-
-def luminance_map(means: Tensor) -> Tensor:
-    """The first factor of SSIM, from the means of `local_moments`."""
-    return _ratio((means[0] + 1).square(), means[1].square(), 2 * C1)
-
-
-def structure_map(variances: Tensor) -> Tensor:
-    """The other two factors of SSIM, contrast and structure, from the variances of `local_moments`."""
-    return _ratio(variances[0], variances[1], 2 * C2)
+    variances = (powers - means * means).clamp(min=0)
+    structure = _ratio(variances[0], variances[1], 2 * C2)
+    return _ratio((means[0] + 1).square(), means[1].square(), 2 * C1) * structure if with_luminance else structure
 
 
 def _ratio(sums: Tensor, differences: Tensor, constant: float) -> Tensor:
@@ -88,7 +84,6 @@ def ssim(
     taps = gaussian_taps(window_size, sigma)
 
     def score(planes: Tensor, reference_planes: Tensor) -> Tensor:
-        means, variances = local_moments(sum_and_difference(planes, reference_planes), taps)
-        return mean_of_map(luminance_map(means) * structure_map(variances))
+        return mean_of_map(similarity_map(sum_and_difference(planes, reference_planes), taps, with_luminance=True))
 
     return map_planes("ssim", score, images, references, color)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import iqareward
 from iqareward.diffusion.guards import edge_density
+from iqareward.functional import ssim
 from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps, halve
 from iqareward.rewards.scoring import RANGE_SLACK, sanitize
@@ -211,6 +212,21 @@ def test_gradient_of_sanitize():
 
 
 @kernels
+@pytest.mark.parametrize("dtype", TYPES)
+def test_ssim_is_the_same_without_a_graph(dtype):
+    """One kernel without a graph, and torch's operations with one, give the same digits; `vmap` too."""
+    references = noise(2, 3, 20, 45, dtype=dtype)
+    images = (references + 0.1 * noise(2, 3, 20, 45, dtype=dtype, seed=1)).clamp(0, 1)
+    images[0, :, :, :15] = references[0, :, :, :15] = 0.5  # variances that are rounding noise
+    images, references = images.to(DEVICE), references.to(DEVICE)
+    expected = ssim(images, references)
+    with torch.no_grad():
+        torch.testing.assert_close(ssim(images, references), expected, **EXACT)
+        batched = torch.func.vmap(lambda *pair: ssim(*pair), in_dims=(0, None))(images[:, None], references[:1])
+        torch.testing.assert_close(batched[:, 0], ssim(images, references[:1].expand_as(images)), **EXACT)
+
+
+@kernels
 @pytest.mark.parametrize("name", ["ssim", "ms_ssim", "gmsd", "haarpsi", "psnr", "piqe", "niqe"])
 def test_rewards(name, plainly):
     """Scores and gradients are those of torch's own operations, without a wait; bad images alone have no score."""
@@ -258,9 +274,19 @@ def test_compiles_for_a_gpu(dtype, tmp_path, monkeypatch):
     taps, cleaned = tuple(gaussian_taps(11, 1.5)), {"PIXELS": kernels.PIXELS}
     sources = [(kernels.clean_block, cleaned | {"LOW": -0.25, "HIGH": 1.25}), (kernels.grey_unless_valid, cleaned)]
     if dtype != "bf16":
+        maps = cleaned | {"C1": 1e-4, "C2": 9e-4}
+        sources += [(kernels.ssim_block, maps | {"WITH_LUMINANCE": way}) for way in (False, True)]
         filters = {"column_stride": 1, "TAPS": taps, "SIDE": kernels.SIDE}
         sources += [(kernels.correlate_tile, filters | {"IS_VERTICAL": way}) for way in (False, True)]
-    pointers = {"source": dtype, "first": dtype, "second": dtype, "flags": "i8", "valid": "i8"}
+    pointers = {
+        "source": dtype,
+        "first": dtype,
+        "second": dtype,
+        "means": dtype,
+        "powers": dtype,
+        "flags": "i8",
+        "valid": "i8",
+    }
     pointers["target"] = "fp32" if dtype == "bf16" else dtype
     for kernel, constants in sources:
         signature = {
