@@ -62,7 +62,7 @@ def _measured(results: Results) -> Iterator[tuple[str, float, float, str]]:
     yield from _vlm(results)
     for name in ("dists", "lpips vgg"):
         if (peak := finding(results, (f"classical/{name} 512 b128",)).get("peak_gib")) is not None:
-            yield f"{name}, 128 images of 512x512, peak GiB", peak, 16, "lower"
+            yield f"{name}, 128 images of 512x512, peak GiB", peak, 8, "lower"
     slower, counted = 0, 0
     for setting in SETTINGS:
         for name in FORMULAS:

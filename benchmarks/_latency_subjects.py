@@ -94,7 +94,8 @@ def _seeded_backbone(net: str, folder: Path) -> Path:
     if not file.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            torch.save(getattr(torchvision.models, BACKBONES[net].function)(weights=None).state_dict(), file)
+            weights = getattr(torchvision.models, BACKBONES[net].function)(weights=None).features.state_dict()
+        torch.save({f"features.{name}": value for name, value in weights.items()}, file)
     return file
 
 

@@ -107,7 +107,7 @@ def compiled(clock: Clock) -> None:
         return
     exact = clock.prepare("exact scores", lambda: QAlignReward(model, scale="mos")(images[: batches[0]]))
     reward = QAlignReward(model, scale="mos", batch_size=batches[0], compile=True)
-    for batch in batches[:2] if exact is not None else ():
+    for batch in () if exact is None else batches[:1] if clock.tiny else batches[:2]:
         work, key = partial(first_and_warm, reward, images[:batch], exact[:batch], measure), f"compiled b{batch}"
         clock.step(key, work, need=15, most=max(clock.left(), 30), predicted=PREDICTED.get(key))
 
@@ -155,7 +155,7 @@ def vlm(clock: Clock) -> None:
     """Qwen2.5-VL-7B against generation, and Qwen3-VL-2B."""
     from iqareward.rewards.mllm.vlm.presets import VISUALQUALITY_R1 as PRESET
 
-    side, batches = (112, (2, 1)) if clock.tiny else (512, (8, 1, 32))
+    side, batches = (56, (2, 1)) if clock.tiny else (512, (8, 1, 32))
     images = noise(max(batches), 3, side, side)
     pair = clock.prepare("qwen2.5-vl-7b", partial(seven_billion, clock.tiny), most=60)
     if pair is not None:

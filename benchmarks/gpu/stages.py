@@ -3,10 +3,10 @@
 from benchmarks._gpu_targets import targets
 
 STAGES = {
-    "canary": (30, "benchmarks.gpu.device:canary"), "tests": (110, "benchmarks.gpu.suite:run"),
-    "parity": (50, "benchmarks.gpu.parity:run"), "qalign": (60, "benchmarks.gpu.mllm:qalign"),
-    "classical": (65, "benchmarks.gpu.classical:run"), "vlm": (65, "benchmarks.gpu.mllm:vlm"),
-    "train": (85, "benchmarks.gpu.train:run"), "compile": (50, "benchmarks.gpu.mllm:compiled"),
+    "canary": (20, "benchmarks.gpu.device:canary"), "tests": (130, "benchmarks.gpu.suite:run"),
+    "parity": (45, "benchmarks.gpu.parity:run"), "qalign": (60, "benchmarks.gpu.mllm:qalign"),
+    "classical": (60, "benchmarks.gpu.classical:run"), "vlm": (55, "benchmarks.gpu.mllm:vlm"),
+    "train": (85, "benchmarks.gpu.train:run"), "compile": (45, "benchmarks.gpu.mllm:compiled"),
 }  # fmt: skip
 
 __all__ = ["STAGES", "targets"]

@@ -46,7 +46,7 @@ def fresh_accelerator(**options: Any) -> Accelerator:
 def resume() -> Row:
     """A small policy: three updates at once, and two and one after a restart."""
     with tempfile.TemporaryDirectory() as folder:
-        make = partial(trainer, reward=iqareward.load("gmsd"), accelerator=fresh_accelerator())
+        make = partial(trainer, reward=iqareward.load("gmsd"), validation=None, accelerator=fresh_accelerator())
         whole, first, second = (make(Path(folder) / name) for name in ("whole", "parts", "parts"))
         whole.train(3)
         first.train(2, save_every=1)
@@ -72,8 +72,8 @@ def autoencoder(tiny: bool) -> Autoencoder:
 def decode_memory(tiny: bool) -> Row:
     """What decoding all rollouts of one update takes; the piece that is decoded at once sets the peak."""
     made, found = autoencoder(tiny), {}
-    for rows in (8, 32, 64):
-        call = partial(made.decode, torch.randn(rows, 4, *(8, 8) if tiny else (64, 64), device=DEVICE))
+    for rows in (1, 2) if tiny else (8, 32, 64):
+        call = partial(made.decode, torch.randn(rows, 4, *(4, 4) if tiny else (64, 64), device=DEVICE))
         found[f"{rows} rows"] = {"peak_gib": peak_gib(call), "wall_ms": wall_ms(call, 1)}
         release()
     return found
@@ -112,9 +112,9 @@ def controlnet_trainer(tiny: bool, reward: Any, overlap: bool) -> DifficultyAdap
     process = DDIM.from_scheduler(scheduler)
     policy = ControlNetPolicy(control, unet.to(torch.bfloat16), autoencoder(tiny), prompt.cpu(), process)
     return DifficultyAdaptiveTrainer(
-        policy, reward, Noise(64 if tiny else 512), output_dir=tempfile.mkdtemp(), show_progress=False, overlap=overlap,
+        policy, reward, Noise(32 if tiny else 512), output_dir=tempfile.mkdtemp(), show_progress=False, overlap=overlap,
         accelerator=fresh_accelerator(mixed_precision="bf16"),
-        sampling=Sampling(group_size=2 if tiny else 4, num_steps=3 if tiny else 10, inputs_at_once=2),
+        sampling=Sampling(group_size=2 if tiny else 4, num_steps=2 if tiny else 10, inputs_at_once=2),
         optimization=Optimization(inputs_per_update=4, micro_batch=1 if tiny else 2),
     )  # fmt: skip
 
