@@ -1,7 +1,8 @@
 """Which GPU "cuda" is. Every thread has a current device of its own, which is GPU 0 in a new one."""
 
 import threading
-from typing import final
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, final
 
 import torch
 
@@ -43,6 +44,13 @@ def device_now(device: torch.device, *, name: str) -> torch.device:
             "thread, which cannot tell. Pass device=accelerator.device, or make it after torch.cuda.set_device(...)."
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def as_current(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Within it, this is the thread's current GPU: foreign code says `.cuda()` and means the one that it was given."""
+    if device is None or device.type != "cuda" or not torch.cuda.is_initialized():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @final

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from iqareward.rewards._devices import device_here, device_now
+from iqareward.rewards._devices import as_current, device_here, device_now
 from iqareward.rewards._per_process import ProcessLock, fork_waits_for
 from iqareward.rewards._streams import StreamOrder
 from iqareward.rewards.scoring import reward_mode
@@ -177,6 +177,7 @@ class LazyModel:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.device("cpu"))
+            stack.enter_context(as_current(device))
             stack.enter_context(torch.random.fork_rng(devices=[]))
             return self._build(device).eval().requires_grad_(False)
 
@@ -287,7 +288,7 @@ def each_part(reward: Any, method: str) -> None:
 @contextmanager
 def computing_on(device: torch.device) -> Generator[None]:
     """No autocast where the network lives; `score_images` turns it off where the images are."""
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), as_current(device):
         yield
 
 

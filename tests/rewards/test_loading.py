@@ -3,8 +3,9 @@
 import asyncio
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from iqareward import MicroBatched, Overlapped
 from iqareward.adapters.miles import reward_function as miles_function
 from iqareward.adapters.scorers import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
-from iqareward.rewards.loading import HostCopy, LazyModel
+from iqareward.rewards.loading import HostCopy, LazyModel, computing_on
 from iqareward.rewards.mllm import levels
 from iqareward.rewards.mllm.preprocess import preprocess
 from iqareward.rewards.mllm.qalign import QAlignReward
@@ -44,17 +45,23 @@ class Machine:
         self.diary: list[tuple[Any, ...]] = []
         self._thread = threading.local()
         self._streams: dict[int, Any] = {}
-        self._main = threading.main_thread()
-        self.in_use = True
+        self.in_use, main = True, threading.main_thread()
         for name, value in {
             "is_available": lambda: True,
             "is_initialized": lambda: self.in_use,
             "device_count": lambda: 8,
-            "current_device": lambda: 3 if threading.current_thread() is self._main else 0,
+            "current_device": lambda: getattr(self._thread, "device", 3 if threading.current_thread() is main else 0),
+            "device": self._device,
             "current_stream": lambda device: self._streams.setdefault(threading.get_ident(), Stream(self)),
             "Event": lambda **_: "an event",
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def _device(self, device: torch.device) -> Iterator[None]:
+        self._thread.device = device.index
+        yield
+        del self._thread.device
 
 
 class Stream:
@@ -122,6 +129,21 @@ def test_cuda_is_the_gpu_of_the_thread_that_makes_the_reward(call: str, machine:
     """A new thread's current device is GPU 0, where the judges of all eight ranks would meet."""
     CALLS[call](Judge())
     assert BUILDS == ["cuda:3"]
+
+
+def test_foreign_code_that_says_cuda_gets_the_same_gpu(machine: Machine) -> None:
+    """While it builds a network and while it computes, some of pyiqa's metrics call `.cuda()` in whatever thread."""
+    seen = []
+    loader = LazyModel(lambda device: seen.append(torch.cuda.current_device()) or nn.Linear(2, 2), "cuda")
+
+    def score() -> None:
+        loader.ready()
+        with computing_on(loader.device):
+            seen.append(torch.cuda.current_device())
+        seen.append(torch.cuda.current_device())
+
+    in_a_thread(score)
+    assert seen == [3, 3, 0]
 
 
 @pytest.mark.parametrize("device", ["cuda", None])
