@@ -85,7 +85,7 @@ def pyiqa(name: str) -> Callable[[], Metric]:
 
     def make() -> Metric:
         create = _find("pyiqa.create_metric")
-        return create(name, device="cpu").net
+        return create(name, device=torch.get_default_device()).net
 
     return make
 
@@ -96,7 +96,7 @@ def pyiqa_niqe() -> Metric:
     from iqareward.functional.nss import clipped_luma
 
     metric = _find("pyiqa.archs.niqe_arch.niqe")
-    model = packaged_model(torch.device("cpu"))
+    model = packaged_model(torch.get_default_device())
     mean, covariance, side = model.mean[None], model.covariance, model.block_size
 
     def score(images: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
 
-def hardware() -> str:
-    """The processor and the threads in use, or the GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+
+def hardware(device: torch.device = CPU) -> str:
+    """The GPU that was measured, or the processor and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -44,30 +46,37 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def medians(calls: Mapping[str, Callable[[], object]], *, rounds: int, slow: float = 2.0) -> dict[str, float]:
+def medians(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, slow: float = 2.0, device: torch.device = CPU
+) -> dict[str, float]:
     """Median seconds of each call, taken in turns so that a busy moment hits all of them.
 
     Args:
         calls: by name; each is called once to warm up.
         rounds: timed calls of each.
         slow: a call whose warm-up takes longer than this many seconds is timed once more only.
+        device: where they compute; a GPU's own clock times its work.
     """
-    warm_up = {name: _seconds(call) for name, call in calls.items()}
+    warm_up = {name: elapsed(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
             if turn == 0 or warm_up[name] < slow:
-                times[name].append(_seconds(call))
+                times[name].append(elapsed(call, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def document(
-    theme: str, rows: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]], packages: Sequence[str]
+    theme: str,
+    rows: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
+    packages: Sequence[str],
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
-    """The record of a run: where, when, what, the rows and how they stand against the targets."""
+    """The record of a run: the device that was measured, when, what, the rows and how they stand against the targets."""
     return {
         "theme": theme,
-        "hardware": hardware(),
+        "hardware": hardware(device),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
         "versions": versions(["iqareward", "torch", "numpy", *packages]),
@@ -91,9 +100,16 @@ def finish(record: Mapping[str, Any], path: Path | None) -> None:
     print(line, flush=True)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def elapsed(call: Callable[[], object], device: torch.device = CPU) -> float:
+    """What a call takes on a device, from its first kernel to its last on a GPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
     call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - begin

@@ -130,14 +130,14 @@ def _multimodal() -> list[Subject]:
     from iqareward import QAlignReward
 
     def ours() -> Score:
-        reward = QAlignReward(random_model(MEDIUM, torch.device("cpu"), torch.float32))
+        reward = QAlignReward(random_model(MEDIUM, torch.get_default_device(), torch.float32))
         return lambda images, references: reward(images)
 
     def reference() -> Score:
-        model = random_model(MEDIUM, torch.device("cpu"), torch.float32)
+        model = random_model(MEDIUM, torch.get_default_device(), torch.float32)
 
         def score(images: Tensor, references: Tensor) -> object:
-            levels = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+            levels = (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
             return reference_scores(model, [Image.fromarray(picture) for picture in levels])
 
         return score

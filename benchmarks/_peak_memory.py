@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 REPEATS = 3
@@ -33,8 +34,15 @@ def _status(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}; peak memory is measured on Linux only.")
 
 
-def peak_of(call: Callable[[], object]) -> float:
-    """What one call adds to this process's resident memory at its height, in MB; the median of a few (Linux)."""
+def peak_of(call: Callable[[], object], device: "torch.device | None" = None) -> float:
+    """What one call adds at its height, in MB: to a GPU's memory, else to this process's (median of a few; Linux)."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     peaks = []
     for _ in range(REPEATS):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed must not hide what this one takes

@@ -1,6 +1,8 @@
 """Images per second and peak memory of every classical metric against every other library, in one run.
 
     python -m benchmarks.bench_classical              # about ten minutes
+    python -m benchmarks.bench_classical --device cuda
+    python -m benchmarks.bench_classical --busy       # beside a process per core that takes all of its time
     python -m benchmarks.bench_classical --quick      # smoke run
 
 Photographs, degraded; calls are taken in turns and medians reported. `ratio` compares with the fastest peer that
@@ -8,7 +10,11 @@ computes the same definition. The last line of standard output is one JSON docum
 """
 
 import argparse
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks._classical_peers import PEERS, Peer
-from benchmarks._harness import document, finish, medians, target
+from benchmarks._harness import CPU, document, finish, medians, target
 from benchmarks._peak_memory import peak_megabytes
 from iqareward import functional as F
 from iqareward import load, to_images
@@ -40,10 +46,11 @@ MAX_SECONDS, GROWTH = 8.0, 4
 PACKAGES = ["pyiqa", "piq", "torchmetrics", "kornia", "scikit-image", "pytorch-msssim", "piqa"]
 # What the project promises beyond "not slower than the fastest peer of the same definition".
 PROMISES = [("ssim", "pyiqa", 20.0), ("ms_ssim", "pyiqa", 6.0), ("niqe", "pyiqa", 2.6)]
+BUSY_METRICS = ("psnr", "ssim", "gmsd", "haarpsi", "niqe")
 MEMORY_NOISE = 0.1  # MB; Python objects and page granularity
 
 
-def photographs(count: int, size: int) -> tuple[Tensor, Tensor]:
+def photographs(count: int, size: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """`[count, 3, size, size]` crops of bundled photographs with noise, and the clean ones."""
     from skimage import data
 
@@ -51,25 +58,33 @@ def photographs(count: int, size: int) -> tuple[Tensor, Tensor]:
     pixels = torch.nn.functional.interpolate(sources[:, :, :size, :size], size=(size, size), mode="bilinear")
     references = torch.stack([pixels[i % 2].roll((7 * i, 13 * i), (1, 2)) for i in range(count)]).contiguous()
     noise = torch.randn(references.shape, generator=torch.Generator().manual_seed(0))
-    return (references + 0.05 * noise).clamp(0, 1), references
+    return (references + 0.05 * noise).clamp(0, 1).to(device), references.to(device)
 
 
-def build_peers(name: str) -> tuple[dict[str, tuple[Peer, Callable[..., Tensor]]], list[str]]:
-    """The peers that are installed, and the names of those that are not."""
+def build_peers(
+    name: str, device: torch.device = CPU
+) -> tuple[dict[str, tuple[Peer, Callable[..., Tensor]]], list[str]]:
+    """The peers that are installed and compute on the device, and the names of the others."""
     built, missing = {}, []
     for peer in PEERS[name]:
+        if peer.library == "scikit-image" and device.type != "cpu":
+            missing.append(peer.library)
+            continue
         try:
-            built[peer.library] = (peer, peer.make())
+            with device:
+                built[peer.library] = (peer, peer.make())
         except ImportError:
             missing.append(peer.library)
     return built, missing
 
 
-def measure(name: str, size: int, batch: int, rounds: int, slow: set[tuple[str, str, int]]) -> list[dict[str, Any]]:
+def measure(
+    name: str, size: int, batch: int, rounds: int, slow: set[tuple[str, str, int]], device: torch.device = CPU
+) -> list[dict[str, Any]]:
     """One row per library for one metric, size and batch; peers that `slow` names are left out, and said to be."""
-    images, references = photographs(batch, size)
+    images, references = photographs(batch, size, device)
     arguments = (images,) if name in NO_REFERENCE else (images, references)
-    peers, missing = build_peers(name)
+    peers, missing = build_peers(name, device)
     skipped = [library for library in peers if (name, library, size) in slow]
     peers = {library: built for library, built in peers.items() if library not in skipped}
     functions = {"iqareward": OURS[name], **{library: metric for library, (_, metric) in peers.items()}}
@@ -77,12 +92,13 @@ def measure(name: str, size: int, batch: int, rounds: int, slow: set[tuple[str, 
         reward = load(name)
         functions["iqareward reward"] = lambda images, references=None: reward(images, references=references)
     with torch.no_grad():
-        expected = OURS[name](*arguments).double()
-        seconds = medians({key: lambda f=f: f(*arguments) for key, f in functions.items()}, rounds=rounds)
+        expected = OURS[name](*arguments).double().cpu()
+        calls = {key: lambda f=f: f(*arguments) for key, f in functions.items()}
+        seconds = medians(calls, rounds=rounds, device=device)
         rows = []
         slow |= {(name, library, size) for library in peers if seconds[library] > MAX_SECONDS / GROWTH}
         for library, metric in functions.items():
-            scores = torch.as_tensor(metric(*arguments[:2])).detach().double().reshape(-1)
+            scores = torch.as_tensor(metric(*arguments[:2])).detach().double().cpu().reshape(-1)
             difference = (scores.abs() - expected.abs()).abs().max().item() if len(scores) == batch else None
             peer = peers[library][0] if library in peers else None
             rows.append({"metric": name, "size": size, "batch": batch, "library": library,
@@ -94,6 +110,60 @@ def measure(name: str, size: int, batch: int, rounds: int, slow: set[tuple[str, 
         + [{**absent, "library": library, "why": "missing"} for library in missing]
         + [{**absent, "library": library, "why": "too slow"} for library in skipped]
     )
+
+
+@contextmanager
+def busy_cores() -> Generator[None]:
+    """One process on every core that takes all of its time."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure_busy(name: str, size: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """One row per library that computes the same, with torch's threads and with one, beside busy processes."""
+    images, references = photographs(batch, size)
+    arguments = (images,) if name in NO_REFERENCE else (images, references)
+    same = {library: metric for library, (peer, metric) in build_peers(name)[0].items() if peer.same}
+    counts = dict.fromkeys((torch.get_num_threads(), 1))
+
+    def call(metric: Callable[..., Tensor], threads: int) -> None:
+        torch.set_num_threads(threads)
+        metric(*arguments)
+
+    functions = {"iqareward": OURS[name], **same}
+    calls = {(library, n): lambda f=f, n=n: call(f, n) for library, f in functions.items() for n in counts}
+    try:
+        with torch.no_grad(), busy_cores():
+            seconds = medians(calls, rounds=rounds)
+    finally:
+        torch.set_num_threads(next(iter(counts)))
+    return [
+        {"metric": name, "size": size, "batch": batch, "library": library, "threads": threads,
+         "images_per_second": batch / seconds[library, threads]}
+        for library, threads in calls
+    ]  # fmt: skip
+
+
+def busy_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours with torch's threads against ours with one, and against the fastest peer with either."""
+    targets = []
+    for name in dict.fromkeys(row["metric"] for row in rows):
+        here = [row for row in rows if row["metric"] == name]
+        most = max(row["threads"] for row in here)
+        speed = {(row["library"], row["threads"]): row["images_per_second"] for row in here}
+        ours = speed["iqareward", most]
+        targets.append(target(f"{name} busy, {most} threads vs one", ours / speed["iqareward", 1], 1.0))
+        peers = {library: value for (library, _), value in sorted(speed.items(), key=lambda item: item[1])
+                 if library != "iqareward"}  # fmt: skip
+        if peers:
+            fastest = max(peers, key=lambda library: peers[library])
+            targets.append(target(f"{name} busy vs {fastest}", ours / peers[fastest], 1.0))
+    return targets
 
 
 def compare(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -173,19 +243,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--busy", action="store_true", help="beside a process per core that takes all of its time")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="what to measure")
     parser.add_argument("--json", type=Path, help="also write the document here")
     arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    console, device = Console(stderr=True), arguments.device
+    if arguments.busy:
+        if device.type != "cpu":
+            parser.error("--busy measures the CPU; leave out --device.")
+        for name in ("psnr",) if arguments.quick else BUSY_METRICS:
+            found = measure_busy(name, *((64, 2) if arguments.quick else (256, 8)), rounds=2 if arguments.quick else 9)
+            for row in found:
+                console.print("  ".join(f"{key}={value}" for key, value in row.items()))
+            rows += found
+        finish(document("classical-busy", rows, busy_targets(rows), PACKAGES), arguments.json)
+        return
     names = ["psnr", "ssim", "piqe"] if arguments.quick else list(OURS)
     settings = [(64, 2)] if arguments.quick else [(size, batch) for size in (256, 512) for batch in (1, 8, 32)]
     jobs = [(name, size, batch) for name in names for size, batch in settings]
-    rows: list[dict[str, Any]] = []
     slow: set[tuple[str, str, int]] = set()
-    for name, size, batch in track(jobs, "timing", console=Console(stderr=True), transient=True):
-        rows += measure(name, size, batch, rounds=2 if arguments.quick else 5, slow=slow)
+    for name, size, batch in track(jobs, "timing", console=console, transient=True):
+        rows += measure(name, size, batch, rounds=2 if arguments.quick else 5, slow=slow, device=device)
     ratios, targets = compare(rows)
-    peaks = [] if arguments.quick or arguments.no_memory else memory_rows(names, size=512, batch=8)
+    no_peaks = arguments.quick or arguments.no_memory or device.type != "cpu"
+    peaks = [] if no_peaks else memory_rows(names, size=512, batch=8)
     show(rows, ratios, Console(width=150))
-    record = document("classical", [*rows, *ratios, *peaks], targets + memory_targets(peaks), PACKAGES)
+    record = document("classical", [*rows, *ratios, *peaks], targets + memory_targets(peaks), PACKAGES, device)
     finish(record, arguments.json)
 
 

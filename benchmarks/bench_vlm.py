@@ -133,11 +133,12 @@ def main() -> None:
     rows = []
     for batch in batches:
         calls = build_calls(model, processor, images[:batch], thinking)
-        seconds = medians(calls, rounds=1 if options.quick else options.rounds, slow=float("inf"))
-        rows += table_rows(seconds, batch, tflop, ceiling)
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    record = document("vlm", rows, [] if options.quick else targets(rows), ["transformers", "pillow"]) | {
+        seconds = medians(calls, rounds=1 if options.quick else options.rounds, slow=float("inf"), device=device)
+        found = table_rows(seconds, batch, tflop, ceiling)
+        for row in found:  # as they come, so that a run that is cut short has shown them
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        rows += found
+    record = document("vlm", rows, [] if options.quick else targets(rows), ["transformers", "pillow"], device) | {
         "size": "quick" if options.quick else options.size,
         "side": side,
         "dtype": str(dtype),

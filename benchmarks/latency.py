@@ -2,6 +2,7 @@
 
     python -m benchmarks.latency                    # half an hour on two cores
     python -m benchmarks.latency --rewards ssim lpips
+    python -m benchmarks.latency --device cuda
     python -m benchmarks.latency --quick            # smoke run
 
 Rewards are timed as a trainer calls them, with the whole contract around the formula; peers are bare functions. In each
@@ -13,7 +14,6 @@ images per second over those of the fastest peer. The last line of standard outp
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks._harness import document, finish
+from benchmarks._harness import CPU, document, elapsed, finish
 from benchmarks._latency_subjects import Score, Subject, subjects
 from benchmarks._peak_memory import peak_of
 from benchmarks.bench_classical import photographs
@@ -35,18 +35,25 @@ MAX_SECONDS = 8.0  # a call that takes longer is timed once, and its library is 
 OURS = "iqareward"
 
 
-def build(subject: Subject) -> tuple[dict[str, Score], dict[str, str]]:
-    """Calls by library, and why the others are missing."""
-    calls, missing = {OURS: subject.make()}, {}
+def build(subject: Subject, device: torch.device = CPU) -> tuple[dict[str, Score], dict[str, str]]:
+    """Calls by library, and why the others are missing; networks are made on the device."""
+    with device:
+        calls, missing = {OURS: subject.make()}, {}
     for library, make in subject.peers.items():
+        if library == "scikit-image" and device.type != "cpu":
+            missing[library] = "it computes on the CPU only"
+            continue
         try:
-            calls[library] = make()
+            with device:
+                calls[library] = make()
         except (ImportError, OSError) as error:
             missing[library] = str(error).splitlines()[0][:120]
     return calls, missing
 
 
-def seconds_of(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def seconds_of(
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device = CPU
+) -> dict[str, list[float]]:
     """Seconds of every call, taken in turns after one to warm up; a slow call is timed once."""
     times: dict[str, list[float]] = {}
     slow = set()
@@ -54,25 +61,25 @@ def seconds_of(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
         for name, call in calls.items():
             if name in slow:
                 continue
-            start = time.perf_counter()
-            call()
-            taken = time.perf_counter() - start
+            taken = elapsed(call, device)
             if turn or taken > MAX_SECONDS:
                 times.setdefault(name, []).append(taken)
             slow |= {name} if taken > MAX_SECONDS else set()
     return times
 
 
-def measure(subject: Subject, settings: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    subject: Subject, settings: list[tuple[int, int]], rounds: int, device: torch.device = CPU
+) -> list[dict[str, Any]]:
     """A row per size and batch."""
-    calls, missing = build(subject)
+    calls, missing = build(subject, device)
     rows = []
     for size, batch in settings:
-        pixels = photographs(batch, size)
+        pixels = photographs(batch, size, device)
         bound = {name: partial(call, *pixels) for name, call in calls.items()}
         with torch.no_grad():
-            times = seconds_of(bound, rounds)
-            peak = peak_of(bound[OURS])
+            times = seconds_of(bound, rounds, device)
+            peak = peak_of(bound[OURS], device)
         speed = {name: batch / statistics.median(values) for name, values in times.items()}
         peers = {name: value for name, value in speed.items() if name != OURS}
         fastest = max(peers, key=lambda name: peers[name], default=None)
@@ -102,6 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="three rewards, 64 pixels, two rounds")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="what to measure")
     parser.add_argument("--json", type=Path, help="also write the document here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -111,10 +119,10 @@ def main() -> None:
         chosen = [subject for subject in subjects(Path(folder)) if wanted is None or subject.name in wanted]
         for subject in track(chosen, "timing", console=Console(stderr=True), transient=True):
             settings = [(64, 2)] if options.quick else [(size, b) for size in subject.sizes for b in subject.batches]
-            rows += measure(subject, settings, 2 if options.quick else options.rounds)
+            rows += measure(subject, settings, 2 if options.quick else options.rounds, options.device)
     show(rows, Console(width=120))
     # no targets: a reward does more than a bare function, and bench_classical compares functions with functions
-    finish(document("latency", rows, [], PACKAGES), options.json)
+    finish(document("latency", rows, [], PACKAGES, options.device), options.json)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--table", help="print this one only")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs/assets")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="where the runs were made")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in the runs, for the record of the hardware
     results = analysis.load(options.folder)
@@ -86,9 +87,9 @@ def main() -> None:
     rows = {name: build() for name, build in made.items()}
     checks = [target(f"Spearman({t}, u)", value, 0.7) for t, value in analysis.difficulty_check(results).items()]
     flat = [{"table": name} | {key: plain(row[key]) for key in row} for name, part in rows.items() for row in part]
-    record = document("restoration", flat, checks, ["diffusers", "accelerate", "scikit-image"])
+    record = document("restoration", flat, checks, ["diffusers", "accelerate", "scikit-image"], options.device)
     record["per_seed"] = {place: per_seed(analysis.tabulate(results, place)) for place in ("test", "photographs")}
-    device = re.sub(r"[^a-z0-9]+", "-", hardware().split(",")[0].lower()).strip("-")
+    device = re.sub(r"[^a-z0-9]+", "-", hardware(options.device).split(",")[0].lower()).strip("-")
     stem = f"restoration_{device}_{datetime.datetime.now(datetime.UTC).date().isoformat()}"
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{stem}.json").write_text(json.dumps(record) + "\n")

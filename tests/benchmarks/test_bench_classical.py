@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks._harness import document
+from benchmarks.bench_classical import busy_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,12 +22,33 @@ def test_quick_run_ends_in_its_document(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert set(document) == {"theme", "hardware", "date", "commit", "versions", "rows", "targets"}
-    assert json.loads((tmp_path / "out.json").read_text()) == document
-    libraries = {row["library"] for row in document["rows"] if row["metric"] == "ssim" and "library" in row}
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert set(record) == {"theme", "hardware", "date", "commit", "versions", "rows", "targets"}
+    assert json.loads((tmp_path / "out.json").read_text()) == record
+    libraries = {row["library"] for row in record["rows"] if row["metric"] == "ssim" and "library" in row}
     assert {"iqareward", "iqareward reward", "pyiqa", "piq", "scikit-image"} <= libraries
-    assert all(row["ratio"] > 0 for row in document["rows"] if "ratio" in row)
-    assert {"name", "value", "target", "better", "ok"} == set(document["targets"][0])
-    same = [row["max_difference"] for row in document["rows"] if row.get("same") and row.get("metric") == "ssim"]
+    assert all(row["ratio"] > 0 for row in record["rows"] if "ratio" in row)
+    assert {"name", "value", "target", "better", "ok"} == set(record["targets"][0])
+    same = [row["max_difference"] for row in record["rows"] if row.get("same") and row.get("metric") == "ssim"]
     assert max(difference for difference in same if difference is not None) < 2e-3  # pyiqa rounds luma
+
+
+def test_the_device_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of CPU tensors names the CPU on a machine with a GPU too, and one of a GPU names that."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert "threads" in document("theme", [], [], [])["hardware"]
+    assert document("theme", [], [], [], torch.device("cuda:1"))["hardware"] == "GPU cuda:1"
+
+
+def test_busy_targets() -> None:
+    """All threads are compared with one thread of ours, and with the fastest peer at any number of threads."""
+    speeds = {("iqareward", 2): 30.0, ("iqareward", 1): 20.0, ("a", 2): 5.0, ("a", 1): 10.0, ("b", 2): 2.0}
+    rows = [
+        {"metric": "ssim", "library": library, "threads": threads, "images_per_second": speed}
+        for (library, threads), speed in speeds.items()
+    ]
+    assert [(row["name"], row["value"]) for row in busy_targets(rows)] == [
+        ("ssim busy, 2 threads vs one", 1.5),
+        ("ssim busy vs a", 3.0),
+    ]
