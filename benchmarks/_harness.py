@@ -73,7 +73,7 @@ def document(
     packages: Sequence[str],
     device: torch.device = CPU,
 ) -> dict[str, Any]:
-    """The record of a run: the device that was measured, when, what, the rows and how they stand against the targets."""
+    """The record of a run: which device was measured, when, the rows and how they stand against the targets."""
     return {
         "theme": theme,
         "hardware": hardware(device),

@@ -6,7 +6,6 @@ threads are then 5 to 50 times slower than one.
 """
 
 import ctypes
-import math
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -20,7 +19,9 @@ import torch
 WINDOW_SECONDS = 0.02
 # Share of the time that a thread runs. On free cores it is 0.99 or more, beside one process per core 0.5 or less.
 CROWDED, CALM = 0.75, 0.95
-MAX_PATIENCE_SECONDS = 2.0
+# Short calls find a core even where there is none to spare, so more threads are tried in vain again and again. The
+# longer that took, the longer it is not repeated.
+PATIENCE_WINDOWS, MAX_PATIENCE_SECONDS = 10, 10.0
 
 
 class _Observed(threading.local):
@@ -28,8 +29,7 @@ class _Observed(threading.local):
 
     seconds = running = 0.0
     halvings = 0  # of the number of threads
-    crowded_until = -math.inf
-    patience = WINDOW_SECONDS  # before more threads are tried again
+    rest = patience = 0.0  # seconds of work on free cores before more threads are tried again, left and in all
 
 
 _observed = _Observed()
@@ -89,16 +89,19 @@ def _observe(seconds: float, running: float, threads: int, own: int) -> None:
     seen.running += running
     if seen.seconds < WINDOW_SECONDS:
         return
-    share, now = seen.running / seen.seconds, time.perf_counter()
+    window, share = seen.seconds, seen.running / seen.seconds
     seen.seconds = seen.running = 0.0
     if share < CROWDED:
-        seen.halvings += threads > 1
-        seen.patience = min(2 * seen.patience, MAX_PATIENCE_SECONDS) if threads > 1 else seen.patience
-        seen.crowded_until = now + seen.patience
-    elif share > CALM and now > seen.crowded_until:
-        if threads == own:
-            seen.patience = WINDOW_SECONDS
-        seen.halvings = max(0, seen.halvings - 1)
+        if threads > 1:
+            seen.halvings += 1
+            seen.patience = min(max(2 * seen.patience, PATIENCE_WINDOWS * window), MAX_PATIENCE_SECONDS)
+        seen.rest = seen.patience
+    elif share > CALM:
+        seen.rest -= window
+        if seen.rest <= 0:
+            seen.halvings = max(0, seen.halvings - 1)
+            if threads == own:
+                seen.patience = 0.0
 
 
 @lru_cache
