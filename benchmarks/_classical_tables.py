@@ -42,16 +42,3 @@ def peaks(document: dict[str, Any]) -> str:
         cells = {row["library"]: f"{row['peak_mb']:.0f}" for row in rows if row["metric"] == metric}
         lines.append(f"| `{metric}` | " + " | ".join(cells.get(library, "") for library in libraries) + " |")
     return "\n".join(lines)
-
-
-def busy(document: dict[str, Any]) -> str:
-    """Images per second with all threads and with one, beside a busy process per core."""
-    rows = document["rows"]
-    counts = list(dict.fromkeys(row["threads"] for row in rows))
-    lines = ["| metric | library | " + " | ".join("one thread" if n == 1 else f"{n} threads" for n in counts) + " |"]
-    lines.append("|---|---|" + "--:|" * len(counts))
-    for metric, library in dict.fromkeys((row["metric"], row["library"]) for row in rows):
-        found = {row["threads"]: f"{row['images_per_second']:.3g}" for row in rows
-                 if (row["metric"], row["library"]) == (metric, library)}  # fmt: skip
-        lines.append(f"| `{metric}` | {library} | " + " | ".join(found[n] for n in counts) + " |")
-    return "\n".join(lines)
