@@ -240,7 +240,7 @@ def main() -> None:
         drift = None if full else int8_drift(config, device, dtype)
         rounding = None if half is None else half_drift(config, device)
     found = [] if options.quick else targets(rows, options.size)
-    record = document("qalign", rows, found, ["pillow", "torchao", "pyiqa"]) | {
+    record = document("qalign", rows, found, ["pillow", "torchao", "pyiqa"], device) | {
         "size": "quick" if options.quick else options.size,
         "dtype": str(dtype),
         "matmul_ceiling_tflop_per_s": round(ceiling, 3),
