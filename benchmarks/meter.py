@@ -210,6 +210,8 @@ class Meter(TorchDispatchMode):
 
     def _mixed(self, func: Any, packet: Any, args: Any, kwargs: Any) -> None:
         """Host and device in one operator: a copy, or a constant of the host."""
+        if packet in _COPIES and not args[0].numel():
+            return  # torch does nothing then
         place = Place(str(func), _line())
         if packet in _COPIES:
             self.copies.append(place)
