@@ -18,7 +18,7 @@ from iqareward.rewards.mllm.vlm.families import family_of
 from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.patches import patchify, smart_size
 from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, ZERO_SHOT_LEVELS
-from iqareward.rewards.mllm.vlm.windows import run_tower, windows_of
+from iqareward.rewards.mllm.vlm.towers import geometry_of, run_tower
 from tests.mllm.vlm import tiny
 from tests.tolerances import EXACT, FORMULA_FP32, NETWORK_BATCH
 
@@ -56,9 +56,10 @@ def test_patches_are_the_librarys(patch) -> None:
     """Given the same pixels, rows and their order are equal to the last bit."""
     side = 2 * patch
     pixels = torch.randn(3, 3, 2 * side, 5 * side, generator=torch.Generator().manual_seed(0))
-    library, *_ = tiny.Qwen2VLImageProcessor().patchify(pixels, patch, 2, 2)
+    library = tiny.Qwen2VLImageProcessor(patch_size=patch, do_resize=False, do_rescale=False, do_normalize=False)
+    expected = library(list(pixels), return_tensors="pt")["pixel_values"]
     found = patchify(pixels, patch_size=patch, merge_size=2, temporal_size=2)
-    torch.testing.assert_close(found, library.flatten(0, 1), **EXACT)
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([28, 32]), st.sampled_from([3136, 65536]))
@@ -72,12 +73,32 @@ def test_smart_size_is_the_librarys(height, width, factor, smallest) -> None:
         assert smart_size(height, width, **limits) == smart_resize(height, width, **limits)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("size", [(64, 96), (130, 60)])
-def test_forward_is_the_models_own(family, size) -> None:
+def test_forward_is_the_models_own(family, size, attention) -> None:
     """Tokens, positions and the vision tower's inputs: logits are those of the processor's inputs in a plain call."""
     model, processor = tiny.pair(family)
-    network, batch = Network(model, processor), tiny.images(2, *size)
+    if attention == "eager":
+        model = tiny.model(family, processor.tokenizer)
+        model.set_attn_implementation("eager")
+    assert_forward_is_the_models_own(model, processor, tiny.images(2, *size))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sliding"),
+    [(kind, length) for kind in ("Qwen2Config", "Qwen3Config") for length in (None, 20)] + [("LlamaConfig", None)],
+)
+def test_forward_with_other_language_models(kind, sliding) -> None:
+    """InternVL comes with three of them; in some, layers attend to a window only."""
+    processor = tiny.processor("internvl")
+    windows = {"use_sliding_window": True, "sliding_window": sliding, "max_window_layers": 1} if sliding else {}
+    model = tiny.model("internvl", processor.tokenizer, language=getattr(tiny.transformers, kind), **windows)
+    assert_forward_is_the_models_own(model, processor, tiny.images(2))
+
+
+def assert_forward_is_the_models_own(model, processor, batch: Tensor) -> None:
+    network = Network(model, processor)
     text = render(processor, ZERO_SHOT_LEVELS, ZERO_SHOT_LEVELS.question, ZERO_SHOT_LEVELS.stem)
     prompt = tokenize(processor, text, network.family.around)
     with torch.no_grad():
@@ -89,8 +110,37 @@ def test_forward_is_the_models_own(family, size) -> None:
         assert inputs is not None
         expected = model(**{**own, **_tensors(inputs.keywords)}).logits[:, -1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    layout = network.layout(prompt, features.num_tokens, features.grid, None)
+    layout = network.layout(prompt, features.tokens.shape[1], features.grid, None)
     assert layout.ids[0].tolist() == own["input_ids"][0].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gpu_graph_of_a_warm_call(family) -> None:
+    """Nothing in a call depends on values, so that a CUDA graph of it serves other images of the size."""
+    processor = tiny.pair(family)[1]
+    network = Network(tiny.model(family, processor.tokenizer).cuda(), processor)
+    prompt = tokenize(processor, render(processor, ZERO_SHOT_LEVELS, ZERO_SHOT_LEVELS.question), network.family.around)
+
+    def score(batch: Tensor) -> Tensor:
+        features = network.features(batch)
+        assert features is not None
+        return network.logits(features, prompt)
+
+    images, others = tiny.images(2).cuda(), tiny.images(2, seed=1).cuda()
+    with torch.inference_mode():
+        expected = score(others)
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            score(images)
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                found = score(images)
+        torch.cuda.current_stream().wait_stream(side)
+        images.copy_(others)
+        graph.replay()
+        torch.testing.assert_close(found, expected, **NETWORK_BATCH)
 
 
 def _tensors(keywords: dict) -> dict:
@@ -116,15 +166,20 @@ def test_positions_are_the_models_own(family, size) -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 4), (6, 10), (2, 14), (10, 8)])
-def test_windows_together_are_windows_one_by_one(size) -> None:
-    """The tower that attends to all windows of a batch at once gives the library's features; windows may be ragged."""
-    tower = tiny.pair("qwen2_5_vl")[0].model.visual
-    assert (tower.window_size, tower.fullatt_block_indexes) == (56, [1])
-    patches = torch.randn(3 * size[0] * size[1], 1176, generator=torch.Generator().manual_seed(0))
-    expected = tower(patches, grid_thw=torch.tensor([[1, *size]] * 3)).pooler_output
-    windows = windows_of(tower, *size, torch.device("cpu"))
-    assert (windows.filled is None) == (size[0] % 4 == size[1] % 4 == 0)
-    torch.testing.assert_close(run_tower(tower, patches, 3, windows).flatten(0, 1), expected, **NETWORK_BATCH)
+@pytest.mark.parametrize("family", tiny.QWEN)
+def test_a_batch_at_once_is_image_by_image(family, size) -> None:
+    """The tower that attends to a whole batch, or all its windows, at once gives the library's features."""
+    tower = tiny.pair(family)[0].model.visual
+    values = 3 * 2 * tower.patch_size**2
+    patches = torch.randn(3 * size[0] * size[1], values, generator=torch.Generator().manual_seed(0))
+    expected = tower(patches, grid_thw=torch.tensor([[1, *size]] * 3))
+    geometry = geometry_of(tower, size[0] // 2, size[1] // 2)
+    if geometry.windows is not None:
+        assert (geometry.windows.filled is None) == (size[0] % 4 == size[1] % 4 == 0)
+    tokens, *deep = run_tower(tower, patches, 3, geometry)
+    torch.testing.assert_close(tokens.flatten(0, 1), expected.pooler_output, **NETWORK_BATCH)
+    for found, layer in zip(deep, getattr(expected, "deepstack_features", []), strict=True):
+        torch.testing.assert_close(found.flatten(0, 1), layer, **NETWORK_BATCH)
 
 
 def test_prompts_character_for_character() -> None:
@@ -198,6 +253,9 @@ def test_unsupported_families_and_strange_pairs_are_refused() -> None:
         Network(torch.nn.Sequential(model), processor)
     with pytest.raises(ValueError, match="one checkpoint"):
         Network(model, tiny.processor("internvl"))
+    scaled = tiny.model("internvl", processor.tokenizer, language=tiny.transformers.GraniteConfig)
+    with pytest.raises(ValueError, match=r"language model of type .* got 'granite'"):
+        Network(scaled, tiny.processor("internvl"))
     nearest = tiny.processor("qwen2_5_vl")
     nearest.image_processor.resample = 0
     with pytest.raises(ValueError, match="bicubic"):

@@ -1,24 +1,22 @@
 """RatingReward is the mean of all answers that may be written, and the published protocol is at hand."""
 
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import iqareward
+from benchmarks.meter import Meter
 from iqareward.rewards.mllm.vlm import generate
 from iqareward.rewards.mllm.vlm.branches import Branches, DigitReadout
+from iqareward.rewards.mllm.vlm.level import LevelReward
 from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT, VISUALQUALITY_R1
 from iqareward.rewards.mllm.vlm.published import QInsightReward, VisualQualityR1Reward
 from iqareward.rewards.mllm.vlm.rating import RatingReward
 from iqareward.rewards.mllm.vlm.ratings import Ratings
-from iqareward.rewards.scoring import UnscoredWatch
 from iqareward.testing import check_reward
 from tests.mllm.vlm import tiny
 from tests.tolerances import EXACT, FORMULA_FP32, NETWORK_BATCH
@@ -170,29 +168,23 @@ def test_mixed_sizes_and_threads() -> None:
                 torch.testing.assert_close(scores, alone, **NETWORK_BATCH)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+@pytest.mark.parametrize("kind", ["level", "rating"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_our_code_does_not_wait_for_the_device(family, monkeypatch) -> None:
-    """In a warm call only the library reads numbers from tensors, where it checks its own inputs."""
-    made, images = reward(family), [*tiny.images(2), *tiny.images(1, 60, 40)]
-    expected, ours = made(images), Path(iqareward.__file__).parent
-
-    def guard(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            caller = Path(traceback.extract_stack(limit=2)[0].filename)
-            assert not caller.is_relative_to(ours), f"{caller} waited for the device"
-            return function(*args, **kwargs)
-
-        return call
-
-    # the warning about batches without scores reads them on a CPU, where that costs nothing, and not on a GPU
-    monkeypatch.setattr(UnscoredWatch, "look", lambda *_, **__: None)
-    for name in ("item", "cpu", "tolist", "nonzero", "numpy", "__bool__", "__float__", "__int__", "__index__"):
-        monkeypatch.setattr(Tensor, name, guard(getattr(Tensor, name)))
-    for name in ("nonzero", "as_tensor", "from_numpy", "masked_select"):
-        monkeypatch.setattr(torch, name, guard(getattr(torch, name)))
-    scores = made(images)
-    monkeypatch.undo()
-    torch.testing.assert_close(scores, expected, **EXACT)
+def test_warm_calls_do_not_wait_for_the_device(family, kind) -> None:
+    """No number is read back, no constant is copied, and a batch needs as many attention calls as one image."""
+    model = tiny.model(family, tiny.pair(family)[1].tokenizer), tiny.pair(family)[1]
+    made = LevelReward(model) if kind == "level" else reward(family, model=model)
+    made(tiny.images(1))  # looks at its scores, as every first call does
+    attention = []
+    for count in (1, 4):
+        with Meter() as meter:
+            made.to("cuda")
+            images = torch.rand(count, 3, 64, 96, device="cuda")
+            meter.second(lambda images=images: made(images))
+        assert [*map(str, meter.waits + meter.host_constants)] == []
+        attention.append(sum(found["kernels"] for name, found in meter.by_operator.items() if "attention" in name))
+    assert attention[0] == attention[1]
 
 
 def test_offload_and_onload() -> None:

@@ -107,8 +107,8 @@ def _text(tok: Any, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def config(family: str, tok: Any) -> Any:
-    """A configuration with two layers of everything."""
+def config(family: str, tok: Any, language: Any = transformers.Qwen2Config, **more: Any) -> Any:
+    """A configuration with two layers of everything; LLaVA-OneVision and InternVL take a `language` model's."""
     ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
     ids |= {"vision_end": tok.convert_tokens_to_ids("<|vision_end|>")}
     qwen = {
@@ -135,7 +135,7 @@ def config(family: str, tok: Any) -> Any:
         tower |= {"num_position_embeddings": 16}
         return transformers.Qwen3_5Config(text_config=text, vision_config=tower, **qwen)
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = transformers.Qwen2Config(**_text(tok))
+    text = language(**_text(tok, **more))
     if family == "llava_onevision":
         return transformers.LlavaOnevisionConfig(
             text_config=text,
@@ -151,11 +151,11 @@ def config(family: str, tok: Any) -> Any:
     )  # fmt: skip
 
 
-def model(family: str, tok: Any, dtype: torch.dtype = torch.float32) -> Any:
+def model(family: str, tok: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A seeded model whose output depends on the pixels visibly."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for the vectors, which keep the library's own initial values
-        made = transformers.AutoModelForImageTextToText.from_config(config(family, tok))
+        made = transformers.AutoModelForImageTextToText.from_config(config(family, tok, **options))
     rng = torch.Generator().manual_seed(0)
     weights = 0.2 if family == "llava_onevision" else 0.3  # its tower has no norm at the end
     with torch.no_grad():

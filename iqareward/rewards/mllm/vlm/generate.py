@@ -61,12 +61,14 @@ def _write(network: Network, images: Tensor, prompt: Prompt, sampling: Sampling,
     """What the model writes about a clean batch of one size; empty texts if it takes no image of that size."""
     from transformers import GenerationConfig
 
-    features = network.features(images)
-    if features is None:
+    inputs = network.family.images(images)
+    if inputs is None:
         return [""] * images.shape[0]
-    layout = network.layout(prompt, features.num_tokens, features.grid, None)
+    features = network.features(images[:1])  # to know how many tokens an image has; `generate` makes its own
+    assert features is not None
+    layout = network.layout(prompt, features.tokens.shape[1], features.grid, None)
     ids = layout.ids.expand(images.shape[0], -1)
-    kinds = {"mm_token_type_ids": (ids == network.processor.image_token_id).int()} if features.shapes else {}
+    kinds = {"mm_token_type_ids": (ids == network.processor.image_token_id).int()} if inputs.grid else {}
     tokenizer = network.processor.tokenizer
     options = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -77,8 +79,7 @@ def _write(network: Network, images: Tensor, prompt: Prompt, sampling: Sampling,
             attention_mask=torch.ones_like(ids),
             generation_config=options,
             logits_processor=[] if seed is None else _sampler(sampling, seed),
-            mm_encoder_outputs={"image": features.output},
-            **features.shapes,
+            **inputs.keywords | {"pixel_values": inputs.keywords["pixel_values"].to(network.model.dtype)},
             **kinds,
         )
     return tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)

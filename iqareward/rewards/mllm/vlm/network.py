@@ -14,25 +14,24 @@ from iqareward.rewards.mllm.vlm.chat import Prompt
 from iqareward.rewards.mllm.vlm.families import check_family, family_of
 from iqareward.rewards.mllm.vlm.towers import VisionTower
 
-_CACHED_SHAPES = 32  # layouts kept, one for each size of image and batch
+_CACHED_SHAPES = 32  # layouts kept, one for each prompt and size of image
+
+# language models that are nothing but their layers between an embedding and a norm; others scale or clip in between
+_LANGUAGE_MODELS = ("qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text", "qwen2", "qwen3", "llama")
 
 
 class Features(NamedTuple):
-    """What the vision tower made of a batch.
+    """What the vision tower made of a batch of images of one size.
 
     Attributes:
-        output: as the model takes it.
-        batch: number of images.
-        num_tokens: image tokens of each image.
-        grid: their rows and columns, for M-RoPE.
-        shapes: the model's own argument that says so.
+        tokens: `[B, T, values]` to put in place of the image tokens.
+        deep: `[B, T, values]` to add to them behind each of the first layers (deepstack); most models have none.
+        grid: rows and columns of the tokens, for M-RoPE.
     """
 
-    output: Any
-    batch: int
-    num_tokens: int
+    tokens: Tensor
+    deep: tuple[Tensor, ...]
     grid: tuple[int, int] | None
-    shapes: dict[str, Tensor]
 
 
 class Layout(NamedTuple):
@@ -41,14 +40,16 @@ class Layout(NamedTuple):
     Attributes:
         ids: `[1, L]` token ids.
         positions: `[1, L]`, or `[3, 1, L]` for M-RoPE.
-        mask: `[1, 1, L, L]` added to attention scores; None = causal.
+        rotation: cosines and sines of the positions, as the layers take them.
+        masks: what the layers of each kind take as attention mask.
         keep: `[K]` indices of the tokens that are read.
         end: position of the next token after the prompt.
     """
 
     ids: Tensor
     positions: Tensor
-    mask: Tensor | None
+    rotation: tuple[Tensor, Tensor]
+    masks: dict[str, Any]
     keep: Tensor
     end: int
 
@@ -76,6 +77,12 @@ class Network:
                 "such as with model.merge_and_unload()."
             )
         check_family(model.config.model_type)
+        language = model.config.text_config.model_type
+        if language not in _LANGUAGE_MODELS:
+            raise ValueError(
+                f"expected a language model of type {', '.join(_LANGUAGE_MODELS)}, got {language!r}. "
+                "Serve it with vLLM or SGLang and use ServedVLMReward."
+            )
         if processor.image_token_id != model.config.image_token_id:
             raise ValueError(
                 f"expected model and processor of one checkpoint, got image tokens {model.config.image_token_id} "
@@ -103,10 +110,8 @@ class Network:
         inputs = self.family.images(images)
         if inputs is None:
             return None
-        output = self._tower(inputs, images.shape[0])
-        tokens = sum(rows.shape[:-1].numel() for rows in output.pooler_output)
-        shapes = {key: value for key, value in inputs.keywords.items() if key == "image_grid_thw"}
-        return Features(output, images.shape[0], tokens // images.shape[0], inputs.grid, shapes)
+        tokens, *deep = self._tower(inputs, images.shape[0])
+        return Features(tokens, tuple(deep), inputs.grid)
 
     def logits(self, features: Features, prompt: Prompt) -> Tensor:
         """`[B, vocabulary]` of the token behind the prompt."""
@@ -114,8 +119,8 @@ class Network:
 
     def hidden(self, features: Features, prompt: Prompt, branches: Branches | None = None) -> Tensor:
         """`[B, K, values]`: the last layer at the end of the prompt, and at each token of `branches` that is read."""
-        layout = self.layout(prompt, features.num_tokens, features.grid, branches)
-        return self._prefill(layout, features, use_cache=False).last_hidden_state.index_select(1, layout.keep)
+        layout = self.layout(prompt, features.tokens.shape[1], features.grid, branches)
+        return self._prefill(layout, features, len(prompt.before)).index_select(1, layout.keep)
 
     def head(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits of the next token, `[..., vocabulary]`, or `[..., K]` of these `ids` alone: the head is large."""
@@ -135,53 +140,107 @@ class Network:
             prompt: before them, shared.
             branchings: `[branches, T]` ids each: how every sequence so far goes on.
         """
-        layout = self.layout(prompt, features.num_tokens, features.grid, None)
-        out = self._prefill(layout, features, use_cache=True)
-        yield out.last_hidden_state[:, -1]
-        rows, position = features.batch, layout.end
+        from transformers import DynamicCache
+
+        layout = self.layout(prompt, features.tokens.shape[1], features.grid, None)
+        cache: Any = DynamicCache(config=self._text.config)
+        yield self._prefill(layout, features, len(prompt.before), cache)[:, -1]
+        rows, position = features.tokens.shape[0], layout.end
         for ids in branchings:
             branches, length = ids.shape
-            out.past_key_values.reorder_cache(torch.arange(rows, device=self.device).repeat_interleave(branches))
+            cache.reorder_cache(torch.arange(rows, device=self.device).repeat_interleave(branches))
+            hidden = self._text.embed_tokens(ids).repeat(rows, 1, 1)
             positions = torch.arange(position, position + length, device=self.device)
-            out = self.model.model(
-                input_ids=ids.repeat(rows, 1),
-                past_key_values=out.past_key_values,
-                position_ids=positions.expand(*layout.positions.shape[:-2], rows * branches, -1),
-                use_cache=True,
-            )
-            yield out.last_hidden_state[:, -1]
+            rotation = self._text.rotary_emb(hidden, positions.expand(*layout.positions.shape[:-1], -1))
+            yield self._decode(hidden, rotation, self._masks(hidden, cache), cache=cache)[:, -1]
             rows, position = rows * branches, position + length
 
-    def _prefill(self, layout: Layout, features: Features, *, use_cache: bool) -> Any:
-        return self.model.model(
-            input_ids=layout.ids.expand(features.batch, -1),
-            mm_encoder_outputs={"image": features.output},
-            position_ids=layout.positions.expand(*layout.positions.shape[:-2], features.batch, -1),
-            attention_mask=layout.mask,
-            use_cache=use_cache,
-        )
+    def _prefill(self, layout: Layout, features: Features, before: int, cache: Any = None) -> Tensor:
+        """The last layer `[B, L, values]` behind the prompt around the image."""
+        rows, length, _ = features.tokens.shape
+        words = self._text.embed_tokens(layout.ids).expand(rows, -1, -1)
+        hidden = torch.cat([words[:, :before], features.tokens.to(words), words[:, before + length :]], dim=1)
+        return self._decode(hidden, layout.rotation, layout.masks, features.deep, before, cache)
+
+    def _decode(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        masks: dict[str, Any],
+        deep: tuple[Tensor, ...] = (),
+        before: int = 0,
+        cache: Any = None,
+    ) -> Tensor:
+        """The text model's own layers, one after the other.
+
+        Its `forward` would read masks and positions back to the host, and find the tokens of deepstack with `nonzero`.
+        """
+        for index, (layer, kind) in enumerate(zip(self._text.layers, self._kinds, strict=True)):
+            hidden = layer(
+                hidden,
+                attention_mask=masks[kind],
+                position_embeddings=rotation,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+            if index < len(deep):
+                first, image, last = hidden.tensor_split((before, before + deep[index].shape[1]), dim=1)
+                hidden = torch.cat([first, image + deep[index], last], dim=1)
+        return self._text.norm(hidden)
 
     def _layout(
         self, prompt: Prompt, num_tokens: int, grid: tuple[int, int] | None, branches: Branches | None
     ) -> Layout:
         image = self.processor.image_token_id
         ids = torch.tensor([*prompt.before, *[image] * num_tokens, *prompt.after])
+        length = len(ids)
         positions = _positions(len(prompt.before), num_tokens, grid, len(prompt.after))
-        end = int(positions.max()) + 1
-        mask, keep = None, torch.tensor([len(ids) - 1])
+        end = len(prompt.before) + (num_tokens if grid is None else max(grid)) + len(prompt.after)
+        keep = torch.tensor([length - 1])
         if branches is not None:
             later = torch.tensor(branches.depths) + end
             positions = torch.cat([positions, later.expand(*positions.shape[:-1], -1)], dim=-1)
-            length = len(ids)
             ids = torch.cat([ids, torch.tensor(branches.ids)])
             keep = torch.cat([keep, torch.tensor(branches.read) + length])
-            visible = branches.visible(length)
-            low = torch.finfo(self.model.dtype).min
-            mask = torch.zeros(visible.shape, dtype=self.model.dtype).masked_fill(~visible, low)[None, None]
-            mask = mask.to(self.device)
         # M-RoPE's three axes come before the batch
-        positions = positions[:, None] if positions.ndim == 2 else positions[None]
-        return Layout(ids[None].to(self.device), positions.to(self.device), mask, keep.to(self.device), end)
+        positions = (positions[:, None] if positions.ndim == 2 else positions[None]).to(self.device)
+        with torch.inference_mode(False), torch.no_grad():  # kept for calls in other modes
+            dtype = self._text.embed_tokens.weight.dtype
+            states = torch.empty(1, len(ids), 1, dtype=dtype, device=self.device)
+            rotation = self._text.rotary_emb(states, positions)
+            if branches is None:
+                masks = self._masks(states)
+            else:
+                hidden = ~branches.visible(length)
+                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+                masks = {"full_attention": mask[None, None].to(self.device)}
+            # Copies from the host come last: they wait for what the device computed before, so that other threads may
+            # read it on streams of their own.
+            return Layout(ids[None].to(self.device), positions, rotation, masks, keep.to(self.device), end)
+
+    @property
+    def _text(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def _kinds(self) -> list[str]:
+        """Kind of attention of each layer."""
+        return getattr(self._text.config, "layer_types", None) or ["full_attention"] * len(self._text.layers)
+
+    def _masks(self, hidden: Tensor, cache: Any = None) -> dict[str, Any]:
+        """Causal masks for each kind of layer, as its attention takes them."""
+        from transformers import masking_utils
+
+        makers: dict[str, Any] = {
+            "full_attention": masking_utils.create_causal_mask,
+            "sliding_attention": masking_utils.create_sliding_window_causal_mask,
+        }
+        options = {"config": self._text.config, "inputs_embeds": hidden, "attention_mask": None}
+        return {
+            # a recurrent layer needs a mask for padding only, and there is none
+            kind: None if kind == "linear_attention" else makers[kind](**options, past_key_values=cache)
+            for kind in set(self._kinds)
+        }
 
 
 def _positions(before: int, image: int, grid: tuple[int, int] | None, after: int) -> Tensor:

@@ -86,7 +86,7 @@ def _step_by_step(network: Network, prompt: Prompt, readout: DigitReadout) -> Di
 
     def hidden(features: Features) -> tuple[Tensor, list[Tensor]]:
         first, *decimals = network.steps(features, prompt, steps)
-        return first, [place.unflatten(0, (features.batch, -1)) for place in decimals]
+        return first, [place.unflatten(0, (features.tokens.shape[0], -1)) for place in decimals]
 
     return hidden
 
