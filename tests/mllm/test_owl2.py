@@ -1,12 +1,16 @@
 """The network reproduces the authors' code, under the published parameter names."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.meter import Meter
 from iqareward.rewards.mllm.owl2 import Owl2, Owl2Config
 from iqareward.rewards.mllm.preprocess import preprocess
 from iqareward.rewards.mllm.prompts import LEVEL_IDS, prompt_ids
+from iqareward.rewards.mllm.qalign import QAlignReward
 from tests.mllm.owl2_tiny import SMALL, TINY, golden, reference_images, seeded_model
 from tests.tolerances import NETWORK_BATCH
 
@@ -148,6 +152,22 @@ def test_gradient_equals_finite_differences() -> None:
         numeric = (score(pixels + 1e-5 * direction) - score(pixels - 1e-5 * direction)) / 2e-5
     torch.testing.assert_close((leaf.grad * direction).sum(), numeric, rtol=1e-5, atol=1e-9)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+@pytest.mark.parametrize(("stack", "kernels"), [("layers", 29), ("vision_layers", 11), ("abstractor_layers", 20)])
+def test_launches_of_a_layer(stack, kernels) -> None:
+    """What one layer more launches on a GPU, where a single image is bound by launches."""
+    found = []
+    with Meter() as meter:
+        for count in (2, 3):
+            with torch.device("cuda"):
+                model = Owl2(replace(SMALL, kv_heads=4, **{stack: count}))
+            reward = QAlignReward(model.to(torch.bfloat16))
+            images = torch.rand(2, 3, 56, 56, device="cuda")
+            meter.second(lambda reward=reward, images=images: reward(images))
+            found.append(meter.kernels)
+    assert found[1] - found[0] <= kernels
 
 
 def test_config_from_a_published_file() -> None:
