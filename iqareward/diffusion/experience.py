@@ -195,14 +195,16 @@ def collect(
             keep_clean=sampling.reward_steps,
             condition=select(condition, part),
         )
-        scored = [trajectory.clean[step] for step in sampling.reward_steps] + [trajectory.sample]
-        images = images_of(policy, torch.cat(scored))
         side_by_side = references[part].repeat_interleave(sampling.group_size, 0)
-        pending.append(_submit(reward, images, side_by_side.repeat(len(scored), 1, 1, 1)))
-        last = images[-side_by_side.shape[0] :]
-        distances.append(reference_distance(last, side_by_side, metric))
+        # step by step: the pixels of all steps, and as many copies of the references, would not fit beside each other
+        steps = [
+            _submit(reward, images_of(policy, trajectory.clean[step]), side_by_side) for step in sampling.reward_steps
+        ]
+        images = images_of(policy, trajectory.sample)
+        pending.append([*steps, _submit(reward, images, side_by_side)])
+        distances.append(reference_distance(images, side_by_side, metric))
         trajectories.append(trajectory)
-    rewards = torch.cat([part().to(degraded.device).view(len(sampling.reward_steps) + 1, -1) for part in pending], 1)
+    rewards = torch.cat([torch.stack([scores().to(degraded.device) for scores in steps]) for steps in pending], 1)
     return _joined(trajectories), condition, rewards, torch.cat(distances)
 
 

@@ -1,9 +1,12 @@
 """Plain statistics of images that cheap ways to please a judge move: one number per image, no better direction."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from iqareward.functional._checks import check_images
+from iqareward.functional._chunks import map_chunks
 from iqareward.functional._fused import correlate
 from iqareward.functional.color import luma
 
@@ -24,9 +27,11 @@ def saturation_share(images: Tensor) -> Tensor:
         >>> saturation_share(torch.ones(1, 3, 8, 8))
         tensor([1.])
     """
-    images = check_images("saturation_share", images)
-    clipped = ((images <= CLIPPED) | (images >= 1 - CLIPPED)).any(1)
-    return _unless_broken(clipped.float().flatten(1).mean(1), images)
+
+    def share(rows: Tensor) -> Tensor:
+        return ((rows <= CLIPPED) | (rows >= 1 - CLIPPED)).any(1).float().flatten(1).mean(1)
+
+    return _statistic("saturation_share", share, images)
 
 
 def colorfulness(images: Tensor) -> Tensor:
@@ -39,8 +44,7 @@ def colorfulness(images: Tensor) -> Tensor:
         >>> colorfulness(torch.full((1, 3, 8, 8), 0.3))
         tensor([0.])
     """
-    images = check_images("colorfulness", images)
-    return _unless_broken((images.amax(1) - images.amin(1)).flatten(1).mean(1), images)
+    return _statistic("colorfulness", lambda rows: (rows.amax(1) - rows.amin(1)).flatten(1).mean(1), images)
 
 
 def dark_fraction(images: Tensor) -> Tensor:
@@ -53,8 +57,7 @@ def dark_fraction(images: Tensor) -> Tensor:
         >>> dark_fraction(torch.zeros(1, 3, 8, 8))
         tensor([1.])
     """
-    images = check_images("dark_fraction", images)
-    return _unless_broken((luma(images) < DARK).float().flatten(1).mean(1), images)
+    return _statistic("dark_fraction", lambda rows: (luma(rows) < DARK).float().flatten(1).mean(1), images)
 
 
 def edge_density(images: Tensor) -> Tensor:
@@ -68,15 +71,16 @@ def edge_density(images: Tensor) -> Tensor:
         >>> edge_density(ramp)
         tensor([0.1000])
     """
-    images = check_images("edge_density", images, min_side=3)
-    planes = luma(images).view(-1, *images.shape[2:])
-    slopes = [
-        correlate(
-            correlate(planes, (-0.5, 0.0, 0.5), is_vertical=is_vertical), (0.25, 0.5, 0.25), is_vertical=not is_vertical
-        )
-        for is_vertical in (False, True)
-    ]
-    return _unless_broken(torch.stack(slopes).norm(dim=0).flatten(1).mean(1), images)
+
+    def density(rows: Tensor) -> Tensor:
+        planes, across, along = luma(rows), (-0.5, 0.0, 0.5), (0.25, 0.5, 0.25)
+        slopes = [
+            correlate(correlate(planes, across, is_vertical=is_vertical), along, is_vertical=not is_vertical)
+            for is_vertical in (False, True)
+        ]
+        return torch.stack(slopes).norm(dim=0).flatten(1).mean(1)
+
+    return _statistic("edge_density", density, images, min_side=3)
 
 
 def high_frequency_share(images: Tensor) -> Tensor:
@@ -93,17 +97,25 @@ def high_frequency_share(images: Tensor) -> Tensor:
         >>> high_frequency_share(checkerboard)
         tensor([1.])
     """
-    images = check_images("high_frequency_share", images)
-    planes = luma(images).view(-1, *images.shape[2:])
-    planes = torch.where(planes.isfinite(), planes, 0.0)
-    power = torch.fft.fft2(planes - planes.mean((1, 2), keepdim=True)).abs().square()
-    rows, columns = (torch.fft.fftfreq(side, device=images.device).abs() for side in images.shape[2:])
-    high = torch.maximum(rows[:, None], columns[None]) > 0.25
-    total = power.sum((1, 2))
-    # A flat image leaves rounding noise only, whose share says nothing.
-    flat = total < 1e-10 * planes[0].numel() ** 2
-    return _unless_broken(torch.where(flat, 0.0, (power * high).sum((1, 2)) / total), images)
+
+    def share(rows: Tensor) -> Tensor:
+        planes = luma(rows)
+        planes = torch.where(planes.isfinite(), planes, 0.0)
+        power = torch.fft.fft2(planes - planes.mean((1, 2), keepdim=True)).abs().square()
+        vertical, horizontal = (torch.fft.fftfreq(side, device=rows.device).abs() for side in rows.shape[2:])
+        high = torch.maximum(vertical[:, None], horizontal[None]) > 0.25
+        total = power.sum((1, 2))
+        # A flat image leaves rounding noise only, whose share says nothing.
+        flat = total < 1e-10 * planes.shape[1:].numel() ** 2
+        return torch.where(flat, 0.0, (power * high).sum((1, 2)) / total)
+
+    return _statistic("high_frequency_share", share, images)
 
 
-def _unless_broken(values: Tensor, images: Tensor) -> Tensor:
-    return torch.where(images.isfinite().flatten(1).all(1), values, torch.nan)
+def _statistic(name: str, formula: Callable[[Tensor], Tensor], images: Tensor, *, min_side: int = 1) -> Tensor:
+    """A formula of each image in pieces; NaN for images with non-finite pixels."""
+
+    def unless_broken(rows: Tensor) -> Tensor:
+        return torch.where(rows.isfinite().flatten(1).all(1), formula(rows), torch.nan)
+
+    return map_chunks(unless_broken, check_images(name, images, min_side=min_side))

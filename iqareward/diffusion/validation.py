@@ -116,8 +116,10 @@ class Validation:
             columns.append(checked_scores(answer, name=getattr(judge, "name", name), count=len(images)).cpu())
         own = torch.stack(columns, 1)
         device = next(policy.model.parameters()).device
-        (images, rows), _ = gather_rows(images.to(device), own.to(device))
-        images, scores = images.cpu(), dict(zip(named, rows.cpu().unbind(1), strict=True))
+        (rows,), _ = gather_rows(own.to(device))
+        scores = dict(zip(named, rows.cpu().unbind(1), strict=True))
+        if world > 1:
+            images = self._gather(images, [count * (r + 1) // world - count * r // world for r in range(world)], device)
         alarms = [f"{name} scored no held-out image" for name, found in scores.items() if found.isnan().all()]
         if self.monitor is not None and not scores["reward"].isnan().all():
             if self.monitor.calibrated:
@@ -128,6 +130,15 @@ class Validation:
         if self.first is None:
             self.first = self._first_grid(images, scores["reward"], reward)
         return {"images": images, "scores": scores, "alarms": tuple(alarms), "best": best}
+
+    def _gather(self, images: Tensor, shares: Sequence[int], device: torch.device) -> Tensor:
+        """The images of all processes on the CPU, in order, with a few of each on the device at a time."""
+        blocks: list[tuple[Tensor, ...]] = []
+        size = self.inputs_at_once
+        for start in range(0, max(shares), size):
+            (rows,), _ = gather_rows(images[start : start + size].to(device))
+            blocks.append(rows.cpu().split([min(max(share - start, 0), size) for share in shares]))
+        return torch.cat([block for of_process in zip(*blocks, strict=True) for block in of_process])
 
     def _first_grid(self, images: Tensor, rewards: Tensor, reward: Reward) -> dict[str, Tensor]:
         """What all later grids show as well, in 8 bits because it goes into every checkpoint."""

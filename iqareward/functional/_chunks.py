@@ -1,6 +1,6 @@
 """Pieces of a batch: as large as stay in a CPU's cache, or as fit a budget of bytes on any other device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -41,33 +41,38 @@ def working_bytes(device: torch.device) -> int:
 
 
 def rows_at_once(
-    batch: Tensor, device: torch.device, *, bytes_per_pixel: int = FORMULA_BYTES_PER_PIXEL, threads: int = 2
+    size: Sequence[int],
+    device: torch.device,
+    *,
+    bytes_per_pixel: int = FORMULA_BYTES_PER_PIXEL,
+    threads: int = 2,
 ) -> int:
-    """How many images of a batch `[B, ..., H, W]` to work on at a time on a device, at least one.
+    """How many images to work on at a time on a device, at least one.
 
     Args:
-        batch: the images.
+        size: (height, width) of the images.
         device: where they are worked on.
-        bytes_per_pixel: working memory for each pixel of `[H, W]`; on a CPU the cache decides instead.
+        bytes_per_pixel: working memory for each pixel of an image; on a CPU the cache decides instead.
         threads: of the CPU that work on them.
     """
-    pixels = max(1, batch.shape[-2] * batch.shape[-1])
+    pixels = size[0] * size[1]
     if device.type == "cpu":
-        return max(1, (PIXELS_FOR_ONE_THREAD if threads == 1 else CPU_PIXELS_PER_CHUNK) // pixels)
+        return max(1, (PIXELS_FOR_ONE_THREAD if threads == 1 else CPU_PIXELS_PER_CHUNK) // max(1, pixels))
     return max(1, working_bytes(device) // (bytes_per_pixel * max(pixels, LEAST_PIXELS)))
 
 
-def map_chunks(formula: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+def map_chunks(formula: Callable[..., Tensor], *batches: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """Apply `formula(*pieces) -> [b, ...]` to consecutive pieces of the batches and concatenate.
 
     Args:
         formula: treats images independently of each other.
         batches: `[B, ..., H, W]`, the first of which decides; others may have any shape `[B, ...]`.
+        size: (height, width) to count with; those of the first batch if not given.
     """
     first, results, start = batches[0], list[Tensor](), 0
     while True:  # the number of threads can change from piece to piece
         with free_threads(first.device) as threads:
-            rows = rows_at_once(first, first.device, threads=threads)
+            rows = rows_at_once(first.shape[-2:] if size is None else size, first.device, threads=threads)
             if start == 0 and rows >= first.shape[0]:
                 return formula(*batches)
             results.append(formula(*(batch[start : start + rows] for batch in batches)))

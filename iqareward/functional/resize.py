@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iqareward._gradients import clamp, differentiated, straight_through
 from iqareward.functional._checks import check_images
+from iqareward.functional._chunks import map_chunks
 from iqareward.functional._threads import free_threads
 
 CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
@@ -62,7 +63,8 @@ def pillow_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
         https://doi.org/10.1109/TASSP.1981.1163711
     """
     images = check_images("pillow_resize", images)
-    return resize_levels(to_levels(images), size) / 255
+    largest = [max(sides) for sides in zip(images.shape[2:], size, strict=True)]
+    return map_chunks(lambda rows: resize_levels(to_levels(rows), size) / 255, images, size=largest)
 
 
 def to_levels(images: Tensor) -> Tensor:

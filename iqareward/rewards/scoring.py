@@ -242,7 +242,7 @@ def score_images(
         return torch.zeros(0, dtype=torch.float32, device=device)
     device = buckets[0][0].device
     sizes = [
-        rows_at_once(bucket[0], device, bytes_per_pixel=bytes_per_pixel) if batch_size is None else batch_size
+        rows_at_once(bucket[0].shape[2:], device, bytes_per_pixel=bytes_per_pixel) if batch_size is None else batch_size
         for bucket in buckets
     ]
     score: Callable[..., Any] = partial(_score_clean, score_batch, name, min_side)

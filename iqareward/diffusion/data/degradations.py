@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from iqareward.diffusion.data.jpeg import jpeg
 from iqareward.diffusion.data.seeds import id_list, normal
 from iqareward.functional._checks import check_images
+from iqareward.functional._chunks import rows_at_once
 from iqareward.functional.resize import pillow_resize
 
 TASKS = ("blur", "resize", "noise", "jpeg")
@@ -86,6 +87,11 @@ class Degradation:
                 f"{list(severity.shape)} and {len(ids)}. Use torch.full for one severity."
             )
         share = severity.to(images.device).float().clamp(0, 1)
+        size = rows_at_once(images.shape[2:], images.device)
+        parts = [slice(start, start + size) for start in range(0, max(1, len(ids)), size)]
+        return torch.cat([self._damaged(images[part], share[part], ids[part], seed=seed) for part in parts])
+
+    def _damaged(self, images: Tensor, share: Tensor, ids: Sequence[int], *, seed: int) -> Tensor:
         steps: dict[str, Callable[[Tensor], Tensor]] = {
             "blur": lambda rows: blur(rows, MIN_SIGMA + (self.max_sigma - MIN_SIGMA) * share),
             "resize": lambda rows: lower_resolution(rows, MIN_FACTOR + (self.max_factor - MIN_FACTOR) * share),

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iqareward.functional._checks import check_images
+from iqareward.functional._chunks import map_chunks
 from iqareward.functional._constants import constant
 
 BLOCK, UNIT = 8, 16  # side of a block, and of the 2 x 2 blocks of luma that share one block of each chroma
@@ -69,11 +70,15 @@ def jpeg(images: Tensor, quality: Tensor) -> Tensor:
             f"jpeg expected `quality` of shape {[len(images)]}, one per image, got {list(quality.shape)}. "
             "Use torch.full for one quality."
         )
+    return map_chunks(_jpeg, images, quality.to(images.device))
+
+
+def _jpeg(images: Tensor, quality: Tensor) -> Tensor:
     height, width = images.shape[2:]
     levels = (images.clamp(0, 1) * 255).round()
     levels = F.pad(levels, (0, -width % UNIT, 0, -height % UNIT), mode="replicate")
     luma, blue, red = _to_ycc(levels)
-    scale = _table_scale(quality.to(images.device))
+    scale = _table_scale(quality)
     luma = _lossy(luma, LUMA_STEPS, scale)[..., :height, :width]
     chroma_size = (math.ceil(height / 2), math.ceil(width / 2))
     blue, red = (

@@ -160,7 +160,8 @@ def _pixels(buckets: Buckets, model: Owl2, batch_size: int, valid: list[Tensor])
     """Preprocessed pixels in the network's dtype, one piece of a bucket at a time; appends to `valid` on the way."""
     weight = model.model.norm.weight
     for (bucket,) in buckets:
-        for piece in bucket.split(min(batch_size, rows_at_once(bucket, weight.device))):
+        side = max(bucket.shape[2:])  # images are padded to squares
+        for piece in bucket.split(min(batch_size, rows_at_once((side, side), weight.device))):
             clean, intact = sanitize(piece.to(weight.device))
             valid.append(intact)
             yield preprocess(clean, model.config.image_size).to(weight.dtype)

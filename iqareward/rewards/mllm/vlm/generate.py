@@ -47,7 +47,7 @@ def generate_answers(
         text = render(network.processor, preset, question)
         prompt = tokenize(network.processor, text, network.family.around)
         for (bucket,) in buckets:
-            for piece in bucket.split(scorer.batch_size):
+            for piece in bucket.split(scorer.rows_at_once(bucket, network.device)):
                 clean, valid = sanitize(piece.to(network.device))
                 written = _write(network, clean, prompt, preset.sampling, seed)
                 texts += [text if intact else "" for text, intact in zip(written, valid.tolist(), strict=True)]

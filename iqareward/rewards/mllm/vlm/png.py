@@ -30,7 +30,7 @@ def host_pixels(name: str, images: Images) -> tuple[list[np.ndarray | None], tor
         buckets, order = shape_buckets(name, images, None)
         rows: list[np.ndarray | None] = []
         for (bucket,) in buckets:
-            for piece in bucket.split(rows_at_once(bucket, bucket.device)):
+            for piece in bucket.split(rows_at_once(bucket.shape[2:], bucket.device)):
                 clean, valid = sanitize(piece)
                 levels = (clean * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 rows += [row if intact else None for row, intact in zip(levels, valid.tolist(), strict=True)]

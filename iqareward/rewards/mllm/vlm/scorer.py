@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.batches import shape_buckets
 from iqareward.rewards.loading import LazyModel, any_device_mode
 from iqareward.rewards.mllm.vlm.loading import load_network, require_transformers
@@ -126,12 +127,17 @@ class VLMScorer:
             device = images.device if isinstance(images, Tensor) else None
             return torch.zeros(0, self.width, dtype=torch.float32, device=device)
         asked = self.asked(buckets[0][0])
-        pieces = [piece for (bucket,) in buckets for piece in bucket.split(self.batch_size)]
+        device = asked.network.device
+        pieces = [piece for (bucket,) in buckets for piece in bucket.split(self.rows_at_once(bucket, device))]
         found = torch.cat([self._read(asked, piece) for piece in pieces])
         if order is None:
             return found
         rows = found.unbind(0)  # views: restoring the order copies no index to the device
         return torch.stack([rows[i] for i in order])
+
+    def rows_at_once(self, bucket: Tensor, device: torch.device) -> int:
+        """How many images of a bucket to run on: `batch_size`, or fewer if their pixels would not fit on a device."""
+        return self.batch_size if device.type == "cpu" else min(self.batch_size, rows_at_once(bucket.shape[2:], device))
 
     def _read(self, asked: Asked, images: Tensor) -> Tensor:
         clean, valid = sanitize(images.to(asked.network.device))
