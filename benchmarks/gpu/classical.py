@@ -40,6 +40,7 @@ def pictures(size: int, batch: int) -> tuple[Tensor, Tensor]:
     return (true + 0.05 * torch.randn(true.shape, generator=rng, device=DEVICE)).clamp(0, 1), true
 
 
+@torch.no_grad()
 def against_peers(name: str, x: Tensor, true: Tensor) -> Row:
     """Milliseconds of our formula, of our reward, and of every other library."""
     ours = partial(OURS[name], *((x,) if name in NO_REFERENCE else (x, true)))

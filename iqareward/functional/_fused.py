@@ -66,7 +66,7 @@ def clean(batches: Sequence[Tensor], low: float, high: float) -> tuple[list[Tens
     if len({images.dtype for images in batches}) > 1:
         batches = [images.float() for images in batches]
     stacked, valid = torch.ops.iqareward.clean([images.detach() for images in batches], low, high)
-    cleaned = list(stacked.unbind(0))
+    cleaned = [stacked[index] for index in range(len(batches))]
     if any(differentiated(images) for images in batches):
         # equal to the clean pixel: inside [0, 1], bounds included
         kept = [images.float() for images in batches]
@@ -175,6 +175,8 @@ def _launched(result: Tensor, launch: Callable[[Any], None]) -> bool:
     except ImportError as error:
         _unusable.append(str(error))
         return False
+    except torch.OutOfMemoryError:
+        raise  # says nothing about Triton
     except Exception as error:  # a compiler raises anything
         _unusable.append(str(error))
         message = (

@@ -119,6 +119,17 @@ def test_a_plane_does_not_depend_on_its_batch():
     torch.testing.assert_close(blur_valid(maps, taps), alone, **EXACT)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_elements_than_32_bits_count():
+    """The last of 2^19 + 1 planes of 64x64 is where it belongs."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    maps = noise(1, 64, 64).to("cuda")
+    found = blur_valid(maps.expand(2**19 + 1, -1, -1), [0.5])
+    torch.testing.assert_close(found[-1], maps[0] * 0.25, **EXACT)
+
+
 @kernels
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own forward mode
 def test_derivatives_of_every_kind():
