@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import iqareward
+from benchmarks.meter import Meter
 from iqareward.diffusion.guards import edge_density
 from iqareward.functional import ssim
 from iqareward.functional.color import luma
@@ -261,6 +262,22 @@ def test_rewards(name, plainly):
     found = scores_and_slopes(DEVICE)
     assert found[0].isnan().tolist() == [False, True, reward.needs_references]
     torch.testing.assert_close(found, expected, equal_nan=True, **FORMULA_FP32)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+@pytest.mark.parametrize(
+    ("name", "launches", "trips"),
+    [("psnr", 16, 25), ("ssim", 27, 70), ("ms_ssim", 82, 84), ("gmsd", 45, 58), ("haarpsi", 90, 140)],
+)
+def test_few_launches_and_little_traffic(name, launches, trips):
+    """A warm call of a reward; traffic in trips of one plane, of which reading and cleaning a pair is twelve."""
+    reward, side = iqareward.load(name), 256
+    with Meter() as meter:
+        images, references = (torch.rand(4, 3, side, side, device="cuda") for _ in range(2))
+        meter.second(lambda: reward(images, references=references))
+    assert meter.kernels <= launches
+    assert meter.bytes <= trips * 4 * side * side * 4
+    assert not meter.waits
 
 
 @pytest.mark.slow
