@@ -69,6 +69,8 @@ def map_chunks(formula: Callable[..., Tensor], *batches: Tensor, size: Sequence[
         batches: `[B, ..., H, W]`, the first of which decides; others may have any shape `[B, ...]`.
         size: (height, width) to count with; those of the first batch if not given.
     """
+    if torch.compiler.is_compiling():  # what it fuses leaves no intermediates, and it cannot ask for threads
+        return formula(*batches)
     first, results, start = batches[0], list[Tensor](), 0
     while True:  # the number of threads can change from piece to piece
         with free_threads(first.device) as threads:

@@ -10,6 +10,8 @@ import torch
 
 from iqareward import functional as F
 from iqareward.functional._chunks import CPU_PIXELS_PER_CHUNK, map_chunks, rows_at_once
+from tests.functional.pairs import METRIC, METRICS, textured
+from tests.tolerances import FORMULA_FP32
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 
@@ -131,3 +133,12 @@ def test_digits_do_not_depend_on_threads(threads, metric):
         scores += [metric(*arguments), torch.cat([metric(*row) for row in zip(*(a.split(1) for a in arguments))])]
     for score in scores[1:]:
         torch.testing.assert_close(score, scores[0], rtol=0, atol=0)
+
+
+@METRIC
+def test_one_graph_for_the_compiler(name):
+    """`torch.compile` takes a metric whole, larger batches than fit in the cache too, and leaves its scores."""
+    images, references = (pictures.float() for pictures in textured(0, 8, 168, 192))
+    torch._dynamo.reset()
+    compiled = torch.compile(METRICS[name][0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, references), METRICS[name][0](images, references), **FORMULA_FP32)
