@@ -96,7 +96,7 @@ def _perceptual(name: str, net: str, **options: Any) -> Any:
         whole = function(weights=None).state_dict()
     # not in the folder's own lifetime: the reward reads it at its first call
     file = Path(tempfile.mkdtemp()) / net
-    torch.save({key: torch.zeros(value.shape) for key, value in whole.items() if key.startswith("features.")}, file)
+    torch.save({key: torch.rand(value.shape) for key, value in whole.items() if key.startswith("features.")}, file)
     if name == "dists":
         return DISTSReward(weights=file, device="cuda", **options)
     return LPIPSReward(net, weights=file, device="cuda", **options)

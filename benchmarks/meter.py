@@ -398,10 +398,16 @@ def run_backward(
 
 
 class _Generator(torch.Generator):
-    """Of the host whatever device it is for; fake numbers need none."""
+    """Of the host, whatever device it says it is for: one for a GPU needs a GPU, and fake numbers need neither."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        made._device = torch.device(device)
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
 
 _LOAD = torch.load

@@ -1,130 +1,286 @@
-"""No warm call copies between host and device, which makes the host wait: metered without a GPU, tried on one."""
+"""A warm call neither waits for the device nor sends constants there, in bounded memory: metered without a GPU."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import iqareward
 from benchmarks.meter import Meter
+from iqareward import AdaptiveWeighter, DifficultyMemory, LossWeights, RewardMemory, advantages, difficulty, losses
+from iqareward import schedules as weightings
 from iqareward.diffusion.data.jpeg import jpeg
+from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.monitor import STATISTICS
-from iqareward.rewards.calibration import CDFMap
-from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
+from iqareward.diffusion.policy_gradient import PolicyGradient
+from iqareward.diffusion.reward_gradient import RewardGradient
+from iqareward.functional import gmsd
+from iqareward.rewards.catalog import CATALOG
+from iqareward.rewards.metric import FullReference
 from iqareward.rewards.mllm.preprocess import preprocess
 from tests.diffusion import tiny
-from tests.gpu import no_waits
-from tests.tolerances import NETWORK_BATCH
+from tests.diffusion.train_tiny import trainer
+from tests.test_devices import FOREIGN, FORMULAS, NO_GRADIENT, OTHERS, VLMS, build
 
-faked = pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="constants of a fake GPU would stay in caches for the real one, which is tested below",
-)
-REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe")
+__all__ = ["build"]  # the fixture
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU"),
+    # fake scores are what the meter says they are
+    pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning"),
+]
+# Largest memory of a score and of its gradient, in bytes per pixel of a batch; a pixel of an image and its reference
+# are 24 themselves. Of networks it is the size of the maps, so that tiny ones say nothing.
+PEAKS = {"lpips": (160, 190), "lpips_vgg": (1800, 3000), "dists": (2300, 3600)}
+FORMULA_PEAKS = (95, 110)
+# Waits of one call in transformers, which checks that image tokens and image features are as many.
+IN_TRANSFORMERS = {"qwen3_vl": 2, "llava_onevision": 2, "rating qwen3_5": 3}
 
 
-def assert_never_waits(meter: Meter, call):
-    """A warm call neither waits for the device nor sends a constant there."""
+def places(meter: Meter) -> list[str]:
+    return [*map(str, meter.waits + meter.host_constants)]
+
+
+def scored(meter: Meter, reward: Any, name: str, *, grad: bool = False, mixed: bool = False) -> int:
+    """Meter a warm call; gives the number of pixels."""
+    side = 168 if name in FORMULAS else 64
+    shape = 2, 3, side, side
+    images, references = (torch.rand(shape, device="cuda") for _ in range(2))
+    batch = [torch.cat([images[0], images[0]], -1), *images] if mixed else images.requires_grad_(grad)
+    truth = [torch.cat([references[0], references[0]], -1), *references] if mixed else references
+
+    def call() -> None:
+        scores = reward(batch, references=truth)
+        if grad:
+            torch.autograd.grad(scores.sum(), images)
+
     meter.second(call)
-    assert [*map(str, meter.waits + meter.host_constants)] == []
+    return shape[0] * side * side
 
 
-@pytest.fixture
-def perceptual(tmp_path):
-    """Makes LPIPS or DISTS over seeded weights that keep the size of activations."""
-    models = pytest.importorskip("torchvision.models", reason="the extra `perceptual` is not installed")
-
-    def reward(kind):
-        with torch.device("meta"):
-            whole = (models.vgg16 if kind == "dists" else models.alexnet)(weights=None).state_dict()
-        rng = torch.Generator().manual_seed(0)
-        backbone = {
-            name: torch.randn(weight.shape, generator=rng) * (2 / weight[0].numel()) ** 0.5
-            for name, weight in whole.items()
-            if name.startswith("features.")
-        }
-        torch.save(backbone, tmp_path / kind)
-        return DISTSReward(weights=tmp_path / kind) if kind == "dists" else LPIPSReward("alex", weights=tmp_path / kind)
-
-    return reward
-
-
-@faked
-@pytest.mark.parametrize("name", REWARDS)
-def test_rewards_copy_nothing(name):
-    """The checks and marks of the contract included; only the first call of all looks at its scores."""
-    reward = iqareward.load(name)
-    images = torch.rand(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
-    reward(images, references=images)
-    with Meter() as meter:
-        images = torch.rand(2, 3, 192, 192, device="cuda")
-        assert_never_waits(meter, lambda: reward(images, references=images))
+@pytest.mark.parametrize("grad", [False, True], ids=["score", "gradient"])
+@pytest.mark.parametrize("name", [*FORMULAS, *OTHERS, *VLMS])
+def test_rewards(name, grad, build):
+    """Every reward of the catalogue and every wrapper; foreign code may wait in its own lines, as often as stated."""
+    if grad and name in NO_GRADIENT:
+        pytest.skip("has no gradient")
+    with Meter(read=1.0, selected=8) as meter:
+        reward = build(name, "cuda", **({"differentiable": True} if grad else {}))
+        pixels = scored(meter, reward, name, grad=grad)
+    found = places(meter)
+    if name in FOREIGN:
+        assert all("piq/" in place for place in found)
+        return
+    if name in VLMS:
+        allowed = IN_TRANSFORMERS.get(name, IN_TRANSFORMERS.get(name.split()[1], 1))
+        assert len([place for place in found if "iqareward/" not in place]) <= allowed
+        found = [place for place in found if "iqareward/" in place]
+    assert found == []
+    if name in (*FORMULAS, *PEAKS):
+        assert meter.peak_bytes < PEAKS.get(name, FORMULA_PEAKS)[grad] * pixels
 
 
-@faked
-@pytest.mark.parametrize("kind", ["lpips", "dists"])
-def test_feature_distances_copy_nothing(kind, perceptual):
-    """The networks hold their constants as buffers, which move with them."""
-    reward = perceptual(kind)
-    images = torch.rand(1, 3, 64, 64)
-    reward(images, references=images)
-    with Meter() as meter:
-        images = torch.rand(2, 3, 64, 64, device="cuda")
-        reward.to("cuda")
-        assert_never_waits(meter, lambda: reward(images, references=images))
+@pytest.mark.parametrize("name", ["psnr", "ssim", "niqe", "lpips", "qalign"])
+def test_mixed_sizes(name, build):
+    """Lists of images of several sizes are put into batches and back without an index on the host."""
+    with Meter(read=1.0) as meter:
+        scored(meter, build(name, "cuda"), name, mixed=True)
+    assert places(meter) == []
 
 
-@faked
-@pytest.mark.parametrize("name", [*STATISTICS, "jpeg", "calibration", "preprocess"])
-def test_functions_copy_nothing(name):
-    """Constants are on the device from the first call on."""
-    quantiles = CDFMap((0.0, 0.5, 1.0), (0.0, 0.2, 1.0))
-    functions = {
-        **STATISTICS,
-        "jpeg": lambda images: jpeg(images, images[:, 0, 0, 0]),
-        "calibration": lambda images: quantiles(images[:, 0, 0, 0]),
-        "preprocess": lambda images: preprocess(images, 28),
-    }
-    with Meter() as meter:
-        images = torch.rand(2, 3, 40, 64, device="cuda")
-        assert_never_waits(meter, lambda: functions[name](images))
+def test_every_reward_is_metered(build):
+    """A reward of the catalogue, or a public class of rewards, that no name above builds would go unmetered."""
+    metered: set[type] = set()
+    for name in [*FORMULAS, *OTHERS, *VLMS]:
+        queue = [build(name)]
+        while queue:
+            reward = queue.pop()
+            metered.update(type(reward).__mro__)
+            queue += [getattr(reward, part) for part in ("reward", "fidelity") if hasattr(reward, part)]
+            queue += getattr(reward, "rewards", ())
+    builders = [entry.build for entry in CATALOG.values()]
+    classes = {builder.func if isinstance(builder, partial) else builder for builder in builders}
+    # functions that build one of the classes above, and rewards that compute elsewhere or by foreign code
+    presets = {iqareward.QReAlignReward, iqareward.QInsightReward, iqareward.VisualQualityR1Reward}
+    assert {kind.__name__ for kind in classes - metered - presets} == set()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [*REWARDS, "lpips", "dists"])
-def test_gpu_scores_are_those_of_the_cpu(name, exact_convolutions, perceptual):
-    """On a real one: no wait, and the same scores."""
-    images = torch.rand(2, 3, 192, 192, generator=torch.Generator().manual_seed(0))
-    reward = iqareward.load(name) if name in REWARDS else perceptual(name)
-    expected = reward(images, references=images.flip(-1))
-    if name not in REWARDS:
-        reward.to("cuda")
-    there = images.cuda(), images.flip(-1).cuda()
-    reward(there[0], references=there[1])
-    with no_waits():
-        scores = reward(there[0], references=there[1])
-    torch.testing.assert_close(scores.cpu(), expected, **NETWORK_BATCH)
+class Rows(NamedTuple):
+    """What losses and weightings are given."""
+
+    images: Tensor
+    scores: Tensor
+    groups: Tensor
+    active: Tensor
+    weights: LossWeights
 
 
-@faked
+def rows() -> Rows:
+    scores = torch.rand(8, device="cuda")
+    weights = LossWeights(torch.rand(8, device="cuda"), torch.rand(8, device="cuda"))
+    return Rows(
+        torch.rand(8, 3, 40, 64, device="cuda"), scores, torch.arange(8, device="cuda") // 2, scores > 0.5, weights
+    )
+
+
+def weighter(make: Callable[[], Any]) -> Callable[[Rows], Callable[[], object]]:
+    """Weights of a batch, the loss that they mix, and an update with what was seen."""
+
+    def begin(x: Rows) -> Callable[[], object]:
+        one = make()
+        if hasattr(one, "calibrate"):
+            one.calibrate(torch.rand(8) + 0.1)
+        if hasattr(one, "observe"):
+            one.update = lambda scores: one.observe(weightings.gradient_noise(x.images.flatten(1), x.images.flatten(1)))
+
+        def call() -> None:
+            weights = one(x.scores, active=x.active, valid=~x.active)
+            losses.mixed_loss(x.scores, x.scores, weights, x.scores, beta=0.1)
+            one.update(x.scores)
+
+        return call
+
+    return begin
+
+
+def memory(make: Callable[[], Any]) -> Callable[[Rows], Callable[[], object]]:
+    """What an input was worth before."""
+
+    def begin(x: Rows) -> Callable[[], object]:
+        one = make()
+
+        def call() -> None:
+            one.update(x.scores, x.groups)
+            one.recall(x.groups) if hasattr(one, "recall") else one.advantages(x.scores, x.groups)
+
+        return call
+
+    return begin
+
+
+def pure(function: Callable[[Rows], object]) -> Callable[[Rows], Callable[[], object]]:
+    return lambda x: lambda: function(x)
+
+
+def balance(x: Rows) -> Callable[[], object]:
+    one, parameter = losses.GradientBalance(), x.scores.clone().requires_grad_()
+    two = [(parameter * x.scores).sum(), parameter.square().sum()]
+    return lambda: losses.balance_gradients(one, *two, [parameter])
+
+
+def broken_gradients(x: Rows) -> object:
+    images = x.images.clone().requires_grad_()
+    return torch.autograd.grad(losses.drop_broken_gradients(images).sqrt().sum(), images)
+
+
+FORMULA_OPTIONS = {
+    "constant": {"share": 0.5},
+    "cosine": {"peak": 0.9, "valley": 0.1, "warmup_steps": 1, "decay_steps": 9},
+}
+SCHEDULES = [
+    name
+    for name in weightings.__all__
+    if callable(formula := getattr(weightings, name))
+    and name.islower()
+    and name not in ("check_signal", "gradient_noise")
+]
+CALLS: dict[str, Callable[[Rows], Callable[[], object]]] = {
+    **{
+        name: weighter(partial(weightings.Schedule, partial(getattr(weightings, name), **FORMULA_OPTIONS.get(name, {}))))
+        for name in SCHEDULES
+    },
+    "AdaptiveWeighter": weighter(AdaptiveWeighter),
+    "TargetTracking": weighter(partial(weightings.TargetTracking, centre=0.0)),
+    "NoiseAware": weighter(weightings.NoiseAware),
+    "RewardMemory": memory(partial(RewardMemory, 8)),
+    "DifficultyMemory": memory(partial(DifficultyMemory, 8, half_life=4)),
+    **{f"group_advantages {scale}": pure(partial(lambda s, x: advantages.group_advantages(x.scores, x.groups, scale=s), scale)) for scale in ("group", "batch", "none")},
+    "leave_one_out_advantages": pure(lambda x: advantages.leave_one_out_advantages(x.scores, x.groups)),
+    "rank_advantages": pure(lambda x: advantages.rank_advantages(x.scores, x.groups)),
+    **{f"combine_advantages {order}": pure(partial(lambda o, x: advantages.combine_advantages(torch.stack([x.scores] * 2, 1), x.groups, weights=[0.5, 0.5], order=o), order)) for order in ("normalize_then_sum", "sum_then_normalize")},
+    "advantage_multipliers": pure(lambda x: losses.advantage_multipliers(x.weights, mean_one=True)),
+    "mixed_advantages": pure(lambda x: losses.mixed_advantages(x.scores, x.scores, x.weights)),
+    "optimality_probability": pure(lambda x: losses.optimality_probability(x.scores, x.weights)),
+    "drop_broken_gradients": pure(broken_gradients),
+    "balance_gradients": balance,
+    "reference_distance": pure(lambda x: difficulty.reference_distance(x.images, x.images, groups=x.groups)),
+    "reward_gap": pure(lambda x: difficulty.reward_gap(x.scores, x.scores, groups=x.groups)),
+    "pass_rate": pure(lambda x: difficulty.pass_rate(x.scores, x.groups, threshold=0.5)),
+    "group_spread": pure(lambda x: difficulty.group_spread(x.scores, x.groups)),
+    "blind_difficulty": pure(lambda x: difficulty.blind_difficulty(x.scores, best=1.0)),
+    **{name: pure(partial(lambda statistic, x: statistic(x.images), statistic)) for name, statistic in STATISTICS.items()},
+    "jpeg": pure(lambda x: jpeg(x.images, x.scores)),
+    "preprocess": pure(lambda x: preprocess(x.images, 28)),
+    "AffineMap": pure(lambda x: iqareward.AffineMap(0.2, 0.8)(x.scores)),
+    "LogisticMap": pure(lambda x: iqareward.LogisticMap(0.5, 0.1)(x.scores)),
+    "CDFMap": pure(partial(lambda quantiles, x: quantiles(x.scores), iqareward.CDFMap((0.0, 0.5, 1.0), (0.0, 0.2, 1.0)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_losses_weightings_and_statistics(name):
+    """Constants and state are on the device from the first call on."""
+    with Meter(read=1.0) as meter:
+        meter.second(CALLS[name](rows()))
+    assert places(meter) == []
+
+
+def on_the_device(policy: Any) -> Any:
+    for part in vars(policy).values():
+        if isinstance(part, nn.Module):
+            part.to("cuda")
+    if hasattr(policy, "autoencoder"):
+        policy.autoencoder.vae.to("cuda")
+    return policy
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_policies_copy_nothing(kind):
+def test_policies(kind):
     """A denoising step, and the noising and its inverse, with a prompt that was encoded on the CPU."""
-    policy = tiny.policy_of(kind)
     with Meter() as meter:
-        for part in vars(policy).values():
-            if isinstance(part, nn.Module):
-                part.to("cuda")
-        if hasattr(policy, "autoencoder"):
-            policy.autoencoder.vae.to("cuda")
-        latents = torch.zeros(2, *policy.latent_shape(tiny.images(1)), device="cuda")
+        policy = on_the_device(tiny.policy_of(kind))
+        images = torch.rand(2, 3, tiny.SIZE, tiny.SIZE, device="cuda")
+        latents, condition = policy.encode(images), policy.condition(images)
         times = torch.zeros(2, dtype=torch.long, device="cuda")
-        condition = policy.condition(torch.rand(2, *tiny.images(1).shape[1:], device="cuda"))
 
-        def step():
+        def step() -> None:
             noisy = policy.process.add_noise(latents, latents, times)
             answer = policy.predict(noisy, times, condition)
             policy.process.clean(answer, noisy, times)
-            policy.decode(latents)
+            policy.process.target(latents, noisy, times)
+            policy.encode(policy.decode(latents))
 
-        assert_never_waits(meter, step)
+        meter.second(step)
+    assert places(meter) == []
+
+
+@pytest.mark.filterwarnings("ignore:update 1:RuntimeWarning", "ignore:update 2:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [*zip(tiny.KINDS, (PolicyGradient, RewardGradient, ForwardProcess, PolicyGradient), strict=True)],
+)
+def test_updates(kind, objective, tmp_path, monkeypatch):
+    """An update waits where it must: for pixels that come from the host, and for what it logs and decides by."""
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
+    reward = FullReference(gmsd, higher_is_better=False, differentiable=objective is RewardGradient)
+    with Meter(read=1.0) as meter:
+        run = trainer(
+            tmp_path,
+            policy=on_the_device(tiny.policy_of(kind)),
+            reward=reward,
+            objective=objective(reward) if objective is RewardGradient else objective(),
+            validation=None,
+            accelerator=Accelerator(cpu=True),
+        )
+        run.weighter.calibrate(torch.rand(8) + 0.1)
+        meter.second(run.update)
+    waits = Counter(wait.line.split("/")[-1].split(":")[0] for wait in meter.waits)
+    # the second of the trainer's is to name inputs that were left out, which the meter says there were
+    assert waits == {"batches.py": 3, "learner.py": 1, "finite.py": 1, "trainer.py": 2}
+    assert meter.host_constants == []

@@ -315,7 +315,7 @@ class DifficultyAdaptiveTrainer:
             seed=sub_seed(self.seed, purpose, update),
             metric=self.metric,
         )
-        groups = torch.tensor(ids, device=rewards.device).repeat_interleave(self.sampling.group_size)
+        groups = torch.tensor(ids).to(rewards.device, non_blocking=True).repeat_interleave(self.sampling.group_size)
         scored = usable.repeat_interleave(self.sampling.group_size)
         rewards, distances = (torch.where(scored, values, torch.nan) for values in (rewards, distances))
         memory = self.memory if purpose == ROLLOUT else None

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from iqareward.functional._constants import constant as constant_on
 from iqareward.groups import check_rows
 from iqareward.losses import LossWeights, mix
 
@@ -158,7 +159,7 @@ def soft_gate(
         Lv et al., Towards a Unified View of Large Language Model Post-Training, 2025, https://arxiv.org/abs/2509.04419
     """
     rows = _pass_rates("soft_gate", pass_rate)
-    entries = torch.tensor(list(table), dtype=rows.dtype, device=rows.device)
+    entries = constant_on(tuple((rl, sft) for rl, sft in table), rows.dtype, rows.device)
     place = ((rows if direction == "hard_to_sft" else 1 - rows) * (len(table) - 1)).round()
     rl, sft = entries[place.nan_to_num(nan=0.0).clamp(0, len(table) - 1).long()].unbind(1)
     trainable = rows.isfinite() if active is None else rows.isfinite() & active
