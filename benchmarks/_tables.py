@@ -104,6 +104,37 @@ def latency(document: Document) -> str:
     return table(("reward", "setting", "images/s", "p50 ms", "p95 ms", "peak MB", "against"), cells, text_columns=2)
 
 
+def meter(document: Document) -> str:
+    """What a warm call costs on a GPU by the meter, at an earlier commit and now where that differs."""
+    earlier = {(row["name"], row["mode"], row["batch"]): row for row in newest("meter-before")["rows"]}
+
+    def waits(row: Row) -> int:
+        """Without those that the benchmark adds to a peer: it makes the weights of luma for it."""
+        return sum(count for place, count in row["places"].items() if "_classical_peers" not in place)
+
+    columns: list[Callable[[Row], str]] = [
+        lambda row: f"{row['kernels']:,}",
+        lambda row: number(row["gigabytes"]),
+        lambda row: str(waits(row)),
+        lambda row: number(row["peak_gib"], 2),
+        lambda row: number(row["device_ms"]),
+        lambda row: number(row["predicted_ms"]),
+        lambda row: number(row["images_per_s"]),
+    ]
+
+    def both(row: Row, column: Callable[[Row], str]) -> str:
+        before = earlier.get((row["name"], row["mode"], row["batch"]), row)
+        old, new = ("" if "error" in found else column(found) for found in (before, row))
+        return new if old == new else f"{old} → {new}"
+
+    cells = [
+        (row["name"], row["mode"], str(row["batch"]), *(both(row, column) for column in columns))
+        for row in document["rows"]
+    ]
+    header = ("metric or network", "", "batch", "kernels", "GB", "waits", "peak GiB", "kernels, ms", "ms", "images/s")
+    return table(header, cells, text_columns=2)
+
+
 def targets(document: Document) -> str:
     """What was promised, what was found."""
     cells = [

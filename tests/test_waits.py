@@ -1,5 +1,6 @@
 """A warm call neither waits for the device nor sends constants there, in bounded memory: metered without a GPU."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -184,24 +185,42 @@ FORMULA_OPTIONS = {
 SCHEDULES = [
     name
     for name in weightings.__all__
-    if callable(formula := getattr(weightings, name))
-    and name.islower()
-    and name not in ("check_signal", "gradient_noise")
+    if name.islower() and {"active", "step"} <= {*inspect.signature(getattr(weightings, name)).parameters}
 ]
+
+
+def schedule(name: str) -> Callable[[], weightings.Schedule]:
+    return partial(weightings.Schedule, partial(getattr(weightings, name), **FORMULA_OPTIONS.get(name, {})))
+
+
+def combined(order: str, x: Rows) -> object:
+    two = torch.stack([x.scores] * 2, 1)
+    return advantages.combine_advantages(two, x.groups, weights=[0.5, 0.5], order=order)
+
+
+def grouped(scale: str, x: Rows) -> object:
+    return advantages.group_advantages(x.scores, x.groups, scale=scale)
+
+
+def of_images(statistic: Callable[[Tensor], Tensor], x: Rows) -> object:
+    return statistic(x.images)
+
+
+def of_scores(score_map: Callable[[Tensor], Tensor], x: Rows) -> object:
+    return score_map(x.scores)
+
+
 CALLS: dict[str, Callable[[Rows], Callable[[], object]]] = {
-    **{
-        name: weighter(partial(weightings.Schedule, partial(getattr(weightings, name), **FORMULA_OPTIONS.get(name, {}))))
-        for name in SCHEDULES
-    },
+    **{name: weighter(schedule(name)) for name in SCHEDULES},
     "AdaptiveWeighter": weighter(AdaptiveWeighter),
     "TargetTracking": weighter(partial(weightings.TargetTracking, centre=0.0)),
     "NoiseAware": weighter(weightings.NoiseAware),
     "RewardMemory": memory(partial(RewardMemory, 8)),
     "DifficultyMemory": memory(partial(DifficultyMemory, 8, half_life=4)),
-    **{f"group_advantages {scale}": pure(partial(lambda s, x: advantages.group_advantages(x.scores, x.groups, scale=s), scale)) for scale in ("group", "batch", "none")},
+    **{f"group_advantages {scale}": pure(partial(grouped, scale)) for scale in ("group", "batch", "none")},
     "leave_one_out_advantages": pure(lambda x: advantages.leave_one_out_advantages(x.scores, x.groups)),
     "rank_advantages": pure(lambda x: advantages.rank_advantages(x.scores, x.groups)),
-    **{f"combine_advantages {order}": pure(partial(lambda o, x: advantages.combine_advantages(torch.stack([x.scores] * 2, 1), x.groups, weights=[0.5, 0.5], order=o), order)) for order in ("normalize_then_sum", "sum_then_normalize")},
+    **{order: pure(partial(combined, order)) for order in ("normalize_then_sum", "sum_then_normalize")},
     "advantage_multipliers": pure(lambda x: losses.advantage_multipliers(x.weights, mean_one=True)),
     "mixed_advantages": pure(lambda x: losses.mixed_advantages(x.scores, x.scores, x.weights)),
     "optimality_probability": pure(lambda x: losses.optimality_probability(x.scores, x.weights)),
@@ -212,13 +231,13 @@ CALLS: dict[str, Callable[[Rows], Callable[[], object]]] = {
     "pass_rate": pure(lambda x: difficulty.pass_rate(x.scores, x.groups, threshold=0.5)),
     "group_spread": pure(lambda x: difficulty.group_spread(x.scores, x.groups)),
     "blind_difficulty": pure(lambda x: difficulty.blind_difficulty(x.scores, best=1.0)),
-    **{name: pure(partial(lambda statistic, x: statistic(x.images), statistic)) for name, statistic in STATISTICS.items()},
+    **{name: pure(partial(of_images, statistic)) for name, statistic in STATISTICS.items()},
     "jpeg": pure(lambda x: jpeg(x.images, x.scores)),
     "preprocess": pure(lambda x: preprocess(x.images, 28)),
-    "AffineMap": pure(lambda x: iqareward.AffineMap(0.2, 0.8)(x.scores)),
-    "LogisticMap": pure(lambda x: iqareward.LogisticMap(0.5, 0.1)(x.scores)),
-    "CDFMap": pure(partial(lambda quantiles, x: quantiles(x.scores), iqareward.CDFMap((0.0, 0.5, 1.0), (0.0, 0.2, 1.0)))),
-}  # fmt: skip
+    "AffineMap": pure(partial(of_scores, iqareward.AffineMap(0.2, 0.8))),
+    "LogisticMap": pure(partial(of_scores, iqareward.LogisticMap(0.5, 0.1))),
+    "CDFMap": pure(partial(of_scores, iqareward.CDFMap((0.0, 0.5, 1.0), (0.0, 0.2, 1.0)))),
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
