@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from iqareward.functional._constants import constant as constant_on
 from iqareward.groups import check_rows
 from iqareward.losses import LossWeights, mix
 
@@ -159,9 +158,11 @@ def soft_gate(
         Lv et al., Towards a Unified View of Large Language Model Post-Training, 2025, https://arxiv.org/abs/2509.04419
     """
     rows = _pass_rates("soft_gate", pass_rate)
-    entries = constant_on(tuple((rl, sft) for rl, sft in table), rows.dtype, rows.device)
     place = ((rows if direction == "hard_to_sft" else 1 - rows) * (len(table) - 1)).round()
-    rl, sft = entries[place.nan_to_num(nan=0.0).clamp(0, len(table) - 1).long()].unbind(1)
+    place = place.nan_to_num(nan=0.0).clamp(0, len(table) - 1)
+    rl, sft = torch.zeros_like(rows), torch.zeros_like(rows)
+    for entry, (rl_weight, sft_weight) in enumerate(table):  # a tensor of the table would make the host wait
+        rl, sft = torch.where(place == entry, rl_weight, rl), torch.where(place == entry, sft_weight, sft)
     trainable = rows.isfinite() if active is None else rows.isfinite() & active
     rl, sft = torch.where(trainable, rl, 0.0), torch.where(trainable, sft, 1.0)
     return LossWeights(rl, sft) if valid is None else LossWeights(rl * valid, sft * valid)
