@@ -47,7 +47,7 @@ def device_now(device: torch.device, *, name: str) -> torch.device:
 
 
 def as_current(device: torch.device | None) -> AbstractContextManager[Any]:
-    """Within it, this is the thread's current GPU: foreign code says `.cuda()` and means the one that it was given."""
+    """Within it, this is the current GPU of the thread, for foreign code that names none when it moves to CUDA."""
     if device is None or device.type != "cuda" or not torch.cuda.is_initialized():
         return nullcontext()
     return torch.cuda.device(device)

@@ -202,7 +202,7 @@ def score_images(
     name: str,
     needs_references: bool,
     differentiable: bool,
-    bytes_per_pixel: int,
+    bytes_per_pixel: int = 1024,
     min_side: int = 1,
     batch_size: int | None = None,
     watch: UnscoredWatch | None = None,
