@@ -7,11 +7,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from iqareward.rewards._names import exact
 from iqareward.rewards.calls import Call
-from iqareward.rewards.scoring import reward_mode
+from iqareward.rewards.scoring import recomputed, reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
 
 
@@ -199,21 +198,17 @@ class Chunked:
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN = not scored."""
         starts = range(0, max(1, len(images)), self.batch_size)  # an empty batch is still one call
-        score: Callable[..., Any] = self._score_rows
+        score: Callable[..., Any] = self._score_part
         if self.differentiable and len(starts) > 1:
-            score = partial(checkpoint, score, use_reentrant=False)
+            score = partial(recomputed, score)
         # slices and the concatenation are part of the graph; the reward sets its own modes for its own devices
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
-            return torch.cat([score(slice(s, s + self.batch_size), images, references, prompts) for s in starts])
+            parts = [slice(start, start + self.batch_size) for start in starts]
+            inputs = (images, references, prompts)
+            return torch.cat([score(*(None if rows is None else rows[part] for rows in inputs)) for part in parts])
 
-    def _score_rows(
-        self, rows: slice, images: Images, references: Images | None, prompts: Sequence[str] | None
-    ) -> Tensor:
-        return self.reward(
-            images[rows],
-            references=None if references is None else references[rows],
-            prompts=None if prompts is None else prompts[rows],
-        )
+    def _score_part(self, images: Images, references: Images | None, prompts: Sequence[str] | None) -> Tensor:
+        return self.reward(images, references=references, prompts=prompts)
 
 
 def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool]:

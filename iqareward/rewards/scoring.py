@@ -249,7 +249,7 @@ def score_images(
     fits = sum(bucket[0].shape[0] / size for bucket, size in zip(buckets, sizes, strict=True)) <= 1
     # the pieces of a CPU's cache are no bound on memory, unless they were asked for
     if differentiable and not fits and (batch_size is not None or device.type != "cpu"):
-        score = partial(checkpoint, score, use_reentrant=False)
+        score = partial(recomputed, score)
     with reward_mode(device.type, differentiable=differentiable):
         scores = [
             score(*piece)
@@ -263,6 +263,13 @@ def score_images(
             return merged
         rows = merged.unbind(0)  # views, so that restoring the order copies no index to the device
         return torch.stack([rows[i] for i in order])
+
+
+def recomputed(score: Callable[..., Tensor], *inputs: Any) -> Any:
+    """`score(*inputs)`, which is called again in the backward pass, so that its graph is not kept until then."""
+    # autograd saves no inference tensors, not even for a graph that is never used
+    saved = (each.clone() if isinstance(each, Tensor) and each.is_inference() else each for each in inputs)
+    return checkpoint(score, *saved, use_reentrant=False)
 
 
 def _score_clean(score_batch: Callable[..., Tensor], name: str, min_side: int, *piece: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import iqareward
-from iqareward import FullReference, NoReference
+from iqareward import Chunked, FullReference, NoReference
 from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWarning, collect_reasons, sanitize
 from tests.gpu import no_waits
 from tests.tolerances import EXACT, OTHER_PACKAGE
@@ -284,3 +284,30 @@ def test_gpu_only_the_first_call_looks() -> None:
     reward(images)
     with no_waits():
         reward(images)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_inference_tensors_are_scored_in_pieces(in_parts: bool) -> None:
+    """Pieces that are scored again for a gradient may be inference tensors, as images or beside images."""
+
+    def reward(batch_size: int | None) -> FullReference:
+        return FullReference(
+            lambda images, references: (images * references).mean((1, 2, 3)),
+            higher_is_better=True,
+            name="product",
+            differentiable=True,
+            batch_size=batch_size,
+        )
+
+    pieces = Chunked(reward(None), 2) if in_parts else reward(2)
+    images, references = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        made, compared = images.clone(), references.clone()
+        inside = pieces(made, references=compared)
+    pixels = images.clone().requires_grad_()
+    whole = reward(None)(pixels, references=references)
+    (expected,) = torch.autograd.grad(whole.sum(), pixels)
+    torch.testing.assert_close(inside, whole.detach(), **EXACT)
+    torch.testing.assert_close(pieces(made, references=compared), whole.detach(), **EXACT)
+    (gradient,) = torch.autograd.grad(pieces(pixels, references=compared).sum(), pixels)
+    torch.testing.assert_close(gradient, expected, **EXACT)
