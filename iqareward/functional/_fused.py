@@ -19,6 +19,7 @@ from iqareward._gradients import clamp, differentiated
 from iqareward.functional._threads import free_threads
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # since torch 2.8
 _unusable: list[str] = []  # why this process cannot use Triton, once that is known
 
 # Operators, so that fake tensors and whoever counts or traces operators see them.
@@ -175,8 +176,8 @@ def _launched(result: Tensor, launch: Callable[[Any], None]) -> bool:
     except ImportError as error:
         _unusable.append(str(error))
         return False
-    except torch.OutOfMemoryError:
-        raise  # says nothing about Triton
+    except _DEVICE_ERRORS:
+        raise  # says nothing about Triton: work queued before may have failed
     except Exception as error:  # a compiler raises anything
         _unusable.append(str(error))
         message = (

@@ -256,6 +256,10 @@ def test_unsupported_families_and_strange_pairs_are_refused() -> None:
     scaled = tiny.model("internvl", processor.tokenizer, language=tiny.transformers.GraniteConfig)
     with pytest.raises(ValueError, match=r"language model of type .* got 'granite'"):
         Network(scaled, tiny.processor("internvl"))
+    spread = tiny.model("qwen2_5_vl", processor.tokenizer)
+    spread.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="on one device, got one spread over 0, 1"):
+        Network(spread, processor)
     nearest = tiny.processor("qwen2_5_vl")
     nearest.image_processor.resample = 0
     with pytest.raises(ValueError, match="bicubic"):

@@ -21,9 +21,10 @@ class StaticForward:
     """`Owl2.forward` for batches of 1, 2, 4, ... and `batch_size` images, to which others are padded.
 
     On CUDA each size is captured as a graph when it is first needed, and replayed without Python between the kernels.
-    All sizes share the memory of the largest. The capture is made here rather than by
-    `torch.compile(mode="reduce-overhead")`, whose graphs cannot be replayed from a thread other than the one that
-    compiled them, and trainers call rewards from thread pools: https://github.com/pytorch/pytorch/issues/123177
+    All sizes share one pool of memory, which is smallest if the largest batch comes first. The capture is made here
+    rather than by `torch.compile(mode="reduce-overhead")`, whose graphs cannot be replayed from a thread other than the
+    one that compiled them, and trainers call rewards from thread pools:
+    https://github.com/pytorch/pytorch/issues/123177
 
     Args:
         model: frozen; its weights must stay where they are.
@@ -70,13 +71,18 @@ class StaticForward:
         return found
 
     def _capture(self, pixels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # which a capture that fails would not leave by itself
+        # Not one stream for both: cuBLAS keeps a workspace for each, and that of the captured one belongs in the pool.
+        warm, side, graph = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):
             for _ in range(WARM_UP_RUNS):
                 self._network(pixels)
-            with torch.cuda.graph(graph, self._pool, stream=side, capture_error_mode="thread_local"):
-                output = self._network(pixels)
+        side.wait_stream(warm)
+        with (
+            torch.cuda.stream(side),  # which a capture that fails would not leave by itself
+            torch.cuda.graph(graph, self._pool, stream=side, capture_error_mode="thread_local"),
+        ):
+            output = self._network(pixels)
         torch.cuda.current_stream().wait_stream(side)
         return graph, output
 

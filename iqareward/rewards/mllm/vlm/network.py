@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward.rewards._per_process import ProcessLock
 from iqareward.rewards.mllm.vlm.branches import Branches
@@ -64,7 +64,8 @@ class Network:
 
     Raises:
         TypeError: the model is wrapped.
-        ValueError: the family is not supported, or model and processor do not belong together.
+        ValueError: the family is not supported, the model is spread over devices, or model and processor do not belong
+            together.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -75,6 +76,12 @@ class Network:
             raise TypeError(
                 f"expected a model of transformers, got {type(model).__name__}. Merge adapters first, "
                 "such as with model.merge_and_unload()."
+            )
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(places) > 1:  # layers are called one by one, without the hooks that would carry rows between devices
+            raise ValueError(
+                f"expected a model on one device, got one spread over {', '.join(sorted(places))}. Load it without "
+                "device_map, or serve it with vLLM or SGLang and use ServedVLMReward."
             )
         check_family(model.config.model_type)
         language = model.config.text_config.model_type
@@ -127,6 +134,8 @@ class Network:
         layer = self.model.get_output_embeddings()
         if ids is None:
             return layer(hidden)
+        if type(layer) is not nn.Linear:  # packed weights have other rows
+            return layer(hidden).index_select(-1, ids)
         bias = None if layer.bias is None else layer.bias.index_select(0, ids)
         return F.linear(hidden, layer.weight.index_select(0, ids), bias)
 
