@@ -31,7 +31,7 @@ from iqareward.groups import (
     place_in_group,
 )
 from iqareward.weighting import AdaptiveWeighter
-from tests.gpu import no_waits, on_devices
+from tests.gpu import needs_cuda, no_waits, on_devices
 from tests.tolerances import EXACT, FORMULA_FP32
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)
@@ -208,7 +208,7 @@ def test_ids_out_of_range_are_refused_by_both_memories(wrong):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_ids_out_of_range_on_a_device_touch_no_other_input():
     """Their rows are left out without waiting for the device, and every other entry stays as it was."""
     memory, difficulty = RewardMemory(3, length=1), DifficultyMemory(3, half_life=5.0)

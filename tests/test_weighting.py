@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iqareward.losses import mix
 from iqareward.weighting import AdaptiveWeighter
-from tests.gpu import no_waits
+from tests.gpu import needs_cuda, no_waits
 from tests.tolerances import EXACT, FORMULA_FP32
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)
@@ -358,7 +358,7 @@ def test_buckets_out_of_range_are_refused(bucket):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_buckets_out_of_range_on_a_device_do_not_wrap():
     """Such a row counts as one whose difficulty is NaN, and the device is not waited for."""
     weighter = convex(num_buckets=2, rho=0.0)

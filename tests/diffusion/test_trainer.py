@@ -31,10 +31,10 @@ from iqareward.schedules import Schedule
 from iqareward.schedules.formulas import constant
 from tests.diffusion.tiny import pixel_policy
 from tests.diffusion.train_tiny import contrast, overflow, trainer
+from tests.gpu import on_devices
 from tests.rewards.counting import Brightness
 from tests.tolerances import FORMULA_FP32
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROOT = Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_micro_batches_and_overlap_change_nothing(tmp_path):
     assert runs[0].history[1]["reward"] == pytest.approx(runs[1].history[1]["reward"], rel=1e-5)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+@on_devices
 def test_overlap_scores_on_a_thread_and_a_stream_of_its_own(tmp_path, device):
     """Not on the sampler's stream, behind which kernels of another thread would queue; an error stops the update."""
     seen = []

@@ -24,10 +24,9 @@ import iqareward
 from iqareward import MicroBatched
 from iqareward.rewards._batch_queue import BatchLimits, BatchQueue, Waiting
 from iqareward.rewards.calls import Call
+from tests.gpu import needs_cuda, on_devices
 from tests.rewards.counting import Brightness, Held, Together, flat
 from tests.tolerances import EXACT
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def threads_named(name: str) -> list[threading.Thread]:
@@ -250,7 +249,7 @@ class Event:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+@on_devices
 def test_a_batch_takes_until_the_device_is_done(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time, of which a share is waited for more calls, is not that of launching it on a GPU."""
     if device == "cpu":

@@ -26,12 +26,10 @@ from iqareward.rewards.mllm.qalign import QAlignReward
 from iqareward.rewards.mllm.vlm import scorer
 from iqareward.rewards.mllm.vlm.level import LevelReward
 from iqareward.rewards.mllm.vlm.network import Network
-from tests.gpu import no_waits
+from tests.gpu import needs_cuda, no_waits, on_devices
 from tests.mllm.owl2_tiny import SMALL, seeded_model
 from tests.rewards.counting import Brightness, flat
 from tests.tolerances import EXACT, FORMULA_FP32
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Machine:
@@ -248,7 +246,7 @@ def test_weights_are_read_when_they_are_there(machine: Machine) -> None:
     assert loader.derived("sum", total) is not values[0]  # computed again from the weights that have moved
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+@on_devices
 def test_constants_are_there_for_every_stream(device: str) -> None:
     """Those that one thread copies to the GPU behind other work are read at once, and right, on another's stream."""
     images = torch.rand(2, 3, 37, 53, generator=torch.Generator().manual_seed(0))
@@ -287,7 +285,7 @@ def varied() -> nn.Module:
     return network.requires_grad_(False)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+@on_devices
 @pytest.mark.parametrize("make", [varied, quantized, lambda: seeded_model(SMALL)])
 def test_weights_come_back_as_they_were(make: Callable[[], nn.Module], device: str) -> None:
     """Bit by bit, as often as they leave, in the same parameters; quantised and tied ones too."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import iqareward
 from iqareward import Overlapped
+from tests.gpu import needs_cuda
 from tests.rewards.counting import Brightness, Held, Together, flat
 from tests.tolerances import EXACT
 
@@ -137,7 +138,7 @@ def test_copies_and_collection() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_streams_are_respected() -> None:
     """Scoring waits for the pixels, the caller's next kernel for the scores, and neither for the host."""
     images = torch.rand(16, 3, 256, 256, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor
 import iqareward
 from iqareward import Chunked, FullReference, NoReference
 from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWarning, collect_reasons, sanitize
-from tests.gpu import no_waits
+from tests.gpu import needs_cuda, no_waits
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 
@@ -274,7 +274,7 @@ def test_rewards_of_the_catalogue_warn(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 def test_gpu_only_the_first_call_looks() -> None:
     """On a GPU the first call of a reward warns, and a warm one does not wait for the device."""
     with pytest.warns(UnscoredWarning):

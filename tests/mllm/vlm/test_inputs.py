@@ -19,6 +19,7 @@ from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.patches import patchify, smart_size
 from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, ZERO_SHOT_LEVELS
 from iqareward.rewards.mllm.vlm.towers import geometry_of, run_tower
+from tests.gpu import needs_cuda
 from tests.mllm.vlm import tiny
 from tests.tolerances import EXACT, FORMULA_FP32, NETWORK_BATCH
 
@@ -115,7 +116,7 @@ def assert_forward_is_the_models_own(model, processor, batch: Tensor) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_gpu_graph_of_a_warm_call(family) -> None:
     """Nothing in a call depends on values, so that a CUDA graph of it serves other images of the size."""
