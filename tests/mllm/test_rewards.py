@@ -13,14 +13,12 @@ from iqareward.rewards.mllm.deqa import DeQAReward
 from iqareward.rewards.mllm.qalign import QAlignReward
 from iqareward.rewards.scoring import UnscoredWatch
 from iqareward.testing import check_reward
-from tests.gpu import no_waits
+from tests.gpu import needs_cuda, no_waits
 from tests.mllm.owl2_tiny import SMALL, TINY, golden, reference_images, seeded_model
 from tests.mllm.test_loading import CONFIG, write_checkpoint
 from tests.tolerances import EXACT, FORMULA_FP32, HALF_NETWORK, NETWORK_BATCH
 
 BOTH = ("quality", "aesthetics")
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def _images(count: int, height: int = 40, width: int = 64, seed: int = 0) -> Tensor:
