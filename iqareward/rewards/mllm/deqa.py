@@ -25,7 +25,7 @@ class DeQAReward:
             loading), or an `Owl2` network, which is frozen.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5]; `"flow_grpo"` is [0.2, 1], as Flow-GRPO's reward server answers
             (without its JPEG compression of the images).
-        device: None = CUDA if there is one, else the CPU.
+        device: None = the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size.
         batch_size: images per run of the network.

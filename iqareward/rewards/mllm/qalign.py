@@ -24,7 +24,7 @@ class QAlignReward:
         model: hub id or folder of a Q-Align checkpoint, or an `Owl2` network, which is frozen.
         task: what is rated. With both, the score is their mean, and the vision tower runs once.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5], as the model cards report.
-        device: None = CUDA if there is one, else the CPU.
+        device: None = the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size.
         batch_size: images per run of the network.

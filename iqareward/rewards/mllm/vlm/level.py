@@ -55,7 +55,7 @@ class LevelReward:
             a pair (model, processor), whose model is frozen.
         preset: what is asked, and the words that may answer.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5], as human ratings are reported.
-        device: None = CUDA if there is one, else the CPU.
+        device: None = the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size. Layers of a model that is loaded here are
             recomputed in the backward pass.

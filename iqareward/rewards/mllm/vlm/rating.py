@@ -106,7 +106,7 @@ class RatingReward:
             a pair (model, processor), whose model is frozen.
         preset: what is asked, and the ratings that may answer.
         scale: `"unit"` is [0, 1]; `"mos"` is the preset's own range, such as [1, 5].
-        device: None = CUDA if there is one, else the CPU.
+        device: None = the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size. Not for models with recurrent layers
             (Qwen3.5), nor with `mode="generate"`.
