@@ -42,3 +42,16 @@ def peaks(document: dict[str, Any]) -> str:
         cells = {row["library"]: f"{row['peak_mb']:.0f}" for row in rows if row["metric"] == metric}
         lines.append(f"| `{metric}` | " + " | ".join(cells.get(library, "") for library in libraries) + " |")
     return "\n".join(lines)
+
+
+def busy(document: dict[str, Any]) -> str:
+    """Images per second beside busy processes, by number of threads."""
+    rows = document["rows"]
+    numbers = sorted({row["threads"] for row in rows}, reverse=True)
+    lines = ["| metric | library | " + " | ".join(f"threads: {number}" for number in numbers) + " |"]
+    lines.append("|---|---|" + "--:|" * len(numbers))
+    for metric, library in dict.fromkeys((row["metric"], row["library"]) for row in rows):
+        cells = {row["threads"]: row["images_per_second"] for row in rows
+                 if (row["metric"], row["library"]) == (metric, library)}  # fmt: skip
+        lines.append(f"| `{metric}` | {library} | " + " | ".join(f"{cells[number]:.3g}" for number in numbers) + " |")
+    return "\n".join(lines)

@@ -30,6 +30,7 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "classical ratios": ("classical", classical.ratios, "python -m benchmarks.bench_classical"),
     "classical speeds": ("classical", classical.speeds, "python -m benchmarks.bench_classical"),
     "classical peaks": ("classical", classical.peaks, "python -m benchmarks.bench_classical"),
+    "classical busy": ("classical-busy", classical.busy, "python -m benchmarks.bench_classical --busy"),
     "overhead": ("overhead", tables.overhead, "python -m benchmarks.bench_overhead"),
     "correlation": ("correlation", tables.correlation, "python -m benchmarks.correlation"),
     "light noise": ("correlation", tables.light_noise, "python -m benchmarks.correlation --clean DIR"),

@@ -61,6 +61,31 @@ def test_pieces_follow_from_bytes(form, count, shape, options, sizes):
     assert metric.sizes == sizes
 
 
+class CountingNetwork(torch.nn.Module):
+    """A network that remembers the sizes of the batches it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, images, references):
+        self.sizes.append(len(images))
+        return (images - references).square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("images_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cuda", None])
+@pytest.mark.parametrize("form", [LPIPSReward, DISTSReward])
+def test_pieces_fit_the_device_of_the_network(form, device, images_on):
+    """Images on the CPU reach a network on a GPU in pieces for the GPU; a network of no device yet follows them."""
+    network = CountingNetwork()
+    with Meter():
+        reward = form(model=network, device=device)
+        images = torch.rand(4, 3, 512, 512, device=images_on)
+        assert reward(images, references=images).shape == (4,)
+    assert network.sizes == ([4] if "cuda" in (device, images_on) else [1, 1, 1, 1])
+
+
 @pytest.fixture
 def weighty(tmp_path):
     """Makes LPIPS or DISTS over seeded weights."""

@@ -115,6 +115,11 @@ class LazyModel:
         """Where the network is, or will be built if nobody says otherwise before."""
         return self._device or torch.device("cpu")
 
+    @property
+    def known_device(self) -> torch.device | None:
+        """Where the network is or will be; None while the first images are still to decide."""
+        return self._device
+
     def to(self, device: torch.device | str) -> None:
         """Move the network, or build it there when it is needed."""
         with self.lock, torch.inference_mode(False), torch.no_grad():

@@ -94,6 +94,7 @@ class LPIPSReward:
             bytes_per_pixel=self._bytes_per_pixel,
             min_side=self._min_side,
             batch_size=self.batch_size,
+            device=self._loader.known_device,
             watch=self._watch,
         )
 
@@ -183,6 +184,7 @@ class DISTSReward:
             bytes_per_pixel=_BYTES_PER_PIXEL["dists"][self.differentiable],
             min_side=BACKBONES["vgg"].min_side,
             batch_size=self.batch_size,
+            device=self._loader.known_device,
             watch=self._watch,
         )
 

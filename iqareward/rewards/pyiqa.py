@@ -114,6 +114,7 @@ class PyIQAReward:
             bytes_per_pixel=BYTES_PER_PIXEL.get(self.metric, BYTES_PER_PIXEL[""])[self.differentiable],
             min_side=MIN_SIDE.get(self.metric, 1),
             batch_size=self.batch_size,
+            device=self._loader.known_device,
             watch=self._watch,
         )
 

@@ -205,6 +205,7 @@ def score_images(
     bytes_per_pixel: int = 1024,
     min_side: int = 1,
     batch_size: int | None = None,
+    device: torch.device | None = None,
     watch: UnscoredWatch | None = None,
 ) -> Scores:
     """Score images of any number and sizes by a function on clean batches, under the reward contract.
@@ -223,6 +224,7 @@ def score_images(
         batch_size: images per call of `score_batch`; None = what stays in a CPU's cache, or fits `working_bytes` on
             another device. With `differentiable`, images that do not all fit that are scored again in the backward
             pass, part by part, so that the graph of one part is kept at a time.
+        device: where `score_batch` computes, for the size of its parts; None = where the images are.
         watch: kept by the reward from call to call; warns if no image is scored.
 
     Returns:
@@ -238,9 +240,10 @@ def score_images(
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):  # stacking a list is part of the graph
         buckets, order = shape_buckets(name, images, references if needs_references else None)
     if not buckets:
-        device = images.device if isinstance(images, Tensor) else None
-        return torch.zeros(0, dtype=torch.float32, device=device)
-    device = buckets[0][0].device
+        empty_on = images.device if isinstance(images, Tensor) else None
+        return torch.zeros(0, dtype=torch.float32, device=empty_on)
+    images_on = buckets[0][0].device
+    device = device or images_on
     sizes = [
         rows_at_once(bucket[0].shape[2:], device, bytes_per_pixel=bytes_per_pixel) if batch_size is None else batch_size
         for bucket in buckets
@@ -250,7 +253,7 @@ def score_images(
     # the pieces of a CPU's cache are no bound on memory, unless they were asked for
     if differentiable and not fits and (batch_size is not None or device.type != "cpu"):
         score = partial(recomputed, score)
-    with reward_mode(device.type, differentiable=differentiable):
+    with reward_mode(images_on.type, differentiable=differentiable):
         scores = [
             score(*piece)
             for bucket, size in zip(buckets, sizes, strict=True)

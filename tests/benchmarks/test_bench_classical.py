@@ -43,12 +43,14 @@ def test_the_device_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_busy_targets() -> None:
     """All threads are compared with one thread of ours, and with the fastest peer at any number of threads."""
-    speeds = {("iqareward", 2): 30.0, ("iqareward", 1): 20.0, ("a", 2): 5.0, ("a", 1): 10.0, ("b", 2): 2.0}
+    ours = {("iqareward", 2): 30.0, ("iqareward", 1): 20.0, ("iqareward reward", 2): 9.0, ("iqareward reward", 1): 12.0}
+    speeds = {**ours, ("a", 2): 5.0, ("a", 1): 10.0, ("b", 2): 2.0}
     rows = [
         {"metric": "ssim", "library": library, "threads": threads, "images_per_second": speed}
         for (library, threads), speed in speeds.items()
     ]
     assert [(row["name"], row["value"]) for row in busy_targets(rows)] == [
-        ("ssim busy, 2 threads vs one", 1.5),
+        ("ssim busy, iqareward, 2 threads vs one", 1.5),
+        ("ssim busy, iqareward reward, 2 threads vs one", 0.75),
         ("ssim busy vs a", 3.0),
     ]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import iqareward
 from iqareward import Chunked, FullReference, NoReference
@@ -134,6 +135,21 @@ def test_gradients_reach_valid_pixels_only() -> None:
     expected = torch.full_like(images, -1 / (3 * 8 * 8))
     expected[1] = 0
     torch.testing.assert_close(images.grad, expected, **OTHER_PACKAGE)
+
+
+def test_checks_are_the_same_without_a_graph_and_under_transforms() -> None:
+    """Images come out the same with and without a graph, mapped over and traced, and what was given stays as it was."""
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    images[1, 0, 0, 0], images[2] = torch.nan, 9.0
+    given_images = images.clone()
+    expected, valid = sanitize(images)
+    assert valid.tolist() == [True, False, False]
+    with torch.no_grad():
+        traced = make_fx(lambda batch: sanitize(batch)[0])(images)
+        torch.testing.assert_close(sanitize(images)[0], expected, **EXACT)
+        torch.testing.assert_close(torch.vmap(sanitize)(images[None])[0][0], expected, **EXACT)
+        torch.testing.assert_close(traced(images.flip(0)), expected.flip(0), **EXACT)
+    torch.testing.assert_close(images, given_images, equal_nan=True, **EXACT)
 
 
 def test_pickling() -> None:
