@@ -32,7 +32,7 @@ def test_rows_on_a_device(side, per_pixel, rows):
 
 def test_one_thread_takes_smaller_pieces():
     """One thread has less cache than several."""
-    assert rows_at_once((64, 64), CPU, threads=1) == 16
+    assert rows_at_once((64, 64), CPU, threads=1) == 32
 
 
 def first_pixels(batch):
