@@ -100,7 +100,7 @@ def settle(scores: Scores, on_nan: OnNan, *, name: str) -> Scores:
     Args:
         scores: `[B]`, NaN = not scored.
         on_nan: see `OnNan`.
-        name: of the reward, for messages.
+        name: The reward's name, for messages.
 
     Raises:
         ValueError: with "raise", for any image without a score; with "mean" and "worst", if no image has one.

@@ -53,7 +53,7 @@ def rows_at_once(
         size: (height, width) of the images.
         device: where they are worked on.
         bytes_per_pixel: working memory for each pixel of an image; on a CPU the cache decides instead.
-        threads: of the CPU that work on them.
+        threads: How many CPU threads work on them.
     """
     pixels = size[0] * size[1]
     if device.type == "cpu":

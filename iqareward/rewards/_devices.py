@@ -59,7 +59,7 @@ class ImageDevice:
 
     Args:
         device: as it was given; None = the images stay where they are.
-        name: of the adapter, for error messages.
+        name: The adapter's name, for error messages.
     """
 
     def __init__(self, device: torch.device | str | None, *, name: str) -> None:

@@ -14,7 +14,7 @@ def shape_buckets(name: str, images: Images, references: Images | None) -> tuple
     """Group images (and references) of equal shape into batches.
 
     Args:
-        name: of the reward, for error messages.
+        name: The reward's name, for error messages.
         images: `[B, 3, H, W]`, or a sequence of `[3, H, W]`.
         references: None, or of the same shapes and device.
 

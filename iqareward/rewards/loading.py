@@ -38,7 +38,7 @@ class LazyModel:
     Args:
         build: `build(device)` gives the network on that device; picklable.
         device: where to build it; None = `default`.
-        name: of the reward, for error messages.
+        name: The reward's name, for error messages.
         default: `"images"` = where the first images are; `"cuda"` = CUDA if there is one, else the CPU; `"stay"` =
             `build` gets None and decides.
     """

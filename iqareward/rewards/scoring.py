@@ -215,7 +215,7 @@ def score_images(
             `[b, 3, H, W]` in [0, 1]; returns `[b]`, higher is better. An image's score must not depend on its batch.
         images: `[B, 3, H, W]` float RGB in [0, 1] on any device, or a sequence of `[3, H, W]`.
         references: of the same shapes and device as `images`.
-        name: of the reward, for error messages.
+        name: The reward's name, for error messages.
         needs_references: whether to pass references on; if not, they are ignored.
         differentiable: whether to keep the graph to the pixels; otherwise none is built.
         bytes_per_pixel: working memory of `score_batch` on a device for each pixel of an image (and its reference),

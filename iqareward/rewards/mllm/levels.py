@@ -52,7 +52,7 @@ class LevelScorer:
     """Level logits of images under fixed prompts, by a network that is loaded at the first call.
 
     Args:
-        name: of the reward, for error messages.
+        name: The reward's name, for error messages.
         source: hub id or folder of a checkpoint, or a network, which is used as it is and frozen.
         prompts: what to ask about each image.
         device: None = CUDA if there is one, else the CPU (a network given stays where it is).

@@ -1,4 +1,4 @@
-"""How a layer is run: as it is, or recomputed in the backward pass, which trades compute for memory."""
+"""Run a layer as it is, or recompute it in the backward pass, which trades time for memory."""
 
 from collections.abc import Callable
 from typing import Any

@@ -41,7 +41,7 @@ def load_network(
     """A frozen model in eval mode with its processor.
 
     Args:
-        name: of the reward, for error messages.
+        name: The reward's name, for error messages.
         source: a folder as `save_pretrained` writes it, or a hub id `owner/name`, or `owner/name/folder`.
         device: where the weights go.
         dtype: their dtype.

@@ -20,7 +20,7 @@ def host_pixels(name: str, images: Images) -> tuple[list[np.ndarray | None], tor
     """Images as a judge elsewhere sees them: round(255 x), the nearest of 256 levels.
 
     Args:
-        name: of the reward, for error messages.
+        name: The reward's name, for error messages.
         images: `[B, 3, H, W]` float in [0, 1] on any device, or a sequence of `[3, H, W]`.
 
     Returns:

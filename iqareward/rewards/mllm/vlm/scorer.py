@@ -73,7 +73,7 @@ class VLMScorer:
     """Numbers that a vision-language model gives to images, under the reward contract.
 
     Args:
-        name: of the reward, for error messages.
+        name: The reward's name, for error messages.
         source: of the model.
         readout: what is asked.
         device: None = CUDA if there is one, else the CPU (a model given stays where it is).

@@ -74,7 +74,7 @@ class VisionTower:
 
         Args:
             pixels: `[batch, 1 + tiles, 3, H, W]`.
-            size: of the images before they were fitted.
+            size: Height and width of the images before they were fitted.
         """
         from transformers.models.llava_onevision import modeling_llava_onevision as library
 
@@ -155,10 +155,10 @@ def run_tower(tower: Any, patches: Tensor, batch: int, geometry: Geometry) -> tu
     A backward pass recomputes each block instead of keeping its activations.
 
     Args:
-        tower: of Qwen2.5-VL, Qwen3-VL or Qwen3.5.
+        tower: The vision tower of Qwen2.5-VL, Qwen3-VL or Qwen3.5.
         patches: `[batch * patches, values]` in the tower's dtype.
         batch: number of images, all of one size.
-        geometry: of that size.
+        geometry: Positions and windows for images of that size.
 
     Returns:
         The image tokens `[batch, tokens, hidden]`, and the same of every deepstack layer.
