@@ -1,12 +1,13 @@
 """Pieces of a batch: as large as stay in a CPU's cache, or as fit a budget of bytes on any other device."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from iqareward.functional._threads import free_threads
+from iqareward.functional._threads import WINDOW_SECONDS, free_threads
 
 # Intermediates of one piece should stay in cache, and one piece should be worth waking the threads for. Measured with
 # pieces of 64 Ki to 1 Mi pixels on a core with 0.5 MB of L2 and 32 MB of L3: smaller ones pay for calls, larger ones
@@ -72,12 +73,16 @@ def map_chunks(formula: Callable[..., Tensor], *batches: Tensor, size: Sequence[
     if torch.compiler.is_compiling():  # what it fuses leaves no intermediates, and it cannot ask for threads
         return formula(*batches)
     first, results, start = batches[0], list[Tensor](), 0
-    while True:  # the number of threads can change from piece to piece
+    while True:  # the number of threads can change from time to time
         with free_threads(first.device) as threads:
             rows = rows_at_once(first.shape[-2:] if size is None else size, first.device, threads=threads)
             if start == 0 and rows >= first.shape[0]:
                 return formula(*batches)
-            results.append(formula(*(batch[start : start + rows] for batch in batches)))
-        start += rows
+            until = time.perf_counter() + WINDOW_SECONDS
+            for begin in range(start, first.shape[0], rows):
+                results.append(formula(*(batch[begin : begin + rows] for batch in batches)))
+                start = begin + rows
+                if time.perf_counter() > until:
+                    break
         if start >= first.shape[0]:
             return torch.cat(results)

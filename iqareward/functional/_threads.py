@@ -8,8 +8,7 @@ threads are then 5 to 50 times slower than one.
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import cast
 
@@ -35,52 +34,48 @@ class _Observed(threading.local):
 _observed = _Observed()
 
 
-@contextmanager
-def free_threads(device: torch.device) -> Generator[int]:
+class free_threads:  # no generator, which takes as long as a small operator
     """Within the block, operators on the CPU use only as many of torch's threads as find a free core.
 
     The calling thread is observed: what share of the time it runs, rather than waits for a core or for other threads.
     The number of threads is halved while that is little, and doubled again when it is nearly all of the time. That
     applies to the calling thread alone, and only where torch uses OpenMP (not on Windows).
 
+    Entering yields the number of threads, at most `torch.get_num_threads()`.
+
     Args:
         device: where the block computes; what waits for a GPU says nothing about cores. On a CPU, digits must not
             depend on the number of threads.
-
-    Yields:
-        The number of threads, at most `torch.get_num_threads()`.
     """
-    own = torch.get_num_threads()
-    if own == 1 or device.type != "cpu" or torch.compiler.is_compiling() or _openmp() is None:
-        yield own
-        return
-    threads = max(1, own >> _observed.halvings)
-    start, running = time.perf_counter(), time.thread_time()
-    try:
-        with _limited(threads, own):
-            yield threads
-    finally:
-        _observe(time.perf_counter() - start, time.thread_time() - running, threads, own)
+
+    def __init__(self, device: torch.device) -> None:
+        self._own = self._threads = torch.get_num_threads()
+        self._observes = self._own > 1 and device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def __enter__(self) -> int:
+        self._observes = self._observes and _openmp() is not None
+        if self._observes:
+            self._threads = max(1, self._own >> _observed.halvings)
+            self._mkl_before = _limit(self._threads) if self._threads < self._own else 0
+            self._start, self._running = time.perf_counter(), time.thread_time()
+        return self._threads
+
+    def __exit__(self, *_: object) -> None:
+        if self._observes:
+            seconds, running = time.perf_counter() - self._start, time.thread_time() - self._running
+            if self._threads < self._own:
+                _limit(self._own, self._mkl_before)
+            _observe(seconds, running, self._threads, self._own)
 
 
-@contextmanager
-def _limited(threads: int, own: int) -> Generator[None]:
-    """Change the number of threads for the operators of this thread alone.
+def _limit(threads: int, mkl_threads: int | None = None) -> int:
+    """Change the number of threads for the operators of this thread alone; gives that of MKL so far.
 
     `torch.set_num_threads` also changes it for threads that begin later.
     """
-    if threads == own:
-        yield
-        return
-    openmp, mkl = cast("Callable[[int], None]", _openmp()), _mkl()
-    openmp(threads)
-    before = mkl(threads) if mkl else 0
-    try:
-        yield
-    finally:
-        openmp(own)
-        if mkl:
-            mkl(before)
+    cast("Callable[[int], None]", _openmp())(threads)
+    mkl = _mkl()
+    return mkl(threads if mkl_threads is None else mkl_threads) if mkl else 0
 
 
 def _observe(seconds: float, running: float, threads: int, own: int) -> None:

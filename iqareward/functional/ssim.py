@@ -35,12 +35,13 @@ def similarity_map(pair: Tensor, taps: list[float], *, with_luminance: bool) -> 
         return torch.ops.iqareward.ssim_map(means, powers, 2 * C1, 2 * C2, with_luminance)
     # Rounding can leave a flat area with a variance just below 0, which far outside [0, 1] would cancel C2.
     variances = (powers - means * means).clamp(min=0)
+    del powers  # a CPU's cache holds not much more than what is still needed
     structure = _ratio(variances[0], variances[1], 2 * C2)
     return _ratio((means[0] + 1).square(), means[1].square(), 2 * C1) * structure if with_luminance else structure
 
 
 def _ratio(sums: Tensor, differences: Tensor, constant: float) -> Tensor:
-    return (sums - differences + constant) / (sums + differences + constant)
+    return (sums - differences).add_(constant) / (sums + differences).add_(constant)
 
 
 def ssim(

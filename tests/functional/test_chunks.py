@@ -1,6 +1,5 @@
 """Pieces that stay in a CPU's cache, on as many threads as find a core."""
 
-import itertools
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -67,11 +66,21 @@ def threads():
 
 @pytest.fixture
 def cores(monkeypatch):
-    """Sets the share of the time, measured in hours, that threads get to run."""
-    clock, share = itertools.count(0, 3600), [1.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    ran = itertools.accumulate(itertools.repeat(3600), lambda total, hour: total + hour * share[0], initial=0.0)
-    monkeypatch.setattr(time, "thread_time", lambda: next(ran))
+    """Sets the share of the time that threads get to run; whoever asks for the time waits an hour for it."""
+    share, now, seen, ran = [1.0], 0.0, 0.0, 0.0
+
+    def perf_counter():
+        nonlocal now
+        now += 3600
+        return now
+
+    def thread_time():
+        nonlocal seen, ran
+        ran, seen = ran + (now - seen) * share[0], now
+        return ran
+
+    monkeypatch.setattr(time, "perf_counter", perf_counter)
+    monkeypatch.setattr(time, "thread_time", thread_time)
     return lambda value: share.__setitem__(0, value)
 
 
