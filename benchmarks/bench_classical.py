@@ -265,7 +265,7 @@ def main() -> None:
         if device.type != "cpu":
             parser.error("--busy measures the CPU; leave out --device.")
         for name in ("psnr",) if arguments.quick else BUSY_METRICS:
-            rounds, seconds = (1, 0.1) if arguments.quick else (3, 0.3)
+            rounds, seconds = (1, 0.1) if arguments.quick else (3, 1.0)
             found = measure_busy(name, *((64, 2) if arguments.quick else (256, 8)), rounds, seconds)
             for row in found:
                 console.print("  ".join(f"{key}={value}" for key, value in row.items()))
