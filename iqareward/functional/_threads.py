@@ -29,6 +29,7 @@ class _Observed(threading.local):
     seconds = running = 0.0
     halvings = 0  # of the number of threads
     rest = patience = 0.0  # seconds of work on free cores before more threads are tried again, left and in all
+    is_inside = False  # a block, whose number of threads holds for those within it
 
 
 _observed = _Observed()
@@ -49,12 +50,13 @@ class free_threads:  # no generator, which takes as long as a small operator
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._own = self._threads = torch.get_num_threads()
-        self._observes = self._own > 1 and device.type == "cpu" and not torch.compiler.is_compiling()
+        self._own = self._threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+        self._observes = self._own > 1 and device.type == "cpu"
 
     def __enter__(self) -> int:
-        self._observes = self._observes and _openmp() is not None
+        self._observes = self._observes and not _observed.is_inside and _openmp() is not None
         if self._observes:
+            _observed.is_inside = True
             self._threads = max(1, self._own >> _observed.halvings)
             self._mkl_before = _limit(self._threads) if self._threads < self._own else 0
             self._start, self._running = time.perf_counter(), time.thread_time()
@@ -63,6 +65,7 @@ class free_threads:  # no generator, which takes as long as a small operator
     def __exit__(self, *_: object) -> None:
         if self._observes:
             seconds, running = time.perf_counter() - self._start, time.thread_time() - self._running
+            _observed.is_inside = False
             if self._threads < self._own:
                 _limit(self._own, self._mkl_before)
             _observe(seconds, running, self._threads, self._own)

@@ -9,6 +9,7 @@ import torch
 
 from iqareward import functional as F
 from iqareward.functional._chunks import CPU_PIXELS_PER_CHUNK, map_chunks, rows_at_once
+from iqareward.rewards.scoring import sanitize
 from tests.functional.pairs import METRIC, METRICS, textured
 from tests.tolerances import FORMULA_FP32
 
@@ -113,6 +114,23 @@ def test_threads_without_a_core_are_not_used(threads, cores):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs torch with OpenMP")
+def test_pieces_within_pieces_take_the_same_threads(threads, cores):
+    """What a formula cuts into pieces of its own neither takes half as many threads again nor is observed twice."""
+    batch = torch.arange(3.0)[:, None, None].expand(3, 512, 512)
+    used = []
+
+    def inner(rows):
+        used.append(torch.get_num_threads())
+        return first_pixels(rows)
+
+    threads(8)
+    cores(0.5)
+    with ThreadPoolExecutor(1) as mine:
+        mine.submit(map_chunks, lambda rows: map_chunks(inner, rows), batch).result()
+    assert used == [8, 4, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs torch with OpenMP")
 def test_threads_come_back_after_an_error(threads, cores):
     """A formula that fails on fewer threads leaves the caller with its own number."""
     threads(2)
@@ -152,3 +170,13 @@ def test_one_graph_for_the_compiler(name):
     torch._dynamo.reset()
     compiled = torch.compile(METRICS[name][0], backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images, references), METRICS[name][0](images, references), **FORMULA_FP32)
+
+
+def test_checks_are_one_graph_for_the_compiler():
+    """`torch.compile` takes the checks of the reward contract whole as well."""
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[1, 0, 0, 0] = torch.nan
+    torch._dynamo.reset()
+    cleaned, valid = torch.compile(sanitize, backend="eager", fullgraph=True)(images)
+    torch.testing.assert_close(cleaned, sanitize(images)[0], **FORMULA_FP32)
+    assert valid.tolist() == [True, False]
