@@ -45,6 +45,7 @@ class Counting:
         (200, (16, 16), {}, [83, 83, 34]),  # small images count as 224x224, to which many networks enlarge them
         (40, (256, 1024), {"bytes_per_pixel": 2048}, [8] * 5),
         (40, (512, 512), {"bytes_per_pixel": 128}, [40]),
+        (40, (512, 512), {"bytes_per_pixel": 1023.5}, [16, 16, 8]),  # measured bytes divided by pixels
         (40, (512, 512), {"batch_size": 30}, [30, 10]),
     ],
 )

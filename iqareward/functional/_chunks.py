@@ -45,7 +45,7 @@ def rows_at_once(
     size: Sequence[int],
     device: torch.device,
     *,
-    bytes_per_pixel: int = FORMULA_BYTES_PER_PIXEL,
+    bytes_per_pixel: float = FORMULA_BYTES_PER_PIXEL,
     threads: int = 2,
 ) -> int:
     """How many images to work on at a time on a device, at least one.
@@ -59,7 +59,7 @@ def rows_at_once(
     pixels = size[0] * size[1]
     if device.type == "cpu":
         return max(1, (PIXELS_FOR_ONE_THREAD if threads == 1 else CPU_PIXELS_PER_CHUNK) // max(1, pixels))
-    return max(1, working_bytes(device) // (bytes_per_pixel * max(pixels, LEAST_PIXELS)))
+    return max(1, int(working_bytes(device) // (bytes_per_pixel * max(pixels, LEAST_PIXELS))))
 
 
 def map_chunks(formula: Callable[..., Tensor], *batches: Tensor, size: Sequence[int] | None = None) -> Tensor:

@@ -45,7 +45,7 @@ class FullReference:
     min_side: int = 1
     differentiable: bool = False
     batch_size: int | None = None
-    bytes_per_pixel: int = 1024
+    bytes_per_pixel: float = 1024
     _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
 
     needs_references = True
@@ -109,7 +109,7 @@ class NoReference:
     min_side: int = 1
     differentiable: bool = False
     batch_size: int | None = None
-    bytes_per_pixel: int = 1024
+    bytes_per_pixel: float = 1024
     _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
 
     needs_references = False

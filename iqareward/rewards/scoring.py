@@ -202,7 +202,7 @@ def score_images(
     name: str,
     needs_references: bool,
     differentiable: bool,
-    bytes_per_pixel: int = 1024,
+    bytes_per_pixel: float = 1024,
     min_side: int = 1,
     batch_size: int | None = None,
     device: torch.device | None = None,
@@ -233,8 +233,13 @@ def score_images(
 
     Raises:
         TypeError: images are not floating-point tensors.
-        ValueError: shapes are wrong, or references are missing or do not match.
+        ValueError: shapes are wrong, references are missing or do not match, or a size of parts is not positive.
     """
+    if not bytes_per_pixel > 0 or (batch_size is not None and batch_size < 1):
+        raise ValueError(
+            f"{name} expected `bytes_per_pixel` > 0, and `batch_size` >= 1 or None, got {bytes_per_pixel} and "
+            f"{batch_size}."
+        )
     if needs_references and references is None:
         raise ValueError(f"{name} expected `references` (it is a full-reference reward), got None. Pass references=...")
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):  # stacking a list is part of the graph
@@ -287,4 +292,5 @@ def _score_clean(score_batch: Callable[..., Tensor], name: str, min_side: int, *
             f"{name} expected its metric to return one score per image, shape [{count}], got {list(scores.shape)}. "
             "Reduce over channels and pixels, never over the batch."
         )
-    return torch.where(valid.all(0) & (scores.abs() < torch.inf), scores.float(), torch.nan)
+    scores = scores.float()
+    return torch.where(valid.all(0) & (scores.abs() < torch.inf), scores, torch.nan)

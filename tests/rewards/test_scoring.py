@@ -69,6 +69,23 @@ def test_micro_batches_and_order() -> None:
     torch.testing.assert_close(ERROR(mixed, references=references), expected, **OTHER_PACKAGE)
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"bytes_per_pixel": 0}])
+def test_sizes_of_pieces_are_positive(options: dict[str, int]) -> None:
+    """Others are refused in words, on every device."""
+    reward = NoReference(brightness, higher_is_better=True, **options)
+    with pytest.raises(ValueError, match="brightness expected `bytes_per_pixel` > 0, and `batch_size` >= 1 or None"):
+        reward(photos())
+
+
+def test_scores_of_other_dtypes_become_float32() -> None:
+    """Verdicts of a metric count as 0 and 1, and what float32 cannot hold is no score."""
+    images = torch.cat([torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)])
+    bright = NoReference(lambda rows: brightness(rows) > 0.5, higher_is_better=True, name="bright")
+    torch.testing.assert_close(bright(images), torch.tensor([0.0, 1.0]), **EXACT)
+    huge = NoReference(lambda rows: brightness(rows).double() * 1e300, higher_is_better=True, name="huge")
+    torch.testing.assert_close(huge(images), torch.tensor([0.0, torch.nan]), equal_nan=True, **EXACT)
+
+
 def test_a_broken_image_is_alone() -> None:
     """NaN, inf, a wrong range, or a tiny size costs that image its score and no other."""
     images = list(photos(6))
