@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -48,7 +49,7 @@ def device_now(device: torch.device, *, name: str) -> torch.device:
 
 def as_current(device: torch.device | None) -> AbstractContextManager[Any]:
     """Within it, this is the current GPU of the thread, for foreign code that names none when it moves to CUDA."""
-    if device is None or device.type != "cuda" or not torch.cuda.is_initialized():
+    if device is None or device.type != "cuda" or not (torch.cuda.is_initialized() or torch.cuda.is_available()):
         return nullcontext()
     return torch.cuda.device(device)
 
@@ -63,7 +64,12 @@ class ImageDevice:
     """
 
     def __init__(self, device: torch.device | str | None, *, name: str) -> None:
-        self._device, self._name = None if device is None else device_here(device), name
+        self._asked, self._name = device, name
+        self._device = None if device is None else device_here(device)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any]]:
+        # the thread that unpickles it may mean another GPU
+        return partial(ImageDevice, name=self._name), (self._asked,)
 
     def get(self) -> torch.device | None:
         """The device, now that it has to be used."""

@@ -143,7 +143,6 @@ class LazyModel:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             if self._network is None or self._offloaded:
                 return
-            self._order.read()
             self._let_go()
             if self.device.type != "cpu":
                 if self._host is None or not self._host.is_current(self._network):
@@ -161,7 +160,11 @@ class LazyModel:
                 self._offloaded, self._order = False, StreamOrder(self.device)
 
     def _let_go(self) -> None:
-        """Forget what was computed from the weights; memory of both is reused only when those who read it are done."""
+        """Forget what was computed from the weights; memory of both is reused only when those who read it are done.
+
+        This thread is one of them: it moves the weights.
+        """
+        self._order.read()
         for order in (self._order, *(order for _, order in self._derived.values())):
             order.drop()
         self._derived.clear()

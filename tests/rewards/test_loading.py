@@ -142,6 +142,9 @@ def test_foreign_code_that_says_cuda_gets_the_same_gpu(machine: Machine) -> None
 
     in_a_thread(score)
     assert seen == [3, 3, 0]
+    machine.in_use = False  # a network may be the first to use CUDA
+    LazyModel(lambda device: seen.append(torch.cuda.current_device()) or nn.Linear(2, 2), "cuda:6").get()
+    assert seen[3:] == [6]
 
 
 @pytest.mark.parametrize("device", ["cuda", None])
@@ -208,6 +211,22 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:0"), ("cuda:6", "cuda:6")])
+def test_an_adapter_goes_by_the_thread_that_unpickles_it(
+    device: str, expected: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the reward in it does, which on another rank is on another GPU."""
+    seen = []
+    monkeypatch.setattr(
+        "iqareward.adapters.trl.to_images",
+        lambda images, device, **_: seen.append(str(device)) or torch.stack(images),
+    )
+    made = pickle.dumps(TRLReward(Brightness(), "restored", device=device))
+    copied = in_a_thread(lambda: pickle.loads(made))
+    copied(completions=["a"], restored=[torch.zeros(3, 4, 4)])
+    assert seen == [expected]
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapters_move_images_to_the_gpu_of_the_thread_that_makes_them(
     adapter: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
@@ -241,7 +260,9 @@ def test_weights_are_read_when_they_are_there(machine: Machine) -> None:
         machine.diary.clear()
         # Their memory belongs to the streams that made them, which must not reuse it while others read.
         loader.to("cpu")
-        assert machine.diary == [("a_0", "waits for", "b_0"), ("b_0", "waits for", "a_0")]
+        assert machine.diary[0] == ("MainThread", "waits for", "a_0")  # a copy reads them as well
+        told = {maker: {reader for name, _, reader in machine.diary if name == maker} for maker in ("a_0", "b_0")}
+        assert told == {"a_0": {"b_0", "MainThread"}, "b_0": {"a_0"}}
     assert values == [total(loader.get())] * 3
     assert loader.derived("sum", total) is not values[0]  # computed again from the weights that have moved
 
