@@ -9,6 +9,7 @@ from iqareward.functional._checks import check_images
 from iqareward.functional._chunks import map_chunks
 from iqareward.functional._fused import correlate
 from iqareward.functional.color import luma
+from iqareward.functional.filters import mean_of_map
 
 DARK = 0.1
 CLIPPED = 1 / 255  # nearer to 0 or 1 than this is saturated
@@ -44,7 +45,7 @@ def colorfulness(images: Tensor) -> Tensor:
         >>> colorfulness(torch.full((1, 3, 8, 8), 0.3))
         tensor([0.])
     """
-    return _statistic("colorfulness", lambda rows: (rows.amax(1) - rows.amin(1)).flatten(1).mean(1), images)
+    return _statistic("colorfulness", lambda rows: mean_of_map(rows.amax(1) - rows.amin(1)), images)
 
 
 def dark_fraction(images: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def edge_density(images: Tensor) -> Tensor:
             correlate(correlate(planes, across, is_vertical=is_vertical), along, is_vertical=not is_vertical)
             for is_vertical in (False, True)
         ]
-        return torch.stack(slopes).norm(dim=0).flatten(1).mean(1)
+        return mean_of_map(torch.stack(slopes).norm(dim=0))
 
     return _statistic("edge_density", density, images, min_side=3)
 
@@ -101,13 +102,12 @@ def high_frequency_share(images: Tensor) -> Tensor:
     def share(rows: Tensor) -> Tensor:
         planes = luma(rows)
         planes = torch.where(planes.isfinite(), planes, 0.0)
-        power = torch.fft.fft2(planes - planes.mean((1, 2), keepdim=True)).abs().square()
+        power = torch.fft.fft2(planes - mean_of_map(planes)[:, None, None]).abs().square()
         vertical, horizontal = (torch.fft.fftfreq(side, device=rows.device).abs() for side in rows.shape[2:])
         high = torch.maximum(vertical[:, None], horizontal[None]) > 0.25
-        total = power.sum((1, 2))
+        shown, total = mean_of_map(power * high), mean_of_map(power)
         # A flat image leaves rounding noise only, whose share says nothing.
-        flat = total < 1e-10 * planes.shape[1:].numel() ** 2
-        return torch.where(flat, 0.0, (power * high).sum((1, 2)) / total)
+        return torch.where(total < 1e-10 * planes.shape[1:].numel(), 0.0, shown / total)
 
     return _statistic("high_frequency_share", share, images)
 

@@ -1,5 +1,8 @@
 """Image statistics move as what they describe does; tile seams and the decoder's ceiling are found."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from iqareward.diffusion.data.textures import synthetic_images
 from iqareward.diffusion.monitor import STATISTICS
 from iqareward.functional.filters import blur_valid, gaussian_taps
 from tests.diffusion.tiny import policy_of
+from tests.tolerances import EXACT
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,25 @@ def test_images_do_not_touch_each_other(name, scenes):
     assert values[3].isnan()
     for row in (0, 7):
         torch.testing.assert_close(values[row], STATISTICS[name](scenes[row : row + 1])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_digits_do_not_depend_on_threads(monkeypatch):
+    """A crowded machine leaves fewer of torch's threads from call to call, and a log repeats bit for bit."""
+    images = torch.rand(1, 3, 1024, 1030, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(time, "thread_time", time.perf_counter)  # cores are free, even if they are not
+
+    def values(count):
+        torch.set_num_threads(count)
+        return torch.stack([statistic(images) for statistic in STATISTICS.values()])
+
+    try:
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:  # which have learnt nothing else before
+            expected = one.submit(values, 1).result()
+            for count in (2, 3, 4):
+                torch.testing.assert_close(other.submit(values, count).result(), expected, **EXACT)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_blur_lowers_edges_and_high_frequencies(scenes):
