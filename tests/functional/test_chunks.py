@@ -151,7 +151,7 @@ def test_threads_come_back_after_an_error(threads, cores):
 
 
 @pytest.mark.parametrize("metric", [F.psnr, F.ssim, F.ms_ssim, F.gmsd, F.haarpsi, F.piqe, F.niqe])
-def test_digits_do_not_depend_on_threads(threads, metric):
+def test_digits_do_not_depend_on_threads(threads, cores, metric):
     """One thread and several give the same bits, so that the number may change at any time."""
     images, references = torch.rand(2, 2, 3, 200, 224, generator=torch.Generator().manual_seed(0))
     arguments = (images,) if metric in (F.piqe, F.niqe) else (images, references)
