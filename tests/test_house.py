@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,27 +58,40 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             yield node.module or ""
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room(file) != "__init__"], ids=name_of)
-def test_imports_point_down(file: Path) -> None:
+def breaches(rule: Callable[[Path], Iterator[str]]) -> list[str]:
+    """What a rule finds wrong in each file of the package."""
+    return [f"{name_of(file)}: {wrong}" for file in FILES for wrong in rule(file)]
+
+
+def test_imports_point_down() -> None:
     """A file imports only from lower layers and its own room; layer 0 and the training signals are one room each."""
-    ours = LAYERS[room(file)]
-    for module in imported_modules(ast.parse(file.read_text())):
-        parts = module.split(".")
-        if parts[0] != "iqareward" or len(parts) == 1:
-            continue
-        theirs = LAYERS[parts[1]]
-        neighbours = parts[1] == room(file) or theirs == ours == 0 or {parts[1], room(file)} <= SIGNALS
-        assert theirs < ours or neighbours, f"{name_of(file)} imports {module}"
+
+    def upward(file: Path) -> Iterator[str]:
+        if room(file) == "__init__":
+            return
+        ours = LAYERS[room(file)]
+        for module in imported_modules(ast.parse(file.read_text())):
+            parts = module.split(".")
+            if parts[0] != "iqareward" or len(parts) == 1:
+                continue
+            theirs = LAYERS[parts[1]]
+            neighbours = parts[1] == room(file) or theirs == ours == 0 or {parts[1], room(file)} <= SIGNALS
+            if theirs >= ours and not neighbours:
+                yield f"imports {module}"
+
+    assert breaches(upward) == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_heavy_packages_are_imported_where_they_are_used(file: Path) -> None:
+def test_heavy_packages_are_imported_where_they_are_used() -> None:
     """No module imports an optional package when it is imported itself."""
-    top = ast.Module([node for node in ast.parse(file.read_text()).body if not isinstance(node, ast.If)], [])
-    for node in top.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            loaded = {module.split(".")[0] for module in imported_modules(ast.Module([node], []))}
-            assert not loaded & HEAVY, f"{name_of(file)} imports {loaded & HEAVY} at module level"
+
+    def heavy(file: Path) -> Iterator[str]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                loaded = {module.split(".")[0] for module in imported_modules(ast.Module([node], []))}
+                yield from (f"imports {package} at module level" for package in sorted(loaded & HEAVY))
+
+    assert breaches(heavy) == []
 
 
 def test_import_is_instant_and_light() -> None:
@@ -110,40 +123,53 @@ def test_public_names() -> None:
         iqareward.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_rooms_are_small(file: Path) -> None:
+def test_rooms_are_small() -> None:
     """A file has at most 600 lines and a function at most 60 below its docstring."""
-    text = file.read_text()
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
-            assert lines <= MAX_FUNCTION_LINES, f"{name_of(file)}: {node.name} has {lines} lines"
+
+    def large(file: Path) -> Iterator[str]:
+        text = file.read_text()
+        if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+            yield f"{lines} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                if lines > MAX_FUNCTION_LINES:
+                    yield f"{node.name} has {lines} lines"
+
+    assert breaches(large) == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_forbidden_calls(file: Path) -> None:
+def test_forbidden_calls() -> None:
     """Nothing in the package does what a library must not do."""
-    code = "\n".join(line.split("  # ")[0] for line in file.read_text().splitlines())
-    for pattern, reason in FORBIDDEN.items():
-        if file.name == "_contract_checks.py" and "pickle" in pattern:
-            continue  # it unpickles what it pickled on the same line
-        if name_of(file) == "serving/replica.py" and "empty_cache" in pattern:
-            continue  # its process is its own, and gives its memory back
-        assert not re.search(pattern, code), f"{name_of(file)}: {pattern}: {reason}"
+
+    def forbidden(file: Path) -> Iterator[str]:
+        code = "\n".join(line.split("  # ")[0] for line in file.read_text().splitlines())
+        for pattern, reason in FORBIDDEN.items():
+            if file.name == "_contract_checks.py" and "pickle" in pattern:
+                continue  # it unpickles what it pickled on the same line
+            if name_of(file) == "serving/replica.py" and "empty_cache" in pattern:
+                continue  # its process is its own, and gives its memory back
+            if re.search(pattern, code):
+                yield f"{pattern}: {reason}"
+
+    assert breaches(forbidden) == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_public_things_are_documented(file: Path) -> None:
+def test_public_things_are_documented() -> None:
     """Every module, public class and public function has a docstring, and every function says what it returns."""
-    if file.read_text() == "":
-        return
-    tree = ast.parse(file.read_text())
-    assert ast.get_docstring(tree), f"{name_of(file)} has no docstring"
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            helper = file.name.startswith("_")
-            assert helper or ast.get_docstring(node), f"{name_of(file)}: {node.name} has no docstring"
-        if isinstance(node, ast.FunctionDef):
-            assert node.returns is not None, f"{name_of(file)}: {node.name} does not say what it returns"
+
+    def silent(file: Path) -> Iterator[str]:
+        if file.read_text() == "":
+            return
+        tree, helper = ast.parse(file.read_text()), file.name.startswith("_")
+        if not ast.get_docstring(tree):
+            yield "has no docstring"
+        for node in tree.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if public and not helper and not ast.get_docstring(node):
+                yield f"{node.name} has no docstring"
+            if isinstance(node, ast.FunctionDef) and node.returns is None:
+                yield f"{node.name} does not say what it returns"
+
+    assert breaches(silent) == []

@@ -3,6 +3,7 @@
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -179,16 +180,20 @@ def test_half_precision_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "compile"),
+    ("device", "compile", "backend"),
     [
-        pytest.param("cpu", True, marks=pytest.mark.slow),
-        pytest.param("cuda", "graph", marks=[pytest.mark.gpu, needs_cuda]),
-        pytest.param("cuda", True, marks=[pytest.mark.gpu, needs_cuda]),
+        pytest.param("cpu", True, "inductor", marks=pytest.mark.slow),
+        ("cpu", True, "eager"),
+        pytest.param("cuda", "graph", "inductor", marks=[pytest.mark.gpu, needs_cuda]),
+        pytest.param("cuda", True, "inductor", marks=[pytest.mark.gpu, needs_cuda]),
     ],
 )
-def test_graphs_and_compiled_layers_score_as_eager_ones(device, compile) -> None:
+def test_graphs_and_compiled_layers_score_as_eager_ones(device, compile, backend, monkeypatch) -> None:
     """Sizes in turn share their memory, eight threads share a graph, weights move and come back, and nothing waits."""
-    batch_size = 2 if device == "cpu" else 4  # each size costs the compiler twenty seconds there
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()  # other tests may have compiled the same
+    # on a CPU each size costs the compiler half a minute: there sizes take turns without it
+    batch_size = 4 if device == "cuda" else 1 if backend == "inductor" else 2
     eager = _small(device=device, batch_size=batch_size, task=BOTH)
     reward = _small(device=device, batch_size=batch_size, task=BOTH, compile=compile)
     images = _images(6).to(device)
@@ -207,11 +212,12 @@ def test_graphs_and_compiled_layers_score_as_eager_ones(device, compile) -> None
     torch.testing.assert_close(reward(images), expected, **NETWORK_BATCH)
 
 
-@pytest.mark.slow
-def test_layers_of_a_kind_share_one_compilation() -> None:
+def test_layers_of_a_kind_share_one_compilation(monkeypatch) -> None:
     """Vision tower, abstractor and decoder are compiled once each for a batch size, however many layers they have."""
     from torch._dynamo.utils import counters
 
+    # what is counted comes before the backend, of which the usual one, tested above, takes a minute for this
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch.compiler.reset()  # other tests may have compiled the same
     deep = replace(SMALL, vision_layers=3, abstractor_layers=3, layers=4)
     reward = QAlignReward(seeded_model(deep), batch_size=4, compile=True)
