@@ -1,5 +1,7 @@
 """Shared inputs of the tests: bundled photographs, seeded noise, and the folder of reference figures."""
 
+import atexit
+import gc
 import os
 from pathlib import Path
 
@@ -20,6 +22,12 @@ settings.load_profile("no clock")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start, for the reason below
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
+
+
+def pytest_collection_finish() -> None:
+    """Spare each garbage collection the modules and tests there are by now: a million objects, a second each time."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # some packages look at the end whether all of theirs is gone
 
 
 @pytest.fixture(scope="session", autouse=True)
