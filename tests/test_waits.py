@@ -15,7 +15,9 @@ from benchmarks.meter import Meter
 from iqareward import AdaptiveWeighter, DifficultyMemory, LossWeights, RewardMemory, advantages, difficulty, losses
 from iqareward import schedules as weightings
 from iqareward.diffusion.data.jpeg import jpeg
+from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.forward_process import ForwardProcess
+from iqareward.diffusion.learner import Optimization
 from iqareward.diffusion.monitor import STATISTICS
 from iqareward.diffusion.policy_gradient import PolicyGradient
 from iqareward.diffusion.reward_gradient import RewardGradient
@@ -277,11 +279,12 @@ def test_policies(kind):
     [*zip(tiny.KINDS, (PolicyGradient, RewardGradient, ForwardProcess, PolicyGradient), strict=True)],
 )
 def test_updates(kind, objective, tmp_path, monkeypatch):
-    """An update waits where it must: for pixels that come from the host, and for what it logs and decides by."""
+    """In one part or in two, it waits where it must: for pixels of the host, and for what it logs and decides by."""
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
     reward = FullReference(gmsd, higher_is_better=False, differentiable=objective is RewardGradient)
+    at_once = 2 if kind == "pixel" else 4  # of four inputs; the other networks take ten seconds for each part
     with Meter(read=1.0) as meter:
         run = trainer(
             tmp_path,
@@ -290,6 +293,8 @@ def test_updates(kind, objective, tmp_path, monkeypatch):
             objective=objective(reward) if objective is RewardGradient else objective(),
             validation=None,
             accelerator=Accelerator(cpu=True),
+            sampling=Sampling(group_size=2, num_steps=2, inputs_at_once=at_once),
+            optimization=Optimization(inputs_per_update=4, micro_batch=at_once, balance_every=2, ema_decay=0.9),
         )
         run.weighter.calibrate(torch.rand(8) + 0.1)
         meter.second(run.update)

@@ -1,33 +1,27 @@
 """The image experiment runs, every arm end to end and resumable, and its statistics are right."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.restoration import analysis, tables, world
-from benchmarks.restoration.__main__ import ordered
+from benchmarks.restoration import analysis, report, tables, world
+from benchmarks.restoration.__main__ import main, ordered
 from benchmarks.restoration.arms import MAIN, arms
 from benchmarks.restoration.judges import artefacts
 from benchmarks.restoration.rewards import mirrored
 from benchmarks.restoration.run import run
 
-ROOT = Path(__file__).parents[2]
-
-
-def command(*words):
-    subprocess.run([sys.executable, "-W", "ignore", "-m", *words], cwd=ROOT, capture_output=True, check=True)
-
 
 @pytest.mark.slow
-def test_quick_run_is_complete_resumes_and_is_reported(tmp_path):
+@pytest.mark.filterwarnings("ignore")
+def test_quick_run_is_complete_resumes_and_is_reported(tmp_path, monkeypatch):
     """Every arm has finite figures; a lost result is made again, the same; the report has every table and figure."""
     folder = str(tmp_path / "run")
-    command("benchmarks.restoration", "--quick", "--folder", folder)
+    monkeypatch.setattr(sys, "argv", ["restoration", "--quick", "--folder", folder])
+    main()
     lost = tmp_path / "run/results/0-adaptive.json"
     first = json.loads(lost.read_text())
     lost.unlink()  # its checkpoint is still there
@@ -42,7 +36,8 @@ def test_quick_run_is_complete_resumes_and_is_reported(tmp_path):
         for name in row[place]
     )
     options = ("--results", str(tmp_path / "tables"), "--figures", str(tmp_path / "figures"))
-    command("benchmarks.restoration.report", folder, *options)
+    monkeypatch.setattr(sys, "argv", ["report", folder, *options])
+    report.main()
     assert len(list((tmp_path / "figures").glob("restoration_*.png"))) == 5
     record = json.loads(next((tmp_path / "tables").glob("*.json")).read_text())
     assert {"main", "distances", "rewards", "cost"} <= {row["table"] for row in record["rows"]}
