@@ -37,6 +37,7 @@ from torch import Tensor
 from iqareward.adapters._values import OnNan, check_on_nan, find_reward, score, settle
 from iqareward.images import ImageLike, to_images
 from iqareward.losses import LossWeights
+from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards.batching import MicroBatched
 from iqareward.types import Reward
 
@@ -131,6 +132,7 @@ def batch_score_function(
     """
     check_on_nan(on_nan, allowed=("raise", "mean", "worst"), who="batch_score_function")
     judge = find_reward(reward, who="batch_score_function", references=references, device=_visible(device))
+    where = ImageDevice(device, name="batch_score_function")
 
     def compute_score(
         data_sources: Any, solution_strs: Any, ground_truths: Any, extra_infos: Any, **ignored: Any
@@ -142,7 +144,7 @@ def batch_score_function(
             found = None
             if references is not None:
                 found = [_reference(references, ground_truths[row], extra_infos[row]) for row in rows]
-            some = to_images([images[row] for row in rows], value_range=(0.0, 1.0), device=device)
+            some = to_images([images[row] for row in rows], value_range=(0.0, 1.0), device=where.get())
             prompts = [str(ground_truths[row]) for row in rows]
             scores[rows] = score(
                 judge, some, value_range=(0.0, 1.0), references=found, prompts=prompts, on_nan="nan"

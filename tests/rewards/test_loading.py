@@ -19,6 +19,7 @@ from iqareward import MicroBatched, Overlapped
 from iqareward.adapters.miles import reward_function as miles_function
 from iqareward.adapters.scorers import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
+from iqareward.adapters.verl import batch_score_function
 from iqareward.rewards.loading import HostCopy, LazyModel, computing_on
 from iqareward.rewards.mllm import levels
 from iqareward.rewards.mllm.preprocess import preprocess
@@ -207,6 +208,13 @@ ADAPTERS = {
         miles_function(Brightness(), device="cuda"),
         None,
         [SimpleNamespace(generated_output=torch.zeros(3, 4, 4), prompt="")],
+    ),
+    "verl": lambda: partial(
+        batch_score_function(lambda texts, _: texts, Brightness(), device="cuda"),
+        [""],
+        [torch.zeros(3, 4, 4)],
+        [""],
+        [{}],
     ),
 }
 
