@@ -88,7 +88,7 @@ class Degradation:
             )
         share = severity.to(images.device).float().clamp(0, 1)
         size = rows_at_once(images.shape[2:], images.device)
-        parts = [slice(start, start + size) for start in range(0, max(1, len(ids)), size)]
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
         return torch.cat([self._damaged(images[part], share[part], ids[part], seed=seed) for part in parts])
 
     def _damaged(self, images: Tensor, share: Tensor, ids: Sequence[int], *, seed: int) -> Tensor:
