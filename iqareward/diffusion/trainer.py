@@ -73,6 +73,7 @@ class DifficultyAdaptiveTrainer:
         seed: of everything random.
 
     Raises:
+        TypeError: with `overlap`, a reward that lacks an attribute of `Reward`.
         ValueError: `inputs_per_update` does not divide by the number of processes, or exceeds the number of pairs; or
             the weighter takes a signal that is not measured here, such as `NoiseAware`; or `memory` has fewer inputs.
 
@@ -130,6 +131,11 @@ class DifficultyAdaptiveTrainer:
             raise ValueError(
                 f"DifficultyAdaptiveTrainer expected inputs_per_update divisible by the {self.world} processes, got "
                 f"{self.options.inputs_per_update}."
+            )
+        if overlap and not isinstance(reward, Reward):
+            raise TypeError(
+                "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the other "
+                f"attributes of `Reward`, got {type(reward).__name__}. Wrap it in FullReference or NoReference."
             )
         self.order = InputOrder(len(pairs), self.options.inputs_per_update, sub_seed(seed, ORDER))
         self.learner = Learner(policy, objective or PolicyGradient(), self.options, self.accelerator)

@@ -132,6 +132,17 @@ def test_overlap_scores_on_a_thread_and_a_stream_of_its_own(tmp_path, device):
         run.experience(1, ROLLOUT)
 
 
+def test_overlap_wants_a_whole_reward(tmp_path):
+    """A function is enough without, and refused in words with it."""
+
+    def brightness(images, references):
+        return images.mean((1, 2, 3))
+
+    trainer(tmp_path, reward=brightness)
+    with pytest.raises(TypeError, match=r"with overlap=True, a reward with `name`.*got function.*FullReference"):
+        trainer(tmp_path, reward=brightness, overlap=True)
+
+
 def test_mixed_precision_and_trackers(tmp_path):
     """In bf16 it trains to finite numbers, fp32 outside of the network; a tracker gets the figures of every update."""
     pytest.importorskip("tensorboard")
