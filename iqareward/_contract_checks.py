@@ -42,7 +42,7 @@ class Case:
         images = _copy(self.images if images is None else images)
         references = self.references if references is None else references
         references = None if references is None else _copy(references)
-        scores = self.reward(images, references=references, prompts=[""] * len(images), **keywords)
+        scores = self.reward(images, references=references, **self.columns(images), **keywords)
         expect(isinstance(scores, Tensor), f"scores must be a tensor, got {type(scores).__name__}")
         expect(
             scores.shape == (len(images),),
@@ -50,6 +50,13 @@ class Case:
             f"[{len(images)}], got {list(scores.shape)}",
         )
         return scores
+
+    def columns(self, images: Images) -> dict[str, Any]:
+        """Prompts, and grey pictures of half the size as inputs if the reward looks at them."""
+        columns: dict[str, Any] = {"prompts": [""] * len(images)}
+        if getattr(self.reward, "needs_inputs", False):
+            columns["inputs"] = [torch.full_like(image[:, ::2, ::2].detach(), 0.5) for image in images]
+        return columns
 
     def assert_same(self, actual: Tensor, expected: Tensor, when: str) -> None:
         """Fail with the condition in the message unless scores agree, NaN with NaN."""
@@ -152,9 +159,9 @@ def untouched(case: Case) -> str | None:
         return images.detach() * 1.4 - 0.2
 
     images, references = overshoot(case.images), None if case.references is None else overshoot(case.references)
-    prompts = [""] * len(images)
-    case.reward(images, references=references, prompts=prompts)
-    case.reward(list(images), references=None if references is None else list(references), prompts=prompts)  # of views
+    columns = case.columns(images)
+    case.reward(images, references=references, **columns)
+    case.reward(list(images), references=None if references is None else list(references), **columns)  # of views
     expect(torch.equal(images, overshoot(case.images)), "it wrote into `images`")
     if references is not None and case.references is not None:
         expect(torch.equal(references, overshoot(case.references)), "it wrote into `references`")

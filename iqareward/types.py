@@ -56,6 +56,8 @@ class Reward(Protocol):
         self,
         images: Images,
         references: Images | None = None,
+        *,
+        inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
         **ignored: Any,
     ) -> Scores:

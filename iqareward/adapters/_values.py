@@ -57,6 +57,11 @@ def find_reward(
             f"{who} got reward {found.name!r}, which compares with references, and no `references`. "
             "Say where they come from with references=..., or choose a no-reference reward (`iqareward list`)."
         )
+    if getattr(found, "needs_inputs", False):
+        raise ValueError(
+            f"{who} got reward {found.name!r}, which compares with the degraded inputs, and has none. "
+            "Choose another one, or use the loop of iqareward.diffusion."
+        )
     if differentiable and not found.differentiable:
         raise ValueError(
             f"{who} expected a differentiable reward, got {found.name!r}. Build it with differentiable=True."
@@ -90,7 +95,7 @@ def score(
         converted, device = [drop_broken_gradients(image) for image in converted], converted[0].device
     if references is not None:
         references = to_images(references, value_range=value_range, device=device)
-    scores = Call(converted, references, prompts).score(reward)
+    scores = Call(converted, references, prompts=prompts).score(reward)
     return settle(scores, on_nan, name=reward.name)
 
 

@@ -15,7 +15,6 @@ from iqareward.adapters._values import find_reward
 from iqareward.images import ImageLike, to_images
 from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards.calls import Call
-from iqareward.rewards.compose import WeightedSum, evaluate
 from iqareward.types import Reward, Scores
 
 Decode = Callable[..., Sequence[ImageLike | None]]
@@ -123,10 +122,8 @@ class TRLReward:
         if self.prompts is not None:
             texts = self._column("prompts", self.prompts, columns)
             prompts = [texts[row] for row in rows]
-        if isinstance(self.reward, WeightedSum):
-            parts = evaluate(self.reward.rewards, images, references, prompts)
-            return {"": self.reward.combine(parts), **parts}
-        return {"": Call(images, references, prompts).score(self.reward)}
+        total, parts = Call(images, references, prompts=prompts).score_with_parts(self.reward)
+        return {"": total, **parts}
 
     def _converted(self, images: Sequence[Any], rows: Sequence[int]) -> Any:
         return to_images([images[row] for row in rows], value_range=(0, 1), device=self._device.get())

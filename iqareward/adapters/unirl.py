@@ -37,7 +37,6 @@ from iqareward.adapters._values import (
     weigh_advantages,
 )
 from iqareward.losses import LossWeights
-from iqareward.rewards.loading import each_part
 
 CONDITIONING = "conditioning"
 HOME = "https://github.com/Tencent-Hunyuan/UniRL"
@@ -124,10 +123,14 @@ def _backend() -> type:
             return self.judge(images, prompts, request.metadata, request).tolist()
 
         def offload(self) -> None:
-            each_part(self.judge.reward, "offload")
+            self._move("offload")
 
         def onload(self) -> None:
-            each_part(self.judge.reward, "onload")
+            self._move("onload")
+
+        def _move(self, method: str) -> None:
+            if hasattr(self.judge.reward, method):  # a reward of another package may have nothing to move
+                getattr(self.judge.reward, method)()
 
     IQARewardBackend.__qualname__ = "IQARewardBackend"
     return IQARewardBackend

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -197,11 +198,12 @@ def collect(
         )
         side_by_side = references[part].repeat_interleave(sampling.group_size, 0)
         # step by step: the pixels of all steps, and as many copies of the references, would not fit beside each other
-        steps = [
-            _submit(reward, images_of(policy, trajectory.clean[step]), side_by_side) for step in sampling.reward_steps
-        ]
+        submit = partial(
+            _submit, reward, references=side_by_side, degraded=degraded[part], group_size=sampling.group_size
+        )
+        steps = [submit(images_of(policy, trajectory.clean[step])) for step in sampling.reward_steps]
         images = images_of(policy, trajectory.sample)
-        pending.append([*steps, _submit(reward, images, side_by_side)])
+        pending.append([*steps, submit(images)])
         distances.append(reference_distance(images, side_by_side, metric))
         trajectories.append(trajectory)
     rewards = torch.cat([torch.stack([scores().to(degraded.device) for scores in steps]) for steps in pending], 1)
@@ -229,12 +231,17 @@ def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: Reward
     return values[:, mine], parts[-1].active[mine]
 
 
-def _submit(reward: Reward, images: Tensor, references: Tensor) -> Callable[[], Tensor]:
+def _submit(
+    reward: Reward, images: Tensor, references: Tensor, degraded: Tensor, group_size: int
+) -> Callable[[], Tensor]:
     name, count = getattr(reward, "name", type(reward).__name__), images.shape[0]
+    columns: dict[str, Any] = {"references": references}
+    if getattr(reward, "needs_inputs", False):
+        columns["inputs"] = degraded.repeat_interleave(group_size, 0)
     if isinstance(reward, Overlapped):
-        pending = reward.submit(images, references)
+        pending = reward.submit(images, **columns)
         return lambda: checked_scores(pending.result(), name=name, count=count)
-    scores = checked_scores(reward(images, references), name=name, count=count)
+    scores = checked_scores(reward(images, **columns), name=name, count=count)
     return lambda: scores
 
 

@@ -1,46 +1,100 @@
 """Check the image arguments of a reward and group them by shape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from iqareward.types import Images
 
-Buckets = list[tuple[Tensor, ...]]
+
+class Bucket(NamedTuple):
+    """The rows of a call whose images have one size, and whose inputs have one size; `[b, 3, H, W]` each."""
+
+    images: Tensor
+    references: Tensor | None
+    inputs: Tensor | None
+    prompts: Sequence[str] | None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.images.shape[0]
+
+    def split(self, size: int) -> Iterator["Bucket"]:
+        """Buckets of at most `size` rows, in order."""
+        for start in range(0, self.num_rows, size):
+            yield Bucket(*(None if column is None else column[start : start + size] for column in self))  # pyright: ignore[reportArgumentType]
 
 
-def shape_buckets(name: str, images: Images, references: Images | None) -> tuple[Buckets, list[int] | None]:
-    """Group images (and references) of equal shape into batches.
+def shape_buckets(
+    name: str,
+    images: Images,
+    references: Images | None = None,
+    inputs: Images | None = None,
+    prompts: Sequence[str] | None = None,
+) -> tuple[list[Bucket], list[int] | None]:
+    """Group images of equal shape, with what belongs to them, into batches.
 
     Args:
         name: The reward's name, for error messages.
         images: `[B, 3, H, W]`, or a sequence of `[3, H, W]`.
         references: None, or of the same shapes and device.
+        inputs: None, or one per image on the same device, whose shapes may differ from the images'.
+        prompts: None, or one per image.
 
     Returns:
-        One `(images,)` or `(images, references)` pair of `[b, 3, H, W]` per shape, in order of first appearance; and
-        for each input image its row in the concatenation of the buckets, or None if that is the order already.
+        One bucket per shape, in order of first appearance; and for each image its row in the concatenation of the
+        buckets, or None if that is the order already.
     """
-    rows = checked_rows(name, images, references)
-    if isinstance(rows, tuple):
-        return ([rows] if rows[0].shape[0] else []), None
-    members: dict[torch.Size, list[int]] = {}
-    for index, image in enumerate(rows[0]):
-        members.setdefault(image.shape, []).append(index)
-    buckets = [tuple(torch.stack([column[i] for i in indices]) for column in rows) for indices in members.values()]
+    rows, given = checked_columns(name, images, references, inputs, prompts)
+    if isinstance(rows, tuple) and (given is None or isinstance(given, Tensor)):
+        whole = Bucket(rows[0], rows[1] if len(rows) > 1 else None, given, prompts)
+        return ([whole] if whole.num_rows else []), None
+    columns = [*rows, *([] if given is None else [given])]
+    members: dict[tuple[torch.Size, ...], list[int]] = {}
+    for index in range(len(rows[0])):
+        members.setdefault(tuple(column[index].shape for column in columns), []).append(index)
+
+    def gathered(column: Images | None, indices: list[int]) -> Tensor | None:
+        return None if column is None else torch.stack([column[i] for i in indices])
+
+    buckets = [
+        Bucket(
+            torch.stack([rows[0][i] for i in indices]),
+            gathered(rows[1] if len(rows) > 1 else None, indices),
+            gathered(given, indices),
+            None if prompts is None else [prompts[i] for i in indices],
+        )
+        for indices in members.values()
+    ]
     position = {index: row for row, index in enumerate(i for indices in members.values() for i in indices)}
     order = [position[index] for index in range(len(rows[0]))]
     return buckets, None if order == list(range(len(order))) else order
 
 
-def checked_rows(name: str, images: Images, references: Images | None) -> tuple[Tensor, ...] | list[Sequence[Tensor]]:
-    """Images and references after all checks of shape, dtype and device: batches as they are, anything else as rows.
+Rows = tuple[Tensor, *tuple[Tensor, ...]] | list[Sequence[Tensor]]
+
+
+def checked_columns(
+    name: str, images: Images, references: Images | None, inputs: Images | None, prompts: Sequence[str] | None
+) -> tuple[Rows, Images | None]:
+    """(images and references, inputs) after all checks of shape, dtype and device.
+
+    Batches stay as they are, unless images or references are rows, which makes rows of both.
 
     Raises:
         TypeError: something is not a floating-point tensor.
-        ValueError: shapes or devices are wrong or do not match.
+        ValueError: shapes, devices or numbers are wrong or do not match.
     """
+    rows = _checked_rows(name, images, references)
+    if prompts is not None and len(prompts) != len(rows[0]):
+        raise ValueError(f"{name} expected one prompt per image ({len(rows[0])}), got {len(prompts)}.")
+    return rows, None if inputs is None else _checked_inputs(name, inputs, rows[0])
+
+
+def _checked_rows(name: str, images: Images, references: Images | None) -> Rows:
     if isinstance(images, Tensor) and (references is None or isinstance(references, Tensor)):
         batch = (images,) if references is None else (images, references)
         for argument, tensor in zip(("images", "references"), batch, strict=False):
@@ -60,6 +114,23 @@ def checked_rows(name: str, images: Images, references: Images | None) -> tuple[
                 f"got images[{index}] on {row[0].device}."
             )
     return rows
+
+
+def _checked_inputs(name: str, inputs: Images, images: Sequence[Tensor] | Tensor) -> Images:
+    """Inputs after the checks of shape, dtype, number and device."""
+    if isinstance(inputs, Tensor):
+        _check_tensor(name, "inputs", inputs, ndim=4)
+    else:
+        inputs = _as_rows(name, "inputs", inputs)
+    if len(inputs) != len(images):
+        raise ValueError(f"{name} expected as many inputs as images ({len(images)}), got {len(inputs)}.")
+    for row in [inputs] if isinstance(inputs, Tensor) else inputs:
+        if len(images) and row.device != images[0].device:
+            raise ValueError(
+                f"{name} expected `inputs` on the device of `images` ({images[0].device}), got {row.device}. "
+                "Move them with inputs.to(images.device)."
+            )
+    return inputs
 
 
 def _as_rows(name: str, argument: str, images: Images) -> Sequence[Tensor]:

@@ -17,12 +17,13 @@ from iqareward.rewards._batch_queue import BatchLimits, BatchQueue, Waiting
 from iqareward.rewards._per_process import PerProcess
 from iqareward.rewards._streams import mark, take_over
 from iqareward.rewards._worker_thread import refuse_call_from_within, start_worker, working
-from iqareward.rewards.calls import Call, checked_call, merged
+from iqareward.rewards.calls import Call, merged
+from iqareward.rewards.core import Wrapper
 from iqareward.types import Images, Reward, Scores
 
 
 @final
-class MicroBatched:
+class MicroBatched(Wrapper):
     """The same reward for many callers at once: concurrent calls become batches, and each caller gets its own scores.
 
     Trainers score one image at a time from many threads; a network is several times as fast on a batch. One worker
@@ -70,26 +71,18 @@ class MicroBatched:
                 f"MicroBatched expected a reward without gradients, got {reward.name} with differentiable=True: "
                 "callers would share one graph. Load it without, or call it directly."
             )
-        self.reward, self.limits = reward, BatchLimits(max_batch, max_wait_ms, max_wait_share, max_queue)
+        super().__init__(reward)
+        self.limits = BatchLimits(max_batch, max_wait_ms, max_wait_share, max_queue)
         self.key = key or uuid.uuid4().hex
-        self.name, self.bounds = reward.name, reward.bounds
-        self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
-        self.differentiable = False
         self._worker: _Worker | None = None
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image, together with whoever else is calling; `[B]` float32, higher is better, NaN = not scored.
+    def score_call(self, call: Call) -> Scores:
+        """Together with whoever else is calling.
 
         Raises:
             RuntimeError: it was closed, or is called from within its own reward, whose worker would wait for itself.
         """
-        call = checked_call(self.reward, images, references, prompts)
+        call.check(self.name)
         sent: list[Waiting] = []
         try:
             for waiting in self._sent(call, sent):
@@ -103,11 +96,13 @@ class MicroBatched:
         self,
         images: Images,
         references: Images | None = None,
+        *,
+        inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
         **ignored: Any,
     ) -> Scores:
         """The same without blocking the event loop; cancelling it takes its images out of the queue."""
-        call = checked_call(self.reward, images, references, prompts)
+        call = self._call(images, references, inputs, prompts).check(self.name)
         sent: list[Waiting] = []
         try:
             for waiting in self._sent(call, sent):
@@ -133,7 +128,12 @@ class MicroBatched:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_worker": None}
+        return super().__getstate__() | {"_worker": None}
+
+    def _moved(self) -> Iterable[Any]:
+        if self._worker is None and self.key in _WORKERS.get():
+            self._running()  # this copy's reward may not be the one that scores in this process
+        return (self.reward,)
 
     def _sent(self, call: Call, sent: list[Waiting]) -> Iterator[Waiting]:
         """Put the call into the queue in pieces, each when the one before has been admitted."""
@@ -182,6 +182,10 @@ class _Workers:
         if worker.settings != settings:
             raise ValueError(f"MicroBatched key {batched.key!r} is in use for {worker.settings}, not for {settings}.")
         return worker
+
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            return key in self._by_key
 
     def forget(self, key: str) -> None:
         with self._lock:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from torch import Tensor
 import iqareward
 from iqareward.rewards._per_process import PerProcess
 from iqareward.rewards._score_disk import ScoreDisk
-from iqareward.rewards.calls import Call, checked_call
+from iqareward.rewards.calls import Call
+from iqareward.rewards.core import Wrapper
 from iqareward.types import Images, Reward, Scores
 
 _DIGEST_BYTES = 20
 
 
 @final
-class Cached:
+class Cached(Wrapper):
     """The same reward, called once for each content: pixels, and references and prompts where it looks at them.
 
     Worth it for images that come again and a reward that is dearer than hashing them (about a millisecond for 512 x 512
@@ -64,21 +65,12 @@ class Cached:
             raise ValueError(f"Cached expected a reward without gradients, got {reward.name} with differentiable=True.")
         if max_entries < 1 or max_bytes < 1:
             raise ValueError(f"Cached expected max_entries and max_bytes >= 1, got {max_entries} and {max_bytes}.")
-        self.reward = reward
-        self.name, self.bounds, self.differentiable = reward.name, reward.bounds, False
-        self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
+        super().__init__(reward)
         self._prefix = repr((iqareward.__version__, reward.name, version)).encode()
         self._store = PerProcess(partial(_Store, max_entries, directory, max_bytes, cache_nan))
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score the images not seen before, once each; `[B]` float32, higher is better, NaN = not scored."""
-        call = checked_call(self.reward, images, references, prompts)
+    def score_call(self, call: Call) -> Scores:
+        call.check(self.name)
         keys = list(self._keys(call))
         store = self._store.get()
         known = store.get(keys)
@@ -107,10 +99,11 @@ class Cached:
 
     def _keys(self, call: Call) -> Iterator[bytes]:
         """A hash for each row."""
-        images, references = _on_host(call.images), None if call.references is None else _on_host(call.references)
-        for row, image in enumerate(images):
+        columns = [_on_host(column) for column in (call.images, call.references, call.inputs) if column is not None]
+        for row in range(len(call)):
             digest = hashlib.blake2b(self._prefix, digest_size=_DIGEST_BYTES)
-            for pixels in (image,) if references is None else (image, references[row]):
+            for column in columns:
+                pixels = column[row]
                 digest.update(repr(tuple(pixels.shape)).encode())
                 digest.update(pixels.numpy().data)
             if call.prompts is not None:

@@ -6,7 +6,6 @@ keep their meaning (facts that a running z-score would lose).
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -17,9 +16,10 @@ from torch import Tensor
 from iqareward._gradients import clamp
 from iqareward.atomic import write_text
 from iqareward.functional._constants import constant
-from iqareward.rewards.compose import joint_facts
+from iqareward.rewards.calls import Call
+from iqareward.rewards.core import Wrapper
 from iqareward.rewards.scoring import reward_mode
-from iqareward.types import Bounds, Images, Reward, Scores
+from iqareward.types import Reward, Scores
 
 
 @final
@@ -143,7 +143,7 @@ _MAPS = {"affine": AffineMap, "logistic": LogisticMap, "cdf": CDFMap}
 
 
 @final
-class Calibrated:
+class Calibrated(Wrapper):
     """A reward in [0, 1]: a reward followed by a fixed monotone map of its scores; NaN stays NaN.
 
     Args:
@@ -160,22 +160,12 @@ class Calibrated:
     """
 
     def __init__(self, reward: Reward, score_map: ScoreMap, *, name: str | None = None) -> None:
-        self.reward = reward
-        self.score_map = score_map
-        self.name = name or reward.name
-        self.needs_references, self.needs_prompts, self.differentiable = joint_facts([reward])
-        self.bounds: Bounds = (0.0, 1.0)
+        super().__init__(reward)
+        self.score_map, self.name, self.bounds = score_map, name or reward.name, (0.0, 1.0)
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """The calibrated score of each image; `[B]` float32 in [0, 1], higher is better, NaN = not scored."""
-        scores = self.reward(images, references=references, prompts=prompts)
-        with reward_mode(scores.device.type, differentiable=self.differentiable):
+    def score_call(self, call: Call) -> Scores:
+        scores = call.score(self.reward)
+        with reward_mode(differentiable=self.differentiable, device_type=scores.device.type):
             scored = scores.isfinite()
             # Masked before the map, too: its gradient at NaN would be NaN.
             return torch.where(scored, self.score_map(torch.where(scored, scores, 0.0)), torch.nan)

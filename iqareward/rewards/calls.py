@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from iqareward.rewards.batches import checked_rows
+from iqareward.rewards.batches import checked_columns
 from iqareward.types import Images, Reward, Scores
 
 # a future or a coroutine that ends with one of these ends silently, as if cancelled, or (Python 3.11) never
@@ -29,6 +29,7 @@ class Call:
 
     images: Images
     references: Images | None = None
+    inputs: Images | None = None
     prompts: Sequence[str] | None = None
 
     def __len__(self) -> int:
@@ -41,13 +42,44 @@ class Call:
             return self.images.device
         return self.images[0].device if len(self.images) else None
 
+    def for_reward(self, reward: Reward) -> "Call":
+        """The call without columns that a reward does not look at; prompts go along if given.
+
+        Raises:
+            ValueError: something that it needs is missing.
+        """
+        name, needs_inputs = reward.name, getattr(reward, "needs_inputs", False)
+        if reward.needs_references and self.references is None:
+            raise ValueError(
+                f"{name} expected `references` (it is a full-reference reward), got None. Pass references=..."
+            )
+        if needs_inputs and self.inputs is None:
+            raise ValueError(f"{name} expected `inputs`, the degraded pictures, got None. Pass inputs=...")
+        if reward.needs_prompts and self.prompts is None:
+            raise ValueError(f"{name} expected `prompts`, one per image, got None. Pass prompts=...")
+        references = self.references if reward.needs_references else None
+        return Call(self.images, references, self.inputs if needs_inputs else None, self.prompts)
+
+    def check(self, name: str) -> "Call":
+        """The call, if its images are in order, so that a bad one fails where it is made.
+
+        Args:
+            name: The reward's name, for error messages.
+
+        Raises:
+            TypeError: something is not a floating-point tensor.
+            ValueError: shapes, devices or numbers are wrong or do not match.
+        """
+        checked_columns(name, self.images, self.references, self.inputs, self.prompts)
+        return self
+
     def rows(self, rows: slice | list[int]) -> "Call":
         """Some of the rows."""
         return Call(*(None if column is None else _rows(column, rows) for column in self._columns()))  # pyright: ignore
 
     @property
     def nbytes(self) -> int:
-        """Bytes of images and references in the dtype they have."""
+        """Bytes of images, references and inputs in the dtype they have."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def pieces(self, size: int, max_bytes: int | None = None) -> Iterator["Call"]:
@@ -72,7 +104,7 @@ class Call:
             ValueError: the scores are no tensor with one for each image.
         """
         try:
-            scores = reward(self.images, references=self.references, prompts=self.prompts)
+            scores = reward(self.images, **self._given())
         except _SIGNALS as error:
             signal = type(error).__name__
             raise RuntimeError(
@@ -83,58 +115,45 @@ class Call:
             raise ValueError(f"{reward.name} was given {len(self)} images, and answered {answer}.")
         return scores
 
+    def score_with_parts(self, reward: Reward) -> tuple[Scores, dict[str, Scores]]:
+        """The reward's scores and, from the same evaluation, those of each of its parts by name."""
+        parts: Sequence[Reward] = getattr(reward, "parts", ())
+        if not parts:
+            return self.score(reward), {}
+        scores = {part.name: self.score(part) for part in parts}
+        combined: Any = reward
+        return combined.combine(scores), scores
+
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor in it."""
-        for column in (self.images, self.references):
+        for column in (self.images, self.references, self.inputs):
             if isinstance(column, Tensor):
                 yield column
             elif column is not None:
                 yield from column
 
     def _row_bytes(self) -> list[int]:
-        columns = [column for column in (self.images, self.references) if column is not None]
+        columns = [column for column in (self.images, self.references, self.inputs) if column is not None]
         return [sum(column[row].nbytes for column in columns) for row in range(len(self))]
 
     def _columns(self) -> tuple[Any, ...]:
-        return self.images, self.references, self.prompts
+        return self.images, self.references, self.inputs, self.prompts
 
-
-def checked_call(
-    reward: Reward, images: Images, references: Images | None, prompts: Sequence[str] | None, *, name: str | None = None
-) -> Call:
-    """A call as the reward itself would accept it, so that a bad one fails where it is made.
-
-    Args:
-        reward: whose facts decide; it is not called.
-        images: as for any reward.
-        references: go along if the reward needs them, and are dropped otherwise.
-        prompts: go along if given.
-        name: for error messages; default: the reward's.
-
-    Raises:
-        TypeError: something is not a floating-point tensor.
-        ValueError: shapes or devices are wrong, or references or prompts are missing or do not match.
-    """
-    name = name or reward.name
-    if reward.needs_references and references is None:
-        raise ValueError(f"{name} expected `references` (it is a full-reference reward), got None. Pass references=...")
-    if reward.needs_prompts and prompts is None:
-        raise ValueError(f"{name} expected `prompts`, one per image, got None. Pass prompts=...")
-    references = references if reward.needs_references else None
-    checked_rows(name, images, references)
-    if prompts is not None and len(prompts) != len(images):
-        raise ValueError(f"{name} expected one prompt per image ({len(images)}), got {len(prompts)}.")
-    return Call(images, references, prompts)
+    def _given(self) -> dict[str, Any]:
+        columns = {"references": self.references, "inputs": self.inputs, "prompts": self.prompts}
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 def merged(calls: Sequence[Call]) -> Call:
     """One call of the rows of several, in order; they must be on one device and have the same columns."""
     if len(calls) == 1:
         return calls[0]
-    images, references = (_merge_images([getattr(c, name) for c in calls]) for name in ("images", "references"))
+    images, references, inputs = (
+        _merge_images([getattr(c, name) for c in calls]) for name in ("images", "references", "inputs")
+    )
     prompts = None if calls[0].prompts is None else [prompt for call in calls for prompt in call.prompts or ()]
     assert images is not None
-    return Call(images, references, prompts)
+    return Call(images, references, inputs, prompts)
 
 
 def _merge_images(columns: list[Images | None]) -> Images | None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from iqareward.rewards._names import exact
 from iqareward.rewards.calls import Call
-from iqareward.rewards.scoring import recomputed, reward_mode
+from iqareward.rewards.core import Combined, Wrapper, check_names
+from iqareward.rewards.scoring import recomputed
 from iqareward.types import Bounds, Images, Reward, Scores
 
 
@@ -18,6 +19,8 @@ def evaluate(
     rewards: Sequence[Reward],
     images: Images,
     references: Images | None = None,
+    *,
+    inputs: Images | None = None,
     prompts: Sequence[str] | None = None,
 ) -> dict[str, Scores]:
     """Each reward's own score of each image, by name: what to log, and what to combine.
@@ -26,6 +29,7 @@ def evaluate(
         rewards: with unique names.
         images: `[B, 3, H, W]` float RGB in [0, 1], or a sequence of `[3, H, W]`.
         references: of the same shapes, for rewards that need them.
+        inputs: the degraded pictures, for rewards that need them.
         prompts: one per image, for rewards that need them.
 
     Returns:
@@ -41,12 +45,13 @@ def evaluate(
         >>> {name: score.tolist() for name, score in scores.items()}
         {'psnr': [100.0, 100.0], 'ssim': [1.0, 1.0]}
     """
-    _check_parts("evaluate", rewards)
-    return {reward.name: Call(images, references, prompts).score(reward) for reward in rewards}
+    check_names("evaluate", rewards)
+    call = Call(images, references, inputs, prompts)
+    return {reward.name: call.score(reward) for reward in rewards}
 
 
 @final
-class WeightedSum:
+class WeightedSum(Combined):
     """The weighted sum of several rewards, `sum_k weight_k * score_k`; NaN where any of them is NaN.
 
     Scores are added as they are. Different rewards have different scales (PSNR spans tens, SSIM one): bring them to one
@@ -70,36 +75,23 @@ class WeightedSum:
     """
 
     def __init__(self, terms: Sequence[tuple[float, Reward]], *, name: str | None = None) -> None:
-        self.terms = tuple((float(weight), reward) for weight, reward in terms)
-        self.rewards = tuple(reward for _, reward in self.terms)
-        _check_parts("WeightedSum", self.rewards)
-        if not all(abs(weight) <= torch.finfo(torch.float32).max for weight, _ in self.terms):
-            got = [weight for weight, _ in self.terms]
-            raise ValueError(f"WeightedSum expected weights that are finite in float32, got {got}.")
-        self.name = name or " + ".join(f"{exact(weight)}*{reward.name}" for weight, reward in self.terms)
-        self.needs_references, self.needs_prompts, self.differentiable = joint_facts(self.rewards)
-        lows, highs = zip(*(_scaled(weight, reward.bounds) for weight, reward in self.terms), strict=True)
-        self.bounds: Bounds = (_total(lows), _total(highs))
+        pairs = list(terms)
+        self.weights = tuple(float(weight) for weight, _ in pairs)
+        parts = [reward for _, reward in pairs]
+        check_names("WeightedSum", parts)
+        if not all(abs(weight) <= torch.finfo(torch.float32).max for weight in self.weights):
+            raise ValueError(f"WeightedSum expected weights that are finite in float32, got {list(self.weights)}.")
+        formula = " + ".join(f"{exact(weight)}*{reward.name}" for weight, reward in zip(self.weights, parts))
+        lows, highs = zip(*(_scaled(weight, reward.bounds) for weight, reward in zip(self.weights, parts)))
+        super().__init__(parts, name=name or formula, bounds=(_total(lows), _total(highs)))
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """The weighted sum for each image; `[B]` float32, higher is better, NaN = not scored."""
-        return self.combine(evaluate(self.rewards, images, references, prompts))
-
-    def combine(self, scores: dict[str, Scores]) -> Scores:
-        """The weighted sum of what `evaluate(self.rewards, ...)` gave: components and total from one evaluation."""
-        rows = [scores[reward.name] for reward in self.rewards]
-        with reward_mode(rows[0].device.type, differentiable=self.differentiable):
-            return torch.stack([weight * row for (weight, _), row in zip(self.terms, rows, strict=True)]).sum(0)
+    def combine_rows(self, rows: Tensor) -> Scores:
+        """The weighted sum of each image."""
+        return torch.stack([weight * row for weight, row in zip(self.weights, rows.unbind(), strict=True)]).sum(0)
 
 
 @final
-class SoftMin:
+class SoftMin(Combined):
     """The worst of several rewards, smoothly, so that no judge can be traded against another; NaN where any is NaN.
 
     `-T log(mean_k exp(-score_k / T))`: it lies between the smallest and the mean of the scores. The scores must share a
@@ -126,36 +118,23 @@ class SoftMin:
     """
 
     def __init__(self, rewards: Sequence[Reward], *, temperature: float, name: str | None = None) -> None:
-        _check_parts("SoftMin", rewards)
+        check_names("SoftMin", rewards)
         if not temperature > 0:
             raise ValueError(f"SoftMin expected `temperature` > 0 in units of the scores, got {temperature}.")
-        self.rewards = tuple(rewards)
         self.temperature = temperature
-        self.name = name or f"softmin({', '.join(reward.name for reward in self.rewards)})"
-        self.needs_references, self.needs_prompts, self.differentiable = joint_facts(self.rewards)
-        lows, highs = zip(*(reward.bounds for reward in self.rewards), strict=True)
-        total = _total(highs)
-        self.bounds: Bounds = (
-            None if None in lows else min(lows),
-            None if total is None else total / len(highs),  # never above the mean
-        )
+        lows, highs = zip(*(reward.bounds for reward in rewards), strict=True)
+        low, total = None if None in lows else min(lows), _total(highs)
+        high = None if total is None else total / len(highs)  # never above the mean
+        formula = f"softmin({', '.join(reward.name for reward in rewards)})"
+        super().__init__(rewards, name=name or formula, bounds=(low, high))
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """The soft minimum for each image; `[B]` float32, higher is better, NaN = not scored."""
-        rows = list(evaluate(self.rewards, images, references, prompts).values())
-        with reward_mode(rows[0].device.type, differentiable=self.differentiable):
-            scaled = torch.stack(rows) / -self.temperature
-            return -self.temperature * (torch.logsumexp(scaled, dim=0) - math.log(len(rows)))
+    def combine_rows(self, rows: Tensor) -> Scores:
+        """The soft minimum of each image."""
+        return -self.temperature * (torch.logsumexp(rows / -self.temperature, dim=0) - math.log(len(rows)))
 
 
 @final
-class Chunked:
+class Chunked(Wrapper):
     """The same reward, called with at most `batch_size` images at a time: a bound on its memory.
 
     Our own rewards limit their batches themselves; this is for others. With `differentiable=True` and more images than
@@ -183,49 +162,22 @@ class Chunked:
     def __init__(self, reward: Reward, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"Chunked expected `batch_size` >= 1, got {batch_size}.")
-        self.reward = reward
+        super().__init__(reward)
         self.batch_size = batch_size
-        self.name = reward.name
-        self.needs_references, self.needs_prompts, self.differentiable = joint_facts([reward])
-        self.bounds = reward.bounds
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored."""
-        starts = range(0, max(1, len(images)), self.batch_size)  # an empty batch is still one call
+    def score_call(self, call: Call) -> Scores:
+        starts = range(0, max(1, len(call)), self.batch_size)  # an empty batch is still one call
         score: Callable[..., Any] = self._score_part
         if self.differentiable and len(starts) > 1:
             score = partial(recomputed, score)
         # slices and the concatenation are part of the graph; the reward sets its own modes for its own devices
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):
-            parts = [slice(start, start + self.batch_size) for start in starts]
-            inputs = (images, references, prompts)
-            return torch.cat([score(*(None if rows is None else rows[part] for rows in inputs)) for part in parts])
+            parts = [call.rows(slice(start, start + self.batch_size)) for start in starts]
+            # column by column, because only a tensor argument is known to the recomputation
+            return torch.cat([score(part.images, part.references, part.inputs, part.prompts) for part in parts])
 
-    def _score_part(self, images: Images, references: Images | None, prompts: Sequence[str] | None) -> Tensor:
-        return self.reward(images, references=references, prompts=prompts)
-
-
-def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool]:
-    """(needs_references, needs_prompts, differentiable) of a combination of rewards."""
-    return (
-        any(reward.needs_references for reward in rewards),
-        any(reward.needs_prompts for reward in rewards),
-        all(reward.differentiable for reward in rewards),
-    )
-
-
-def _check_parts(who: str, rewards: Sequence[Reward]) -> None:
-    names = [reward.name for reward in rewards]
-    if not names:
-        raise ValueError(f"{who} expected at least one reward, got none.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{who} expected rewards with unique names, got {names}. Pass name=... to tell them apart.")
+    def _score_part(self, *columns: Any) -> Tensor:
+        return Call(*columns).score(self.reward)
 
 
 def _scaled(weight: float, bounds: Bounds) -> Bounds:

@@ -1,18 +1,17 @@
 """A guard against reward hacking: a judge's opinion counts only for images that stay faithful."""
 
-from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import torch
+from torch import Tensor
 
 from iqareward.rewards._names import exact
-from iqareward.rewards.compose import joint_facts
-from iqareward.rewards.scoring import reward_mode
-from iqareward.types import Bounds, Images, Reward, Scores
+from iqareward.rewards.core import Combined
+from iqareward.types import Reward, Scores
 
 
 @final
-class FidelityFloor:
+class FidelityFloor(Combined):
     """A no-reference reward that counts only above a floor of fidelity: fidelity first, then the reward.
 
     Where `fidelity >= floor` the score is the reward's. Below, it is `low + (fidelity - floor)`: under every score
@@ -27,7 +26,7 @@ class FidelityFloor:
         name: default: from the parts.
 
     Raises:
-        ValueError: `reward` has no lower bound and `low` is not given.
+        ValueError: `reward` has no lower bound and `low` is not given, or both have one name.
 
     Example:
         >>> import torch, iqareward
@@ -53,23 +52,13 @@ class FidelityFloor:
                 f"FidelityFloor expected a reward with a lower bound, but {reward.name} has none. "
                 "Pass low=..., or wrap the reward in Calibrated."
             )
-        self.reward, self.fidelity = reward, fidelity
         self.floor, self.low = floor, low
-        self.name = name or f"{reward.name}[{fidelity.name}>={exact(floor)}]"
-        self.needs_references, self.needs_prompts, self.differentiable = joint_facts([reward, fidelity])
-        self.bounds: Bounds = (None, reward.bounds[1])
+        formula = f"{reward.name}[{fidelity.name}>={exact(floor)}]"
+        super().__init__([reward, fidelity], name=name or formula, bounds=(None, reward.bounds[1]))
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """The guarded score of each image; `[B]` float32, higher is better, NaN where either part did not score."""
-        rewards = self.reward(images, references=references, prompts=prompts)
-        fidelity = self.fidelity(images, references=references, prompts=prompts)
-        with reward_mode(rewards.device.type, differentiable=self.differentiable):
-            shortfall = fidelity - self.floor
-            guarded = torch.where(shortfall >= 0, rewards, self.low + shortfall)
-            return torch.where(rewards.isnan() | fidelity.isnan(), torch.nan, guarded)
+    def combine_rows(self, rows: Tensor) -> Scores:
+        """The guarded score of each image."""
+        scores, fidelity = rows.unbind()
+        shortfall = fidelity - self.floor
+        guarded = torch.where(shortfall >= 0, scores, self.low + shortfall)
+        return torch.where(scores.isnan() | fidelity.isnan(), torch.nan, guarded)

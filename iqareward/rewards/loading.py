@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from iqareward.rewards._devices import as_current, device_here, device_now
 from iqareward.rewards._per_process import ProcessLock, fork_waits_for
 from iqareward.rewards._streams import StreamOrder
-from iqareward.rewards.scoring import reward_mode
 
 # Held while weights are loaded: a forked child would find the modules that are being imported half done for ever, and
 # two threads that load at once would restore each other's random state.
@@ -37,10 +36,9 @@ class LazyModel:
 
     Args:
         build: `build(device)` gives the network on that device; picklable.
-        device: where to build it; None = `default`.
+        device: where to build it; None = the GPU of the first images, else "cuda" if there is one, else the CPU.
         name: The reward's name, for error messages.
-        default: `"images"` = where the first images are; `"cuda"` = CUDA if there is one, else the CPU; `"stay"` =
-            `build` gets None and decides.
+        is_built: `build` gives a network that exists already, and with `device=None` gets None and lets it stay.
     """
 
     def __init__(
@@ -49,21 +47,21 @@ class LazyModel:
         device: torch.device | str | None = None,
         *,
         name: str = "the reward",
-        default: Literal["images", "cuda", "stay"] = "images",
+        is_built: bool = False,
     ) -> None:
-        self._build, self._asked, self._name, self._default = build, device, name, default
+        self._build, self._asked, self._name, self._is_built = build, device, name, is_built
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("_build", "_asked", "_name", "_default")}
+        return {key: self.__dict__[key] for key in ("_build", "_asked", "_name", "_is_built")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
 
     def _begin(self) -> None:
-        asked = "cuda" if self._asked is None and self._default == "cuda" else self._asked
-        self._device = None if asked is None else device_here(asked)
+        self._device = None if self._asked is None else device_here(self._asked)
+        self._cuda = device_here("cuda")
         self._network: nn.Module | None = None
         self._host: HostCopy | None = None
         self._offloaded = False
@@ -78,7 +76,8 @@ class LazyModel:
                 device = self._where_to_build(images)
                 network = self._build_aside(device)
                 first = next(_tensors(network), None)
-                self._device = device or (torch.device("cpu") if first is None else first.device)
+                here = torch.device("cpu") if images is None else images.device
+                self._device = device or (here if first is None else first.device)
                 self._order, self._network = StreamOrder(self._device), network
             return self._network
 
@@ -114,11 +113,6 @@ class LazyModel:
     def device(self) -> torch.device:
         """Where the network is, or will be built if nobody says otherwise before."""
         return self._device or torch.device("cpu")
-
-    @property
-    def known_device(self) -> torch.device | None:
-        """Where the network is or will be; None while the first images are still to decide."""
-        return self._device
 
     def to(self, device: torch.device | str) -> None:
         """Move the network, or build it there when it is needed."""
@@ -170,14 +164,16 @@ class LazyModel:
         self._derived.clear()
 
     def _where_to_build(self, images: Tensor | None) -> torch.device | None:
-        device = self._device
-        if device is None:
-            return None if self._default == "stay" else torch.device("cpu") if images is None else images.device
-        if self._asked is None and not torch.cuda.is_available():
-            return torch.device("cpu")
-        if device.type == "cuda" and device.index is None and images is not None and images.device.type == "cuda":
-            return images.device
-        return device_now(device, name=self._name)
+        near = images.device if images is not None and images.device.type == "cuda" else None
+        if self._device is None:
+            if self._is_built:
+                return None
+            if near is not None or not torch.cuda.is_available():
+                return near or torch.device("cpu")
+            return device_now(self._cuda, name=self._name)
+        if near is not None and self._device.type == "cuda" and self._device.index is None:
+            return near
+        return device_now(self._device, name=self._name)
 
     def _build_aside(self, device: torch.device | None) -> nn.Module:
         """Build without a trace: ordinary tensors on CPU whatever the caller's modes, and the caller's random state."""
@@ -280,31 +276,6 @@ def _shaped_like(tensor: Tensor, memory: Tensor) -> Tensor:
 def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int, int | None]]:
     """Changes when a tensor is written to or replaced."""
     return [(id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-
-
-def each_part(reward: Any, method: str) -> None:
-    """Call `offload` or `onload` on every part of a reward that has it, through sums and wrappers."""
-    if hasattr(reward, method):
-        getattr(reward, method)()
-        return
-    inner = (getattr(reward, name, None) for name in ("reward", "fidelity"))
-    for part in (*getattr(reward, "rewards", ()), *inner):
-        if part is not None:
-            each_part(part, method)
-
-
-@contextmanager
-def computing_on(device: torch.device) -> Generator[None]:
-    """No autocast where the network lives; `score_images` turns it off where the images are."""
-    with torch.autocast(device.type, enabled=False), as_current(device):
-        yield
-
-
-@contextmanager
-def any_device_mode(*, differentiable: bool) -> Generator[None]:
-    """`reward_mode` on every kind of device: images and weights may be on different ones."""
-    with reward_mode("cpu", differentiable=differentiable), reward_mode("cuda", differentiable=differentiable):
-        yield
 
 
 @contextmanager

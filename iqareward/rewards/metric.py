@@ -1,19 +1,40 @@
 """Lift a metric, a function from image batches to `[B]` numbers, to a reward."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
-from iqareward.rewards.scoring import UnscoredWatch, score_images
-from iqareward.types import Bounds, Images, Scores
+from iqareward.rewards.core import ImageReward
+from iqareward.types import Bounds
+
+
+@dataclass(frozen=True)
+class _OfMetric(ImageReward):
+    """What a reward of a function is; the same whether it looks at references or not."""
+
+    metric: Callable[..., Tensor]
+    _: KW_ONLY
+    higher_is_better: bool
+    name: str = ""
+    bounds: Bounds = (None, None)
+    min_side: int = 1
+    differentiable: bool = False
+    batch_size: int | None = None
+    bytes_per_pixel: float = 1024
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or _metric_name(self.metric))
+
+    def score_batch(self, images: Tensor, *others: Any, **columns: Any) -> Tensor:
+        """The metric, turned so that higher is better."""
+        values = self.metric(images, *columns.values())
+        return values if self.higher_is_better else -values
 
 
 @final
-@dataclass(frozen=True)
-class FullReference:
+class FullReference(_OfMetric):
     """A reward from any full-reference metric: how close each image is to its reference.
 
     Args:
@@ -37,48 +58,11 @@ class FullReference:
         tensor([1., 1.])
     """
 
-    metric: Callable[[Tensor, Tensor], Tensor]
-    _: KW_ONLY
-    higher_is_better: bool
-    name: str = ""
-    bounds: Bounds = (None, None)
-    min_side: int = 1
-    differentiable: bool = False
-    batch_size: int | None = None
-    bytes_per_pixel: float = 1024
-    _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
-
     needs_references = True
-    needs_prompts = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or _metric_name(self.metric))
-
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image against its reference; `[B]` float32, higher is better, NaN = not scored."""
-        return score_images(
-            _Signed(self.metric, self.higher_is_better),
-            images,
-            references,
-            name=self.name,
-            needs_references=True,
-            differentiable=self.differentiable,
-            bytes_per_pixel=self.bytes_per_pixel,
-            min_side=self.min_side,
-            batch_size=self.batch_size,
-            watch=self._watch,
-        )
 
 
 @final
-@dataclass(frozen=True)
-class NoReference:
+class NoReference(_OfMetric):
     """A reward from any no-reference metric: how good each image looks on its own.
 
     Args:
@@ -100,55 +84,6 @@ class NoReference:
         >>> reward(torch.full((2, 3, 8, 8), 0.25))
         tensor([0.2500, 0.2500])
     """
-
-    metric: Callable[[Tensor], Tensor]
-    _: KW_ONLY
-    higher_is_better: bool
-    name: str = ""
-    bounds: Bounds = (None, None)
-    min_side: int = 1
-    differentiable: bool = False
-    batch_size: int | None = None
-    bytes_per_pixel: float = 1024
-    _watch: UnscoredWatch = field(default_factory=UnscoredWatch, init=False, repr=False, compare=False)
-
-    needs_references = False
-    needs_prompts = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or _metric_name(self.metric))
-
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored. `references` are not used."""
-        return score_images(
-            _Signed(self.metric, self.higher_is_better),
-            images,
-            name=self.name,
-            needs_references=False,
-            differentiable=self.differentiable,
-            bytes_per_pixel=self.bytes_per_pixel,
-            min_side=self.min_side,
-            batch_size=self.batch_size,
-            watch=self._watch,
-        )
-
-
-@dataclass(frozen=True)
-class _Signed:
-    """The metric, turned so that higher is better."""
-
-    metric: Callable[..., Tensor]
-    higher_is_better: bool
-
-    def __call__(self, *batch: Tensor) -> Tensor:
-        values = self.metric(*batch)
-        return values if self.higher_is_better else torch.neg(values)
 
 
 def _metric_name(metric: Callable[..., Tensor]) -> str:

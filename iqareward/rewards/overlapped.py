@@ -13,12 +13,13 @@ import torch
 from iqareward.rewards._per_process import PerProcess
 from iqareward.rewards._streams import mark, take_over
 from iqareward.rewards._worker_thread import refuse_call_from_within, start_worker, waiting_workers, working
-from iqareward.rewards.calls import Call, checked_call
+from iqareward.rewards.calls import Call
+from iqareward.rewards.core import Wrapper
 from iqareward.types import Images, Reward, Scores
 
 
 @final
-class Overlapped:
+class Overlapped(Wrapper):
     """The same reward on a thread of its own, and on a GPU on a stream of its own, so that it works beside the sampler.
 
     `submit` returns at once; the scores are there when you ask for them. Calling it is `submit(...).result()`, so it is
@@ -48,25 +49,19 @@ class Overlapped:
     def __init__(self, reward: Reward, *, max_pending: int = 4) -> None:
         if max_pending < 1:
             raise ValueError(f"Overlapped expected `max_pending` >= 1, got {max_pending}.")
-        self.reward, self.max_pending = reward, max_pending
-        self.name, self.bounds, self.differentiable = reward.name, reward.bounds, reward.differentiable
-        self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
+        super().__init__(reward)
+        self.max_pending = max_pending
         self._background = PerProcess(partial(_Background, max_pending))
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image, and wait for it; `[B]` float32, higher is better, NaN = not scored."""
-        return self.submit(images, references, prompts).result()
+    def score_call(self, call: Call) -> Scores:
+        return self._submit(call).result()
 
     def submit(
         self,
         images: Images,
         references: Images | None = None,
+        *,
+        inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
     ) -> "PendingScores":
         """Begin to score.
@@ -74,6 +69,7 @@ class Overlapped:
         Args:
             images: as for any reward; do not write to them before the result is there.
             references: likewise.
+            inputs: likewise.
             prompts: one per image.
 
         Raises:
@@ -82,7 +78,10 @@ class Overlapped:
             RuntimeError: it is called from within its own reward, whose thread would wait for itself for ever, or the
                 interpreter exits.
         """
-        return self._background.get().submit(self.reward, checked_call(self.reward, images, references, prompts))
+        return self._submit(self._call(images, references, inputs, prompts))
+
+    def _submit(self, call: Call) -> "PendingScores":
+        return self._background.get().submit(self.reward, call.check(self.name))
 
 
 @final

@@ -1,15 +1,14 @@
 """Full-reference metrics of the piq package, with direction, batching and undefined cases settled."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from iqareward.optional import require
+from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import plain_defaults
-from iqareward.rewards.scoring import UnscoredWatch, score_images
-from iqareward.types import Bounds, Images, Scores
+from iqareward.types import Bounds
 
 
 class _Metric(NamedTuple):
@@ -18,8 +17,6 @@ class _Metric(NamedTuple):
     min_side: int
     double: bool = False  # in float64, each image on its own
 
-
-_BYTES_PER_PIXEL = 256  # FSIM's working memory; the others take less, or one image at a time
 
 # min_side: SR-SIM, DSS and IW-SSIM raise or divide by zero below; the others stay defined down to a pixel, but their
 # smallest filters (wavelength 6, Prewitt and Scharr kernels after a down-scaling) then see hardly anything but border.
@@ -38,7 +35,7 @@ _METRICS = {
 
 
 @final
-class PIQReward:
+class PIQReward(ImageReward):
     """Closeness to the reference by a metric of the piq package: fsim, vsi, mdsi, srsim, dss or iwssim.
 
     An image that equals its reference has exactly the best score. Otherwise scores are NaN where the reference is one
@@ -79,7 +76,7 @@ class PIQReward:
     """
 
     needs_references = True
-    needs_prompts = False
+    bytes_per_pixel = 256  # FSIM's working memory; the others take less, or one image at a time
 
     def __init__(self, metric: str, *, differentiable: bool = False, batch_size: int | None = None) -> None:
         if metric not in _METRICS:
@@ -90,34 +87,12 @@ class PIQReward:
                 "images. Differentiable alternatives: ssim, ms_ssim, gmsd, haarpsi, LPIPSReward, DISTSReward."
             )
         require("piq", extra="perceptual", purpose=f"PIQReward({metric!r})")
-        self.name = metric
-        self.differentiable = False
-        self._watch = UnscoredWatch()
+        self.name, self.min_side = metric, _METRICS[metric].min_side
         self.batch_size = 1 if _METRICS[metric].double else batch_size
         self.bounds: Bounds = (0.0, 1.0) if _METRICS[metric].higher_is_better else (None, 0.0)
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image against its reference; `[B]` float32, higher is better, NaN = not scored."""
-        return score_images(
-            self._score_batch,
-            images,
-            references,
-            name=self.name,
-            needs_references=True,
-            differentiable=False,
-            bytes_per_pixel=_BYTES_PER_PIXEL,
-            min_side=_METRICS[self.name].min_side,
-            batch_size=self.batch_size,
-            watch=self._watch,
-        )
-
-    def _score_batch(self, images: Tensor, references: Tensor) -> Tensor:
+    def score_batch(self, images: Tensor, references: Tensor) -> Tensor:
+        """Piq's value of each pair, higher is better."""
         metric = _METRICS[self.name]
         pair = (images.double(), references.double()) if metric.double else (images, references)
         with plain_defaults(f"PIQReward({self.name!r})"):

@@ -1,7 +1,6 @@
 """Any metric of the pyiqa package as a reward that survives training."""
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from iqareward.losses import drop_broken_gradients
-from iqareward.rewards.loading import LazyModel, computing_on, plain_defaults
+from iqareward.rewards.core import ImageReward
+from iqareward.rewards.loading import LazyModel, plain_defaults
 from iqareward.rewards.pyiqa_build import build_metric, check_request, network_of
 from iqareward.rewards.pyiqa_facts import (
     BYTES_PER_PIXEL,
@@ -23,8 +23,7 @@ from iqareward.rewards.pyiqa_facts import (
     PAD_TO_MULTIPLE,
     bounds_of,
 )
-from iqareward.rewards.scoring import UnscoredWatch, score_images
-from iqareward.types import Bounds, Images, Scores
+from iqareward.types import Bounds
 
 _LOGGER = logging.getLogger(__name__)
 _PROBE_SIDE = 256
@@ -33,7 +32,7 @@ _IMAGE_ERRORS = (RuntimeError, AssertionError, ValueError, IndexError, Arithmeti
 
 
 @final
-class PyIQAReward:
+class PyIQAReward(ImageReward):
     """A metric of pyiqa 0.1.16 by its name there, higher is better, one score per image whatever the batch holds.
 
     pyiqa's code and weights are under PolyForm Noncommercial 1.0.0 and similar terms: not for commercial use. The
@@ -48,7 +47,8 @@ class PyIQAReward:
         normalize: map scores to [0, 1], 1 = best: linear over the range that pyiqa states, and constant beyond it; for
             a metric without a limit on one side, d / (d + half), d the distance from the limit that it has.
         differentiable: keep the graph from scores to pixels. An image whose gradient is not finite gets a zero one.
-        device: where the weights live; None = where the first images are.
+        device: where the weights live; None = the GPU of the first images, else the current CUDA device if there is
+            one, else the CPU.
         batch_size: images per run of the network; None = as many as fit the budget of memory.
         weights: file with the metric's own weights, for metrics that can read one (pyiqa's `pretrained_model_path`).
             Backbones may still be downloaded.
@@ -64,8 +64,6 @@ class PyIQAReward:
         >>> reward.name, reward.needs_references, reward.bounds
         ('pyiqa:musiq', False, (0.0, 1.0))
     """
-
-    needs_prompts = False
 
     def __init__(
         self,
@@ -86,62 +84,29 @@ class PyIQAReward:
         self.differentiable = differentiable
         self.batch_size = 1 if metric in ONE_IMAGE_PER_CALL else batch_size
         self.bounds: Bounds = (0.0, 1.0) if normalize else bounds_of(metric)
-        self._loader = LazyModel(partial(build_metric, metric, weights, options), device, name=self.name)
+        self.bytes_per_pixel = BYTES_PER_PIXEL.get(metric, BYTES_PER_PIXEL[""])[differentiable]
+        self.min_side = MIN_SIDE.get(metric, 1)
+        self.model_loader = LazyModel(partial(_build, self.name, metric, weights, options), device, name=self.name)
         self._reported: set[str] = set()
-        self._watch = UnscoredWatch()
 
     @property
     def model(self) -> nn.Module:
         """pyiqa's metric object; loads it if need be."""
-        with plain_defaults(self.name):
-            return self._loader.get()
+        return self._loader.get()
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored."""
-        return score_images(
-            self._score_batch,
-            images,
-            references,
-            name=self.name,
-            needs_references=self.needs_references,
-            differentiable=self.differentiable,
-            bytes_per_pixel=BYTES_PER_PIXEL.get(self.metric, BYTES_PER_PIXEL[""])[self.differentiable],
-            min_side=MIN_SIDE.get(self.metric, 1),
-            batch_size=self.batch_size,
-            device=self._loader.known_device,
-            watch=self._watch,
-        )
-
-    def to(self, device: torch.device | str) -> "PyIQAReward":
-        """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._loader.to(device)
-        return self
-
-    def offload(self) -> None:
-        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
-        self._loader.offload()
-
-    def onload(self) -> None:
-        """Bring the weights back from host memory to where they were before `offload`."""
-        self._loader.onload()
-
-    def _score_batch(self, *batch: Tensor) -> Tensor:
-        batch = (drop_broken_gradients(batch[0]), *batch[1:])  # FSIM has no derivative at a constant image
-        images = batch[0]
+    def score_batch(self, images: Tensor, references: Tensor | None = None) -> Tensor:
+        """Pyiqa's value of each image, higher is better."""
+        images = drop_broken_gradients(images)  # FSIM has no derivative at a constant image
+        batch = [images] if references is None else [images, references]
         facts, multiple = METRICS[self.metric], PAD_TO_MULTIPLE.get(self.metric, 1)
         padding = (0, -images.shape[3] % multiple, 0, -images.shape[2] % multiple)
         if any(padding):
-            batch = tuple(nn.functional.pad(tensor, padding, mode="replicate") for tensor in batch)
-        with plain_defaults(self.name), self._loader.lock:  # metrics keep state between layers (PIQE: wrong scores)
-            model = self._loader.ready(images)
-            with computing_on(self._loader.device):
-                values = self._measure(model, *(tensor.to(self._loader.device) for tensor in batch)).to(images.device)
+            batch = [nn.functional.pad(tensor, padding, mode="replicate") for tensor in batch]
+        with (
+            plain_defaults(self.name),
+            self._loader.lock,
+        ):  # metrics keep state between layers
+            values = self._measure(self._loader.ready(images), *batch)
         signed = values if facts.higher_is_better else torch.neg(values)
         scores = facts.normalized(values) if self.normalize else signed
         if self.metric in FLAT_REFERENCE_UNDEFINED:
@@ -186,6 +151,11 @@ class PyIQAReward:
                 "%s could not score an image of %d x %d pixels and answers NaN: %s: %s (further ones are not logged)",
                 self.name, *image.shape[2:], type(error).__name__, error,
             )  # fmt: skip
+
+
+def _build(name: str, *arguments: Any) -> nn.Module:
+    with plain_defaults(name):
+        return build_metric(*arguments)
 
 
 def _per_image(name: str, output: Any, count: int) -> Tensor:

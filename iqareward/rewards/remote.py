@@ -13,8 +13,8 @@ import torch
 from iqareward.rewards._http import HttpClient, RemoteError
 from iqareward.rewards._wire_header import MAX_DEADLINE
 from iqareward.rewards._wire_json import WireError, read_json
-from iqareward.rewards.calls import Call, checked_call
-from iqareward.rewards.scoring import UnscoredWatch
+from iqareward.rewards.calls import Call
+from iqareward.rewards.core import BaseReward
 from iqareward.rewards.wire import CONTENT_TYPE, decode_answer, encode_request
 from iqareward.types import Bounds, Images, Reward, Scores
 
@@ -44,7 +44,7 @@ class RemoteFacts:
 
 
 @final
-class RemoteReward:
+class RemoteReward(BaseReward):
     """A reward on a server, called like any other; scores are bit-identical to those of the same reward here.
 
     Pixels travel without loss (`iqareward.rewards.wire`), in requests of `batch_size` images, `max_in_flight` of them
@@ -79,6 +79,7 @@ class RemoteReward:
     Raises:
         ImportError: httpx2 is missing (extra `serve`).
         ValueError: a URL without http(s), or a bound that is not positive.
+        RemoteError: no scores, and `on_error` is `"raise"` (at a call).
 
     Example:
         >>> reward = RemoteReward("http://127.0.0.1:8000", "ssim", facts=RemoteFacts(True, False, (-1.0, 1.0)))
@@ -105,9 +106,7 @@ class RemoteReward:
             raise ValueError(f'RemoteReward expected `on_error` "raise" or "nan", got {on_error!r}.')
         self.name, self.timeout, self.batch_size, self.on_error = name, timeout, batch_size, on_error
         self.max_in_flight = max_in_flight
-        self.differentiable = False
         self._facts = facts
-        self._watch = UnscoredWatch()
         self._client = HttpClient(
             [urls] if isinstance(urls, str) else list(urls),
             purpose="RemoteReward",
@@ -117,54 +116,43 @@ class RemoteReward:
             token_variable=TOKEN_VARIABLE,
         )
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32 on the device of the images, higher is better, NaN = not scored.
-
-        Raises:
-            RemoteError: no scores, and `on_error` is `"raise"`.
-            TypeError: something is not a floating-point tensor.
-            ValueError: shapes are wrong, or references or prompts are missing or do not match.
-        """
-        call = checked_call(self, images, references, prompts)
+    def score_call(self, call: Call) -> Scores:
+        call.check(self.name)
         if not len(call):
             return _none(call)
         sent, lost = _on_cpu(call), list[RemoteError]()
-        return self._watched(sent, lost, self._client.run(self._score(sent, lost))).to(call.device)
+        return self._watched(sent, lost, self._client.run(self._asked(sent, lost))).to(call.device)
 
     async def ascore(
         self,
         images: Images,
         references: Images | None = None,
+        *,
+        inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
         **ignored: Any,
     ) -> Scores:
         """The same without blocking the event loop; cancelling it cancels its requests."""
         if self._facts is None:
             self._facts = await self._client.arun(self._ask())
-        call = checked_call(self, images, references, prompts)
+        call = self._call(images, references, inputs, prompts).check(self.name)
         if not len(call):
             return _none(call)
         sent, lost = _on_cpu(call), list[RemoteError]()
-        return self._watched(sent, lost, await self._client.arun(self._score(sent, lost))).to(call.device)
+        return self._watched(sent, lost, await self._client.arun(self._asked(sent, lost))).to(call.device)
 
     @property
-    def needs_references(self) -> bool:
+    def needs_references(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the reward compares with references; the first look asks the server."""
         return self.facts.needs_references
 
     @property
-    def needs_prompts(self) -> bool:
+    def needs_prompts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the reward reads prompts; the first look asks the server."""
         return self.facts.needs_prompts
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> Bounds:  # pyright: ignore[reportIncompatibleVariableOverride]
         """(low, high) of the scores; the first look asks the server."""
         return self.facts.bounds
 
@@ -228,7 +216,7 @@ class RemoteReward:
             self._watch.look(self.name, scores, call.images, call.references, otherwise=reason)
         return scores
 
-    async def _score(self, call: Call, lost: list[RemoteError]) -> Scores:
+    async def _asked(self, call: Call, lost: list[RemoteError]) -> Scores:
         """Scores of all pieces, or the first error, with the others cancelled; `lost` gets errors that became NaN."""
         deadline = asyncio.get_running_loop().time() + self.timeout
         slots = asyncio.Semaphore(self.max_in_flight)  # no more bodies in memory than can be on the way
@@ -297,7 +285,7 @@ def _on_cpu(call: Call) -> Call:
     for column in ("images", "references"):
         images = getattr(call, column)
         moved[column] = images.cpu() if isinstance(images, torch.Tensor) else images and [row.cpu() for row in images]
-    return Call(moved["images"], moved["references"], call.prompts)
+    return Call(moved["images"], moved["references"], prompts=call.prompts)
 
 
 def _none(call: Call) -> Scores:

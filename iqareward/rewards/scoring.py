@@ -1,27 +1,18 @@
-"""The reward contract, once: every reward of this library scores its images through `score_images`.
-
-It turns a function on clean batches into one that keeps the contract: it checks shapes, groups mixed sizes by shape,
-splits into micro-batches, computes in float32 whatever the caller's autocast, grad or inference mode is, and answers
-NaN for an image that cannot be scored without touching the others. Nothing here reads a pixel value on the host, except
-that the first call of a reward looks whether anything was scored (every call if the images are on the CPU).
-"""
+"""What scoring has in common: modes, clean pixels, the warning of a reward that scores nothing."""
 
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from iqareward.functional._chunks import rows_at_once
 from iqareward.functional._fused import clean
-from iqareward.rewards.batches import shape_buckets
 from iqareward.types import Images, Scores
 
 # Decoders overshoot [0, 1] a little, and such images are clamped. Images that leave it by more than this were never
@@ -85,6 +76,7 @@ class UnscoredWatch:
         scores: Scores,
         images: Images,
         references: Images | None = None,
+        inputs: Images | None = None,
         *,
         min_side: int = 1,
         otherwise: str = "it has no finite value for these images",
@@ -96,6 +88,7 @@ class UnscoredWatch:
             scores: `[B]` of the images.
             images: what was scored.
             references: what they were compared with.
+            inputs: the degraded pictures, if they count.
             min_side: images with a shorter side are not scored.
             otherwise: the reason if the pixels do not show one.
         """
@@ -106,7 +99,7 @@ class UnscoredWatch:
             return
         self._has_looked = True
         if bool(scores.isnan().all()):
-            why = "; ".join(why_unscored(images, references=references, min_side=min_side)) or otherwise
+            why = "; ".join(why_unscored(images, references=references, inputs=inputs, min_side=min_side)) or otherwise
             if reasons is not None:
                 reasons.append(f"{name}: {why}")
                 return
@@ -167,16 +160,17 @@ def _first_foreign_frame() -> int:
 
 
 @contextmanager
-def reward_mode(device_type: str, *, differentiable: bool) -> Generator[None]:
+def reward_mode(*, differentiable: bool, device_type: str = "cpu") -> Generator[None]:
     """Compute as a reward must: no autocast, no inference mode, a graph exactly when `differentiable`.
 
     Grad mode and autocast are thread-local, and trainers call rewards from thread pools, so a reward sets both itself.
+    Autocast is off on the CPU, on CUDA, since images and weights may be on either, and on the device type named.
     """
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(differentiable),
-        torch.autocast(device_type, enabled=False),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(differentiable))
+        for kind in dict.fromkeys(("cpu", "cuda", device_type)):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -194,103 +188,8 @@ def sanitize(images: Tensor) -> tuple[Tensor, Tensor]:
     return cleaned, valid[0]
 
 
-def score_images(
-    score_batch: Callable[..., Tensor],
-    images: Images,
-    references: Images | None = None,
-    *,
-    name: str,
-    needs_references: bool,
-    differentiable: bool,
-    bytes_per_pixel: float = 1024,
-    min_side: int = 1,
-    batch_size: int | None = None,
-    device: torch.device | None = None,
-    watch: UnscoredWatch | None = None,
-) -> Scores:
-    """Score images of any number and sizes by a function on clean batches, under the reward contract.
-
-    Args:
-        score_batch: `score_batch(images)` or, with `needs_references`, `score_batch(images, references)`, on float32
-            `[b, 3, H, W]` in [0, 1]; returns `[b]`, higher is better. An image's score must not depend on its batch.
-        images: `[B, 3, H, W]` float RGB in [0, 1] on any device, or a sequence of `[3, H, W]`.
-        references: of the same shapes and device as `images`.
-        name: The reward's name, for error messages.
-        needs_references: whether to pass references on; if not, they are ignored.
-        differentiable: whether to keep the graph to the pixels; otherwise none is built.
-        bytes_per_pixel: working memory of `score_batch` on a device for each pixel of an image (and its reference),
-            the clean copies included, and with `differentiable` what the graph keeps.
-        min_side: images with a shorter side are not scored.
-        batch_size: images per call of `score_batch`; None = what stays in a CPU's cache, or fits `working_bytes` on
-            another device. With `differentiable`, images that do not all fit that are scored again in the backward
-            pass, part by part, so that the graph of one part is kept at a time.
-        device: where `score_batch` computes, for the size of its parts; None = where the images are.
-        watch: kept by the reward from call to call; warns if no image is scored.
-
-    Returns:
-        `[B]` float32 on the device of `images`; NaN where an image (or its reference) is too small, has a non-finite
-        pixel, lies outside [0, 1] by more than `RANGE_SLACK`, or where the score itself is not finite.
-
-    Raises:
-        TypeError: images are not floating-point tensors.
-        ValueError: shapes are wrong, references are missing or do not match, or a size of parts is not positive.
-    """
-    if not bytes_per_pixel > 0 or (batch_size is not None and batch_size < 1):
-        raise ValueError(
-            f"{name} expected `bytes_per_pixel` > 0, and `batch_size` >= 1 or None, got {bytes_per_pixel} and "
-            f"{batch_size}."
-        )
-    if needs_references and references is None:
-        raise ValueError(f"{name} expected `references` (it is a full-reference reward), got None. Pass references=...")
-    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):  # stacking a list is part of the graph
-        buckets, order = shape_buckets(name, images, references if needs_references else None)
-    if not buckets:
-        empty_on = images.device if isinstance(images, Tensor) else None
-        return torch.zeros(0, dtype=torch.float32, device=empty_on)
-    images_on = buckets[0][0].device
-    device = device or images_on
-    sizes = [
-        rows_at_once(bucket[0].shape[2:], device, bytes_per_pixel=bytes_per_pixel) if batch_size is None else batch_size
-        for bucket in buckets
-    ]
-    score: Callable[..., Any] = partial(_score_clean, score_batch, name, min_side)
-    fits = sum(bucket[0].shape[0] / size for bucket, size in zip(buckets, sizes, strict=True)) <= 1
-    # the pieces of a CPU's cache are no bound on memory, unless they were asked for
-    if differentiable and not fits and (batch_size is not None or device.type != "cpu"):
-        score = partial(recomputed, score)
-    with reward_mode(images_on.type, differentiable=differentiable):
-        scores = [
-            score(*piece)
-            for bucket, size in zip(buckets, sizes, strict=True)
-            for piece in zip(*(tensor.split(size) for tensor in bucket), strict=True)
-        ]
-        merged = scores[0] if len(scores) == 1 else torch.cat(scores)
-        if watch is not None:
-            watch.look(name, merged, images, references if needs_references else None, min_side=min_side)
-        if order is None:
-            return merged
-        rows = merged.unbind(0)  # views, so that restoring the order copies no index to the device
-        return torch.stack([rows[i] for i in order])
-
-
 def recomputed(score: Callable[..., Tensor], *inputs: Any) -> Any:
     """`score(*inputs)`, which is called again in the backward pass, so that its graph is not kept until then."""
     # autograd saves no inference tensors, not even for a graph that is never used
     saved = (each.clone() if isinstance(each, Tensor) and each.is_inference() else each for each in inputs)
     return checkpoint(score, *saved, use_reentrant=False)
-
-
-def _score_clean(score_batch: Callable[..., Tensor], name: str, min_side: int, *piece: Tensor) -> Tensor:
-    """Sanitise one micro-batch, score it, and mask what was not valid."""
-    count = piece[0].shape[0]
-    if min(piece[0].shape[2:]) < min_side:
-        return torch.full((count,), torch.nan, dtype=torch.float32, device=piece[0].device)
-    cleaned, valid = clean(piece, -RANGE_SLACK, 1 + RANGE_SLACK)
-    scores = score_batch(*cleaned)
-    if scores.shape != (count,):
-        raise ValueError(
-            f"{name} expected its metric to return one score per image, shape [{count}], got {list(scores.shape)}. "
-            "Reduce over channels and pixels, never over the batch."
-        )
-    scores = scores.float()
-    return torch.where(valid.all(0) & (scores.abs() < torch.inf), scores, torch.nan)

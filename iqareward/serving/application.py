@@ -88,6 +88,8 @@ def application(
         )
     if settings.token is not None:
         raise ValueError("application expected the token in an environment variable: Deployment(token_env=...).")
+    if unserved := [name for name, reward in rewards.items() if getattr(reward, "needs_inputs", False)]:
+        raise ValueError(f"application expected rewards that need no `inputs`, which do not travel, got {unserved}.")
     names = {name: f"reward-{index}-{_slug(name)}" for index, name in enumerate(rewards)}
     parts = [_part(serve, names[name], reward, deployment) for name, reward in rewards.items()]
     facts = {name: Facts.of(reward) for name, reward in rewards.items()}

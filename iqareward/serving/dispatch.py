@@ -147,7 +147,7 @@ async def _score(served: Served, request: ScoreRequest, room: Room) -> Scored:
     """One reward's scores of all images, in order; what it does not look at is not sent to it."""
     references = request.references if served.facts.needs_references else None
     prompts = request.prompts if served.facts.needs_prompts else None
-    pieces = list(Call(request.images, references, prompts).pieces(served.max_images, MAX_CALL_BYTES))
+    pieces = list(Call(request.images, references, prompts=prompts).pieces(served.max_images, MAX_CALL_BYTES))
     starts = list(itertools.accumulate((len(piece) for piece in pieces[:-1]), initial=0))
     results = await together([_score_piece(served, *pair, room) for pair in zip(pieces, starts, strict=True)])
     if len(results) == 1:

@@ -15,8 +15,7 @@ from torch import Tensor
 from iqareward.rewards._devices import device_here
 from iqareward.rewards.batching import MicroBatched
 from iqareward.rewards.calls import Call
-from iqareward.rewards.compose import WeightedSum
-from iqareward.rewards.loading import each_part
+from iqareward.rewards.core import Wrapper
 from iqareward.rewards.wire import as_floats
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.memory import Room
@@ -82,10 +81,10 @@ class RewardReplica:
     ) -> None:
         # shared memory is read-only, and no reward writes to its images
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        self._whole = reward if isinstance(reward, WeightedSum) else None
+        parts: Sequence[Reward] = getattr(reward, "parts", ())
+        self._whole: Any = reward if parts else None
         observe = None if observer is None else observer()
-        parts = [reward] if self._whole is None else self._whole.rewards
-        self._parts = [_OnDevice(part, torch.device(device), observe) for part in parts]
+        self._parts = [_OnDevice(part, torch.device(device), observe) for part in parts or [reward]]
         self._told_to_sleep = told_to_sleep or _never
         self._asleep = self._told_to_sleep()
         if not self._asleep:
@@ -99,14 +98,14 @@ class RewardReplica:
         self, images: Arrays, references: Arrays | None = None, prompts: Sequence[str] | None = None
     ) -> Rows | Failed:
         """Scores of a call, or why there are none."""
-        call = Call(_tensors(images), None if references is None else _tensors(references), prompts)
+        call = Call(_tensors(images), None if references is None else _tensors(references), prompts=prompts)
         async with self._room.taken(4 * sum(tensor.numel() for tensor in call.tensors())):
             if self._asleep:
                 return Failed(409, "asleep", "the reward sleeps: wake it with POST /v1/rewards/NAME/wake, or onload().")
             try:
                 floats = as_floats(call.images)
                 truths = None if call.references is None else as_floats(call.references)
-                rows = await asyncio.gather(*(part.ascore(floats, truths, prompts) for part in self._batched))
+                rows = await asyncio.gather(*(part.ascore(floats, truths, prompts=prompts) for part in self._batched))
             except (ValueError, TypeError) as error:  # by the contract: the input is at fault
                 return Failed(422, "refused_by_reward", _first_line(error))
             except Exception as error:
@@ -144,13 +143,13 @@ class RewardReplica:
 
     def _sleep(self) -> None:
         for part in self._parts:
-            each_part(part.reward, "offload")
+            part.offload()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # the process is ours, and the memory is to be another's
 
     def _wake(self) -> None:
         for part in self._parts:
-            each_part(part.reward, "onload")
+            part.onload()
         self._warm_up()  # loads what a process that started asleep has not
 
     def _warm_up(self) -> None:
@@ -163,30 +162,24 @@ class RewardReplica:
 
 
 @final
-class _OnDevice:
+class _OnDevice(Wrapper):
     """A reward whose images arrive on the CPU and are scored elsewhere, in whole batches."""
 
     def __init__(self, reward: Reward, device: torch.device, observe: Observer | None) -> None:
         # here, because the thread that scores has a current GPU of its own
-        self.reward, self.device, self.observe = reward, device_here(device), observe
-        self.name, self.bounds, self.differentiable = reward.name, reward.bounds, False
-        self.needs_references, self.needs_prompts = reward.needs_references, reward.needs_prompts
+        super().__init__(reward)
+        self.device, self.observe = device_here(device), observe
         self.num_batches = self.num_images = 0
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
+    def score_call(self, call: Call) -> Scores:
         started = time.perf_counter()
-        truths = None if references is None else self._moved(references)
-        scores = self.reward(self._moved(images), references=truths, prompts=prompts).float().cpu()
+        truths = None if call.references is None else self._there(call.references)
+        moved = Call(self._there(call.images), truths, prompts=call.prompts)
+        scores = moved.score(self.reward).float().cpu()
         self.num_batches += 1
-        self.num_images += len(images)
+        self.num_images += len(call)
         if self.observe is not None:
-            self.observe(self.name, len(images), time.perf_counter() - started)
+            self.observe(self.name, len(call), time.perf_counter() - started)
         return scores
 
     def warm_up(self) -> None:
@@ -194,7 +187,7 @@ class _OnDevice:
         picture = torch.full((1, 3, WARM_UP_SIDE, WARM_UP_SIDE), 0.5, device=self.device)
         self.reward(picture, references=picture, prompts=["a photograph"])
 
-    def _moved(self, images: Images) -> Images:
+    def _there(self, images: Images) -> Images:
         if isinstance(images, Tensor):
             return images.to(self.device, non_blocking=True)
         return [image.to(self.device, non_blocking=True) for image in images]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import iqareward
 from iqareward.adapters.scorers import HPSv3Model, ImscoreModel, SRPOModel, mixgrpo_model
+from iqareward.rewards.core import ImageReward
 from iqareward.rewards.metric import NoReference
-from iqareward.rewards.scoring import score_images
 from tests.adapters.doubles.reward_models import dancegrpo_advantages, imscore_step, mixgrpo_rewards, srpo_losses
 from tests.adapters.restoration_agent import as_pil, photographs
 from tests.tolerances import EXACT
@@ -28,19 +28,17 @@ def contrast(images: Tensor) -> Tensor:
 CONTRAST = NoReference(contrast, higher_is_better=True, differentiable=True)
 
 
-class LooksLike:
+class LooksLike(ImageReward):
     """A text-conditioned reward: how bright the image is if the text says "bright", else how dark."""
 
-    name, needs_references, needs_prompts, bounds = "looks_like", False, True, (0.0, 1.0)
+    name, needs_prompts, bounds = "looks_like", True, (0.0, 1.0)
 
     def __init__(self, differentiable: bool = True) -> None:
         self.differentiable = differentiable
 
-    def __call__(self, images: Tensor, references=None, prompts: Sequence[str] = (), **ignored) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         sign = torch.tensor([1.0 if "bright" in prompt else -1.0 for prompt in prompts])
-        facts = {"name": self.name, "needs_references": False, "differentiable": self.differentiable}
-        brightness = score_images(lambda batch: batch.mean((1, 2, 3)), images, **facts)
-        return 0.5 + sign * (brightness - 0.5)
+        return 0.5 + sign * (images.mean((1, 2, 3)) - 0.5)
 
 
 def test_imscore_loop_gets_scores_and_a_gradient() -> None:

@@ -67,7 +67,7 @@ def test_video_matches_the_reference() -> None:
     reward = QAlignReward(seeded_model(TINY))
     squares = [_pad(image) for image in reference_images()]
     clip = torch.stack([squares[1], squares[0]])
-    logits = reward._scorer.clip_logits([clip], reward._video_prompts)
+    logits = reward._clip_logits([clip], reward._video_prompts)
     torch.testing.assert_close(logits[:, 0], torch.tensor(golden()["video_logits"]), rtol=0.0, atol=1e-4)
 
 

@@ -82,7 +82,7 @@ def test_whatever_the_score_depends_on_is_in_the_key() -> None:
         (image, reference, ["2"]),
         (image.view(1, 3, 4, 16), reference.view(1, 3, 4, 16), ["1"]),
     ):
-        reward(*arguments)
+        reward(arguments[0], arguments[1], prompts=arguments[2])
     assert counting.sizes == [1] * 5
     reward(image, references=reference, prompts=["1"])
     assert counting.sizes == [1] * 5

@@ -144,7 +144,7 @@ def test_sums(photographs: Tensor) -> None:
     reward = load("0.7*piqe[-100, 0] - ssim + 1e-1 * psnr[1e1,50.5]")
     assert isinstance(reward, WeightedSum)
     names = [(0.7, "piqe[-100, 0]"), (-1.0, "ssim"), (0.1, "psnr[10, 50.5]")]
-    assert [(weight, part.name) for weight, part in reward.terms] == names
+    assert [(weight, part.name) for weight, part in zip(reward.weights, reward.parts)] == names
     assert (reward.bounds[0], reward.bounds[1]) == pytest.approx((-1.0, 1.8))
     images = photographs[:2] * 0.9
     piqe, ssim, psnr = (load(name)(images, references=photographs[:2]) for name in ("piqe", "ssim", "psnr"))
@@ -212,7 +212,7 @@ def test_sums_without_spaces(spec: str, parts: list[tuple[float, str]]) -> None:
     """Operators need no spaces, although names may hold hyphens."""
     reward = load(spec)
     assert isinstance(reward, WeightedSum)
-    assert [(weight, part.name) for weight, part in reward.terms] == parts
+    assert [(weight, part.name) for weight, part in zip(reward.weights, reward.parts)] == parts
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_sums_with_names_that_hold_operators(spec: str, names: list[str]) -> Non
     ranged = spec.replace(names[0], f"{names[0]}[0,1]", 1).replace(names[1], f"{names[1]}[0,1]", 1)
     reward = load(ranged)
     assert isinstance(reward, WeightedSum)
-    assert [part.name for part in reward.rewards] == [f"{name}[0, 1]" for name in names]
+    assert [part.name for part in reward.parts] == [f"{name}[0, 1]" for name in names]
 
 
 def test_a_sum_that_can_be_read_in_two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_a_sum_that_can_be_read_in_two_ways(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(CATALOG, "ssim-haarpsi", CATALOG["gmsd"])
     with pytest.raises(ValueError, match=r"read as '0.5\*ssim-haarpsi' or '0.5\*ssim - haarpsi'; put spaces"):
         load("0.5*ssim-haarpsi")
-    assert [part.name for part in load("0.5*ssim - haarpsi").rewards] == ["ssim", "haarpsi"]
+    assert [part.name for part in load("0.5*ssim - haarpsi").parts] == ["ssim", "haarpsi"]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_one_scale_moves_alike(photographs: Tensor) -> None:
     noise = 0.1 * torch.randn(photographs.shape, generator=torch.Generator().manual_seed(0))
     noisy = (photographs + noise).clamp(0, 1)
     reward = load("0.7*niqe[-12, 0] + 0.3*ssim")
-    before, after = (evaluate(reward.rewards, images, photographs) for images in (photographs, noisy))
+    before, after = (evaluate(reward.parts, images, photographs) for images in (photographs, noisy))
     fall = {name: (before[name] - after[name]).mean().item() for name in before}
     assert 0.2 < fall["niqe[-12, 0]"] / fall["ssim"] < 5
 

@@ -79,7 +79,7 @@ def test_combinations_are_rewards(index: int, differentiable: bool) -> None:
 def test_evaluate_and_sum() -> None:
     """Components come unweighted by name, and the sum of them is the reward's own score."""
     reward = WeightedSum([(0.7, bright()), (-2.0, contrasty())])
-    scores = evaluate(reward.rewards, IMAGES)
+    scores = evaluate(reward.parts, IMAGES)
     torch.testing.assert_close(scores["brightness"], brightness(IMAGES), **OTHER_PACKAGE)
     expected = 0.7 * brightness(IMAGES) - 2 * contrast(IMAGES)
     torch.testing.assert_close(reward(IMAGES), expected, **OTHER_PACKAGE)

@@ -49,7 +49,7 @@ def test_references_and_prompts_travel() -> None:
     with pytest.raises(ValueError, match="references"):
         reward.submit(images, prompts=["1", "2"])
     with pytest.raises(TypeError, match="floating-point"):
-        reward.submit(images.byte(), images, ["1", "2"])
+        reward.submit(images.byte(), images, prompts=["1", "2"])
 
 
 def test_exceptions_are_delivered() -> None:

@@ -1,21 +1,21 @@
 """DeQA-Score: mPLUG-Owl2 trained to predict the distribution of human scores."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from iqareward.rewards.mllm.levels import LevelScorer
+from iqareward.rewards.mllm.levels import Owl2Reward
 from iqareward.rewards.mllm.owl2 import Owl2
 from iqareward.rewards.mllm.prompts import prompt_ids
-from iqareward.rewards.mllm.readout import SCALES, LevelDistribution, expected_value, level_distribution
-from iqareward.types import Bounds, Images, Scores
+from iqareward.rewards.mllm.readout import SCALES, LevelDistribution, level_distribution
+from iqareward.rewards.scoring import reward_mode
+from iqareward.types import Images
 
 
 @final
-class DeQAReward:
+class DeQAReward(Owl2Reward):
     """How good DeQA-Score finds each image, in process: no second environment and no HTTP server.
 
     Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
@@ -25,7 +25,7 @@ class DeQAReward:
             loading), or an `Owl2` network, which is frozen.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5]; `"flow_grpo"` is [0.2, 1], as Flow-GRPO's reward server answers
             (without its JPEG compression of the images).
-        device: None = the current CUDA device if there is one, else the CPU.
+        device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size.
         batch_size: images per run of the network.
@@ -47,10 +47,6 @@ class DeQAReward:
         2025, https://arxiv.org/abs/2501.11561
     """
 
-    name = "deqa"
-    needs_references = False
-    needs_prompts = False
-
     def __init__(
         self,
         model: str | Path | Owl2 = "zhiyuanyou/DeQA-Score-Mix3",
@@ -65,12 +61,11 @@ class DeQAReward:
     ) -> None:
         if scale not in SCALES:
             raise ValueError(f"DeQAReward expected `scale` one of {sorted(SCALES)}, got {scale!r}.")
-        self.scale, self.differentiable = scale, differentiable
-        self.bounds: Bounds = (min(SCALES[scale]), max(SCALES[scale]))
-        self._scorer = LevelScorer(
-            self.name,
+        super().__init__(
+            "deqa",
             model,
             (prompt_ids("quality"),),
+            scale,
             device=device,
             dtype=dtype,
             differentiable=differentiable,
@@ -79,44 +74,12 @@ class DeQAReward:
             quant=quant,
         )
 
-    @property
-    def model(self) -> Owl2:
-        """The network; loads it if need be."""
-        model: Any = self._scorer.loader.get()
-        return model
-
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
-        with self._scorer.mode():
-            scores = expected_value(self.logits(images), SCALES[self.scale])
-            self._scorer.watch.look(self.name, scores, images)
-            return scores
-
     def logits(self, images: Images) -> Tensor:
         """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32."""
-        with self._scorer.mode():
-            return self._scorer.logits(images)[:, 0]
+        with reward_mode(differentiable=self.differentiable):
+            return self._level_logits(images)[:, 0]
 
     def distribution(self, images: Images) -> LevelDistribution:
         """Level probabilities of each image, and the mean and standard deviation in levels of [1, 5]."""
-        with self._scorer.mode():
+        with reward_mode(differentiable=self.differentiable):
             return level_distribution(self.logits(images))
-
-    def to(self, device: torch.device | str) -> "DeQAReward":
-        """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.loader.to(device)
-        return self
-
-    def offload(self) -> None:
-        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
-        self._scorer.loader.offload()
-
-    def onload(self) -> None:
-        """Bring the weights back from host memory to where they were before `offload`."""
-        self._scorer.loader.onload()

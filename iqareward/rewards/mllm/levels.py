@@ -3,21 +3,24 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from iqareward.functional._chunks import rows_at_once
-from iqareward.rewards.batches import Buckets, shape_buckets
-from iqareward.rewards.loading import LazyModel, any_device_mode
+from iqareward.rewards._devices import as_current
+from iqareward.rewards.batches import Bucket, shape_buckets
+from iqareward.rewards.core import ImageReward, in_order, masked
+from iqareward.rewards.loading import LazyModel
 from iqareward.rewards.mllm.loading import load_owl2, quantize_decoder
 from iqareward.rewards.mllm.owl2 import Owl2
 from iqareward.rewards.mllm.owl2.model import PromptState
 from iqareward.rewards.mllm.owl2.static import StaticForward
 from iqareward.rewards.mllm.preprocess import preprocess
 from iqareward.rewards.mllm.prompts import LEVEL_IDS, Prompt
-from iqareward.rewards.scoring import UnscoredWatch, sanitize
+from iqareward.rewards.mllm.readout import SCALES, expected_value
+from iqareward.rewards.scoring import reward_mode, sanitize
 from iqareward.types import Images
 
 
@@ -47,15 +50,16 @@ def _check_device(name: str, compile: bool | str, device: torch.device) -> None:
         )
 
 
-@final
-class LevelScorer:
-    """Level logits of images under fixed prompts, by a network that is loaded at the first call.
+class Owl2Reward(ImageReward):
+    """A reward by level logits of images under fixed prompts.
 
     Args:
-        name: The reward's name, for error messages.
+        name: of the reward.
         source: hub id or folder of a checkpoint, or a network, which is used as it is and frozen.
-        prompts: what to ask about each image.
-        device: None = CUDA if there is one, else the CPU (a network given stays where it is).
+        prompts: what to ask about each image; the score is the mean of the answers.
+        scale: a key of `SCALES`.
+        device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU (a
+            network given stays where it is).
         dtype: None = bfloat16 on CUDA, float32 elsewhere (a network given keeps its own).
         differentiable: keep the graph to the pixels; layers are recomputed in the backward pass.
         batch_size: images per run of the network.
@@ -69,6 +73,7 @@ class LevelScorer:
         name: str,
         source: str | Path | Owl2,
         prompts: tuple[Prompt, ...],
+        scale: str,
         *,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -87,84 +92,89 @@ class LevelScorer:
             )
         if quant not in (None, "int8"):
             raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
-        self.name, self.prompts, self.batch_size, self.compile = name, prompts, batch_size, compile
-        default = "stay" if isinstance(source, Owl2) else "cuda"
+        self.name, self.differentiable, self._compile = name, differentiable, compile
+        self.batch_size = self._run_size = batch_size
+        self._prompts, self.scale = prompts, scale
+        self.bounds = min(SCALES[scale]), max(SCALES[scale])
         self._check_device = partial(_check_device, name, compile)
         load = partial(_load, self._check_device, source, dtype, quant)
-        self.loader = LazyModel(load, device, name=name, default=default)
-        self.mode = partial(any_device_mode, differentiable=differentiable)
-        self.watch = UnscoredWatch()
+        self.model_loader = LazyModel(load, device, name=name, is_built=isinstance(source, Owl2))
 
-    def clip_logits(self, clips: Sequence[Tensor], prompts: tuple[Prompt, ...]) -> Tensor:
+    @property
+    def model(self) -> Owl2:
+        """The network; loads it if need be."""
+        model: Any = self._loader.get()
+        return model
+
+    def score_batch(self, images: Tensor) -> Tensor:
+        """Expected levels of images that are preprocessed already."""
+        return expected_value(masked(self._network_logits(images)), SCALES[self.scale]).mean(dim=1)
+
+    def _level_logits(self, images: Images) -> Tensor:
+        """`[B, prompts, 5]` float32 on the images' device; NaN for images that cannot be scored."""
+        return self._rows(self._network_logits, self._call(images), len(self._prompts), len(LEVEL_IDS))
+
+    def _clip_logits(self, clips: Sequence[Tensor], prompts: tuple[Prompt, ...]) -> Tensor:
         """`[clips, prompts, 5]` float32 of clips `[F, 3, H, W]`: all frames of one in place of one image token."""
         counts = [_num_frames(self.name, index, clip) for index, clip in enumerate(clips)]
         if not counts:
             return torch.zeros(0, len(prompts), len(LEVEL_IDS), dtype=torch.float32)
-        with self.mode():
-            buckets, order = shape_buckets(self.name, [frame for clip in clips for frame in clip], None)
-            model = self._ready(buckets)
-            states = [self._state(prompt) for prompt in prompts]
-            rows, valid = self._map(buckets, order, model, model.encode_images)
-            clip_rows = [frames.flatten(0, 1) for frames in rows.split(counts)]
-            # Clips of different lengths never share a batch: each is read at its own last position, without padding.
-            logits: dict[int, Tensor] = {}
-            for members in _same_length(counts, self.batch_size):
-                batch = torch.stack([clip_rows[index] for index in members])
-                found = torch.stack([model.level_logits(batch, state) for state in states], dim=1)
-                logits.update(zip(members, found.unbind(0), strict=True))
-            whole = torch.stack([frames.all() for frames in valid.split(counts)])
-            return _masked(torch.stack([logits[index] for index in range(len(counts))]), whole, clips[0].device)
+        call = self._call([frame for clip in clips for frame in clip])
+        with reward_mode(differentiable=self.differentiable, device_type=clips[0].device.type):
+            buckets, order = shape_buckets(self.name, call.images)
+            with as_current(self._device(buckets[0].images)):
+                model = self.model
+                states = [self._state(prompt) for prompt in prompts]
+                rows, valid = (in_order(found, order) for found in self._encoded(model.encode_images, buckets))
+                clip_rows = [frames.flatten(0, 1) for frames in rows.split(counts)]
+                # Clips of different lengths never share a batch: each is read at its own last position, unpadded.
+                logits: dict[int, Tensor] = {}
+                for members in _same_length(counts, self._run_size):
+                    batch = torch.stack([clip_rows[index] for index in members])
+                    found = torch.stack([model.level_logits(batch, state) for state in states], dim=1)
+                    logits.update(zip(members, found.unbind(0), strict=True))
+                whole = torch.stack([frames.all() for frames in valid.split(counts)])
+                found = torch.stack([logits[index] for index in range(len(counts))])
+                return masked(found, whole).to(clips[0].device)
 
-    def logits(self, images: Images) -> Tensor:
-        """`[B, prompts, 5]` float32 on the images' device; NaN for images that cannot be scored."""
-        with self.mode():
-            buckets, order = shape_buckets(self.name, images, None)
-            if not buckets:
-                device = images.device if isinstance(images, Tensor) else None
-                return torch.zeros(0, len(self.prompts), len(LEVEL_IDS), dtype=torch.float32, device=device)
-            model = self._ready(buckets)
-            values, valid = self._map(buckets, order, model, self._network(model))
-            return _masked(values, valid, buckets[0][0].device)
+    def _of_buckets(
+        self, measure: Callable[..., Tensor], buckets: list[Bucket], device: torch.device, width: tuple[int, ...]
+    ) -> Tensor:
+        """The network takes one size, so images of all sizes share its batches."""
+        return masked(*self._encoded(measure, buckets))
 
-    def _ready(self, buckets: Buckets) -> Owl2:
-        model: Any = self.loader.ready(buckets[0][0])
-        return model
+    def _encoded(self, measure: Callable[[Tensor], Tensor], buckets: list[Bucket]) -> tuple[Tensor, Tensor]:
+        """What `measure` gives for preprocessed batches, and whether each image may be scored."""
+        valid: list[Tensor] = []
+        pixels = self._pixels(buckets, valid)
+        outputs = torch.cat([measure(batch) for batch in _regroup(pixels, self._run_size)])
+        return outputs, torch.cat(valid)
+
+    def _pixels(self, buckets: list[Bucket], valid: list[Tensor]) -> Iterator[Tensor]:
+        """Preprocessed pixels in the network's dtype, one piece of a bucket at a time; appends to `valid`."""
+        model = self.model
+        weight = model.model.norm.weight
+        for bucket in buckets:
+            side = max(bucket.images.shape[2:])  # images are padded to squares
+            for piece in bucket.split(min(self._run_size, rows_at_once((side, side), weight.device))):
+                clean, intact = sanitize(piece.images.to(weight.device))
+                valid.append(intact)
+                yield preprocess(clean, model.config.image_size).to(weight.dtype)
+
+    def _network_logits(self, pixels: Tensor) -> Tensor:
+        """`[b, prompts, 5]` of preprocessed pixels."""
+        states = tuple(self._state(prompt) for prompt in self._prompts)
+        if not self._compile:
+            return self.model(pixels, states=states)
+        self._check_device(self._loader.device)
+        layers = self._compile is True
+        return self._loader.derived(
+            "static", lambda model: StaticForward(model, states, self._run_size, compile_layers=layers)
+        )(pixels)
 
     def _state(self, prompt: Prompt) -> PromptState:
         """The prompt's shared part, computed once."""
-        return self.loader.derived(prompt, lambda model: model.prepare_prompt(*prompt, LEVEL_IDS))
-
-    def _network(self, model: Owl2) -> Callable[[Tensor], Tensor]:
-        states = tuple(self._state(prompt) for prompt in self.prompts)
-        if not self.compile:
-            return partial(model, states=states)
-        self._check_device(self.loader.device)
-        options = {"compile_layers": self.compile is True}
-        return self.loader.derived("static", lambda model: StaticForward(model, states, self.batch_size, **options))
-
-    def _map(
-        self, buckets: Buckets, order: list[int] | None, model: Owl2, network: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs of the network, and whether each image may be scored, in the order of the images."""
-        valid: list[Tensor] = []
-        pixels = _pixels(buckets, model, self.batch_size, valid)
-        outputs = torch.cat([network(batch) for batch in _regroup(pixels, self.batch_size)])
-        intact = torch.cat(valid)
-        if order is None:
-            return outputs, intact
-        rows, flags = outputs.unbind(0), intact.unbind(0)  # views: restoring the order copies no index to the device
-        return torch.stack([rows[i] for i in order]), torch.stack([flags[i] for i in order])
-
-
-def _pixels(buckets: Buckets, model: Owl2, batch_size: int, valid: list[Tensor]) -> Iterator[Tensor]:
-    """Preprocessed pixels in the network's dtype, one piece of a bucket at a time; appends to `valid` on the way."""
-    weight = model.model.norm.weight
-    for (bucket,) in buckets:
-        side = max(bucket.shape[2:])  # images are padded to squares
-        for piece in bucket.split(min(batch_size, rows_at_once((side, side), weight.device))):
-            clean, intact = sanitize(piece.to(weight.device))
-            valid.append(intact)
-            yield preprocess(clean, model.config.image_size).to(weight.dtype)
+        return self._loader.derived(prompt, lambda model: model.prepare_prompt(*prompt, LEVEL_IDS))
 
 
 def _regroup(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
@@ -188,12 +198,6 @@ def _same_length(counts: Sequence[int], size: int) -> Iterator[list[int]]:
         members.setdefault(count, []).append(index)
     for indices in members.values():
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
-
-
-def _masked(logits: Tensor, valid: Tensor, device: torch.device) -> Tensor:
-    """NaN where an image could not be scored or the network overflowed, on the caller's device."""
-    intact = valid & logits.isfinite().flatten(1).all(1)
-    return torch.where(intact[:, None, None], logits.float(), torch.nan).to(device)
 
 
 def _num_frames(name: str, index: int, clip: Tensor) -> int:

@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from iqareward.rewards.mllm.levels import LevelScorer
+from iqareward.rewards.mllm.levels import Owl2Reward
 from iqareward.rewards.mllm.owl2 import Owl2
 from iqareward.rewards.mllm.prompts import Task, Variant, prompt_ids
 from iqareward.rewards.mllm.readout import SCALES, expected_value
-from iqareward.types import Bounds, Images, Scores
+from iqareward.rewards.scoring import reward_mode
+from iqareward.types import Images, Scores
 
 
 @final
-class QAlignReward:
+class QAlignReward(Owl2Reward):
     """How good a large multimodal model finds each image: its expected level between "bad" and "excellent".
 
     Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
@@ -24,7 +25,7 @@ class QAlignReward:
         model: hub id or folder of a Q-Align checkpoint, or an `Owl2` network, which is frozen.
         task: what is rated. With both, the score is their mean, and the vision tower runs once.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5], as the model cards report.
-        device: None = the current CUDA device if there is one, else the CPU.
+        device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size.
         batch_size: images per run of the network.
@@ -47,9 +48,6 @@ class QAlignReward:
         https://arxiv.org/abs/2312.17090
     """
 
-    needs_references = False
-    needs_prompts = False
-
     def __init__(
         self,
         model: str | Path | Owl2 = "q-future/one-align",
@@ -69,14 +67,12 @@ class QAlignReward:
         self.tasks: tuple[Task, ...] = (task,) if isinstance(task, str) else tuple(task)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"QAlignReward expected one or two different tasks, got {task!r}.")
-        self.scale, self.differentiable = scale, differentiable
-        self.name = f"qalign_{'_'.join(self.tasks)}"
-        self.bounds: Bounds = (min(SCALES[scale]), max(SCALES[scale]))
         self._video_prompts = tuple(prompt_ids(task, variant=prompt, video=True) for task in self.tasks)
-        self._scorer = LevelScorer(
-            self.name,
+        super().__init__(
+            f"qalign_{'_'.join(self.tasks)}",
             model,
             tuple(prompt_ids(task, variant=prompt) for task in self.tasks),
+            scale,
             device=device,
             dtype=dtype,
             differentiable=differentiable,
@@ -85,34 +81,15 @@ class QAlignReward:
             quant=quant,
         )
 
-    @property
-    def model(self) -> Owl2:
-        """The network; loads it if need be."""
-        model: Any = self._scorer.loader.get()
-        return model
-
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
-        with self._scorer.mode():
-            scores = self.scores_per_task(images).mean(dim=1)
-            self._scorer.watch.look(self.name, scores, images)
-            return scores
-
     def scores_per_task(self, images: Images) -> Tensor:
         """`[B, tasks]` scores in the order of `task`."""
-        with self._scorer.mode():
-            return expected_value(self._scorer.logits(images), SCALES[self.scale])
+        with reward_mode(differentiable=self.differentiable):
+            return expected_value(self._level_logits(images), SCALES[self.scale])
 
     def logits(self, images: Images) -> Tensor:
         """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32; `[B, tasks, 5]` for several tasks."""
-        with self._scorer.mode():
-            logits = self._scorer.logits(images)
+        with reward_mode(differentiable=self.differentiable):
+            logits = self._level_logits(images)
             return logits[:, 0] if len(self.tasks) == 1 else logits
 
     def video(self, clips: Sequence[Tensor]) -> Scores:
@@ -125,21 +102,8 @@ class QAlignReward:
         Returns:
             `[clips]` float32, on the scale of the reward; NaN for clips with a frame that cannot be scored.
         """
-        with self._scorer.mode():
-            logits = self._scorer.clip_logits(clips, self._video_prompts)
+        with reward_mode(differentiable=self.differentiable):
+            logits = self._clip_logits(clips, self._video_prompts)
             scores = expected_value(logits, SCALES[self.scale]).mean(dim=1)
-            self._scorer.watch.look(self.name, scores, [frame for clip in clips for frame in clip])
+            self._watch.look(self.name, scores, [frame for clip in clips for frame in clip])
             return scores
-
-    def to(self, device: torch.device | str) -> "QAlignReward":
-        """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.loader.to(device)
-        return self
-
-    def offload(self) -> None:
-        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
-        self._scorer.loader.offload()
-
-    def onload(self) -> None:
-        """Bring the weights back from host memory to where they were before `offload`."""
-        self._scorer.loader.onload()

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.meter import Meter
-from iqareward.rewards.mllm.vlm import patches, scorer, tiles
+from iqareward.rewards import core
+from iqareward.rewards.mllm.vlm import patches, tiles
 from iqareward.rewards.mllm.vlm.level import LevelReward
 from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.presets import Q_REALIGN, ZERO_SHOT_LEVELS
@@ -88,7 +89,7 @@ def test_gradient_is_that_of_finite_differences(family, size, monkeypatch) -> No
     for module in (patches, tiles):
         monkeypatch.setattr(module, "to_levels", lambda images: images * 255)
         monkeypatch.setattr(module, "resize_levels", smooth)
-    monkeypatch.setattr(scorer, "sanitize", lambda images: (images, torch.ones(len(images), dtype=torch.bool)))
+    monkeypatch.setattr(core, "clean", lambda batches, *_: (batches, torch.ones(1, 2, dtype=torch.bool)))
     made(images).sum().backward()
     assert images.grad is not None
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

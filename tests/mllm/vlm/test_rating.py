@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.meter import Meter
-from iqareward.rewards.mllm.vlm import generate
+from iqareward.rewards.mllm.vlm import generate, rating
 from iqareward.rewards.mllm.vlm.branches import Branches, DigitReadout
+from iqareward.rewards.mllm.vlm.chat import tokenize
 from iqareward.rewards.mllm.vlm.level import LevelReward
 from iqareward.rewards.mllm.vlm.network import Network
 from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT, VISUALQUALITY_R1
@@ -209,7 +210,7 @@ def test_generation_is_what_the_model_writes(family) -> None:
     found = made.answers(images)
     model, processor = tiny.pair(family)
     network = Network(model, processor)
-    prompt = generate.tokenize(processor, made.prompt, network.family.around)
+    prompt = tokenize(processor, made.prompt, network.family.around)
     with torch.no_grad():
         features = network.features(images)
         assert features is not None
@@ -254,13 +255,12 @@ def test_written_ratings_are_parsed_and_keep_their_order(monkeypatch) -> None:
     written = {1.0: "<answer>1.5</answer>", 2.0: "<answer>x</answer> <answer>4.25</answer>", 3.0: "3", 4.0: "<answer>9"}
 
     def write(network: Network, images: Tensor, *rest: Any) -> list[str]:
-        return [written[round(float(image[0, 0, 0]) * 255)] for image in images]
+        return [written.get(round(float(image[0, 0, 0]) * 255), "for a broken image") for image in images]
 
-    monkeypatch.setattr(generate, "_write", write)
+    monkeypatch.setattr(rating, "write", write)
     images = [torch.full((3, 56 + 8 * (i % 2), 56), i / 255) for i in (1, 2, 3, 4)]
     images.append(torch.full((3, 56, 56), 1 / 255))
     images[-1][0, 0, 1] = torch.nan
-    monkeypatch.setattr(generate, "sanitize", lambda piece: (piece, piece.isfinite().flatten(1).all(1)))
     found = reward("qwen2_5_vl", mode="generate", scale="mos").answers(images)
     assert found.texts == [*written.values(), ""]
     torch.testing.assert_close(found.ratings, torch.tensor([1.5, 4.25, *[torch.nan] * 3]), equal_nan=True, **EXACT)

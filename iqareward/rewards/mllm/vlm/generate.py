@@ -5,14 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iqareward.rewards.batches import shape_buckets
-from iqareward.rewards.mllm.vlm.chat import Prompt, render, tokenize
+from iqareward.rewards.mllm.vlm.chat import Prompt
 from iqareward.rewards.mllm.vlm.network import Network
-from iqareward.rewards.mllm.vlm.presets import RatingPreset, Sampling
-from iqareward.rewards.mllm.vlm.ratings import parse_rating
-from iqareward.rewards.mllm.vlm.scorer import VLMScorer
-from iqareward.rewards.scoring import sanitize
-from iqareward.types import Images
+from iqareward.rewards.mllm.vlm.presets import Sampling
 
 
 class Answers(NamedTuple):
@@ -27,38 +22,16 @@ class Answers(NamedTuple):
     texts: list[str]
 
 
-def generate_answers(
-    scorer: VLMScorer, images: Images, preset: RatingPreset, question: str, seed: int | None
-) -> Answers:
-    """Let the model answer, image batch by image batch.
+def write(network: Network, images: Tensor, prompt: Prompt, sampling: Sampling, seed: int | None) -> list[str]:
+    """What the model writes about a clean batch of one size; empty texts if it takes no image of that size.
 
     Args:
-        scorer: with the model.
-        images: `[B, 3, H, W]` in [0, 1], or a sequence of `[3, H, W]`.
-        preset: prompts, sampling and ratings.
-        question: with or without the request to think.
+        network: the model.
+        images: float32 `[b, 3, H, W]` in [0, 1].
+        prompt: what it answers.
+        sampling: how published scores were sampled.
         seed: None = greedy.
     """
-    buckets, order = shape_buckets(scorer.name, images, None)
-    device = images.device if isinstance(images, Tensor) else (buckets[0][0].device if buckets else None)
-    texts: list[str] = []
-    if buckets:
-        network = scorer.asked(buckets[0][0]).network
-        text = render(network.processor, preset, question)
-        prompt = tokenize(network.processor, text, network.family.around)
-        for (bucket,) in buckets:
-            for piece in bucket.split(scorer.rows_at_once(bucket, network.device)):
-                clean, valid = sanitize(piece.to(network.device))
-                written = _write(network, clean, prompt, preset.sampling, seed)
-                texts += [text if intact else "" for text, intact in zip(written, valid.tolist(), strict=True)]
-    if order is not None:
-        texts = [texts[i] for i in order]
-    ratings = [parse_rating(text, preset.answer_pattern, preset.ratings) for text in texts]
-    return Answers(torch.tensor(ratings, dtype=torch.float32, device=device), texts)
-
-
-def _write(network: Network, images: Tensor, prompt: Prompt, sampling: Sampling, seed: int | None) -> list[str]:
-    """What the model writes about a clean batch of one size; empty texts if it takes no image of that size."""
     from transformers import GenerationConfig
 
     inputs = network.family.images(images)

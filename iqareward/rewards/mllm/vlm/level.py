@@ -1,8 +1,8 @@
 """Rewards read from level words: how good any vision-language model finds an image, in one forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from iqareward.rewards.mllm.readout import LevelDistribution, expected_value, le
 from iqareward.rewards.mllm.vlm.chat import next_ids, render, tokenize
 from iqareward.rewards.mllm.vlm.network import Features, Network
 from iqareward.rewards.mllm.vlm.presets import ZERO_SHOT_LEVELS, LevelPreset
-from iqareward.rewards.mllm.vlm.scorer import Source, VLMScorer
-from iqareward.types import Bounds, Images, Scores
+from iqareward.rewards.mllm.vlm.scorer import Source, VLMReward
+from iqareward.rewards.scoring import reward_mode
+from iqareward.types import Bounds, Images
 
 Scale = Literal["unit", "mos"]
 
@@ -43,7 +44,7 @@ class LevelReadout:
 
 
 @final
-class LevelReward:
+class LevelReward(VLMReward):
     """How good a vision-language model finds each image: its expected level, such as between "bad" and "excellent".
 
     One forward pass, no sampling and no parsing: the same image always gets the same score. Images are rounded to 8
@@ -55,7 +56,7 @@ class LevelReward:
             a pair (model, processor), whose model is frozen.
         preset: what is asked, and the words that may answer.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5], as human ratings are reported.
-        device: None = the current CUDA device if there is one, else the CPU.
+        device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size. Layers of a model that is loaded here are
             recomputed in the backward pass.
@@ -76,8 +77,6 @@ class LevelReward:
         https://arxiv.org/abs/2312.17090
     """
 
-    needs_references = False
-    needs_prompts = False
     _SPANS: ClassVar[dict[str, tuple[float, float]]] = {"unit": (0.0, 1.0), "mos": (1.0, 5.0)}
 
     def __init__(
@@ -94,11 +93,11 @@ class LevelReward:
     ) -> None:
         if scale not in self._SPANS:
             raise ValueError(f'{name} expected `scale` "unit" or "mos", got {scale!r}.')
-        self.name, self.preset, self.scale, self.differentiable = name, preset, scale, differentiable
+        self.preset, self.scale = preset, scale
         low, high = self._SPANS[scale]
         self._worth = tuple(low + (high - low) * worth for worth in preset.worth)
         self.bounds: Bounds = (min(self._worth), max(self._worth))
-        self._scorer = VLMScorer(
+        super().__init__(
             name,
             model,
             LevelReadout(preset),
@@ -109,33 +108,19 @@ class LevelReward:
         )
 
     @property
-    def model(self) -> Any:
-        """The network, a native class of transformers; loads it if need be."""
-        return self._scorer.judge.model
-
-    @property
     def prompt(self) -> str:
         """What the model continues, one placeholder for the image; loads the model if need be."""
-        processor = self._scorer.judge.processor
+        processor = self._judge.processor
         return render(processor, self.preset, self.preset.question, self.preset.stem)
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
-        with self._scorer.mode():
-            scores = expected_value(self.logits(images), self._worth)
-            self._scorer.watch.look(self.name, scores, images)
-            return scores
+    def score_batch(self, images: Tensor) -> Tensor:
+        """The expected level of each image."""
+        return expected_value(self._read(images)[:, :-1], self._worth)
 
     def logits(self, images: Images) -> Tensor:
         """Logits of the level words, in the order of the preset: `[B, levels]` float32."""
-        with self._scorer.mode():
-            return self._scorer.rows(images)[:, :-1]
+        with reward_mode(differentiable=self.differentiable):
+            return self._numbers(images)[:, :-1]
 
     def mass(self, images: Images) -> Tensor:
         """Probability that the model would go on with any of the level words: `[B]` float32.
@@ -143,23 +128,10 @@ class LevelReward:
         Near 1 for a model that was trained on these words. A small mass says that the model wanted to say something
         else, so that the score is read from an accident.
         """
-        with self._scorer.mode():
-            return self._scorer.rows(images)[:, -1]
+        with reward_mode(differentiable=self.differentiable):
+            return self._numbers(images)[:, -1]
 
     def distribution(self, images: Images) -> LevelDistribution:
         """Level probabilities of each image, and the mean and standard deviation in levels of [1, 5]."""
-        with self._scorer.mode():
+        with reward_mode(differentiable=self.differentiable):
             return level_distribution(self.logits(images), [1 + 4 * worth for worth in self.preset.worth])
-
-    def to(self, device: torch.device | str) -> "LevelReward":
-        """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.loader.to(device)
-        return self
-
-    def offload(self) -> None:
-        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
-        self._scorer.loader.offload()
-
-    def onload(self) -> None:
-        """Bring the weights back from host memory to where they were before `offload`."""
-        self._scorer.loader.onload()

@@ -26,12 +26,12 @@ def host_pixels(name: str, images: Images) -> tuple[list[np.ndarray | None], tor
     Returns:
         `[H, W, 3]` uint8 of each image, None for those that cannot be scored; and the device of the images.
     """
-    with reward_mode("cpu", differentiable=False):
-        buckets, order = shape_buckets(name, images, None)
+    with reward_mode(differentiable=False):
+        buckets, order = shape_buckets(name, images)
         rows: list[np.ndarray | None] = []
-        for (bucket,) in buckets:
-            for piece in bucket.split(rows_at_once(bucket.shape[2:], bucket.device)):
-                clean, valid = sanitize(piece)
+        for bucket in buckets:
+            for piece in bucket.split(rows_at_once(bucket.images.shape[2:], bucket.images.device)):
+                clean, valid = sanitize(piece.images)
                 levels = (clean * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 rows += [row if intact else None for row, intact in zip(levels, valid.tolist(), strict=True)]
     device = images.device if isinstance(images, Tensor) else (images[0].device if images else torch.device("cpu"))

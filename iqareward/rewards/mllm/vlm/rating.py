@@ -1,19 +1,22 @@
 """Rewards read from digits: the number that a vision-language model would rate an image with, as an expectation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from iqareward.rewards.calls import Call
 from iqareward.rewards.mllm.readout import token_logits
 from iqareward.rewards.mllm.vlm.branches import DigitReadout
 from iqareward.rewards.mllm.vlm.chat import Prompt, digit_ids, render, tokenize
-from iqareward.rewards.mllm.vlm.generate import Answers, generate_answers
+from iqareward.rewards.mllm.vlm.generate import Answers, write
 from iqareward.rewards.mllm.vlm.network import Features, Network
 from iqareward.rewards.mllm.vlm.presets import RatingPreset
-from iqareward.rewards.mllm.vlm.scorer import Source, VLMScorer
+from iqareward.rewards.mllm.vlm.ratings import parse_rating
+from iqareward.rewards.mllm.vlm.scorer import Source, VLMReward
+from iqareward.rewards.scoring import reward_mode
 from iqareward.types import Bounds, Images, Scores
 
 
@@ -92,7 +95,7 @@ def _step_by_step(network: Network, prompt: Prompt, readout: DigitReadout) -> Di
 
 
 @final
-class RatingReward:
+class RatingReward(VLMReward):
     """The rating that a vision-language model would write about each image, as an expectation over its digits.
 
     Models that were trained to write a number are usually sampled: slow, another score each time, and text without a
@@ -106,7 +109,7 @@ class RatingReward:
             a pair (model, processor), whose model is frozen.
         preset: what is asked, and the ratings that may answer.
         scale: `"unit"` is [0, 1]; `"mos"` is the preset's own range, such as [1, 5].
-        device: None = the current CUDA device if there is one, else the CPU.
+        device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU.
         differentiable: keep the graph to the pixels at their original size. Not for models with recurrent layers
             (Qwen3.5), nor with `mode="generate"`.
@@ -134,9 +137,6 @@ class RatingReward:
         2025, https://arxiv.org/abs/2505.14460
     """
 
-    needs_references = False
-    needs_prompts = False
-
     def __init__(
         self,
         model: Source,
@@ -161,12 +161,12 @@ class RatingReward:
             raise ValueError(f'{name} expected `thinking` and `seed` with mode="generate" only: nothing is written.')
         if mode == "generate" and differentiable:
             raise ValueError(f'{name} expected `differentiable=False` with mode="generate": text has no gradient.')
-        self.name, self.preset, self.scale, self.differentiable = name, preset, scale, differentiable
+        self.preset, self.scale = preset, scale
         self.mode, self.thinking, self.seed, self.min_digit_mass = mode, thinking, seed, min_digit_mass
         low, high = float(preset.ratings.low), float(preset.ratings.high)
         self._shift, self._span = (0.0, 1.0) if scale == "mos" else (low, high - low)
         self.bounds: Bounds = (low, high) if scale == "mos" else (0.0, 1.0)
-        self._scorer = VLMScorer(
+        super().__init__(
             name,
             model,
             RatingReadout(preset, differentiable),
@@ -177,14 +177,9 @@ class RatingReward:
         )
 
     @property
-    def model(self) -> Any:
-        """The network, a native class of transformers; loads it if need be."""
-        return self._scorer.judge.model
-
-    @property
     def prompt(self) -> str:
         """What the model continues, one placeholder for the image; loads the model if need be."""
-        processor = self._scorer.judge.processor
+        processor = self._judge.processor
         begun = self.preset.answer_prefix if self.mode == "expected" else ""
         return render(processor, self.preset, self._question, begun)
 
@@ -192,44 +187,40 @@ class RatingReward:
     def _question(self) -> str:
         return self.preset.thinking_question if self.thinking else self.preset.question
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
-        with self._scorer.mode():
-            if self.mode == "generate":
-                scores = (self.answers(images).ratings - self._shift) / self._span
-                reason = "no rating could be read from what the model wrote"
-            else:
-                ratings, mass = self.reading(images)
-                scores = torch.where(mass >= self.min_digit_mass, (ratings - self._shift) / self._span, torch.nan)
-                reason = f"the model would not start its answer with a digit (min_digit_mass={self.min_digit_mass:g})"
-            self._scorer.watch.look(self.name, scores, images, otherwise=reason)
-            return scores
+    def score_batch(self, images: Tensor) -> Tensor:
+        """The expected rating of each image, on the scale of the reward."""
+        ratings, mass = self._read(images).unbind(1)
+        return torch.where(mass >= self.min_digit_mass, (ratings - self._shift) / self._span, torch.nan)
+
+    def score_call(self, call: Call) -> Scores:
+        if self.mode == "generate":
+            scores = (self.answers(call.images).ratings - self._shift) / self._span
+            reason = "no rating could be read from what the model wrote"
+        else:
+            scores = self._rows(self.score_batch, call)
+            reason = f"the model would not start its answer with a digit (min_digit_mass={self.min_digit_mass:g})"
+        self._watch.look(self.name, scores, call.images, otherwise=reason)
+        return scores
 
     def reading(self, images: Images) -> Reading:
         """Expected ratings with the digit mass of each: how far the model was from writing a rating at all."""
-        with self._scorer.mode():
-            return Reading(*self._scorer.rows(images).unbind(1))
+        with reward_mode(differentiable=self.differentiable):
+            return Reading(*self._numbers(images).unbind(1))
 
     def answers(self, images: Images) -> Answers:
         """What the model writes about each image by the published protocol, and the ratings parsed from it."""
-        with self._scorer.mode():
-            return generate_answers(self._scorer, images, self.preset, self._question, self.seed)
+        preset, written = self.preset, list[str]()
 
-    def to(self, device: torch.device | str) -> "RatingReward":
-        """Move the weights, or choose where they will be loaded; returns the reward itself."""
-        self._scorer.loader.to(device)
-        return self
+        def places(images: Tensor) -> Tensor:
+            """Where the texts of a clean batch are in `written`."""
+            network, start = self._asked().network, len(written)
+            prompt = tokenize(
+                network.processor, render(network.processor, preset, self._question), network.family.around
+            )
+            written.extend(write(network, images, prompt, preset.sampling, self.seed))
+            return torch.arange(start, len(written), dtype=torch.float32, device=images.device)
 
-    def offload(self) -> None:
-        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
-        self._scorer.loader.offload()
-
-    def onload(self) -> None:
-        """Bring the weights back from host memory to where they were before `offload`."""
-        self._scorer.loader.onload()
+        found = self._rows(places, self._call(images))
+        texts = ["" if place != place else written[int(place)] for place in found.tolist()]
+        ratings = [parse_rating(text, preset.answer_pattern, preset.ratings) for text in texts]
+        return Answers(torch.tensor(ratings, dtype=torch.float32, device=found.device), texts)

@@ -1,6 +1,6 @@
-"""A vision-language model that is loaded at the first call, and the reward contract around it."""
+"""What rewards by a vision-language model have in common: the model, loaded at the first call, and its numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, final
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from iqareward.functional._chunks import rows_at_once
-from iqareward.rewards.batches import shape_buckets
-from iqareward.rewards.loading import LazyModel, any_device_mode
+from iqareward.rewards.core import ImageReward, masked
+from iqareward.rewards.loading import LazyModel
 from iqareward.rewards.mllm.vlm.loading import load_network, require_transformers
 from iqareward.rewards.mllm.vlm.network import Features, Network
-from iqareward.rewards.scoring import UnscoredWatch, sanitize
 from iqareward.types import Images
 
 Source = str | Path | tuple[Any, Any]
@@ -68,19 +67,21 @@ def _load(name: str, source: Source, dtype: torch.dtype | None, differentiable: 
     return Judge(network.model, network.processor)
 
 
-@final
-class VLMScorer:
-    """Numbers that a vision-language model gives to images, under the reward contract.
+class VLMReward(ImageReward):
+    """A reward by numbers that a vision-language model gives to images.
 
     Args:
-        name: The reward's name, for error messages.
+        name: of the reward.
         source: of the model.
         readout: what is asked.
-        device: None = CUDA if there is one, else the CPU (a model given stays where it is).
+        device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU (a model
+            given stays where it is).
         dtype: None = bfloat16 on CUDA, float32 elsewhere (a model given keeps its own).
         differentiable: keep the graph to the pixels; layers of a model loaded here are recomputed in the backward pass.
         batch_size: images per run of the network.
     """
+
+    _recomputes_layers = True
 
     def __init__(
         self,
@@ -97,54 +98,38 @@ class VLMScorer:
             raise ValueError(f"{name} expected `batch_size` >= 1, got {batch_size}.")
         if isinstance(source, tuple) and len(source) != 2:
             raise ValueError(f"{name} expected `model` as a pair (model, processor), got {len(source)} things.")
-        self.name, self.width, self.batch_size = name, readout.width, batch_size
+        self.name, self.batch_size, self.differentiable = name, batch_size, differentiable
         self._readout = readout
         build = partial(_load, name, source, dtype, differentiable)
-        default = "stay" if isinstance(source, tuple) else "cuda"
-        self.loader = LazyModel(build, device, name=name, default=default)
-        self.mode = partial(any_device_mode, differentiable=differentiable)
-        self.watch = UnscoredWatch()
+        self.model_loader = LazyModel(build, device, name=name, is_built=isinstance(source, tuple))
 
     @property
-    def judge(self) -> Judge:
+    def model(self) -> Any:
+        """The network, a native class of transformers; loads it if need be."""
+        return self._judge.model
+
+    @property
+    def _judge(self) -> Judge:
         """Model and processor; loads them if need be."""
-        judge: Any = self.loader.get()
+        judge: Any = self._loader.get()
         return judge
 
-    def asked(self, images: Tensor) -> Asked:
-        """What scores; `images` tell where, if nobody else has."""
-        self.loader.ready(images)
-        return self.loader.derived("asked", lambda judge: judge.asked(self._readout))
+    def _asked(self) -> Asked:
+        return self._loader.derived("asked", lambda judge: judge.asked(self._readout))
 
-    def rows(self, images: Images) -> Tensor:
+    def _numbers(self, images: Images) -> Tensor:
         """`[B, width]` float32 on the images' device; NaN for images that cannot be scored."""
-        with self.mode():
-            return self._rows(images)
+        return self._rows(self._read, self._call(images), self._readout.width)
 
-    def _rows(self, images: Images) -> Tensor:
-        buckets, order = shape_buckets(self.name, images, None)
-        if not buckets:
-            device = images.device if isinstance(images, Tensor) else None
-            return torch.zeros(0, self.width, dtype=torch.float32, device=device)
-        asked = self.asked(buckets[0][0])
-        device = asked.network.device
-        pieces = [piece for (bucket,) in buckets for piece in bucket.split(self.rows_at_once(bucket, device))]
-        found = torch.cat([self._read(asked, piece) for piece in pieces])
-        if order is None:
-            return found
-        rows = found.unbind(0)  # views: restoring the order copies no index to the device
-        return torch.stack([rows[i] for i in order])
-
-    def rows_at_once(self, bucket: Tensor, device: torch.device) -> int:
-        """How many images of a bucket to run on: `batch_size`, or fewer if their pixels would not fit on a device."""
-        return self.batch_size if device.type == "cpu" else min(self.batch_size, rows_at_once(bucket.shape[2:], device))
-
-    def _read(self, asked: Asked, images: Tensor) -> Tensor:
-        clean, valid = sanitize(images.to(asked.network.device))
-        features = asked.network.features(clean)
+    def _read(self, images: Tensor) -> Tensor:
+        """`[b, width]` of a clean batch; NaN if the model takes no image of that size."""
+        asked = self._asked()
+        features = asked.network.features(images)
         if features is None:
-            shape = (images.shape[0], self.width)
-            return torch.full(shape, torch.nan, dtype=torch.float32, device=images.device)
-        found = asked.read(features)
-        valid = valid & found.isfinite().all(1)
-        return torch.where(valid[:, None], found, torch.nan).to(images.device)
+            return images.new_full((images.shape[0], self._readout.width), torch.nan)
+        return masked(asked.read(features))
+
+    def _rows_at_once(self, size: Sequence[int], device: torch.device) -> int:
+        """`batch_size`, or fewer if their pixels would not fit on a device."""
+        assert self.batch_size is not None
+        return self.batch_size if device.type == "cpu" else min(self.batch_size, rows_at_once(size, device))

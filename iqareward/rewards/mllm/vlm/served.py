@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from iqareward.rewards._http import HttpClient, RemoteError
+from iqareward.rewards.calls import Call
+from iqareward.rewards.core import BaseReward
 from iqareward.rewards.mllm.vlm.png import encode_png, host_pixels
 from iqareward.rewards.mllm.vlm.presets import LevelPreset, RatingPreset
 from iqareward.rewards.mllm.vlm.served_chat import chat_request, data_url, written_tokens
 from iqareward.rewards.mllm.vlm.served_readout import Answer, read_level, read_rating, together
-from iqareward.rewards.scoring import UnscoredWatch
 from iqareward.types import Images, Scores
 
 _REFUSED = {401, 403, 404}  # a wrong token or model name: no policy turns that into NaN
@@ -37,7 +38,7 @@ class ServedReading(NamedTuple):
 
 
 @final
-class ServedVLMReward:
+class ServedVLMReward(BaseReward):
     """The expected answer of a vision-language model that vLLM or SGLang serves: deterministic, no text is parsed.
 
     Asks for the probabilities of the next token after a begun answer. Images travel as 8-bit PNG, without loss, over
@@ -75,10 +76,6 @@ class ServedVLMReward:
         ('served:Qwen/Qwen2.5-VL-72B-Instruct', (0.0, 1.0))
     """
 
-    needs_references = False
-    needs_prompts = False
-    differentiable = False
-
     def __init__(
         self,
         base_url: str | Sequence[str],
@@ -112,7 +109,6 @@ class ServedVLMReward:
         self.bounds = self._low, self._high = _span(preset, scale)
         self.name = name or f"served:{model}"
         self.max_in_flight, self.on_error, self.min_mass = max_in_flight, on_error, min_mass
-        self._watch = UnscoredWatch()
         self._client = HttpClient(
             urls,
             purpose="ServedVLMReward",
@@ -122,30 +118,25 @@ class ServedVLMReward:
             token_variable=token_variable,
         )
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image; `[B]` float32, higher is better, NaN = not scored. Only `images` is used."""
-        return self.reading(images).scores
+    def score_call(self, call: Call) -> Scores:
+        return self.reading(call.images).scores
 
     def reading(self, images: Images) -> ServedReading:
         """Scores, and how much probability the tokens held that they were read from."""
-        pixels, device = host_pixels(self.name, images)
+        pixels, device = host_pixels(self.name, self._call(images).images)
         return self._reading(images, self._client.run(self._read(pixels)), device)
 
     async def ascore(
         self,
         images: Images,
         references: Images | None = None,
+        *,
+        inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
         **ignored: Any,
     ) -> Scores:
         """The same without blocking the event loop; cancelling it cancels its requests."""
-        pixels, device = host_pixels(self.name, images)
+        pixels, device = host_pixels(self.name, self._call(images).images)
         return self._reading(images, await self._client.arun(self._read(pixels)), device).scores
 
     def close(self) -> None:

@@ -1,0 +1,396 @@
+"""The reward contract, once: what every reward shares, and the three kinds of reward that are built on it.
+
+`ImageReward` scores images by a function on clean batches, `Combined` makes one score of the scores of several rewards,
+and `Wrapper` decides when and how another reward is called.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+
+from iqareward.functional._chunks import rows_at_once
+from iqareward.functional._fused import clean
+from iqareward.rewards._devices import as_current
+from iqareward.rewards.batches import Bucket, shape_buckets
+from iqareward.rewards.calls import Call
+from iqareward.rewards.loading import LazyModel
+from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWatch, recomputed, reward_mode
+from iqareward.types import Bounds, Images, Reward, Scores
+
+
+class BaseReward(ABC):
+    """The facts, the call signature and the movers of every reward.
+
+    A class of yours derives from `ImageReward`, `Combined` or `Wrapper` rather than from this one.
+
+    Attributes:
+        name: short identifier, used as key of components and in logs.
+        bounds: (low, high) of every score; None = unbounded on that side.
+        needs_references: whether a call without `references` is an error.
+        needs_inputs: whether a call without `inputs` is an error.
+        needs_prompts: whether a call without `prompts` is an error.
+        differentiable: whether scores carry a graph back to the input pixels.
+    """
+
+    name: str
+    bounds: Bounds = (None, None)
+    needs_references: bool = False
+    needs_inputs: bool = False
+    needs_prompts: bool = False
+    differentiable: bool = False
+
+    _is_offloaded = False
+
+    @final
+    def __call__(
+        self,
+        images: Images,
+        references: Images | None = None,
+        *,
+        inputs: Images | None = None,
+        prompts: Sequence[str] | None = None,
+        **ignored: Any,
+    ) -> Scores:
+        """Score each image.
+
+        Args:
+            images: `[B, 3, H, W]` float RGB in [0, 1] on any device, or a sequence of `[3, H, W]`.
+            references: the ground truth, of the same shapes and device as `images`.
+            inputs: the degraded pictures that were restored, one per image on the same device; sizes may differ.
+            prompts: one per image.
+            **ignored: whatever else a trainer passes.
+
+        Returns:
+            `[B]` float32 on the device of `images`, higher is better, NaN = not scored.
+
+        Raises:
+            ValueError: shapes are wrong, or something that the reward needs is missing or does not match.
+            TypeError: images are not floating-point tensors.
+            RuntimeError: the reward is offloaded.
+        """
+        return self.score_call(self._call(images, references, inputs, prompts))
+
+    @property
+    def parts(self) -> tuple[Reward, ...]:
+        """The rewards whose scores make up this one's, for logs; none unless it is `Combined`."""
+        return ()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights, or choose where they will be loaded; returns the reward itself."""
+        self._each("to", device)
+        return self
+
+    def offload(self) -> None:
+        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
+        object.__setattr__(self, "_is_offloaded", True)  # of a frozen dataclass as well
+        self._each("offload")
+
+    def onload(self) -> None:
+        """Bring the weights back from host memory to where they were before `offload`."""
+        self._each("onload")
+        object.__setattr__(self, "_is_offloaded", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_is_offloaded"}
+
+    @abstractmethod
+    def score_call(self, call: Call) -> Scores:
+        """Score a call.
+
+        Args:
+            call: images, and those of the other columns that the reward needs; prompts also if it does not.
+
+        Returns:
+            `[B]` float32 on the device of the images, higher is better, NaN = not scored.
+        """
+
+    @cached_property
+    def _watch(self) -> UnscoredWatch:
+        return UnscoredWatch()
+
+    def _moved(self) -> Iterable[Any]:
+        """What moves with this reward."""
+        return ()
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for each in self._moved():
+            if hasattr(each, method):  # a reward of another package may have nothing to move
+                getattr(each, method)(*arguments)
+
+    def _call(
+        self,
+        images: Images,
+        references: Images | None = None,
+        inputs: Images | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> Call:
+        if self._is_offloaded:
+            raise RuntimeError(f"{self.name} is offloaded; call .onload() before scoring.")
+        return Call(images, references, inputs, prompts).for_reward(self)
+
+
+class ImageReward(BaseReward):
+    """A reward by a function on clean batches; the rest of the contract is written here.
+
+    Images of any sizes are checked, grouped by size, cut to a budget of memory, cleaned and moved to where the weights
+    are. What cannot be scored is NaN and touches no other image. The function runs in float32 without autocast, and
+    with a graph exactly if the reward is `differentiable`, whatever the modes of the caller are.
+
+    Derive from it: set `name` and the other facts, and write `score_batch`. Weights go into `self.model_loader`.
+
+    Attributes:
+        min_side: images with a shorter side are not scored.
+        batch_size: images per call of `score_batch`; None = what stays in a CPU's cache, or fits the budget of memory
+            on another device. With `differentiable`, images that do not all fit are scored again in the backward pass,
+            part by part, so that the graph of one part is kept at a time.
+        bytes_per_pixel: working memory of `score_batch` on a device for each pixel of an image, the clean copies
+            included, and with `differentiable` what the graph keeps.
+        model_loader: the weights, None if there are none.
+
+    Example:
+        >>> import torch
+        >>> class Brightness(ImageReward):
+        ...     name, bounds = "brightness", (0.0, 1.0)
+        ...     def score_batch(self, images):
+        ...         return images.mean((1, 2, 3))
+        >>> Brightness()([torch.ones(3, 8, 8), torch.full((3, 4, 6), torch.nan)])
+        tensor([1., nan])
+    """
+
+    min_side: int = 1
+    batch_size: int | None = None
+    bytes_per_pixel: float = 1024
+    model_loader: LazyModel | None = None
+
+    _recomputes_layers = False  # in the backward pass, by itself
+
+    @abstractmethod
+    def score_batch(self, images: Tensor, *others: Any, **columns: Any) -> Tensor:
+        """Score a clean batch.
+
+        Args:
+            images: float32 `[b, 3, H, W]` in [0, 1], where the weights are.
+            others: not used.
+            columns: those of `references` `[b, 3, H, W]`, `inputs` `[b, 3, h, w]` and `prompts` that the reward needs,
+                by these names.
+
+        Returns:
+            `[b]`, higher is better. An image's score must not depend on its batch.
+        """
+
+    def score_call(self, call: Call) -> Scores:
+        scores = self._rows(self.score_batch, call)
+        self._watch.look(self.name, scores, call.images, call.references, call.inputs, min_side=self.min_side)
+        return scores
+
+    def _moved(self) -> Iterable[Any]:
+        return () if self.model_loader is None else (self.model_loader,)
+
+    @property
+    def _loader(self) -> LazyModel:
+        assert self.model_loader is not None
+        return self.model_loader
+
+    def _rows(self, measure: Callable[..., Tensor], call: Call, *width: int) -> Tensor:
+        """`[B, *width]` float32 where the images are: what `measure` gives for clean batches, NaN for broken images."""
+        if not self.bytes_per_pixel > 0 or (self.batch_size is not None and self.batch_size < 1):
+            raise ValueError(
+                f"{self.name} expected `bytes_per_pixel` > 0, and `batch_size` >= 1 or None, got "
+                f"{self.bytes_per_pixel} and {self.batch_size}."
+            )
+        with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):  # stacking is part of the graph
+            prompts = call.prompts if self.needs_prompts else None
+            buckets, order = shape_buckets(self.name, call.images, call.references, call.inputs, prompts)
+        if not buckets:
+            return torch.zeros(0, *width, dtype=torch.float32, device=call.device)
+        images_on = buckets[0].images.device
+        with reward_mode(differentiable=self.differentiable, device_type=images_on.type):
+            device = self._device(buckets[0].images)
+            with as_current(device):
+                return in_order(self._of_buckets(measure, buckets, device, width).to(images_on), order)
+
+    def _device(self, images: Tensor) -> torch.device:
+        """Where to compute: where the weights are, which are loaded if need be, or where the images are."""
+        if self.model_loader is None:
+            return images.device
+        self._loader.ready(images)
+        return self._loader.device
+
+    def _rows_at_once(self, size: Sequence[int], device: torch.device) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        return rows_at_once(size, device, bytes_per_pixel=self.bytes_per_pixel)
+
+    def _of_buckets(
+        self, measure: Callable[..., Tensor], buckets: list[Bucket], device: torch.device, width: tuple[int, ...]
+    ) -> Tensor:
+        sizes = [self._rows_at_once(bucket.images.shape[2:], device) for bucket in buckets]
+        score: Callable[..., Any] = partial(self._of_piece, measure, device, width)
+        fits = sum(bucket.num_rows / size for bucket, size in zip(buckets, sizes, strict=True)) <= 1
+        # the pieces of a CPU's cache are no bound on memory, unless they were asked for
+        bounded = self.batch_size is not None or device.type != "cpu"
+        if self.differentiable and bounded and not fits and not self._recomputes_layers:
+            score = partial(recomputed, score)
+        rows = [score(*piece) for bucket, size in zip(buckets, sizes, strict=True) for piece in bucket.split(size)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _of_piece(
+        self, measure: Callable[..., Tensor], device: torch.device, width: tuple[int, ...], *piece: Any
+    ) -> Tensor:
+        """Clean a piece, measure it, and mask what was not valid."""
+        images, references, inputs, prompts = piece
+        shape = (images.shape[0], *width)
+        if min(images.shape[2:]) < self.min_side:
+            return torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+        same_size = [images] if references is None else [images, references]
+        cleaned, checks = clean([batch.to(device) for batch in same_size], -RANGE_SLACK, 1 + RANGE_SLACK)
+        valid, columns = checks.all(0), {} if references is None else {"references": cleaned[1]}
+        if inputs is not None:
+            (columns["inputs"],), checks = clean([inputs.to(device)], -RANGE_SLACK, 1 + RANGE_SLACK)
+            valid = valid & checks[0]
+        found = measure(cleaned[0], **columns, **({} if prompts is None else {"prompts": prompts}))
+        if found.shape != shape:
+            raise ValueError(
+                f"{self.name} expected its metric to return one score per image, shape {list(shape)}, got "
+                f"{list(found.shape)}. Reduce over channels and pixels, never over the batch."
+            )
+        return masked(found, valid)
+
+
+class Combined(BaseReward):
+    """One score from the scores of several rewards; facts and movers follow from the parts.
+
+    Args:
+        parts: with unique names.
+        name: of the combination.
+        bounds: of its scores.
+
+    Raises:
+        ValueError: no parts, or two of the same name.
+
+    Example:
+        >>> import torch, iqareward
+        >>> class Product(Combined):
+        ...     def combine_rows(self, rows):
+        ...         return rows.prod(0)
+        >>> reward = Product([iqareward.load("ssim"), iqareward.load("haarpsi")], name="product", bounds=(-1.0, 1.0))
+        >>> images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> reward(images, references=images)
+        tensor([1.])
+    """
+
+    def __init__(self, parts: Sequence[Reward], *, name: str, bounds: Bounds) -> None:
+        check_names(type(self).__name__, parts)
+        self._parts, self.name, self.bounds = tuple(parts), name, bounds
+        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = joint_facts(parts)
+
+    @property
+    def parts(self) -> tuple[Reward, ...]:
+        """The rewards whose scores make up this one's."""
+        return self._parts
+
+    @final
+    def combine(self, scores: Mapping[str, Scores]) -> Scores:
+        """The combined score from what `evaluate(self.parts, ...)` gave: components and total from one evaluation.
+
+        Args:
+            scores: `[B]` of each part, by its name.
+
+        Returns:
+            `[B]` float32, higher is better, NaN = not scored.
+        """
+        rows = [scores[part.name] for part in self._parts]
+        with reward_mode(differentiable=self.differentiable, device_type=rows[0].device.type):
+            return self.combine_rows(torch.stack(rows))
+
+    @abstractmethod
+    def combine_rows(self, rows: Tensor) -> Scores:
+        """One score per image.
+
+        Args:
+            rows: `[parts, B]` float32, NaN = not scored.
+
+        Returns:
+            `[B]`, NaN where it should be.
+        """
+
+    def score_call(self, call: Call) -> Scores:
+        return self.combine({part.name: call.score(part) for part in self._parts})
+
+    def _moved(self) -> Iterable[Any]:
+        return self._parts
+
+
+class Wrapper(BaseReward):
+    """A reward that calls another one its own way; facts and movers are forwarded.
+
+    Args:
+        reward: what is called.
+
+    Example:
+        >>> import torch, iqareward
+        >>> class Rounded(Wrapper):
+        ...     def score_call(self, call):
+        ...         return call.score(self.reward).round()
+        >>> Rounded(iqareward.load("ssim"))(torch.ones(1, 3, 16, 16), references=torch.ones(1, 3, 16, 16))
+        tensor([1.])
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.name, self.bounds = reward.name, reward.bounds
+        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = joint_facts([reward])
+
+    def _moved(self) -> Iterable[Any]:
+        return (self.reward,)
+
+
+def masked(found: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Float32, NaN where an image is not valid or what was found for it not finite.
+
+    Args:
+        found: `[b, ...]`.
+        valid: `[b]` bool; None = all.
+    """
+    found = found.float()
+    intact = found.abs() < torch.inf
+    if found.ndim > 1:
+        intact = intact.flatten(1).all(1)
+    if valid is not None:
+        intact = valid & intact
+    return torch.where(intact.view(-1, *[1] * (found.ndim - 1)), found, torch.nan)
+
+
+def in_order(rows: Tensor, order: list[int] | None) -> Tensor:
+    """The rows in the order that `shape_buckets` gave, without copying an index to the device."""
+    if order is None:
+        return rows
+    views = rows.unbind(0)
+    return torch.stack([views[i] for i in order])
+
+
+def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool, bool]:
+    """(needs_references, needs_inputs, needs_prompts, differentiable) of a combination of rewards."""
+    return (
+        any(reward.needs_references for reward in rewards),
+        any(getattr(reward, "needs_inputs", False) for reward in rewards),
+        any(reward.needs_prompts for reward in rewards),
+        all(reward.differentiable for reward in rewards),
+    )
+
+
+def check_names(who: str, rewards: Sequence[Reward]) -> None:
+    """Refuse no rewards at all, or rewards that cannot be told apart by name.
+
+    Raises:
+        ValueError: no rewards, or two of the same name.
+    """
+    names = [reward.name for reward in rewards]
+    if not names:
+        raise ValueError(f"{who} expected at least one reward, got none.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{who} expected rewards with unique names, got {names}. Pass name=... to tell them apart.")
