@@ -1,23 +1,23 @@
 """The benchmarks of the training signals run and end in their document; committed results hold what the pages claim."""
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.benchmarks.quick import quick_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["toy_weighting", "bench_overhead"])
 def test_quick_run_ends_in_its_document(name, tmp_path):
     """The smoke run's last line is one JSON document with rows and targets."""
     pytest.importorskip("matplotlib")
-    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    document = json.loads(done.stdout.splitlines()[-1])
+    document = quick_run(importlib.import_module(f"benchmarks.{name}"))
     assert {"theme", "hardware", "date", "commit", "versions", "rows", "targets"} <= set(document)
     assert document["rows"]
 

@@ -1,21 +1,15 @@
 """The benchmark of concurrent callers runs and ends in its document."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import bench_batching
+from tests.benchmarks.quick import quick_run
 
 
 @pytest.mark.slow
 def test_quick_run_ends_in_its_document() -> None:
     """Every reward has every way of calling, and concurrent calls did become batches."""
-    command = [sys.executable, "-m", "benchmarks.bench_batching", "--quick", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    document = json.loads(done.stdout.splitlines()[-1])
+    document = quick_run(bench_batching, "--threads", "1")
     assert document["theme"] == "batching"
     rows = {(row["reward"], row["calling"]): row for row in document["rows"]}
     callings = ("one batch", "8 threads, direct", "8 threads", "8 threads, calls of 4", "8 coroutines")

@@ -1,28 +1,23 @@
 """The benchmark of the classical metrics runs and ends in the document that the reports are made from."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import bench_classical
 from benchmarks._harness import document
 from benchmarks.bench_classical import busy_targets
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.quick import quick_run
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_quick_run_ends_in_its_document(tmp_path: Path) -> None:
     """The smoke run's last line has every key, a row per library, and ratios; --json writes the same."""
     pytest.importorskip("skimage")
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_classical", "--quick"]
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    record = json.loads(done.stdout.splitlines()[-1])
+    record = quick_run(bench_classical, "--json", str(tmp_path / "out.json"))
     assert set(record) == {"theme", "hardware", "date", "commit", "versions", "rows", "targets"}
     assert json.loads((tmp_path / "out.json").read_text()) == record
     libraries = {row["library"] for row in record["rows"] if row["metric"] == "ssim" and "library" in row}

@@ -1,23 +1,18 @@
 """The benchmark of vision-language rewards still runs, counts its work right, and ends in one line of JSON."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("transformers", reason="needs the extra vlm")
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import bench_vlm
+from tests.benchmarks.quick import quick_run
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")  # of random weights
 def test_smoke_run_ends_in_json() -> None:
     """Every mode of a tiny network appears, with a positive speed."""
-    command = [sys.executable, "-m", "benchmarks.bench_vlm", "--quick", "--device", "cpu", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    document = json.loads(done.stdout.splitlines()[-1])
+    document = quick_run(bench_vlm, "--device", "cpu", "--threads", "1")
     assert document["theme"] == "vlm"
     modes = {"expected", "expected, one decimal", "levels", "published, answer only", "published, thinking"}
     assert {row["mode"] for row in document["rows"]} == modes

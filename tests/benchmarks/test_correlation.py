@@ -1,8 +1,5 @@
 """The correlation benchmark runs, reads rated image sets, and tells good rewards from bad ones."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +9,10 @@ from PIL import Image
 from rich.console import Console
 
 import iqareward
+from benchmarks import correlation
 from benchmarks._iqa_datasets import DATASETS
 from benchmarks.correlation import NOISE, buildable, on_clean, on_rated, on_round_trip
-
-ROOT = Path(iqareward.__file__).parents[1]
+from tests.benchmarks.quick import quick_run
 
 
 def noisy(level: int, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
@@ -68,9 +65,7 @@ def test_rated_sets_are_read_and_ranked(rated: tuple[str, Path]) -> None:
 
 def test_quick_run_ends_in_its_document() -> None:
     """The last line is the document; PSNR falls at every level of every damage."""
-    command = [sys.executable, "-W", "error", "-m", "benchmarks.correlation", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    document = json.loads(done.stdout.splitlines()[-1])
+    document = quick_run(correlation)
     assert document["theme"] == "correlation"
     assert {row["reward"]: row["spearman"] for row in document["rows"]}["psnr"] == -1.0
     assert "no photographs in --clean None" in document["missing"]["light noise"]

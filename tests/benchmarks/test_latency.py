@@ -1,25 +1,20 @@
 """The latency benchmark runs and can build everything that it promises to time."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import iqareward
+from benchmarks import latency
 from benchmarks._latency_subjects import subjects
 from benchmarks.latency import build, measure, seconds_of
+from tests.benchmarks.quick import quick_run
 
-ROOT = Path(iqareward.__file__).parents[1]
 
-
+@pytest.mark.filterwarnings("ignore")
 def test_quick_run_ends_in_its_document() -> None:
     """Three rewards, each with a time, a peak and a ratio to its fastest peer."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.latency", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    document = json.loads(done.stdout.splitlines()[-1])
+    document = quick_run(latency)
     assert [row["reward"] for row in document["rows"]] == ["ssim", "piqe", "fsim"]
     for row in document["rows"]:
         assert 0 < row["p50_ms"] <= row["p95_ms"]

@@ -1,23 +1,16 @@
 """The benchmark still runs and ends in one line of JSON."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from benchmarks import bench_qalign
 from iqareward.rewards.mllm.owl2 import Owl2Config
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks.quick import quick_run
 
 
 @pytest.mark.slow
 def test_smoke_run_ends_in_json() -> None:
     """Every mode of a tiny network appears, with a positive speed."""
-    command = [sys.executable, "-m", "benchmarks.bench_qalign", "--quick", "--no-compile", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    document = json.loads(done.stdout.splitlines()[-1])
+    document = quick_run(bench_qalign, "--no-compile", "--device", "cpu")
     assert document["theme"] == "qalign"
     assert {row["mode"] for row in document["rows"]} == {"eager", "shared", "eager, mixed sizes", "reference"}
     assert all(row["images_per_s"] > 0 for row in document["rows"])
