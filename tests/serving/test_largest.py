@@ -119,6 +119,16 @@ def test_an_image_that_no_body_holds(url):
     assert (caught.value.status, caught.value.code) == (413, "body_too_large")
 
 
+@pytest.mark.parametrize("url", ["behind proxies"], indirect=True)
+def test_errors_and_health_through_the_proxies(url):
+    """The same errors as without, and Ray's own health check, which load balancers of clusters ask."""
+    with httpx2.Client(base_url=url, timeout=120) as client:
+        content = encode_request(torch.rand(1, 3, 8, 8), rewards=["ssim"])
+        assert error_of(client.post("/v1/score", content=content, headers=SAFETENSORS)) == (404, "unknown_reward")
+        assert client.get("/-/healthz").status_code == 200
+    assert ray.serve.status().proxies
+
+
 @in_any_dialect
 def test_form(url):
     """PNG files in a form, as curl sends them."""
