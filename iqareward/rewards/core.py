@@ -80,13 +80,14 @@ class BaseReward(ABC):
         return ()
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the weights, or choose where they will be loaded; returns the reward itself."""
+        """Move the weights, or choose where they will be loaded; returns the reward itself, which may score there."""
         self._each("to", device)
+        object.__setattr__(self, "_is_offloaded", False)  # of a frozen dataclass as well
         return self
 
     def offload(self) -> None:
         """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
-        object.__setattr__(self, "_is_offloaded", True)  # of a frozen dataclass as well
+        object.__setattr__(self, "_is_offloaded", True)
         self._each("offload")
 
     def onload(self) -> None:

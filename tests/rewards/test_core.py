@@ -120,7 +120,8 @@ def test_every_form_lends_its_weights(form: str) -> None:
     torch.testing.assert_close(copy(images), expected, **EXACT)  # a copy has weights of its own
     reward.onload()
     torch.testing.assert_close(reward(images), expected, **EXACT)
-    assert reward.to("cpu") is reward
+    reward.offload()
+    assert reward.to("cpu") is reward  # brings the weights back as well
     torch.testing.assert_close(reward(images), expected, **EXACT)
 
 
