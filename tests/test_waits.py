@@ -273,6 +273,7 @@ def test_policies(kind):
     assert places(meter) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:update 1:RuntimeWarning", "ignore:update 2:RuntimeWarning")
 @pytest.mark.parametrize(
     ("kind", "objective"),

@@ -242,12 +242,14 @@ def test_a_full_disk_ends_writing_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_locked_file_is_not_waited_for_twice(tmp_path: Path) -> None:
+def test_a_locked_file_is_not_waited_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another process keeps the file locked, the first call waits for it, and no later one."""
     Cached(Brightness(), directory=tmp_path)(noise(1))
     (file,) = tmp_path.iterdir()
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
+    connect = sqlite3.connect  # waits ten seconds
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, **options | {"timeout": 0.2}))
     messages, _ = scores_beside(tmp_path)
     other.close()
     assert len(messages) == 1
