@@ -11,7 +11,7 @@ demo: $(VENV)/.demo  ## score damaged photographs, train a small restorer, draw 
 	$(BIN)/iqareward demo --output $(OUTPUT)
 
 test: $(VENV)/.dev  ## the whole test suite, on two processors
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

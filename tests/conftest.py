@@ -24,6 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests sta
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Spare each garbage collection the modules and tests there are by now: a million objects, a second each time."""
     gc.freeze()
