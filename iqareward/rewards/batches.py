@@ -1,6 +1,7 @@
 """Check the image arguments of a reward and group them by shape."""
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,10 @@ class Bucket(NamedTuple):
 
     def split(self, size: int) -> Iterator["Bucket"]:
         """Buckets of at most `size` rows, in order."""
-        for start in range(0, self.num_rows, size):
-            yield Bucket(*(None if column is None else column[start : start + size] for column in self))  # pyright: ignore[reportArgumentType]
+        # The gradient of a slice is as large as the whole batch, so many slices would cost many batches.
+        tensors = (repeat(None) if column is None else column.split(size) for column in self[:3])
+        prompts = self.prompts and [self.prompts[i : i + size] for i in range(0, self.num_rows, size)]
+        yield from map(Bucket, *tensors, prompts or repeat(None))  # pyright: ignore[reportArgumentType]
 
 
 def shape_buckets(

@@ -2,13 +2,26 @@
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import iqareward
-from iqareward import AffineMap, Cached, Calibrated, Chunked, FidelityFloor, MicroBatched, Overlapped, SoftMin
+from iqareward import (
+    AffineMap,
+    Cached,
+    Calibrated,
+    Chunked,
+    FidelityFloor,
+    MicroBatched,
+    NoReference,
+    Overlapped,
+    SoftMin,
+)
 from iqareward.rewards.calls import Call
 from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel
@@ -19,6 +32,10 @@ from tests.tolerances import EXACT, OTHER_PACKAGE
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean((1, 2, 3))
 
 
 class Brighter(ImageReward):
@@ -158,3 +175,26 @@ def test_parts_and_total_from_one_evaluation() -> None:
         assert list(parts) == [part.name for part in reward.parts]
         torch.testing.assert_close(parts["judge"], Judge()(images), **EXACT)
     assert Call(images).score_with_parts(Cached(Judge()))[1] == {}
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements of what operations return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+def test_a_gradient_in_many_pieces_costs_one_batch() -> None:
+    """Not one for each piece, which would be a hundred times the work for a hundred pieces."""
+    images, written = noise(64, 3, 16, 16).requires_grad_(), {}
+    for batch_size in (1, 64):
+        reward = NoReference(brightness, higher_is_better=True, differentiable=True, batch_size=batch_size)
+        scores = reward(images)
+        with Written() as counted:
+            torch.autograd.grad(scores.sum(), images)
+        written[batch_size] = counted.elements
+    assert written[1] < 4 * written[64]
