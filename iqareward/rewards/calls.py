@@ -104,7 +104,8 @@ class Call:
             ValueError: the scores are no tensor with one for each image.
         """
         try:
-            scores = reward(self.images, **self._given())
+            inputs = {} if self.inputs is None else {"inputs": self.inputs}  # not every reward knows of them
+            scores = reward(self.images, references=self.references, prompts=self.prompts, **inputs)
         except _SIGNALS as error:
             signal = type(error).__name__
             raise RuntimeError(
@@ -138,10 +139,6 @@ class Call:
 
     def _columns(self) -> tuple[Any, ...]:
         return self.images, self.references, self.inputs, self.prompts
-
-    def _given(self) -> dict[str, Any]:
-        columns = {"references": self.references, "inputs": self.inputs, "prompts": self.prompts}
-        return {name: column for name, column in columns.items() if column is not None}
 
 
 def merged(calls: Sequence[Call]) -> Call:

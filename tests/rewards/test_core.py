@@ -1,7 +1,7 @@
 """What every reward has in common: the columns of a call, movers, parts."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ from iqareward.rewards.calls import Call
 from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel
 from iqareward.testing import check_reward
-from iqareward.types import Reward
+from iqareward.types import Images, Reward
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 
@@ -97,6 +97,25 @@ def test_inputs_reach_the_reward(form: str) -> None:
     assert found.isnan().tolist() == [False, False, True]
     with pytest.raises(ValueError, match="expected `inputs`, the degraded pictures"):
         reward(images)
+
+
+class Protocol:
+    """A reward of no base class, whose columns have no defaults and which knows of no `inputs`."""
+
+    name, needs_references, needs_prompts, differentiable, bounds = "protocol", False, False, False, (0.0, 1.0)
+
+    def __call__(self, images: Images, references: Images | None, prompts: Sequence[str] | None) -> Tensor:
+        assert references is None
+        assert prompts is None
+        return torch.stack([image.mean() for image in images])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_reward_of_the_protocol_gets_every_column(form: str) -> None:
+    """None where the caller has none."""
+    reward, images = FORMS[form](Protocol()), noise(2, 3, 32, 32)
+    scores = reward(images) if form != "itself" else reward(images, None, prompts=None)
+    assert scores.isfinite().all()
 
 
 def test_bad_inputs_are_refused() -> None:

@@ -227,6 +227,16 @@ def test_generation_is_what_the_model_writes(family) -> None:
     assert made.bounds == (0.0, 1.0)
 
 
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+def test_written_ratings_are_ordinary_tensors_in_inference_mode() -> None:
+    """As the scores of every reward are, so that a loss may use them."""
+    made, images = reward("internvl", BRIEF, mode="generate"), tiny.images(1)
+    with torch.inference_mode():
+        scores, ratings = made(images), made.answers(images).ratings
+    assert not scores.is_inference()
+    assert not ratings.is_inference()
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
 def test_sampled_answers_depend_on_seed_and_image_alone(family) -> None:
     """The same alone, in a batch, in another order, in threads; and another seed writes something else."""

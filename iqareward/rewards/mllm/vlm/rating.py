@@ -193,14 +193,15 @@ class RatingReward(VLMReward):
         return torch.where(mass >= self.min_digit_mass, (ratings - self._shift) / self._span, torch.nan)
 
     def score_call(self, call: Call) -> Scores:
-        if self.mode == "generate":
-            scores = (self.answers(call.images).ratings - self._shift) / self._span
-            reason = "no rating could be read from what the model wrote"
-        else:
-            scores = self._rows(self.score_batch, call)
-            reason = f"the model would not start its answer with a digit (min_digit_mass={self.min_digit_mass:g})"
-        self._watch.look(self.name, scores, call.images, otherwise=reason)
-        return scores
+        with reward_mode(differentiable=self.differentiable):
+            if self.mode == "generate":
+                scores = (self.answers(call.images).ratings - self._shift) / self._span
+                reason = "no rating could be read from what the model wrote"
+            else:
+                scores = self._rows(self.score_batch, call)
+                reason = f"the model would not start its answer with a digit (min_digit_mass={self.min_digit_mass:g})"
+            self._watch.look(self.name, scores, call.images, otherwise=reason)
+            return scores
 
     def reading(self, images: Images) -> Reading:
         """Expected ratings with the digit mass of each: how far the model was from writing a rating at all."""
@@ -220,7 +221,8 @@ class RatingReward(VLMReward):
             written.extend(write(network, images, prompt, preset.sampling, self.seed))
             return torch.arange(start, len(written), dtype=torch.float32, device=images.device)
 
-        found = self._rows(places, self._call(images))
-        texts = ["" if place != place else written[int(place)] for place in found.tolist()]
-        ratings = [parse_rating(text, preset.answer_pattern, preset.ratings) for text in texts]
-        return Answers(torch.tensor(ratings, dtype=torch.float32, device=found.device), texts)
+        with reward_mode(differentiable=self.differentiable):
+            found = self._rows(places, self._call(images))
+            texts = ["" if place != place else written[int(place)] for place in found.tolist()]
+            ratings = [parse_rating(text, preset.answer_pattern, preset.ratings) for text in texts]
+            return Answers(torch.tensor(ratings, dtype=torch.float32, device=found.device), texts)
