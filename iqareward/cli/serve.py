@@ -7,7 +7,7 @@ from rich.console import Console
 
 from iqareward.cli.text import say
 from iqareward.optional import require
-from iqareward.rewards._http_loop import token_in
+from iqareward.rewards._http import token_in
 from iqareward.rewards.wire import Limits
 
 

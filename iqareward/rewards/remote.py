@@ -11,11 +11,9 @@ from urllib.parse import quote
 import torch
 
 from iqareward.rewards._http import HttpClient, RemoteError
-from iqareward.rewards._wire_header import MAX_DEADLINE
-from iqareward.rewards._wire_json import WireError, read_json
 from iqareward.rewards.calls import Call
 from iqareward.rewards.core import BaseReward
-from iqareward.rewards.wire import CONTENT_TYPE, decode_answer, encode_request
+from iqareward.rewards.wire import CONTENT_TYPE, MAX_DEADLINE, WireError, decode_answer, encode_request, read_json
 from iqareward.types import Bounds, Images, Reward, Scores
 
 TOKEN_VARIABLE = "IQAREWARD_TOKEN"

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from iqareward.optional import require
-from iqareward.rewards._http_loop import token_in
+from iqareward.rewards._http import token_in
 from iqareward.rewards.catalog import load
 from iqareward.rewards.wire import Limits
 from iqareward.serving.app import build_app

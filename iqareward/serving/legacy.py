@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from iqareward.rewards._wire_json import read_json
-from iqareward.rewards.wire import ScoreRequest, WireError
+from iqareward.rewards.wire import ScoreRequest, WireError, read_json
 from iqareward.serving import openapi
 from iqareward.serving.dispatch import Service, answer, chosen, time_limit, unknown_reward
 from iqareward.serving.errors import ServiceError

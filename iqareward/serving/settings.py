@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iqareward.rewards._http_loop import checked_token
+from iqareward.rewards._http import checked_token
 from iqareward.rewards.wire import Limits
 
 
