@@ -40,7 +40,7 @@ class _ScoreDisk:
 
     Args:
         directory: made if it does not exist.
-        max_bytes: of the table; the scores stored first are dropped first.
+        max_bytes: How large the table may grow before its oldest scores are dropped.
     """
 
     def __init__(self, directory: Path | str, max_bytes: int) -> None:

@@ -118,7 +118,7 @@ class Call:
 
     def score_with_parts(self, reward: Reward) -> tuple[Scores, dict[str, Scores]]:
         """The reward's scores and, from the same evaluation, those of each of its parts by name."""
-        parts: Sequence[Reward] = getattr(reward, "parts", ())
+        parts = parts_of(reward)
         if not parts:
             return self.score(reward), {}
         scores = {part.name: self.score(part) for part in parts}
@@ -139,6 +139,11 @@ class Call:
 
     def _columns(self) -> tuple[Any, ...]:
         return self.images, self.references, self.inputs, self.prompts
+
+
+def parts_of(reward: Reward) -> Sequence[Reward]:
+    """The rewards that a combination is made of; none for any other reward, whatever its `parts` may be."""
+    return getattr(reward, "parts", ()) if hasattr(reward, "combine") else ()
 
 
 def merged(calls: Sequence[Call]) -> Call:

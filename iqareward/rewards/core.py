@@ -267,8 +267,8 @@ class Combined(BaseReward):
 
     Args:
         parts: with unique names.
-        name: of the combination.
-        bounds: of its scores.
+        name: The name of the combination.
+        bounds: The lowest and highest score it can give; None = unbounded on that side.
 
     Raises:
         ValueError: no parts, or two of the same name.

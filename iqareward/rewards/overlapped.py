@@ -68,8 +68,8 @@ class Overlapped(Wrapper):
 
         Args:
             images: as for any reward; do not write to them before the result is there.
-            references: likewise.
-            inputs: likewise.
+            references: as for any reward; do not write to them either.
+            inputs: as for any reward; do not write to them either.
             prompts: one per image.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What scoring has in common: modes, clean pixels, the warning of a reward that scores nothing."""
+"""Helpers for scoring: the modes it runs in, clean pixels, and the warning when a reward scores nothing."""
 
 import inspect
 import math

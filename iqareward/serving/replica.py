@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iqareward.rewards._devices import device_here
 from iqareward.rewards.batching import MicroBatched
-from iqareward.rewards.calls import Call
+from iqareward.rewards.calls import Call, parts_of
 from iqareward.rewards.core import Wrapper
 from iqareward.rewards.wire import as_floats
 from iqareward.serving.dispatch import Scored
@@ -81,7 +81,7 @@ class RewardReplica:
     ) -> None:
         # shared memory is read-only, and no reward writes to its images
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        parts: Sequence[Reward] = getattr(reward, "parts", ())
+        parts = parts_of(reward)
         self._whole: Any = reward if parts else None
         observe = None if observer is None else observer()
         self._parts = [_OnDevice(part, torch.device(device), observe) for part in parts or [reward]]

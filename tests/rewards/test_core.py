@@ -27,7 +27,8 @@ from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel
 from iqareward.testing import check_reward
 from iqareward.types import Images, Reward
-from tests.tolerances import EXACT, OTHER_PACKAGE
+from tests.mllm.owl2_tiny import SMALL, seeded_model
+from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -194,6 +195,9 @@ def test_parts_and_total_from_one_evaluation() -> None:
         assert list(parts) == [part.name for part in reward.parts]
         torch.testing.assert_close(parts["judge"], Judge()(images), **EXACT)
     assert Call(images).score_with_parts(Cached(Judge()))[1] == {}
+    judge = Judge()
+    judge.__dict__["parts"] = "of its own"  # a class of someone else's may mean anything by that
+    assert Call(images).score_with_parts(judge)[1] == {}
 
 
 class Written(TorchDispatchMode):
@@ -217,3 +221,14 @@ def test_a_gradient_in_many_pieces_costs_one_batch() -> None:
             torch.autograd.grad(scores.sum(), images)
         written[batch_size] = counted.elements
     assert written[1] < 4 * written[64]
+
+
+def test_batch_size_may_be_changed() -> None:
+    """Also of a reward whose network takes one size, on which images of all sizes share its batches."""
+    images, sizes = [noise(3, 40, 56), noise(3, 64, 32), noise(3, 40, 56, seed=1)], []
+    reward = iqareward.QAlignReward(seeded_model(SMALL), batch_size=1)
+    expected = reward(images)
+    reward.model.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    reward.batch_size = 2
+    torch.testing.assert_close(reward(images), expected, **NETWORK_BATCH)
+    assert sizes == [2, 1]

@@ -23,6 +23,8 @@ from iqareward.rewards.mllm.readout import SCALES, expected_value
 from iqareward.rewards.scoring import reward_mode, sanitize
 from iqareward.types import Images
 
+DEFAULT_BATCH = 32
+
 
 def _load(
     check: Callable[[torch.device], None],
@@ -54,7 +56,7 @@ class Owl2Reward(ImageReward):
     """A reward by level logits of images under fixed prompts.
 
     Args:
-        name: of the reward.
+        name: The reward's name.
         source: hub id or folder of a checkpoint, or a network, which is used as it is and frozen.
         prompts: what to ask about each image; the score is the mean of the answers.
         scale: a key of `SCALES`.
@@ -93,12 +95,17 @@ class Owl2Reward(ImageReward):
         if quant not in (None, "int8"):
             raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
         self.name, self.differentiable, self._compile = name, differentiable, compile
-        self.batch_size = self._run_size = batch_size
+        self.batch_size = batch_size
         self._prompts, self.scale = prompts, scale
         self.bounds = min(SCALES[scale]), max(SCALES[scale])
         self._check_device = partial(_check_device, name, compile)
         load = partial(_load, self._check_device, source, dtype, quant)
         self.model_loader = LazyModel(load, device, name=name, is_built=isinstance(source, Owl2))
+
+    @property
+    def _run_size(self) -> int:
+        """Images per run of the network, also if `batch_size` was changed since."""
+        return self.batch_size or DEFAULT_BATCH
 
     @property
     def model(self) -> Owl2:
@@ -167,9 +174,9 @@ class Owl2Reward(ImageReward):
         if not self._compile:
             return self.model(pixels, states=states)
         self._check_device(self._loader.device)
-        layers = self._compile is True
+        layers, size = self._compile != "graph", self._run_size
         return self._loader.derived(
-            "static", lambda model: StaticForward(model, states, self._run_size, compile_layers=layers)
+            ("static", size), lambda model: StaticForward(model, states, size, compile_layers=layers)
         )(pixels)
 
     def _state(self, prompt: Prompt) -> PromptState:

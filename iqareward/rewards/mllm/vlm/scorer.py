@@ -1,4 +1,4 @@
-"""What rewards by a vision-language model have in common: the model, loaded at the first call, and its numbers."""
+"""The base of all rewards that ask a vision-language model; it loads the model at the first call."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,7 +71,7 @@ class VLMReward(ImageReward):
     """A reward by numbers that a vision-language model gives to images.
 
     Args:
-        name: of the reward.
+        name: The reward's name.
         source: of the model.
         readout: what is asked.
         device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU (a model
@@ -131,5 +131,7 @@ class VLMReward(ImageReward):
 
     def _rows_at_once(self, size: Sequence[int], device: torch.device) -> int:
         """`batch_size`, or fewer if their pixels would not fit on a device."""
-        assert self.batch_size is not None
-        return self.batch_size if device.type == "cpu" else min(self.batch_size, rows_at_once(size, device))
+        fitting = rows_at_once(size, device)
+        if self.batch_size is None:
+            return fitting
+        return self.batch_size if device.type == "cpu" else min(self.batch_size, fitting)
