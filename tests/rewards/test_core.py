@@ -195,8 +195,7 @@ def test_parts_and_total_from_one_evaluation() -> None:
         assert list(parts) == [part.name for part in reward.parts]
         torch.testing.assert_close(parts["judge"], Judge()(images), **EXACT)
     assert Call(images).score_with_parts(Cached(Judge()))[1] == {}
-    judge = Judge()
-    judge.__dict__["parts"] = "of its own"  # a class of someone else's may mean anything by that
+    judge = type("Mine", (Judge,), {"parts": ("of", "its own")})()  # a class of someone else may mean anything by it
     assert Call(images).score_with_parts(judge)[1] == {}
 
 
