@@ -110,7 +110,7 @@ def _network(make: Callable[[int], Any], batch: int) -> Callable[[], Any]:
 def _qalign(batch: int) -> Any:
     from benchmarks.bench_qalign import random_model
     from iqareward import QAlignReward
-    from iqareward.rewards.mllm.owl2 import Owl2Config
+    from iqareward.rewards.owl2 import Owl2Config
 
     model = random_model(Owl2Config(), torch.device("cuda", 0), torch.bfloat16)
     return QAlignReward(model, scale="mos", batch_size=batch)
@@ -128,7 +128,7 @@ def _qwen3(batch: int) -> Any:
     import transformers
 
     from iqareward import LevelReward
-    from tests.mllm.vlm import tiny
+    from tests.vlm import tiny
 
     processor = tiny.processor("qwen3_vl")
     processor.image_processor.size = {"shortest_edge": 64**2, "longest_edge": 16384 * 32**2}

@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iqareward.rewards.mllm.owl2 import Owl2
-from iqareward.rewards.mllm.owl2.decoder import Layout
-from iqareward.rewards.mllm.preprocess import CLIP_MEAN, CLIP_STD, PAD_LEVELS
-from iqareward.rewards.mllm.prompts import LEVEL_IDS, prompt_ids
+from iqareward.rewards.owl2 import Owl2
+from iqareward.rewards.owl2.decoder import Layout
+from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, PAD_LEVELS
+from iqareward.rewards.owl2.prompts import LEVEL_IDS, prompt_ids
 
 # In a process of its own: importing pyiqa's scorer replaces classes of transformers. Two patches make it run at all on
 # transformers 5: a stand-in for the undeclared dependency icecream, and the method that transformers removed.

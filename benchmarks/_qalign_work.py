@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from iqareward.rewards.mllm.owl2 import Owl2Config
-from iqareward.rewards.mllm.prompts import prompt_ids
+from iqareward.rewards.owl2 import Owl2Config
+from iqareward.rewards.owl2.prompts import prompt_ids
 
 
 def tflop_per_image(config: Owl2Config) -> float:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks._serving_judge import pictures
-from iqareward.rewards.remote import RemoteReward
+from iqareward.serving.remote import RemoteReward
 
 
 def flask_client(url: str) -> Callable[[Tensor], float]:

@@ -9,7 +9,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from iqareward.rewards.mllm.vlm.presets import VISUALQUALITY_R1, ZERO_SHOT_LEVELS
+from iqareward.rewards.vlm.presets import VISUALQUALITY_R1, ZERO_SHOT_LEVELS
 
 _SPECIAL = {
     "image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from iqareward.rewards.mllm.vlm.presets import VISUALQUALITY_R1
+from iqareward.rewards.vlm.presets import VISUALQUALITY_R1
 
 
 def published_texts(model: Any, processor: Any, pictures: list[Image.Image], question: str, tokens: int) -> list[str]:

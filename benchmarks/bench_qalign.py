@@ -30,9 +30,9 @@ from PIL import Image
 from benchmarks._harness import document, finish, target
 from benchmarks._qalign_reference import pyiqa_status, reference_scores
 from benchmarks._qalign_work import matmul_ceiling, tflop_per_image, timed
-from iqareward.rewards.mllm.loading import quantize_decoder
-from iqareward.rewards.mllm.owl2 import Owl2, Owl2Config
-from iqareward.rewards.mllm.qalign import QAlignReward
+from iqareward.rewards.owl2 import Owl2, Owl2Config
+from iqareward.rewards.owl2.loading import quantize_decoder
+from iqareward.rewards.owl2.qalign import QAlignReward
 
 # A quarter of the width and of the depth, with the same head sizes, tokens and vocabulary: the parts keep their shares.
 MEDIUM = Owl2Config(

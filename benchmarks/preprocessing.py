@@ -29,7 +29,7 @@ from benchmarks.jpeg_transport import kendall, rollouts
 from iqareward import load
 from iqareward.demo.photographs import PHOTOGRAPHS, load_photograph
 from iqareward.functional.resize import resize_levels, to_levels
-from iqareward.rewards.mllm.preprocess import CLIP_MEAN, CLIP_STD, PAD_LEVELS, preprocess
+from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, PAD_LEVELS, preprocess
 
 SIDE, GROUPS_PER_PHOTOGRAPH = 448, 6
 JUDGES = ("piqe", "niqe")

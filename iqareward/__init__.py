@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from iqareward.rewards.lpips_dists import LPIPSReward as LPIPSReward
     from iqareward.rewards.metric import FullReference as FullReference
     from iqareward.rewards.metric import NoReference as NoReference
-    from iqareward.rewards.mllm.deqa import DeQAReward as DeQAReward
-    from iqareward.rewards.mllm.qalign import QAlignReward as QAlignReward
-    from iqareward.rewards.mllm.vlm.level import LevelReward as LevelReward
-    from iqareward.rewards.mllm.vlm.published import QInsightReward as QInsightReward
-    from iqareward.rewards.mllm.vlm.published import QReAlignReward as QReAlignReward
-    from iqareward.rewards.mllm.vlm.published import VisualQualityR1Reward as VisualQualityR1Reward
-    from iqareward.rewards.mllm.vlm.published import zero_shot_level_reward as zero_shot_level_reward
-    from iqareward.rewards.mllm.vlm.rating import RatingReward as RatingReward
-    from iqareward.rewards.mllm.vlm.served import ServedVLMReward as ServedVLMReward
     from iqareward.rewards.overlapped import Overlapped as Overlapped
+    from iqareward.rewards.owl2.deqa import DeQAReward as DeQAReward
+    from iqareward.rewards.owl2.qalign import QAlignReward as QAlignReward
     from iqareward.rewards.piq_metrics import PIQReward as PIQReward
     from iqareward.rewards.pyiqa import PyIQAReward as PyIQAReward
-    from iqareward.rewards.remote import RemoteReward as RemoteReward
+    from iqareward.rewards.vlm.level import LevelReward as LevelReward
+    from iqareward.rewards.vlm.published import QInsightReward as QInsightReward
+    from iqareward.rewards.vlm.published import QReAlignReward as QReAlignReward
+    from iqareward.rewards.vlm.published import VisualQualityR1Reward as VisualQualityR1Reward
+    from iqareward.rewards.vlm.published import zero_shot_level_reward as zero_shot_level_reward
+    from iqareward.rewards.vlm.rating import RatingReward as RatingReward
+    from iqareward.serving.remote import RemoteReward as RemoteReward
+    from iqareward.serving.served import ServedVLMReward as ServedVLMReward
     from iqareward.testing import check_reward as check_reward
     from iqareward.types import Reward as Reward
     from iqareward.weighting import AdaptiveWeighter as AdaptiveWeighter
@@ -80,19 +80,19 @@ _HOME = {
     "LPIPSReward": "rewards.lpips_dists",
     "FullReference": "rewards.metric",
     "NoReference": "rewards.metric",
-    "DeQAReward": "rewards.mllm.deqa",
-    "QAlignReward": "rewards.mllm.qalign",
-    "LevelReward": "rewards.mllm.vlm.level",
-    "QInsightReward": "rewards.mllm.vlm.published",
-    "QReAlignReward": "rewards.mllm.vlm.published",
-    "VisualQualityR1Reward": "rewards.mllm.vlm.published",
-    "zero_shot_level_reward": "rewards.mllm.vlm.published",
-    "RatingReward": "rewards.mllm.vlm.rating",
-    "ServedVLMReward": "rewards.mllm.vlm.served",
+    "DeQAReward": "rewards.owl2.deqa",
+    "QAlignReward": "rewards.owl2.qalign",
+    "LevelReward": "rewards.vlm.level",
+    "QInsightReward": "rewards.vlm.published",
+    "QReAlignReward": "rewards.vlm.published",
+    "VisualQualityR1Reward": "rewards.vlm.published",
+    "zero_shot_level_reward": "rewards.vlm.published",
+    "RatingReward": "rewards.vlm.rating",
+    "ServedVLMReward": "serving.served",
     "Overlapped": "rewards.overlapped",
     "PIQReward": "rewards.piq_metrics",
     "PyIQAReward": "rewards.pyiqa",
-    "RemoteReward": "rewards.remote",
+    "RemoteReward": "serving.remote",
     "check_reward": "testing",
     "Reward": "types",
     "AdaptiveWeighter": "weighting",

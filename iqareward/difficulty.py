@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iqareward._gradients import root
-from iqareward.groups import check_ids, check_rows, group_statistics
+from iqareward.groups import check_ids, check_rows, finite_or_nan, group_statistics
 from iqareward.types import Groups, Images, Scores
 
 
@@ -115,7 +115,7 @@ def reward_gap(rewards: Scores, reference_rewards: Scores, *, groups: Groups | N
     """
     rewards = check_rows("reward_gap", rewards)
     reference_rewards = check_rows("reward_gap", reference_rewards)
-    return _finite_or_nan((reference_rewards - _per_input(rewards, groups)).clamp(min=0))
+    return finite_or_nan((reference_rewards - _per_input(rewards, groups)).clamp(min=0))
 
 
 def pass_rate(rewards: Scores, groups: Groups, *, threshold: float) -> Tensor:
@@ -173,15 +173,11 @@ def blind_difficulty(degraded_scores: Scores, *, best: float, groups: Groups | N
         [3.5, 0.5]
     """
     scores = check_rows("blind_difficulty", degraded_scores)
-    return _finite_or_nan((best - _per_input(scores, groups)).clamp(min=0))
+    return finite_or_nan((best - _per_input(scores, groups)).clamp(min=0))
 
 
 def _per_input(values: Tensor, groups: Groups | None) -> Tensor:
-    return _finite_or_nan(values) if groups is None else group_statistics(values, groups).mean
-
-
-def _finite_or_nan(values: Tensor) -> Tensor:
-    return torch.where(values.isfinite(), values, torch.nan)
+    return finite_or_nan(values) if groups is None else group_statistics(values, groups).mean
 
 
 class DifficultyMemory:

@@ -16,6 +16,16 @@ from iqareward.types import Groups
 _NOT_SENT = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
 
+def finite_or_nan(scores: Tensor) -> Tensor:
+    """`scores` with NaN, "not scored", in the place of infinity.
+
+    Example:
+        >>> finite_or_nan(torch.tensor([0.5, torch.inf]))
+        tensor([0.5000,    nan])
+    """
+    return torch.where(scores.isfinite(), scores, torch.nan)
+
+
 class GroupStatistics(NamedTuple):
     """What each row's input looks like over all its rollouts; every field is `[B]`, one value per row.
 

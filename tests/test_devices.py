@@ -21,17 +21,17 @@ from iqareward.functional import gmsd
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference
-from iqareward.rewards.mllm.deqa import DeQAReward
-from iqareward.rewards.mllm.vlm.level import LevelReward
-from iqareward.rewards.mllm.vlm.rating import RatingReward
+from iqareward.rewards.owl2.deqa import DeQAReward
+from iqareward.rewards.vlm.level import LevelReward
+from iqareward.rewards.vlm.rating import RatingReward
 from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
 from tests.gpu import no_waits, on_devices
-from tests.mllm.owl2_tiny import SMALL, seeded_model
-from tests.mllm.vlm import tiny as vlm
-from tests.mllm.vlm.test_rating import SHORT
+from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.rewards.pictures import noisy, textures
 from tests.tolerances import EXACT, HALF_NETWORK, NETWORK_BATCH
+from tests.vlm import tiny as vlm
+from tests.vlm.test_rating import SHORT
 
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights]
 FOREIGN = [name for name in FORMULAS if CATALOG[name].extra]  # piq's code is not ours to keep from waiting

@@ -19,7 +19,7 @@ LAYERS = {
     "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1, "losses": 1,
     "rewards": 2,
     "testing": 3,
-    "adapters": 3, "diffusion": 3, "serving": 3,
+    "adapters": 3, "diffusion": 3, "serving": 3, "monitor": 2,
     "demo": 4, "cli": 5, "__main__": 6,
 }  # fmt: skip
 HEAVY = {

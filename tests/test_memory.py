@@ -10,14 +10,14 @@ from iqareward import Chunked, FullReference, NoReference
 from iqareward.diffusion import Autoencoder
 from iqareward.diffusion.data.degradations import Degradation
 from iqareward.diffusion.data.jpeg import jpeg
-from iqareward.diffusion.monitor import STATISTICS
 from iqareward.functional import haarpsi
 from iqareward.functional.resize import pillow_resize
+from iqareward.monitor import STATISTICS
 from iqareward.rewards.backbones import BACKBONES
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
-from iqareward.rewards.mllm.qalign import QAlignReward
+from iqareward.rewards.owl2.qalign import QAlignReward
 from tests.diffusion.tiny import seeded
-from tests.mllm import owl2_tiny
+from tests.owl2 import owl2_tiny
 from tests.tolerances import EXACT, NETWORK_BATCH
 
 pytestmark = pytest.mark.skipif(

@@ -18,13 +18,13 @@ from iqareward.diffusion.data.jpeg import jpeg
 from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.monitor import STATISTICS
 from iqareward.diffusion.policy_gradient import PolicyGradient
 from iqareward.diffusion.reward_gradient import RewardGradient
 from iqareward.functional import gmsd
+from iqareward.monitor import STATISTICS
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.metric import FullReference
-from iqareward.rewards.mllm.preprocess import preprocess
+from iqareward.rewards.owl2.preprocess import preprocess
 from tests.diffusion import tiny
 from tests.diffusion.train_tiny import trainer
 from tests.test_devices import FOREIGN, FORMULAS, NO_GRADIENT, OTHERS, VLMS, build

@@ -191,7 +191,7 @@ def start() -> Row:
 def tiny_rewards() -> Row:
     """SSIM and a tiny Q-Align, on the CPU and on the device."""
     import iqareward
-    from tests.mllm.owl2_tiny import SMALL, seeded_model
+    from tests.owl2.owl2_tiny import SMALL, seeded_model
 
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     far = images.to(DEVICE)

@@ -33,9 +33,9 @@ from benchmarks.gpu.device import (
 )
 from benchmarks.gpu.run import Clock, gib_allocated, read, release
 from iqareward import LevelReward, MicroBatched, QAlignReward, RatingReward
-from iqareward.rewards.mllm.loading import quantize_decoder
-from iqareward.rewards.mllm.owl2 import Owl2, Owl2Config
-from tests.mllm.owl2_tiny import SMALL
+from iqareward.rewards.owl2 import Owl2, Owl2Config
+from iqareward.rewards.owl2.loading import quantize_decoder
+from tests.owl2.owl2_tiny import SMALL
 
 Measure = Callable[[Call, int], Row]
 
@@ -157,7 +157,7 @@ def photographs(x: Tensor) -> list[Image.Image]:
 
 def vlm(clock: Clock) -> None:
     """Qwen2.5-VL-7B against generation, and Qwen3-VL-2B."""
-    from iqareward.rewards.mllm.vlm.presets import VISUALQUALITY_R1 as PRESET
+    from iqareward.rewards.vlm.presets import VISUALQUALITY_R1 as PRESET
 
     side, batches = (56, (2, 1)) if clock.tiny else (512, (8, 1, 32))
     images = noise(max(batches), 3, side, side)
@@ -207,7 +207,7 @@ def two_billion(tiny: bool) -> Any:
     """A Qwen3-VL of the 2B's sizes, and the processor of the tests."""
     import transformers
 
-    from tests.mllm.vlm import tiny as small
+    from tests.vlm import tiny as small
 
     processor = small.processor("qwen3_vl")
     made = small.config("qwen3_vl", processor.tokenizer)

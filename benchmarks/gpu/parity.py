@@ -18,7 +18,7 @@ from benchmarks.gpu.device import DEVICE, Row, equal, gap, patched, waits
 from benchmarks.gpu.run import Clock
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
-from tests.mllm.owl2_tiny import SMALL, seeded_model
+from tests.owl2.owl2_tiny import SMALL, seeded_model
 
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights and not entry.extra]
 PIQ = [name for name, entry in CATALOG.items() if not entry.weights and entry.extra == "piq"]
@@ -136,13 +136,13 @@ def features(name: str, **options: Any) -> Any:
 
 def vlm(reward: Callable[..., Any], family: str, *arguments: Any, **options: Any) -> Any:
     """A reward on a tiny model of a family, made anew, since it is moved."""
-    from tests.mllm.vlm import tiny
+    from tests.vlm import tiny
 
     processor = tiny.pair(family)[1]
     return reward((tiny.model(family, processor.tokenizer), processor), *arguments, batch_size=4, **options)
 
 
 def rating() -> Any:
-    from tests.mllm.vlm.test_rating import SHORT
+    from tests.vlm.test_rating import SHORT
 
     return vlm(iqareward.RatingReward, "qwen2_5_vl", SHORT, min_digit_mass=0.0)

@@ -27,7 +27,7 @@ from iqareward.diffusion import (
     Sampling,
     Validation,
 )
-from iqareward.diffusion.monitor import HackingMonitor
+from iqareward.monitor import HackingMonitor
 from iqareward.types import Reward
 
 RATE, AVERAGE = 3e-4, 0.9  # of RL: learning rate, and decay of the averaged weights that are judged

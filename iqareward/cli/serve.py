@@ -7,8 +7,8 @@ from rich.console import Console
 
 from iqareward.cli.text import say
 from iqareward.optional import require
-from iqareward.rewards._http import token_in
-from iqareward.rewards.wire import Limits
+from iqareward.serving.http_client import token_in
+from iqareward.serving.wire import Limits
 
 
 class Job(NamedTuple):

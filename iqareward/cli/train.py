@@ -18,7 +18,6 @@ from iqareward.cli.train_data import Data, check_rewards, folder_pairs, split, u
 from iqareward.diffusion.checkpoint import CHECKPOINT, latest, load_state, load_trained_weights
 from iqareward.diffusion.finite import TrainingError
 from iqareward.diffusion.forward_process import ForwardProcess
-from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.policy import unwrapped
 from iqareward.diffusion.policy_gradient import PolicyGradient
@@ -27,6 +26,7 @@ from iqareward.diffusion.run_folder import LOCK, described, differences, exclusi
 from iqareward.diffusion.sft import supervised
 from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
 from iqareward.diffusion.validation import Validation
+from iqareward.monitor import HackingMonitor
 from iqareward.optional import require
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward

@@ -15,7 +15,6 @@ from iqareward.diffusion.data.views import StoredPairs
 from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.forward_process import ForwardProcess
 from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.monitor import HackingMonitor, MonitorReport
 from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.diffusion.restorer import build_restorer
 from iqareward.diffusion.sft import supervised
@@ -23,6 +22,7 @@ from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
 from iqareward.diffusion.validation import Validation
 from iqareward.functional.gmsd import gmsd
 from iqareward.functional.ssim import ssim
+from iqareward.monitor import HackingMonitor, MonitorReport
 from iqareward.rewards.metric import FullReference
 from iqareward.types import Reward
 

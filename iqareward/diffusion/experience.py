@@ -11,10 +11,10 @@ from torch import Tensor
 
 from iqareward.advantages import RewardMemory, group_advantages
 from iqareward.difficulty import pass_rate, reference_distance
-from iqareward.diffusion.finite import finite_or_nan, is_count, require_options
+from iqareward.diffusion.finite import is_count, require_options
 from iqareward.diffusion.policy import Condition, Policy, select
 from iqareward.diffusion.rollout import Trajectory, rollout
-from iqareward.groups import gather_rows
+from iqareward.groups import finite_or_nan, gather_rows
 from iqareward.rewards.overlapped import Overlapped
 from iqareward.types import Reward
 

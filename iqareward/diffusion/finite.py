@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iqareward.groups import finite_or_nan
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on, because its weights, gradients or rewards are not usable; what it has saved is whole.
@@ -120,16 +122,6 @@ def step_if_finite(accelerator: Any, optimizer: Any, norm: float) -> Step:
         scaler.update()  # lowers the scale
     optimizer.zero_grad()
     return Step(moved, failed=not moved and not searching)
-
-
-def finite_or_nan(scores: Tensor) -> Tensor:
-    """`scores` with NaN, "not scored", in the place of infinity.
-
-    Example:
-        >>> finite_or_nan(torch.tensor([0.5, torch.inf]))
-        tensor([0.5000,    nan])
-    """
-    return torch.where(scores.isfinite(), scores, torch.nan)
 
 
 def finite_mean(values: Tensor) -> float:

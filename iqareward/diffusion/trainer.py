@@ -25,7 +25,7 @@ from iqareward.diffusion.checkpoint import (
 )
 from iqareward.diffusion.data.pairs import Pairs
 from iqareward.diffusion.experience import Experience, Sampling, collect, compare
-from iqareward.diffusion.finite import TrainingError, finite_mean, finite_or_nan, require_finite
+from iqareward.diffusion.finite import TrainingError, finite_mean, require_finite
 from iqareward.diffusion.learner import Learner, Optimization
 from iqareward.diffusion.noise import sub_seed
 from iqareward.diffusion.policy import Policy, unwrapped
@@ -33,6 +33,7 @@ from iqareward.diffusion.policy_gradient import Objective, PolicyGradient
 from iqareward.diffusion.progress import progress_bar
 from iqareward.diffusion.run_folder import described, differences, exclusive
 from iqareward.diffusion.validation import Validation, save_grid
+from iqareward.groups import finite_or_nan
 from iqareward.losses import LossWeights
 from iqareward.rewards.overlapped import Overlapped
 from iqareward.schedules.schedule import Weighter, check_signal

@@ -14,11 +14,11 @@ from torch import Tensor
 from iqareward.atomic import atomic_write
 from iqareward.diffusion.experience import checked_scores, images_of
 from iqareward.diffusion.finite import finite_mean, usable_rows
-from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.policy import Policy
 from iqareward.diffusion.rollout import rollout
 from iqareward.functional.psnr import psnr
 from iqareward.groups import gather_rows
+from iqareward.monitor import HackingMonitor
 from iqareward.types import Reward
 
 COLUMNS = 8  # images on a grid

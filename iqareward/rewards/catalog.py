@@ -22,13 +22,13 @@ from iqareward.rewards.calibration import AffineMap, Calibrated
 from iqareward.rewards.compose import WeightedSum
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference, NoReference
-from iqareward.rewards.mllm.deqa import DeQAReward
-from iqareward.rewards.mllm.qalign import QAlignReward
-from iqareward.rewards.mllm.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
-from iqareward.rewards.mllm.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
+from iqareward.rewards.owl2.deqa import DeQAReward
+from iqareward.rewards.owl2.qalign import QAlignReward
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.rewards.pyiqa_facts import METRICS, NO_GRADIENT, REFUSED, bounds_of
+from iqareward.rewards.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
+from iqareward.rewards.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
 from iqareward.types import Bounds, Reward
 
 

@@ -13,7 +13,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 import iqareward
-from iqareward.rewards.wire import CONTENT_TYPE, ScoreRequest, WireError, decode_request, encode_answer
 from iqareward.serving import openapi
 from iqareward.serving.dispatch import Service, answer, chosen, time_limit, unknown_reward
 from iqareward.serving.errors import ServiceError, error_response
@@ -23,6 +22,7 @@ from iqareward.serving.presence import read_body, while_connected
 from iqareward.serving.recent import Recent
 from iqareward.serving.settings import Settings
 from iqareward.serving.uploads import read_form
+from iqareward.serving.wire import CONTENT_TYPE, ScoreRequest, WireError, decode_request, encode_answer
 
 # Bytes of a body and of its header: a quarter of a millisecond, about the way to another thread and back.
 DECODED_AT_ONCE, HEADER_AT_ONCE = 2**22, 2**14

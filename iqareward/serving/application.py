@@ -7,9 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from iqareward.optional import require
-from iqareward.rewards._http import token_in
 from iqareward.rewards.catalog import load
-from iqareward.rewards.wire import Limits
 from iqareward.serving.app import build_app
 from iqareward.serving.backend import (
     MAX_MESSAGE_BYTES,
@@ -21,11 +19,13 @@ from iqareward.serving.backend import (
 )
 from iqareward.serving.batch_metrics import BatchMetrics
 from iqareward.serving.dispatch import Facts, Served, Service
+from iqareward.serving.http_client import token_in
 from iqareward.serving.listener import Address, Listener
 from iqareward.serving.pictures import FLOAT_BYTES
 from iqareward.serving.replica import RewardReplica
 from iqareward.serving.settings import Settings
 from iqareward.serving.sleeping import is_asleep
+from iqareward.serving.wire import Limits
 from iqareward.types import Reward
 
 APP_NAME = "iqareward"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from iqareward.rewards.calls import Call
-from iqareward.rewards.wire import ScoreAnswer, ScoreRequest
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.memory import Room
+from iqareward.serving.wire import ScoreAnswer, ScoreRequest
 from iqareward.types import Bounds, Reward, Scores
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 from fastapi import Response
 
-from iqareward.rewards.wire import WireError, encode_error
+from iqareward.serving.wire import WireError, encode_error
 
 
 class ServiceError(Exception):

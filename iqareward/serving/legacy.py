@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from iqareward.rewards.wire import ScoreRequest, WireError, read_json
 from iqareward.serving import openapi
 from iqareward.serving.dispatch import Service, answer, chosen, time_limit, unknown_reward
 from iqareward.serving.errors import ServiceError
@@ -35,6 +34,7 @@ from iqareward.serving.pictures import decode_pairs
 from iqareward.serving.plain_pickle import loads_plain
 from iqareward.serving.presence import read_body, while_connected
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import ScoreRequest, WireError, read_json
 
 MAX_JSON_BYTES = 2**19  # without the pictures
 LONG_TEXT = 256  # bytes; longer texts are pictures or long prompts

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from iqareward.image_files import UnreadableImageError, open_image, read_image
 from iqareward.images import to_images
-from iqareward.rewards.wire import Limits
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.memory import Reservation
+from iqareward.serving.wire import Limits
 
 FORMATS = ("PNG", "WEBP", "JPEG", "MPO")  # MPO: the JPEG of a camera, with a preview behind it
 UINT8_BYTES, FLOAT_BYTES = 3, 12  # of a pixel

@@ -16,9 +16,9 @@ from iqareward.rewards._devices import device_here
 from iqareward.rewards.batching import MicroBatched
 from iqareward.rewards.calls import Call, parts_of
 from iqareward.rewards.core import Wrapper
-from iqareward.rewards.wire import as_floats
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.memory import Room
+from iqareward.serving.wire import as_floats
 from iqareward.types import Images, Reward, Scores
 
 Arrays: TypeAlias = np.ndarray | list[np.ndarray]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from iqareward.rewards._http import checked_token
-from iqareward.rewards.wire import Limits
+from iqareward.serving.http_client import checked_token
+from iqareward.serving.wire import Limits
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import math
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 
-from iqareward.rewards.wire import ScoreRequest
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.pictures import decode_pairs
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import ScoreRequest
 
 FIELDS = ("reward", "images", "references", "prompts", "deadline")
 MAX_FIELD_BYTES = 64 * 1024  # of one text

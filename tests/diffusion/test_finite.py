@@ -14,11 +14,11 @@ from iqareward.diffusion.data.views import StoredPairs
 from iqareward.diffusion.experience import Sampling
 from iqareward.diffusion.finite import TrainingError, require_finite, step_if_finite
 from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.monitor import HackingMonitor
 from iqareward.diffusion.restorer import build_restorer, save_restorer
 from iqareward.diffusion.sft import supervised
 from iqareward.diffusion.validation import Validation
 from iqareward.functional.psnr import psnr
+from iqareward.monitor import HackingMonitor
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import SIZE, images
 from tests.diffusion.train_tiny import contrast, trainer

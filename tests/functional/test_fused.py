@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import iqareward
 from benchmarks.meter import Meter
-from iqareward.diffusion.guards import edge_density
 from iqareward.functional import ssim
 from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps, halve
+from iqareward.monitor import edge_density
 from iqareward.rewards.scoring import RANGE_SLACK, sanitize
 from tests.gpu import no_waits
 from tests.tolerances import EXACT, FORMULA_FP32

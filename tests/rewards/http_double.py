@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
-from iqareward.rewards import wire
+from iqareward.serving import wire
 from iqareward.types import Reward
 
 Answer = tuple[int, bytes, dict[str, str]]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from iqareward import WeightedSum, check_reward, evaluate, functional, load
 from iqareward.rewards.catalog import CATALOG, published
-from iqareward.rewards.mllm.deqa import DeQAReward
-from iqareward.rewards.mllm.qalign import QAlignReward
-from iqareward.rewards.mllm.vlm.published import QInsightReward, VisualQualityR1Reward
+from iqareward.rewards.owl2.deqa import DeQAReward
+from iqareward.rewards.owl2.qalign import QAlignReward
 from iqareward.rewards.pyiqa_facts import METRICS, NEEDS_CUDA
+from iqareward.rewards.vlm.published import QInsightReward, VisualQualityR1Reward
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.weights]

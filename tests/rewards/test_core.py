@@ -27,7 +27,7 @@ from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel
 from iqareward.testing import check_reward
 from iqareward.types import Images, Reward
-from tests.mllm.owl2_tiny import SMALL, seeded_model
+from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
 

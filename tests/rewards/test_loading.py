@@ -22,14 +22,14 @@ from iqareward.adapters.trl import AsyncTRLReward, TRLReward
 from iqareward.adapters.verl import batch_score_function
 from iqareward.rewards._devices import as_current
 from iqareward.rewards.loading import HostCopy, LazyModel
-from iqareward.rewards.mllm import levels
-from iqareward.rewards.mllm.preprocess import preprocess
-from iqareward.rewards.mllm.qalign import QAlignReward
-from iqareward.rewards.mllm.vlm import scorer
-from iqareward.rewards.mllm.vlm.level import LevelReward
-from iqareward.rewards.mllm.vlm.network import Network
+from iqareward.rewards.owl2 import levels
+from iqareward.rewards.owl2.preprocess import preprocess
+from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.vlm import scorer
+from iqareward.rewards.vlm.level import LevelReward
+from iqareward.rewards.vlm.network import Network
 from tests.gpu import needs_cuda, no_waits, on_devices
-from tests.mllm.owl2_tiny import SMALL, seeded_model
+from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.rewards.counting import Brightness, flat
 from tests.tolerances import EXACT, FORMULA_FP32
 
@@ -152,7 +152,7 @@ def test_foreign_code_that_says_cuda_gets_the_same_gpu(machine: Machine) -> None
 @pytest.mark.parametrize("device", ["cuda", None])
 def test_multimodal_judges_too(device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, and where CUDA is the default; the weights of these are on the CPU, only what they are told counts."""
-    tiny = pytest.importorskip("tests.mllm.vlm.tiny", reason="the extra `vlm` is not installed")
+    tiny = pytest.importorskip("tests.vlm.tiny", reason="the extra `vlm` is not installed")
 
     def load(*_: Any, device: torch.device, **__: Any) -> Any:
         BUILDS.append(str(device))

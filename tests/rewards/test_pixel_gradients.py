@@ -19,13 +19,13 @@ from iqareward.functional.resize import pillow_resize
 from iqareward.rewards.calibration import AffineMap, LogisticMap
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
-from iqareward.rewards.mllm.deqa import DeQAReward
-from iqareward.rewards.mllm.qalign import QAlignReward
+from iqareward.rewards.owl2.deqa import DeQAReward
+from iqareward.rewards.owl2.qalign import QAlignReward
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.rewards.pyiqa_facts import MIN_SIDE
 from iqareward.rewards.scoring import sanitize
 from iqareward.types import Reward
-from tests.mllm.owl2_tiny import SMALL, seeded_model
+from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.tolerances import EXACT
 
 WITHOUT_WEIGHTS = [name for name, entry in CATALOG.items() if entry.differentiable and not entry.weights]
@@ -41,16 +41,16 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def _vlm(family: str) -> Reward:
-    from iqareward.rewards.mllm.vlm.level import LevelReward
-    from tests.mllm.vlm import tiny
+    from iqareward.rewards.vlm.level import LevelReward
+    from tests.vlm import tiny
 
     return LevelReward(tiny.pair(family), differentiable=True)
 
 
 def _rating() -> Reward:
-    from iqareward.rewards.mllm.vlm.presets import VISUALQUALITY_R1
-    from iqareward.rewards.mllm.vlm.rating import RatingReward
-    from tests.mllm.vlm import tiny
+    from iqareward.rewards.vlm.presets import VISUALQUALITY_R1
+    from iqareward.rewards.vlm.rating import RatingReward
+    from tests.vlm import tiny
 
     words = tiny.processor("qwen2_5_vl")
     model = tiny.model("qwen2_5_vl", words.tokenizer)

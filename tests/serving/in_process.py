@@ -9,12 +9,12 @@ import httpx2
 from starlette.types import ASGIApp
 
 from iqareward.rewards.calls import Call
-from iqareward.rewards.wire import CONTENT_TYPE
 from iqareward.serving.app import build_app
 from iqareward.serving.dispatch import Facts, Scored, Served, Service
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.replica import Failed, RewardReplica, pack, unpack
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import CONTENT_TYPE
 from iqareward.types import Reward
 
 SAFETENSORS = {"content-type": CONTENT_TYPE}

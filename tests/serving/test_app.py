@@ -12,10 +12,10 @@ from torch import Tensor
 
 import iqareward
 from iqareward.rewards.calls import Call
-from iqareward.rewards.wire import Limits, decode_answer, encode_request
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import Limits, decode_answer, encode_request
 from tests.serving.in_process import (
     SAFETENSORS,
     answering,

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 import iqareward
-from iqareward.rewards.remote import RemoteError, RemoteReward
-from iqareward.rewards.wire import Limits, encode_request
 from iqareward.serving.application import Deployment
+from iqareward.serving.remote import RemoteError, RemoteReward
 from iqareward.serving.run import deploy, local_ray
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import Limits, encode_request
 from tests.serving.in_process import SAFETENSORS, error_of, free_port
 from tests.serving.judges import FAILS, IS_SLOW, Moody, means
 from tests.serving.picture_files import encoded

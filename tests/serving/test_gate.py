@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import iqareward
-from iqareward.rewards.wire import encode_request
 from iqareward.serving import gate
 from iqareward.serving.app import build_app
 from iqareward.serving.dispatch import Service
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import encode_request
 from tests.serving.in_process import SAFETENSORS, application, error_of, get, post, send, served
 
 TOKEN = "correct horse"

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iqareward.rewards.remote import RemoteError, RemoteReward
-from iqareward.rewards.wire import Limits, decode_answer, encode_request
 from iqareward.serving.application import Deployment
+from iqareward.serving.remote import RemoteError, RemoteReward
 from iqareward.serving.run import deploy, local_ray
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import Limits, decode_answer, encode_request
 from tests.serving.in_process import SAFETENSORS, error_of, free_port
 from tests.serving.judges import Corner
 from tests.serving.picture_files import encoded

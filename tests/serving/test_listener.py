@@ -11,12 +11,12 @@ import torch
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from iqareward.rewards.calls import Call
-from iqareward.rewards.remote import RemoteFacts, RemoteReward
-from iqareward.rewards.wire import Limits, encode_request
 from iqareward.serving import protocol
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.listener import Address, Listener
+from iqareward.serving.remote import RemoteFacts, RemoteReward
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import Limits, encode_request
 from tests.serving.in_process import SAFETENSORS, answering, application, error_of, free_port
 
 LIMITS = Limits(max_bytes=2**20)

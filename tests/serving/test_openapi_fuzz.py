@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from schemathesis.checks import CHECKS
 
 import iqareward
-from iqareward.rewards.wire import Limits, encode_request
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import Limits, encode_request
 from tests.serving.in_process import application, post, served
 from tests.serving.picture_files import encoded, picture
 

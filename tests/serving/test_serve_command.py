@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import iqareward
 from iqareward.cli import app
-from iqareward.rewards.remote import RemoteReward
 from iqareward.serving import run as server
 from iqareward.serving.application import APP_NAME, Deployment, application, from_config, load_rewards
 from iqareward.serving.listener import Address
+from iqareward.serving.remote import RemoteReward
 from iqareward.serving.run import is_loopback
 from iqareward.serving.settings import Settings
 from tests.serving import ray_quietly

@@ -11,9 +11,9 @@ from torch import Tensor
 import iqareward
 from iqareward.rewards.calls import Call
 from iqareward.rewards.loading import LazyModel
-from iqareward.rewards.wire import encode_request
 from iqareward.serving.replica import Failed, RewardReplica, pack
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import encode_request
 from iqareward.types import Images
 from tests.serving.in_process import SAFETENSORS, application, error_of, get, post, run, send, served
 from tests.serving.judges import Weighty, means

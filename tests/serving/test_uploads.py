@@ -12,12 +12,12 @@ from PIL import Image
 
 import iqareward
 from iqareward.rewards.calls import Call
-from iqareward.rewards.wire import Limits, as_floats, decode_answer
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.errors import ServiceError
 from iqareward.serving.memory import Memory, Reservation
 from iqareward.serving.pictures import decode_pairs, decode_pictures
 from iqareward.serving.settings import Settings
+from iqareward.serving.wire import Limits, as_floats, decode_answer
 from tests.serving.in_process import answering, application, error_of, post, send, served
 from tests.serving.picture_files import encoded, picture
 

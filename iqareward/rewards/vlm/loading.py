@@ -1,0 +1,160 @@
+"""Load a vision-language model and its processor with the native classes of transformers, never with remote code."""
+
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iqareward.optional import require
+from iqareward.rewards.checkpoints import checkpoint_folder, open_weights, read_json
+from iqareward.rewards.vlm.families import check_family
+from iqareward.rewards.vlm.network import Network
+from iqareward.weight_files import FLOATS, Shape, check_values, listed
+
+# Found by running the tests under older versions. In 5.6 the recurrent layers of Qwen3.5 forget their state when
+# several tokens follow what is cached, so that digits are misread; 5.3 lacks arguments and image processors besides.
+_OLDEST = "transformers>=5.7"
+_PROCESSOR_FILES = ("*.txt", "*.jinja", "*.model")
+
+
+def require_transformers(name: str) -> ModuleType:
+    """The library, recent enough.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
+    transformers = require("transformers", extra="vlm", purpose=name)
+    from transformers.utils.versions import require_version
+
+    require_version(_OLDEST, f'{name} needs it. Run: pip install --upgrade "iqareward[vlm]"')
+    return transformers
+
+
+def load_network(
+    name: str, source: str | Path, *, device: torch.device, dtype: torch.dtype, checkpointing: bool
+) -> Network:
+    """A frozen model in eval mode with its processor.
+
+    Args:
+        name: The reward's name, for error messages.
+        source: a folder as `save_pretrained` writes it, or a hub id `owner/name`, or `owner/name/folder`.
+        device: where the weights go.
+        dtype: their dtype.
+        checkpointing: recompute layers in the backward pass instead of keeping their activations.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: a file is missing, or cannot be downloaded.
+        ValueError: the model's family is not supported, a file is damaged, or the weights are not those of the model
+            that config.json describes.
+    """
+    transformers = require_transformers(name)
+    folder = _folder(source)
+    config = read_json(folder, "config.json")
+    check_family(str(config.get("model_type")))
+    owners = _check_stored(folder, config)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, device_map=str(device), output_loading_info=True, trust_remote_code=False
+        )
+    except (ImportError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises anything for files that contradict each other
+        raise ValueError(f"{name} cannot load {folder}: {type(error).__name__}: {error}") from error
+    lost = {*report["missing_keys"], *map(str, report["mismatched_keys"])}
+    if lost:  # transformers would draw them at random
+        raise ValueError(f"{folder} lacks weights of its model: {listed(lost)}.")
+    unused = report["unexpected_keys"]
+    adapters = [key for key in unused if "lora_" in key]
+    if adapters:  # without them these are the weights before fine-tuning
+        raise ValueError(f"{folder} holds an adapter that is not merged: {listed(adapters)}. Merge it with peft first.")
+    if unused:  # such as the value head of an RL trainer, which plays no part in a score
+        warnings.warn(f"{name} leaves out weights of {folder} that its model has not: {listed(unused)}.", stacklevel=2)
+    model.requires_grad_(False).eval()
+    found: dict[Path, dict[str, Tensor]] = {}
+    for key, value in model.named_parameters():
+        if value.dtype in FLOATS:
+            found.setdefault(owners.get(key, folder), {})[key] = value
+    for path, tensors in found.items():
+        check_values(path, tensors)
+    _fuse_norms(model)
+    if checkpointing:
+        _recompute_layers(model)
+    return Network(model, processor)
+
+
+def _folder(source: str | Path) -> Path:
+    """Folders stay whole, hub ids may end in a folder of the repository."""
+    if isinstance(source, Path) or os.path.isdir(source):
+        return checkpoint_folder(source)
+    repository, inner = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+    return checkpoint_folder(repository, inner=inner, also=_PROCESSOR_FILES)
+
+
+def _check_stored(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """Refuse quantised weights, and sizes that the weights cannot have: building those could take minutes.
+
+    Returns:
+        The file of each tensor.
+    """
+    path, owners, headers = folder / "config.json", dict[str, Path](), dict[str, tuple[Shape, torch.dtype]]()
+    for file in open_weights(folder):
+        headers |= file.headers()
+        owners |= dict.fromkeys(file.keys(), file.path)
+        for key, (_, dtype) in file.headers().items():
+            if dtype not in FLOATS and key.endswith((".weight", ".bias")) and "quantization_config" not in config:
+                raise ValueError(f"{file.path} has {key} as {dtype}, but {path} says nothing of a quantisation.")
+    largest = max((side for shape, _ in headers.values() for side in shape), default=0)
+    most = {"hidden_size": largest, "intermediate_size": largest, "num_hidden_layers": len(headers)}
+    sections = {"": config} | {f"{key}.": value for key, value in config.items() if isinstance(value, dict)}
+    for where, section in sections.items():
+        bounds = most | {"vocab_size": largest} if where in ("", "text_config.") else most | {"depth": len(headers)}
+        for key in bounds.keys() & section.keys():
+            value = section[key]
+            if value is not None and (type(value) is not int or not 0 < value <= bounds[key]):
+                raise ValueError(
+                    f"{path} says {where}{key} = {value!r:.100}; its weights have room for 1 to {bounds[key]}."
+                )
+    return owners
+
+
+def _fuse_norms(model: Any) -> None:
+    """Put torch's RMS norm, one kernel on a GPU, in place of the library's six."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm") and _is_plain_norm(type(child)):
+                fused = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon, device="meta")
+                fused.weight = child.weight
+                setattr(parent, name, fused)
+
+
+@cache
+def _is_plain_norm(kind: type[Any]) -> bool:
+    """Whether a class computes what torch does, seen from its numbers: some add 1 to their weights."""
+    norm = kind(8)
+    if not hasattr(norm, "variance_epsilon"):
+        return False
+    inputs, norm.weight.data = torch.linspace(-1, 2, 8), torch.linspace(0.5, 3, 8)
+    expected = torch.nn.functional.rms_norm(inputs, (8,), norm.weight, norm.variance_epsilon)
+    return torch.allclose(norm(inputs), expected)
+
+
+def _recompute_layers(model: Any) -> None:
+    """Activation checkpointing for a model that stays in eval mode.
+
+    transformers checkpoints a layer only while it is in training mode. Only the layers themselves are put there: what
+    could drop out is inside them and stays in eval mode.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # formerly
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True

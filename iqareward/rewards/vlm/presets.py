@@ -1,0 +1,179 @@
+"""What each vision-language scorer is asked, character for character as its authors ask it, and how it is read.
+
+A preset says nothing about where the network runs: the same one serves a model in this process and one on a server.
+Texts are as published in the scorers' repositories (November 2026). Replace single fields with `dataclasses.replace`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from iqareward.rewards.vlm.ratings import Ratings
+
+Task = Literal["quality", "aesthetics"]
+Size = Literal["mini", "lite", "pro"]
+
+_NO_THINKING = {"enable_thinking": False}
+
+
+@dataclass(frozen=True)
+class LevelPreset:
+    """A question whose answer is a level word: the score is the expected worth of that word.
+
+    Args:
+        question: what the user says beside the image.
+        stem: how the assistant's answer begins.
+        levels: how the answer may go on after `stem`, best first, with the space that separates them if `stem` has
+            none; each must be one token of the model.
+        worth: of each level, highest first, in [0, 1].
+        image_first: whether the image stands before the question.
+        system: system prompt; None = what the model's chat template puts there.
+        template: options of the chat template.
+        licence: of the weights that it was published with; "" = not made for particular weights.
+
+    Raises:
+        ValueError: fewer than two levels, repeated ones, or not one worth in [0, 1] for each.
+
+    Example:
+        >>> preset = LevelPreset(question="Is this photo sharp?", stem="", levels=("Yes", "No"), worth=(1.0, 0.0))
+        >>> preset.worth
+        (1.0, 0.0)
+    """
+
+    question: str
+    stem: str
+    levels: tuple[str, ...] = (" excellent", " good", " fair", " poor", " bad")
+    worth: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.0)
+    image_first: bool = True
+    system: str | None = None
+    template: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
+            raise ValueError(f"LevelPreset expected at least two different `levels`, got {self.levels}.")
+        if len(self.worth) != len(self.levels) or not all(0 <= worth <= 1 for worth in self.worth):
+            raise ValueError(
+                f"LevelPreset expected one `worth` in [0, 1] for each of {len(self.levels)} levels, got {self.worth}."
+            )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the authors let the model write its answer."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class RatingPreset:
+    """A question whose answer is a number: the score is its expectation over the digits.
+
+    Args:
+        question: what the user says beside the image, for an answer without thinking.
+        thinking_question: the same for an answer after thinking, as `mode="generate"` may ask.
+        answer_prefix: how an answer begins, up to the first digit. vLLM loses a space at its end where the chat
+            template trims messages (Qwen3.5, Gemma 3); the digits then have too little mass, and there is no score.
+        answer_pattern: regular expression whose first group is the number in the text between `<answer>` tags.
+        ratings: range and published number of decimals.
+        sampling: of the published protocol.
+        image_first: whether the image stands before the question.
+        system: system prompt; None = what the model's chat template puts there.
+        template: options of the chat template.
+        licence: of the weights that it was published with; "" = not made for particular weights.
+
+    Example:
+        >>> VISUALQUALITY_R1.answer_prefix, VISUALQUALITY_R1.ratings.digits_after("")
+        ('<answer>', (1, 2, 3, 4, 5))
+    """
+
+    question: str
+    thinking_question: str
+    answer_prefix: str
+    answer_pattern: str
+    ratings: Ratings
+    sampling: Sampling
+    image_first: bool = True
+    system: str | None = None
+    template: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    licence: str = ""
+
+
+# hub ids
+Q_REALIGN_MODELS: dict[Size, str] = {
+    "mini": "q-future/Q-ReAlign-Mini-0.8B",
+    "lite": "q-future/Q-ReAlign-Lite-4B",
+    "pro": "q-future/Q-ReAlign-Pro-9B",
+}
+VISUALQUALITY_R1_MODEL = "TianheWu/VisualQuality-R1-7B"
+Q_INSIGHT_MODEL, Q_INSIGHT_SUBFOLDER = "ByteDance/Q-Insight", "score_degradation"
+
+# Question and join of the README's example, both in the training pool. Training closed the thinking block before the
+# answer; the templates of the larger models leave it open, so it is closed here explicitly. The repository's own
+# evaluation differs: it asks "Can you rate the quality of this picture?" ("How is the aesthetics of this image?") and
+# puts a space before the stem, which the training text does not have.
+Q_REALIGN: dict[Task, LevelPreset] = {
+    "quality": LevelPreset(
+        question="How would you rate the quality of this image?",
+        stem="The quality of the image is",
+        template=_NO_THINKING,
+        licence="MIT",
+    ),
+    "aesthetics": LevelPreset(
+        question="How would you rate the aesthetics of this image?",
+        stem="The aesthetics of the image is",
+        template=_NO_THINKING,
+        licence="MIT",
+    ),
+}
+
+# Q-Align's question for a model that was never trained on it.
+ZERO_SHOT_LEVELS = LevelPreset(
+    question="How would you rate the quality of this image?",
+    stem="The quality of the image is",
+    template=_NO_THINKING,
+)
+
+_RATE = (
+    "What is your overall rating on the quality of this picture? The rating should be a float between 1 and 5, rounded "
+    "to two decimal places, with 1 representing very poor quality and 5 representing excellent quality."
+)
+_VISUALQUALITY = f"You are doing the image quality assessment task. Here is the question: {_RATE}"
+VISUALQUALITY_R1 = RatingPreset(
+    question=f"{_VISUALQUALITY} Please only output the final answer with only one score in <answer> </answer> tags.",
+    thinking_question=(
+        f"{_VISUALQUALITY} First output the thinking process in <think> </think> tags and then output the final answer "
+        "with only one score in <answer> </answer> tags."
+    ),
+    answer_prefix="<answer>",
+    answer_pattern=r"(\d+(?:\.\d+)?)",
+    ratings=Ratings(1, 5, decimals=2),
+    # The README's batch example; it names no temperature, and its script for vLLM uses 0.1.
+    sampling=Sampling(temperature=1.0, top_k=50, top_p=1.0, max_new_tokens=512),
+    template={"add_vision_id": True, **_NO_THINKING},  # the second for newer models; Qwen2.5-VL's template ignores it
+    licence="MIT",
+)
+
+_Q_INSIGHT = f'{_RATE} Return the final answer in JSON format with the following keys: "rating": The score.'
+Q_INSIGHT = RatingPreset(
+    question=_Q_INSIGHT,
+    thinking_question=_Q_INSIGHT,  # the system prompt asks for the thinking
+    # The JSON that the question asks for and the authors' parser reads. Published answers come after thinking; this
+    # one does not wait for it, so its digit mass should be looked at before it is trusted.
+    answer_prefix='<answer>{"rating": ',
+    answer_pattern=r'"rating"\s*:\s*([\d.]+)',
+    ratings=Ratings(1, 5, decimals=2),
+    sampling=Sampling(temperature=1.0, top_k=50, top_p=0.95, max_new_tokens=1024),
+    image_first=False,  # as in the demo; training put the image first
+    system=(
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+        "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+        "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think><answer> answer here </answer>"
+    ),
+    template=_NO_THINKING,
+    licence="Apache-2.0",  # of the code; the weights' own was not found
+)
