@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from iqareward.losses import LossWeights as LossWeights
     from iqareward.losses import mixed_loss as mixed_loss
     from iqareward.rewards.batching import MicroBatched as MicroBatched
+    from iqareward.rewards.batching import Overlapped as Overlapped
     from iqareward.rewards.cached import Cached as Cached
     from iqareward.rewards.calibration import AffineMap as AffineMap
     from iqareward.rewards.calibration import Calibrated as Calibrated
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from iqareward.rewards.lpips_dists import LPIPSReward as LPIPSReward
     from iqareward.rewards.metric import FullReference as FullReference
     from iqareward.rewards.metric import NoReference as NoReference
-    from iqareward.rewards.overlapped import Overlapped as Overlapped
     from iqareward.rewards.owl2.deqa import DeQAReward as DeQAReward
     from iqareward.rewards.owl2.qalign import QAlignReward as QAlignReward
     from iqareward.rewards.piq_metrics import PIQReward as PIQReward
@@ -89,7 +89,7 @@ _HOME = {
     "zero_shot_level_reward": "rewards.vlm.published",
     "RatingReward": "rewards.vlm.rating",
     "ServedVLMReward": "serving.served",
-    "Overlapped": "rewards.overlapped",
+    "Overlapped": "rewards.batching",
     "PIQReward": "rewards.piq_metrics",
     "PyIQAReward": "rewards.pyiqa",
     "RemoteReward": "serving.remote",

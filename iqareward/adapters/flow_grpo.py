@@ -41,8 +41,8 @@ from iqareward.adapters._values import (
 )
 from iqareward.images import to_images
 from iqareward.losses import LossWeights
-from iqareward.rewards._per_process import ProcessLock
 from iqareward.rewards.catalog import on_unit_scale
+from iqareward.rewards.threads import ProcessLock
 from iqareward.types import Reward
 
 Fn: TypeAlias = Callable[..., tuple[Any, dict[str, Any]]]

@@ -32,8 +32,8 @@ from iqareward.advantages import group_advantages
 from iqareward.difficulty import rmse
 from iqareward.groups import group_statistics
 from iqareward.images import to_images
-from iqareward.rewards._devices import ImageDevice
-from iqareward.rewards._per_process import ProcessLock
+from iqareward.rewards.loading import ImageDevice
+from iqareward.rewards.threads import ProcessLock
 from iqareward.schedules.schedule import check_signal
 from iqareward.types import Reward, Scores
 from iqareward.weighting import AdaptiveWeighter

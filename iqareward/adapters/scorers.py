@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from iqareward.adapters._values import OnNan, check_on_nan, score
 from iqareward.images import ImageLike, to_images
-from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards.catalog import load
+from iqareward.rewards.loading import ImageDevice
 from iqareward.types import Reward, Scores
 
 _WORDS = ("raise", "mean", "worst")

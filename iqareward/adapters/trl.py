@@ -13,8 +13,8 @@ import torch
 
 from iqareward.adapters._values import find_reward
 from iqareward.images import ImageLike, to_images
-from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards.calls import Call
+from iqareward.rewards.loading import ImageDevice
 from iqareward.types import Reward, Scores
 
 Decode = Callable[..., Sequence[ImageLike | None]]

@@ -37,8 +37,8 @@ from torch import Tensor
 from iqareward.adapters._values import OnNan, check_on_nan, find_reward, score, settle
 from iqareward.images import ImageLike, to_images
 from iqareward.losses import LossWeights
-from iqareward.rewards._devices import ImageDevice
 from iqareward.rewards.batching import MicroBatched
+from iqareward.rewards.loading import ImageDevice
 from iqareward.types import Reward
 
 GROUND_TRUTH = "ground_truth"

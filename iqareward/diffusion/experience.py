@@ -15,7 +15,7 @@ from iqareward.diffusion.finite import is_count, require_options
 from iqareward.diffusion.policy import Condition, Policy, select
 from iqareward.diffusion.rollout import Trajectory, rollout
 from iqareward.groups import finite_or_nan, gather_rows
-from iqareward.rewards.overlapped import Overlapped
+from iqareward.rewards.batching import Overlapped
 from iqareward.types import Reward
 
 

@@ -35,7 +35,7 @@ from iqareward.diffusion.run_folder import described, differences, exclusive
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.groups import finite_or_nan
 from iqareward.losses import LossWeights
-from iqareward.rewards.overlapped import Overlapped
+from iqareward.rewards.batching import Overlapped
 from iqareward.schedules.schedule import Weighter, check_signal
 from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter

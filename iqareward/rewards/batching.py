@@ -1,4 +1,4 @@
-"""Merge the calls that threads and coroutines make at the same time into batches, without anyone noticing."""
+"""Score on a background thread: many calls as one batch (`MicroBatched`), or beside the sampler (`Overlapped`)."""
 
 import asyncio
 import os
@@ -6,20 +6,28 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, final
 
 import torch
 
-from iqareward.rewards._batch_queue import BatchLimits, BatchQueue, Waiting
-from iqareward.rewards._per_process import PerProcess
-from iqareward.rewards._streams import mark, take_over
-from iqareward.rewards._worker_thread import refuse_call_from_within, start_worker, working
 from iqareward.rewards.calls import Call, merged
 from iqareward.rewards.core import Wrapper
+from iqareward.rewards.threads import PerProcess, mark, take_over
 from iqareward.types import Images, Reward, Scores
+
+_EXIT_SECONDS = 10.0  # how long an exiting interpreter waits for the call under way
+# Callers that score over a network come back slowly after a slow batch. Waiting for them for this share of the batch's
+# time made batches of 19 to 25 images out of 32 possible; waiting 5 ms made batches of 12.
+_WAIT_SHARE = 0.2
 
 
 @final
@@ -28,31 +36,30 @@ class MicroBatched(Wrapper):
 
     Trainers score one image at a time from many threads; a network is several times as fast on a batch. One worker
     thread per process does the scoring, so the reward itself is never entered twice at the same time. It waits for more
-    calls only while callers that were there a moment ago are missing, so a single caller is not slowed down.
+    calls only if there were more callers a moment ago, so a single caller is not slowed down.
 
-    A call that is not valid fails at once and alone. If a batch fails, its calls are scored again one by one, and only
-    those that fail again get the error. Pickled copies in the same process share the worker (and its weights); in
-    another process, also after a fork, a copy starts its own.
+    An invalid call fails at once and alone. If a batch fails, its calls are scored again one by one, and only those
+    that fail again get the error. Pickled copies in the same process share the worker (and its weights); in another
+    process, also after a fork, a copy starts its own.
 
     Args:
         reward: any reward that is not differentiable.
-        max_batch: images per call of the reward; larger calls are cut.
-        max_wait_ms: how long a free worker waits for calls that were there a moment ago.
-        max_wait_share: the same as a share of what the last batch took; the longer of the two counts.
-        max_queue: images that wait for the worker at most; further callers wait for room.
-        key: rewards with the same key share one worker in each process; default: this object and its copies.
+        max_batch: The most images per call of the reward; larger calls are cut.
+        max_wait_ms: Maximum time to wait for callers that are missing, or a fifth of the last batch's time if longer.
+        max_bytes: The most bytes of images per call of the reward; larger calls are cut.
+        key: Rewards with the same key share one worker in each process; by default this object and its copies do.
 
     Raises:
-        ValueError: the reward is differentiable (one backward pass through a shared batch would free the graph of every
-            other caller, so gradients need the reward itself), or a bound is not positive.
+        ValueError: The reward is differentiable, or a limit is out of range. One backward pass through a shared batch
+            would free the graph of every other caller, so gradients need the reward itself.
 
     Example:
         >>> import torch, iqareward
         >>> from concurrent.futures import ThreadPoolExecutor
         >>> images, clean = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         >>> with iqareward.MicroBatched(iqareward.load("ssim")) as reward, ThreadPoolExecutor(8) as threads:
-        ...     rows = list(threads.map(lambda a, b: reward(a[None], references=b[None]), images, clean))
-        >>> torch.equal(torch.cat(rows), iqareward.load("ssim")(images, references=clean))
+        ...     scores = list(threads.map(lambda a, b: reward(a[None], references=b[None]), images, clean))
+        >>> torch.equal(torch.cat(scores), iqareward.load("ssim")(images, references=clean))
         True
     """
 
@@ -62,8 +69,7 @@ class MicroBatched(Wrapper):
         max_batch: int = 32,
         max_wait_ms: float = 5.0,
         *,
-        max_wait_share: float = 0.2,
-        max_queue: int = 1024,
+        max_bytes: int = 2**29,
         key: str | None = None,
     ) -> None:
         if reward.differentiable:
@@ -71,26 +77,28 @@ class MicroBatched(Wrapper):
                 f"MicroBatched expected a reward without gradients, got {reward.name} with differentiable=True: "
                 "callers would share one graph. Load it without, or call it directly."
             )
+        if not (max_batch >= 1 and max_wait_ms >= 0 and max_bytes >= 1):
+            raise ValueError(
+                "MicroBatched expected max_batch >= 1, max_wait_ms >= 0 and max_bytes >= 1, got "
+                f"{max_batch}, {max_wait_ms} and {max_bytes}."
+            )
         super().__init__(reward)
-        self.limits = BatchLimits(max_batch, max_wait_ms, max_wait_share, max_queue)
+        self.limits = _Limits(max_batch, max_wait_ms / 1000, max_bytes)
         self.key = key or uuid.uuid4().hex
-        self._worker: _Worker | None = None
+        self._batcher: _Batcher | None = None
 
     def score_call(self, call: Call) -> Scores:
-        """Together with whoever else is calling.
+        """Score a call in one batch with those of other callers.
 
         Raises:
-            RuntimeError: it was closed, or is called from within its own reward, whose worker would wait for itself.
+            RuntimeError: The reward was closed, or it is called from within itself and would wait for itself.
         """
-        call.check(self.name)
-        sent: list[Waiting] = []
+        jobs = self._submit(call)
         try:
-            for waiting in self._sent(call, sent):
-                waiting.admitted.result()
-            return _gathered(call, [waiting.scores.result() for waiting in sent])
+            return _gathered(call, [job.future.result() for job in jobs])
         finally:
-            for waiting in sent:
-                waiting.cancel()  # of what is answered, nothing happens
+            for job in jobs:
+                job.future.cancel()  # has no effect on finished ones
 
     async def ascore(
         self,
@@ -101,23 +109,20 @@ class MicroBatched(Wrapper):
         prompts: Sequence[str] | None = None,
         **ignored: Any,
     ) -> Scores:
-        """The same without blocking the event loop; cancelling it takes its images out of the queue."""
-        call = self._call(images, references, inputs, prompts).check(self.name)
-        sent: list[Waiting] = []
+        """Score without blocking the event loop; cancelling the coroutine removes its images from the queue."""
+        call = self._call(images, references, inputs, prompts)
+        jobs = self._submit(call)
         try:
-            for waiting in self._sent(call, sent):
-                await asyncio.wrap_future(waiting.admitted)
-            return _gathered(call, [await asyncio.wrap_future(waiting.scores) for waiting in sent])
+            return _gathered(call, [await asyncio.wrap_future(job.future) for job in jobs])
         finally:
-            for waiting in sent:
-                waiting.cancel()
+            for job in jobs:
+                job.future.cancel()
 
     def close(self) -> None:
         """Score what is in the queue, then end the worker of this process, for every copy; later calls fail."""
-        worker = self._running()
-        _WORKERS.get().forget(self.key)  # whoever comes later gets a new one
-        worker.queue.close()
-        worker.thread.join()
+        batcher = self._running()
+        _BATCHERS.get().forget(self.key)  # whoever comes later gets a new one
+        batcher.worker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -128,60 +133,277 @@ class MicroBatched(Wrapper):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_worker": None}
+        return super().__getstate__() | {"_batcher": None}
 
     def _moved(self) -> Iterable[Any]:
-        if self._worker is None and self.key in _WORKERS.get():
+        if self._batcher is None and self.key in _BATCHERS.get():
             self._running()  # this copy's reward may not be the one that scores in this process
         return (self.reward,)
 
-    def _sent(self, call: Call, sent: list[Waiting]) -> Iterator[Waiting]:
-        """Put the call into the queue in pieces, each when the one before has been admitted."""
-        queue = self._running().queue
-        for piece in call.pieces(self.limits.max_batch) if len(call) else ():
-            waiting = Waiting(piece)
-            queue.put(waiting)
-            sent.append(waiting)
-            yield waiting
+    def _submit(self, call: Call) -> list["_Job"]:
+        call.check(self.name)
+        worker = self._running().worker
+        pieces = call.pieces(self.limits.max_batch, self.limits.max_bytes) if len(call) else ()
+        return [worker.submit(_Job(piece), f"MicroBatched of {self.name}") for piece in pieces]
 
-    def _running(self) -> "_Worker":
-        worker = self._worker
-        if worker is None or worker.process != os.getpid():
-            worker = self._worker = _WORKERS.get().find(self)
-            self.reward = worker.reward  # one copy of the weights per process
-        refuse_call_from_within(worker.queue, "MicroBatched", self.name)
-        return worker
+    def _running(self) -> "_Batcher":
+        batcher = self._batcher
+        if batcher is None or batcher.process != os.getpid():
+            batcher = self._batcher = _BATCHERS.get().find(self)
+            self.reward = batcher.reward  # one copy of the weights per process
+        return batcher
+
+
+@final
+class Overlapped(Wrapper):
+    """The same reward on a thread of its own, and on a GPU on a stream of its own, so that it works beside the sampler.
+
+    `submit` returns at once; the scores are there when you ask for them. Calling it is `submit(...).result()`, so it is
+    a reward like any other. Work that the caller has queued on its stream comes before the scoring, and the scores
+    before what the caller does with them, through events, without a synchronisation.
+
+    The graph of a differentiable reward is built on the background thread and belongs to the caller alone: `backward`
+    works as usual.
+
+    Args:
+        reward: Any reward; only one thread uses it at a time.
+        max_pending: The most unfinished calls; `submit` waits beyond that, so that images do not pile up.
+
+    Raises:
+        ValueError: `max_pending` is below 1.
+
+    Example:
+        >>> import torch, iqareward
+        >>> reward = iqareward.Overlapped(iqareward.load("ssim"))
+        >>> images, clean = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> pending = reward.submit(images, references=clean)
+        >>> # ... draw the next samples here ...
+        >>> torch.equal(pending.result(), iqareward.load("ssim")(images, references=clean))
+        True
+    """
+
+    def __init__(self, reward: Reward, *, max_pending: int = 4) -> None:
+        if max_pending < 1:
+            raise ValueError(f"Overlapped expected `max_pending` >= 1, got {max_pending}.")
+        super().__init__(reward)
+        self.max_pending = max_pending
+        self._background = PerProcess(partial(_Background, max_pending))
+
+    def score_call(self, call: Call) -> Scores:
+        return self._submit(call).result()
+
+    def submit(
+        self,
+        images: Images,
+        references: Images | None = None,
+        *,
+        inputs: Images | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> "PendingScores":
+        """Start scoring, and return without the scores.
+
+        Args:
+            images: As for any reward; do not write to them before the result is there.
+            references: As for any reward; do not write to them either.
+            inputs: As for any reward; do not write to them either.
+            prompts: One per image.
+
+        Raises:
+            TypeError: An argument is not a floating-point tensor.
+            ValueError: Shapes are wrong, or references or prompts are missing or do not match.
+            RuntimeError: The reward is called from within itself and would wait for itself for ever, or the
+                interpreter exits.
+        """
+        return self._submit(self._call(images, references, inputs, prompts))
+
+    def _submit(self, call: Call) -> "PendingScores":
+        return self._background.get().submit(self.reward, call.check(self.name))
+
+
+@final
+class PendingScores:
+    """Scores that are being computed: a future that also knows CUDA streams. Can be awaited."""
+
+    def __init__(self, future: "Future[_Scored]") -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> Scores:
+        """The scores `[B]`, ready for the caller's current stream, or the reward's own exception.
+
+        Args:
+            timeout: Maximum seconds to wait; None = as long as it takes.
+
+        Raises:
+            TimeoutError: The scores are not there yet; you may ask again.
+        """
+        return _received(self._future.result(timeout))
+
+    def done(self) -> bool:
+        """Whether `result` will not wait for the background thread."""
+        return self._future.done()
+
+    def cancel(self) -> bool:
+        """Do not score if scoring has not begun; returns whether that was in time."""
+        return self._future.cancel()
+
+    def __await__(self) -> Generator[Any, None, Scores]:
+        return _received((yield from asyncio.wrap_future(self._future).__await__()))
+
+
+_Scored = tuple[Scores, Any]  # scores, and the mark of the stream that computes them
+
+
+def _received(scored: _Scored) -> Scores:
+    """The scores, for this thread's stream."""
+    scores, marked = scored
+    take_over(marked, [scores])
+    return scores
+
+
+def _gathered(call: Call, parts: Sequence[_Scored]) -> Scores:
+    rows = [_received(part) for part in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows) if rows else torch.zeros(0, device=call.device)
+
+
+# The workers that wait for the code that runs now. `asyncio.to_thread` carries them into its thread; a thread that a
+# reward starts by itself does not know them.
+_waiting: ContextVar[frozenset[Any]] = ContextVar("waiting", default=frozenset())
+
+
+@final
+class _Job:
+    """A call on its way to a worker, and the future of its scores."""
+
+    def __init__(self, call: Call, reward: Reward | None = None) -> None:
+        self.call, self.reward, self.marked = call, reward, mark(call.device)
+        self.waiting = _waiting.get()
+        self.future: Future[_Scored] = Future()
+
+
+@final
+class _Inbox:
+    """Jobs for one thread, first come, first served."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._closing = threading.RLock()  # a garbage collection may close it while this thread holds the lock
+        self._is_closed = False
+        self.is_silent = False  # the interpreter exits: nobody gets an answer any more
+
+    def put(self, job: _Job, user: str) -> None:
+        with self._closing:
+            if self._is_closed:
+                reason = "was called while the interpreter exits." if self.is_silent else "is closed; make a new one."
+                raise RuntimeError(f"{user} {reason}")
+            self._jobs.put(job)
+
+    def get(self, timeout: float | None = None) -> _Job | None:
+        """The next job; None after the last one of a closed inbox; `queue.Empty` when the time is over."""
+        job = self._jobs.get(timeout=timeout) if timeout is None or timeout > 0 else self._jobs.get_nowait()
+        return None if self.is_silent else job
+
+    def close(self, *, silent: bool = False) -> None:
+        """Accept no more jobs; the thread ends after those that are there, or with `silent` after the one under way."""
+        with self._closing:
+            self._is_closed, self.is_silent = True, silent
+            self._jobs.put(None)
 
 
 @final
 class _Worker:
-    """The queue of one key in one process, and the thread that empties it."""
+    """A daemon thread that scores for other threads; it ends with this object, or with the interpreter.
+
+    Args:
+        work: `work(inbox)` is the loop of the thread; it must not refer to whoever owns this object.
+        name: The name of the thread.
+    """
+
+    def __init__(self, work: Callable[[_Inbox], None], name: str) -> None:
+        self.inbox = _Inbox()
+        self._thread = threading.Thread(target=work, args=(self.inbox,), name=name, daemon=True)
+        self._thread.start()
+        weakref.finalize(self, _end, self.inbox, self._thread, os.getpid())
+
+    def submit(self, job: _Job, user: str) -> _Job:
+        """Queue a job.
+
+        Raises:
+            RuntimeError: The worker is closed, or waits itself for the code that calls this.
+        """
+        self.check(job, user)
+        self.inbox.put(job, user)
+        return job
+
+    def check(self, job: _Job, user: str) -> None:
+        """Refuse a job that `submit` would refuse because the worker waits for its caller."""
+        if self.inbox in job.waiting:
+            raise RuntimeError(
+                f"{user} was called from within its own reward and would wait for itself for ever. Let that reward "
+                "call the wrapped one instead (the attribute `reward`), or a wrapper of its own with another `key`."
+            )
+
+    def close(self) -> None:
+        """Score what was submitted, then end the thread."""
+        self.inbox.close()
+        self._thread.join()
+
+
+def _end(inbox: _Inbox, thread: threading.Thread, process: int) -> None:
+    if os.getpid() != process:  # a forked child has the objects but not the thread
+        return
+    exiting = not threading.main_thread().is_alive()
+    # At exit only daemon threads still wait. One woken now would free its tensors while the interpreter ends; torch
+    # releases the GIL for that, cannot take it back, and aborts ("terminate called without an active exception").
+    inbox.close(silent=exiting)
+    if exiting:  # a mere collection must not wait
+        thread.join(_EXIT_SECONDS)
+
+
+@contextmanager
+def _working(inbox: _Inbox, jobs: Iterable[_Job]) -> Generator[None]:
+    """Score for the callers of `jobs`, of which some may be workers themselves."""
+    token = _waiting.set(frozenset[Any]().union(*(job.waiting for job in jobs)) | {inbox})
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+
+
+@final
+@dataclass(frozen=True)
+class _Limits:
+    max_batch: int
+    max_wait: float  # seconds
+    max_bytes: int
+
+
+@final
+class _Batcher:
+    """What copies of a `MicroBatched` share in one process: the reward, and the thread that scores."""
 
     def __init__(self, batched: MicroBatched) -> None:
         self.process, self.reward = os.getpid(), batched.reward
         self.settings = (batched.name, batched.limits)
-        self.queue = BatchQueue(batched.limits)
-        work = partial(_serve, batched.reward)
-        self.thread = start_worker(self, self.queue, work, f"iqareward-{batched.name}")
+        self.worker = _Worker(partial(_serve_batches, batched.limits, batched.reward), f"iqareward-{batched.name}")
 
 
 @final
-class _Workers:
-    """The running workers of a process, by key; it keeps none of them alive."""
+class _Batchers:
+    """The running batchers of a process, by key; it keeps none of them alive."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a collection while it is held may end in the weak dictionary
-        self._by_key: weakref.WeakValueDictionary[str, _Worker] = weakref.WeakValueDictionary()
+        self._by_key: weakref.WeakValueDictionary[str, _Batcher] = weakref.WeakValueDictionary()
 
-    def find(self, batched: MicroBatched) -> _Worker:
+    def find(self, batched: MicroBatched) -> _Batcher:
         with self._lock:
-            worker = self._by_key.get(batched.key)
-            if worker is None:
-                worker = self._by_key[batched.key] = _Worker(batched)
+            batcher = self._by_key.get(batched.key)
+            if batcher is None:
+                batcher = self._by_key[batched.key] = _Batcher(batched)
         settings = (batched.name, batched.limits)
-        if worker.settings != settings:
-            raise ValueError(f"MicroBatched key {batched.key!r} is in use for {worker.settings}, not for {settings}.")
-        return worker
+        if batcher.settings != settings:
+            raise ValueError(f"MicroBatched key {batched.key!r} is in use for {batcher.settings}, not for {settings}.")
+        return batcher
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
@@ -192,62 +414,169 @@ class _Workers:
             self._by_key.pop(key, None)
 
 
-_WORKERS = PerProcess(_Workers)
+_BATCHERS = PerProcess(_Batchers)
 
 
-def _serve(reward: Reward, queue: BatchQueue) -> None:
-    while _serve_batch(reward, queue):
+def _serve_batches(limits: _Limits, reward: Reward, inbox: _Inbox) -> None:
+    queue = _BatchQueue(limits, inbox)
+    while _serve_batch(reward, queue, inbox):
         pass
 
 
-def _serve_batch(reward: Reward, queue: BatchQueue) -> bool:
+def _serve_batch(reward: Reward, queue: "_BatchQueue", inbox: _Inbox) -> bool:
     """Score one batch; says whether to go on. A function of its own, so that an idle worker holds no images."""
     batch = queue.take()
     started = time.monotonic()
-    outcomes = [outcome for group in _alike(batch) for outcome in _score(group, reward, queue)]
+    outcomes = [outcome for group in _alike(batch) for outcome in _score_group(group, reward, inbox)]
     queue.finished(len(batch), time.monotonic() - started)
-    if queue.silent:
-        return False
-    for waiting, outcome in outcomes:
+    for job, outcome in [] if inbox.is_silent else outcomes:
         if isinstance(outcome, BaseException):
-            waiting.scores.set_exception(outcome)
+            job.future.set_exception(outcome)
         else:
-            waiting.scores.set_result(outcome)
-    return bool(batch)
+            job.future.set_result(outcome)
+    return bool(batch) and not inbox.is_silent
 
 
-def _alike(batch: list[Waiting]) -> Iterable[list[Waiting]]:
-    """Calls that agree in columns and device, which can be scored as one."""
-    alike: dict[Any, list[Waiting]] = {}
-    for waiting in batch:
-        alike.setdefault((waiting.call.device, waiting.call.prompts is None), []).append(waiting)
+@final
+class _BatchQueue:
+    """Batches from the jobs of an inbox.
+
+    A batch is complete when it is full, or holds as many jobs as there were at the end of the last batch (threads in a
+    loop come back all at once, and a caller alone must not wait for nobody), or when the wait is over.
+    """
+
+    def __init__(self, limits: _Limits, inbox: _Inbox) -> None:
+        self._limits, self._inbox = limits, inbox
+        self._jobs: deque[_Job] = deque()
+        self._wait, self._num_expected, self._is_closed = limits.max_wait, 1, False
+
+    def take(self) -> list[_Job]:
+        """The next batch; empty when the inbox is closed and nothing is left."""
+        batch: list[_Job] = []
+        while not batch and (self._jobs or self._receive(None)):
+            until = time.monotonic() + self._wait
+            while self._receive(0) or (not self._is_complete() and self._receive(until - time.monotonic())):
+                pass
+            num_images, nbytes = 0, 0
+            while self._jobs:
+                call = self._jobs[0].call
+                if batch and not self._fits(num_images + len(call), nbytes + call.nbytes):
+                    break
+                job = self._jobs.popleft()
+                if job.future.set_running_or_notify_cancel():
+                    batch.append(job)
+                    num_images, nbytes = num_images + len(call), nbytes + call.nbytes
+        return batch
+
+    def finished(self, num_jobs: int, seconds: float) -> None:
+        """A batch of so many jobs took so long; to be said before they are answered, so that none counts twice."""
+        while self._receive(0):
+            pass
+        self._num_expected = num_jobs + len(self._jobs)
+        self._wait = max(self._limits.max_wait, _WAIT_SHARE * seconds)
+
+    def _receive(self, timeout: float | None) -> bool:
+        """Wait for a job; returns whether one came."""
+        if self._is_closed:
+            return False
+        try:
+            job = self._inbox.get(timeout)
+        except Empty:
+            return False
+        if job is None:
+            self._is_closed = True
+            return False
+        self._jobs.append(job)
+        return True
+
+    def _fits(self, num_images: int, nbytes: int) -> bool:
+        return num_images <= self._limits.max_batch and nbytes <= self._limits.max_bytes
+
+    def _is_complete(self) -> bool:
+        if self._is_closed or len(self._jobs) >= self._num_expected:
+            return True
+        return sum(len(job.call) for job in self._jobs) >= self._limits.max_batch
+
+
+def _alike(batch: list[_Job]) -> Iterable[list[_Job]]:
+    """Jobs that agree in columns and device, and can be scored as one call."""
+    alike: dict[Any, list[_Job]] = {}
+    for job in batch:
+        alike.setdefault((job.call.device, job.call.prompts is None), []).append(job)
     return alike.values()
 
 
-def _score(group: list[Waiting], reward: Reward, queue: BatchQueue) -> list[tuple[Waiting, Any]]:
-    """(scores and the mark of their stream) or an error for each call."""
+def _score_group(group: list[_Job], reward: Reward, inbox: _Inbox) -> Iterator[tuple[_Job, Any]]:
+    """The scores, or an error, of each job."""
     try:
-        for waiting in group:
-            take_over(waiting.marked, waiting.call.tensors())
-        callers = frozenset[Any]().union(*(waiting.callers for waiting in group))
+        for job in group:
+            take_over(job.marked, job.call.tensors())
         # without gradients: a graph must not cross threads, not even one that the reward built unasked
-        with torch.no_grad(), working(queue, callers):
-            scores = merged([waiting.call for waiting in group]).score(reward)
-        rows = [row.clone() for row in scores.split([len(waiting.call) for waiting in group])]  # nobody shares memory
+        with torch.no_grad(), _working(inbox, group):
+            scores = merged([job.call for job in group]).score(reward)
+        rows = [row.clone() for row in scores.split([len(job.call) for job in group])]  # nobody shares memory
         done = mark(scores.device)
         if done is not None:  # else the next batch would be taken, and small, as soon as this one is queued on the GPU
             done.synchronize()
-        return [(waiting, (row, done)) for waiting, row in zip(group, rows, strict=True)]
     except BaseException as error:  # the worker must live on, and the callers hear of it
         if len(group) == 1:
-            return [(group[0], error)]
-        return [outcome for waiting in group for outcome in _score([waiting], reward, queue)]
+            yield group[0], error
+        else:
+            for job in group:
+                yield from _score_group([job], reward, inbox)
+    else:
+        yield from ((job, (row, done)) for job, row in zip(group, rows, strict=True))
 
 
-def _gathered(call: Call, parts: list[tuple[Scores, Any]]) -> Scores:
-    """The scores of all pieces, on the stream of the caller."""
-    for scores, marked in parts:
-        take_over(marked, [scores])
-    if not parts:
-        return torch.zeros(0, device=call.device)
-    return torch.cat([scores for scores, _ in parts]) if len(parts) > 1 else parts[0][0]
+@final
+class _Background:
+    """The thread of an `Overlapped` in one process."""
+
+    def __init__(self, max_pending: int) -> None:
+        self._free = threading.BoundedSemaphore(max_pending)
+        self._worker = _Worker(_serve_calls, "iqareward-overlapped")
+
+    def submit(self, reward: Reward, call: Call) -> PendingScores:
+        job, user = _Job(call, reward), f"Overlapped of {reward.name}"
+        self._worker.check(job, user)  # before it waits for room
+        self._free.acquire()
+        job.future.add_done_callback(lambda _: self._free.release())  # cancelled ones too
+        return PendingScores(self._worker.submit(job, user).future)
+
+
+def _serve_calls(inbox: _Inbox) -> None:
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    while _serve_call(inbox, streams):
+        pass
+
+
+def _serve_call(inbox: _Inbox, streams: dict[torch.device, torch.cuda.Stream]) -> bool:
+    """Score one call; says whether to go on. A function of its own, so that an idle thread holds no images."""
+    job = inbox.get()
+    if job is None:
+        return False
+    if not job.future.set_running_or_notify_cancel():
+        return True
+    try:
+        with _working(inbox, [job]):
+            outcome = _score_beside(job, streams)
+    except BaseException as error:  # the thread must live on, and the caller hears of it
+        if not inbox.is_silent:
+            job.future.set_exception(error)
+    else:
+        if not inbox.is_silent:
+            job.future.set_result(outcome)
+    return not inbox.is_silent
+
+
+def _score_beside(job: _Job, streams: dict[torch.device, torch.cuda.Stream]) -> _Scored:
+    reward, call = job.reward, job.call
+    assert reward is not None
+    with torch.set_grad_enabled(reward.differentiable):
+        if job.marked is None or call.device is None:
+            return call.score(reward), None
+        if call.device not in streams:
+            streams[call.device] = torch.cuda.Stream(call.device)
+        with torch.cuda.stream(streams[call.device]):
+            take_over(job.marked, call.tensors())
+            return call.score(reward), mark(call.device)

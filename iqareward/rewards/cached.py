@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import iqareward
-from iqareward.rewards._per_process import PerProcess, fork_waits_for
 from iqareward.rewards.calls import Call
 from iqareward.rewards.core import Wrapper
+from iqareward.rewards.threads import PerProcess, fork_waits_for
 from iqareward.types import Images, Reward, Scores
 
 T = TypeVar("T")

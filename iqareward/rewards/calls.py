@@ -4,13 +4,190 @@ import asyncio
 import concurrent.futures
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from itertools import repeat
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from iqareward.rewards.batches import checked_columns
 from iqareward.types import Images, Reward, Scores
+
+
+class Bucket(NamedTuple):
+    """The rows of a call whose images have one size, and whose inputs have one size; `[b, 3, H, W]` each."""
+
+    images: Tensor
+    references: Tensor | None
+    inputs: Tensor | None
+    prompts: Sequence[str] | None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.images.shape[0]
+
+    def split(self, size: int) -> Iterator["Bucket"]:
+        """Buckets of at most `size` rows, in order."""
+        # The gradient of a slice is as large as the whole batch, so many slices would cost many batches.
+        tensors = (repeat(None) if column is None else column.split(size) for column in self[:3])
+        prompts = self.prompts and [self.prompts[i : i + size] for i in range(0, self.num_rows, size)]
+        yield from map(Bucket, *tensors, prompts or repeat(None))  # pyright: ignore[reportArgumentType]
+
+
+def shape_buckets(
+    name: str,
+    images: Images,
+    references: Images | None = None,
+    inputs: Images | None = None,
+    prompts: Sequence[str] | None = None,
+) -> tuple[list[Bucket], list[int] | None]:
+    """Group images of equal shape, with what belongs to them, into batches.
+
+    Args:
+        name: The reward's name, for error messages.
+        images: `[B, 3, H, W]`, or a sequence of `[3, H, W]`.
+        references: None, or of the same shapes and device.
+        inputs: None, or one per image on the same device, whose shapes may differ from the images'.
+        prompts: None, or one per image.
+
+    Returns:
+        One bucket per shape, in order of first appearance; and for each image its row in the concatenation of the
+        buckets, or None if that is the order already.
+    """
+    rows, given = checked_columns(name, images, references, inputs, prompts)
+    if isinstance(rows, tuple) and (given is None or isinstance(given, Tensor)):
+        whole = Bucket(rows[0], rows[1] if len(rows) > 1 else None, given, prompts)
+        return ([whole] if whole.num_rows else []), None
+    columns = [*rows, *([] if given is None else [given])]
+    members: dict[tuple[torch.Size, ...], list[int]] = {}
+    for index in range(len(rows[0])):
+        members.setdefault(tuple(column[index].shape for column in columns), []).append(index)
+
+    def gathered(column: Images | None, indices: list[int]) -> Tensor | None:
+        return None if column is None else torch.stack([column[i] for i in indices])
+
+    buckets = [
+        Bucket(
+            torch.stack([rows[0][i] for i in indices]),
+            gathered(rows[1] if len(rows) > 1 else None, indices),
+            gathered(given, indices),
+            None if prompts is None else [prompts[i] for i in indices],
+        )
+        for indices in members.values()
+    ]
+    position = {index: row for row, index in enumerate(i for indices in members.values() for i in indices)}
+    order = [position[index] for index in range(len(rows[0]))]
+    return buckets, None if order == list(range(len(order))) else order
+
+
+Rows = tuple[Tensor, *tuple[Tensor, ...]] | list[Sequence[Tensor]]
+
+
+def checked_columns(
+    name: str, images: Images, references: Images | None, inputs: Images | None, prompts: Sequence[str] | None
+) -> tuple[Rows, Images | None]:
+    """(images and references, inputs) after all checks of shape, dtype and device.
+
+    Batches stay as they are, unless images or references are rows, which makes rows of both.
+
+    Raises:
+        TypeError: something is not a floating-point tensor.
+        ValueError: shapes, devices or numbers are wrong or do not match.
+    """
+    rows = _checked_rows(name, images, references)
+    if prompts is not None and len(prompts) != len(rows[0]):
+        raise ValueError(f"{name} expected one prompt per image ({len(rows[0])}), got {len(prompts)}.")
+    return rows, None if inputs is None else _checked_inputs(name, inputs, rows[0])
+
+
+def _checked_rows(name: str, images: Images, references: Images | None) -> Rows:
+    if isinstance(images, Tensor) and (references is None or isinstance(references, Tensor)):
+        batch = (images,) if references is None else (images, references)
+        for argument, tensor in zip(("images", "references"), batch, strict=False):
+            _check_tensor(name, argument, tensor, ndim=4)
+        _check_match(name, *batch)
+        return batch
+    rows = [_as_rows(name, "images", images)]
+    if references is not None:
+        rows.append(_as_rows(name, "references", references))
+        if len(rows[0]) != len(rows[1]):
+            raise ValueError(f"{name} expected as many references as images ({len(rows[0])}), got {len(rows[1])}.")
+    for index, row in enumerate(zip(*rows, strict=True)):
+        _check_match(name, *row, index=index)
+        if row[0].device != rows[0][0].device:
+            raise ValueError(
+                f"{name} expected all images on one device ({rows[0][0].device}), "
+                f"got images[{index}] on {row[0].device}."
+            )
+    return rows
+
+
+def _checked_inputs(name: str, inputs: Images, images: Sequence[Tensor] | Tensor) -> Images:
+    """Inputs after the checks of shape, dtype, number and device."""
+    if isinstance(inputs, Tensor):
+        _check_tensor(name, "inputs", inputs, ndim=4)
+    else:
+        inputs = _as_rows(name, "inputs", inputs)
+    if len(inputs) != len(images):
+        raise ValueError(f"{name} expected as many inputs as images ({len(images)}), got {len(inputs)}.")
+    for row in [inputs] if isinstance(inputs, Tensor) else inputs:
+        if len(images) and row.device != images[0].device:
+            raise ValueError(
+                f"{name} expected `inputs` on the device of `images` ({images[0].device}), got {row.device}. "
+                "Move them with inputs.to(images.device)."
+            )
+    return inputs
+
+
+def _as_rows(name: str, argument: str, images: Images) -> Sequence[Tensor]:
+    """A batch or a sequence as a list of checked `[3, H, W]` tensors."""
+    if isinstance(images, Tensor):
+        _check_tensor(name, argument, images, ndim=4)
+        return images.unbind(0)
+    if not isinstance(images, Sequence):
+        raise TypeError(
+            f"{name} expected `{argument}` as a tensor [B, 3, H, W] or a sequence of [3, H, W] tensors, "
+            f"got {type(images).__name__}. Convert with iqareward.to_images(...)."
+        )
+    for index, image in enumerate(images):
+        _check_tensor(name, f"{argument}[{index}]", image, ndim=3)
+    return images
+
+
+def _check_tensor(name: str, argument: str, image: Tensor, *, ndim: int) -> None:
+    shape = "[B, 3, H, W]" if ndim == 4 else "[3, H, W]"
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"{name} expected `{argument}` as a torch.Tensor {shape}, got {type(image).__name__}. "
+            "Convert with iqareward.to_images(...)."
+        )
+    if image.ndim != ndim or image.shape[-3] != 3 or 0 in image.shape[-2:]:
+        raise ValueError(
+            f"{name} expected `{argument}` of shape {shape} with H, W >= 1, got {list(image.shape)}. "
+            "Convert with iqareward.to_images(...)."
+        )
+    if not image.is_floating_point():
+        raise TypeError(
+            f"{name} expected `{argument}` floating-point in [0, 1], got {image.dtype}. "
+            "Convert with iqareward.to_images(...), which scales integers by their dtype."
+        )
+
+
+def _check_match(name: str, images: Tensor, references: Tensor | None = None, *, index: int | None = None) -> None:
+    if references is None:
+        return
+    where = "" if index is None else f"[{index}]"
+    if images.shape != references.shape:
+        raise ValueError(
+            f"{name} expected `references{where}` of the shape of `images{where}` {list(images.shape)}, "
+            f"got {list(references.shape)}. Resize or repeat the references."
+        )
+    if images.device != references.device:
+        raise ValueError(
+            f"{name} expected `references{where}` on the device of `images{where}` ({images.device}), "
+            f"got {references.device}. Move them with references.to(images.device)."
+        )
+
 
 # a future or a coroutine that ends with one of these ends silently, as if cancelled, or (Python 3.11) never
 _SIGNALS = (

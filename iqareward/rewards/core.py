@@ -14,10 +14,8 @@ from torch import Tensor
 
 from iqareward.functional._chunks import rows_at_once
 from iqareward.functional._fused import clean
-from iqareward.rewards._devices import as_current
-from iqareward.rewards.batches import Bucket, shape_buckets
-from iqareward.rewards.calls import Call
-from iqareward.rewards.loading import LazyModel
+from iqareward.rewards.calls import Bucket, Call, shape_buckets
+from iqareward.rewards.loading import LazyModel, as_current
 from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWatch, recomputed, reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
 

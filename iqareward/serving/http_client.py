@@ -17,8 +17,8 @@ from functools import partial
 from typing import Any, TypeVar, final
 
 from iqareward.optional import require
-from iqareward.rewards._per_process import PerProcess
 from iqareward.rewards.loading import LOADING
+from iqareward.rewards.threads import PerProcess
 
 MAX_ANSWER_BYTES = 64 * 2**20
 CONNECT_SECONDS = 5.0

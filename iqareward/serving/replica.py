@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqareward.rewards._devices import device_here
 from iqareward.rewards.batching import MicroBatched
 from iqareward.rewards.calls import Call, parts_of
 from iqareward.rewards.core import Wrapper
+from iqareward.rewards.loading import device_here
 from iqareward.serving.dispatch import Scored
 from iqareward.serving.memory import Room
 from iqareward.serving.wire import as_floats

@@ -22,8 +22,6 @@ from torch import Tensor
 
 import iqareward
 from iqareward import MicroBatched
-from iqareward.rewards._batch_queue import BatchLimits, BatchQueue, Waiting
-from iqareward.rewards.calls import Call
 from tests.gpu import needs_cuda, on_devices
 from tests.rewards.counting import Brightness, Held, Together, flat
 from tests.tolerances import EXACT
@@ -33,24 +31,14 @@ def threads_named(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == f"iqareward-{name}"]
 
 
-def hold(reward: MicroBatched, held: Held, pool: ThreadPoolExecutor) -> Any:
-    """Occupy the worker with one image, so that what comes next has to wait."""
-    first = pool.submit(reward, flat(0.5))
-    assert held.entered.wait(60)
-    return first
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def waiting(reward: MicroBatched) -> int:
-    """Calls in the queue, with or without a place."""
-    queue = reward._running().queue
-    return len(queue._inside) + len(queue._outside)
+async def behind(held: Held, reward: MicroBatched, *values: float) -> list[Any]:
+    """The outcomes of calls that all wait while the worker is busy with an image of 0.5, and of that one first."""
+    calls = [asyncio.create_task(reward.ascore(flat(0.5)))]
+    await asyncio.to_thread(held.entered.wait, 60)
+    calls += [asyncio.create_task(reward.ascore(flat(value))) for value in values]
+    await asyncio.sleep(0)  # all are queued now
+    held.let_go.set()
+    return await asyncio.gather(*calls, return_exceptions=True)
 
 
 @pytest.mark.parametrize("name", ["ssim", "piqe"])
@@ -100,7 +88,7 @@ def test_order_and_columns_survive(calls: list[list[int]], max_batch: int, lists
     async def all_at_once() -> list[Tensor]:
         return await asyncio.gather(*(reward.ascore(**arguments(call)) for call in calls))
 
-    with MicroBatched(counting, max_batch, max_queue=max_batch + 3) as reward, ThreadPoolExecutor(6) as pool:
+    with MicroBatched(counting, max_batch) as reward, ThreadPoolExecutor(6) as pool:
         if use_asyncio:
             results = asyncio.run(all_at_once())
         else:
@@ -114,19 +102,11 @@ def test_order_and_columns_survive(calls: list[list[int]], max_batch: int, lists
 def test_a_poisoned_image_fails_alone() -> None:
     """When a batch fails, only the caller whose image broke it gets the error."""
     held = Held()
-    with MicroBatched(held) as reward, ThreadPoolExecutor(8) as pool:
-        first = hold(reward, held, pool)
-        values = [0.1, 0.2, Brightness.poison, 0.4]
-        calls = [pool.submit(reward, flat(value)) for value in values]
-        until(lambda: waiting(reward) == 4)
-        held.let_go.set()
-        assert first.result().item() == 0.5
-        for value, call in zip(values, calls, strict=True):
-            if value == Brightness.poison:
-                with pytest.raises(ArithmeticError, match="poisoned"):
-                    call.result()
-            else:
-                torch.testing.assert_close(call.result(), torch.tensor([value]))
+    with MicroBatched(held) as reward:
+        first, *outcomes = asyncio.run(behind(held, reward, 0.1, 0.2, Brightness.poison, 0.4))
+        assert first.item() == 0.5
+        assert isinstance(outcomes.pop(2), ArithmeticError)
+        torch.testing.assert_close(torch.cat(outcomes), torch.tensor([0.1, 0.2, 0.4]))
         assert held.sizes == [1, 4, 1, 1, 1, 1]  # merged once, then one by one
         assert reward(flat(0.3)).shape == (1,)  # and the worker lives
 
@@ -172,25 +152,18 @@ def test_a_reward_that_miscounts_is_an_error_of_every_call() -> None:
             reward(flat(0.5))
 
 
-def test_the_queue_is_bounded() -> None:
-    """At most `max_queue` images wait inside, also those of one large call, and all are scored in the end."""
+@pytest.mark.parametrize("images_of_a_batch", [1, 3])
+def test_batches_are_bounded_in_bytes(images_of_a_batch: int) -> None:
+    """Neither one large call nor many small ones make a batch of more than `max_bytes`, unless one image is larger."""
     held = Held()
-    seen = []
-    with MicroBatched(held, max_batch=2, max_queue=4) as reward, ThreadPoolExecutor(8) as pool:
-        first = hold(reward, held, pool)
-        large = pool.submit(reward, flat(*[0.25] * 20))
-        small = [pool.submit(reward, flat(0.5, 0.6)) for _ in range(3)]
-        until(lambda: waiting(reward) >= 3)
-        queue = reward._running().queue
-        seen.append(queue._rows)
-        held.let_go.set()
-        while not large.done():
-            seen.append(queue._rows)
-        assert first.result().shape == (1,)
-        torch.testing.assert_close(large.result(), torch.full((20,), 0.25), **EXACT)
-        assert all(call.result().shape == (2,) for call in small)
-    assert 0 < max(seen) <= 4
-    assert max(held.sizes) <= 2
+    image = flat(0.5).nbytes
+    with MicroBatched(held, max_bytes=images_of_a_batch * image + image // 2) as reward:
+        first, *outcomes = asyncio.run(behind(held, reward, *[0.25] * 7))
+        torch.testing.assert_close(torch.cat([first, *outcomes]), torch.tensor([0.5, *[0.25] * 7]), **EXACT)
+        torch.testing.assert_close(reward(flat(*[0.25] * 7)), torch.full((7,), 0.25), **EXACT)
+        assert reward(flat(0.25, side=64)).tolist() == [0.25]
+    assert max(held.sizes) == images_of_a_batch
+    assert sum(held.sizes) == 16
 
 
 def test_a_lone_caller_does_not_wait() -> None:
@@ -202,15 +175,11 @@ def test_a_lone_caller_does_not_wait() -> None:
         assert time.monotonic() - start < 50
 
 
-def test_company_that_left_is_missed_only_once() -> None:
+def test_callers_that_left_are_missed_only_once() -> None:
     """After a batch of several callers, one that comes back alone waits `max_wait_ms`, and then never again."""
     held = Held()
-    with MicroBatched(held, max_wait_ms=1000) as reward, ThreadPoolExecutor(4) as pool:
-        hold(reward, held, pool)
-        calls = [pool.submit(reward, flat(0.5)) for _ in range(3)]
-        until(lambda: waiting(reward) == 3)
-        held.let_go.set()
-        assert all(call.result().shape == (1,) for call in calls)
+    with MicroBatched(held, max_wait_ms=1000) as reward:
+        asyncio.run(behind(held, reward, 0.5, 0.5, 0.5))
         times = [time.monotonic()]
         for _ in range(3):
             reward(flat(0.5))
@@ -221,15 +190,21 @@ def test_company_that_left_is_missed_only_once() -> None:
 
 
 def test_slow_batches_are_worth_a_longer_wait() -> None:
-    """After a batch of two that took ten minutes, the worker waits for the second caller, unless the share is 0."""
-    for share in (0.2, 0.0):
-        queue = BatchQueue(BatchLimits(max_batch=8, max_wait_ms=1.0, max_wait_share=share, max_queue=8))
-        queue.finished(2, seconds=600.0)
-        queue.put(Waiting(Call(flat(0.5))))
-        if share:
-            late = threading.Timer(0.1, queue.put, [Waiting(Call(flat(0.5)))])
-            late.start()
-        assert len(queue.take()) == (2 if share else 1)
+    """After a batch that took three seconds, the worker waits longer than `max_wait_ms` for a second caller."""
+    slow = Brightness()
+
+    async def pairs() -> None:
+        await asyncio.gather(*(reward.ascore(flat(value)) for value in (0.1, 0.2)))
+        slow.seconds = 3.0
+        await asyncio.gather(*(reward.ascore(flat(value)) for value in (0.1, 0.2)))
+        slow.seconds = 0.0
+        first = asyncio.create_task(reward.ascore(flat(0.1)))
+        await asyncio.sleep(0.05)
+        await asyncio.gather(first, reward.ascore(flat(0.2)))
+
+    with MicroBatched(slow, max_wait_ms=0) as reward:
+        asyncio.run(pairs())
+    assert slow.sizes[-1] == 2
 
 
 class Launches(Brightness):
@@ -251,15 +226,14 @@ class Event:
 
 @on_devices
 def test_a_batch_takes_until_the_device_is_done(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time, of which a share is waited for more calls, is not that of launching it on a GPU."""
+    """A batch that a GPU has only been told of is not finished, so that the next one gathers callers meanwhile."""
     if device == "cpu":
         monkeypatch.setattr("iqareward.rewards.batching.mark", lambda _: Event())
         monkeypatch.setattr("iqareward.rewards.batching.take_over", lambda *_: None)
-    times = []
-    monkeypatch.setattr(BatchQueue, "finished", lambda _, calls, seconds: times.append(seconds))
     with MicroBatched(Launches()) as reward:
+        start = time.monotonic()
         assert reward(flat(0.5).to(device)).tolist() == [0.5]
-    assert times[0] >= 0.1
+    assert time.monotonic() - start >= 0.1
 
 
 def test_cancelled_coroutines_are_not_scored() -> None:
@@ -275,7 +249,7 @@ def test_cancelled_coroutines_are_not_scored() -> None:
         held.let_go.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with MicroBatched(held, max_batch=1, max_queue=1) as reward:
+    with MicroBatched(held, max_batch=1) as reward:
         results = asyncio.run(scenario())
     assert isinstance(results[2], asyncio.CancelledError)
     assert sum(held.sizes) == 3
@@ -287,15 +261,17 @@ def test_close_answers_what_was_accepted_and_refuses_the_rest() -> None:
     """Closing scores the queue, ends the thread, and makes later calls fail clearly; twice is as good as once."""
     held = Held()
     reward = MicroBatched(held)
-    with ThreadPoolExecutor(8) as pool:
-        first = hold(reward, held, pool)
-        second = pool.submit(reward, flat(0.25))
-        until(lambda: waiting(reward) == 1)
-        closing = pool.submit(reward.close)
-        until(lambda: reward._running().queue._closed)
+
+    async def scenario() -> list[Tensor]:
+        calls = [asyncio.create_task(reward.ascore(flat(value))) for value in (0.5, 0.25)]
+        await asyncio.to_thread(held.entered.wait, 60)
+        closing = asyncio.create_task(asyncio.to_thread(reward.close))
+        await asyncio.sleep(0.1)
         held.let_go.set()
-        closing.result()
-        assert (first.result().item(), second.result().item()) == (0.5, 0.25)
+        await closing
+        return await asyncio.gather(*calls)
+
+    assert [scores.item() for scores in asyncio.run(scenario())] == [0.5, 0.25]
     reward.close()
     assert not threads_named("brightness")
     with pytest.raises(RuntimeError, match="closed"):
@@ -310,12 +286,11 @@ def test_copies_share_the_worker_and_its_weights() -> None:
     assert all(torch.equal(copy(flat(0.25)), torch.tensor([0.25])) for copy in copies)
     assert all(copy.reward is reward.reward for copy in copies)
     (thread,) = threads_named("brightness")
-    worker, weights = weakref.ref(reward._running()), weakref.ref(reward.reward)
+    weights = weakref.ref(reward.reward)
     del reward, copies
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
-    assert worker() is None
     assert weights() is None
 
 
@@ -394,7 +369,7 @@ def test_gradients_are_refused_and_none_leak() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_batch": 0}, {"max_wait_ms": -1}, {"max_wait_share": -1}, {"max_batch": 8, "max_queue": 4}]
+    "settings", [{"max_batch": 0}, {"max_wait_ms": -1}, {"max_wait_ms": float("nan")}, {"max_bytes": 0}]
 )
 def test_bounds_must_make_sense(settings: dict[str, Any]) -> None:
     """A bound that cannot work is a ValueError."""

@@ -20,8 +20,7 @@ from iqareward.adapters.miles import reward_function as miles_function
 from iqareward.adapters.scorers import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
 from iqareward.adapters.verl import batch_score_function
-from iqareward.rewards._devices import as_current
-from iqareward.rewards.loading import HostCopy, LazyModel
+from iqareward.rewards.loading import HostCopy, LazyModel, as_current
 from iqareward.rewards.owl2 import levels
 from iqareward.rewards.owl2.preprocess import preprocess
 from iqareward.rewards.owl2.qalign import QAlignReward

@@ -101,7 +101,7 @@ def test_pending_scores_can_be_awaited() -> None:
     assert asyncio.run(scenario()).tolist() == [0.5]
 
 
-async def _result(pending: iqareward.rewards.overlapped.PendingScores) -> Tensor:
+async def _result(pending: iqareward.rewards.batching.PendingScores) -> Tensor:
     return await pending
 
 

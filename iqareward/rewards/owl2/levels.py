@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._chunks import rows_at_once
-from iqareward.rewards._devices import as_current
-from iqareward.rewards.batches import Bucket, shape_buckets
+from iqareward.rewards.calls import Bucket, shape_buckets
 from iqareward.rewards.core import ImageReward, in_order, masked
-from iqareward.rewards.loading import LazyModel
+from iqareward.rewards.loading import LazyModel, as_current
 from iqareward.rewards.owl2 import Owl2
 from iqareward.rewards.owl2.loading import load_owl2, quantize_decoder
 from iqareward.rewards.owl2.model import PromptState

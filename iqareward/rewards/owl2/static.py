@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iqareward.rewards._per_process import ProcessLock
 from iqareward.rewards.owl2.model import Owl2, PromptState
 from iqareward.rewards.recompute import run_layer
+from iqareward.rewards.threads import ProcessLock
 
 WARM_UP_RUNS = 3  # compilation and autotuning must be over before a graph is captured
 # Of one function. torch gives up after 8, but these are one for each kind of layer, batch size, dtype and network size.

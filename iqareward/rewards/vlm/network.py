@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iqareward.rewards._per_process import ProcessLock
+from iqareward.rewards.threads import ProcessLock
 from iqareward.rewards.vlm.branches import Branches
 from iqareward.rewards.vlm.chat import Prompt
 from iqareward.rewards.vlm.families import check_family, family_of

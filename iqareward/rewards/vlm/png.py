@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._chunks import rows_at_once
-from iqareward.rewards.batches import shape_buckets
+from iqareward.rewards.calls import shape_buckets
 from iqareward.rewards.scoring import reward_mode, sanitize
 from iqareward.types import Images
 
