@@ -22,8 +22,7 @@ from benchmarks._harness import document, finish, target
 from iqareward.advantages import RewardMemory, combine_advantages, group_advantages, rank_advantages
 from iqareward.difficulty import DifficultyMemory
 from iqareward.groups import group_statistics
-from iqareward.losses import mixed_loss
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, mixed_loss
 
 ROLLOUTS, NUM_INPUTS, CALLS_PER_BLOCK = 8, 10_000, 20
 PROMISED_MICROSECONDS = 200.0

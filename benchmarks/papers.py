@@ -24,7 +24,7 @@ URL = re.compile(r"https?://[^\s;)]+(?<![.,])")
 HEADINGS = {
     "Metrics": ("functional",),
     "Rewards and judges": ("rewards",),
-    "Difficulty, advantages, weights": ("difficulty", "advantages", "weighting", "schedules", "losses"),
+    "Difficulty, advantages, weights": ("difficulty", "advantages", "weighting", "schedules"),
     "Reference loop": ("diffusion",),
     "Everything else": ("adapters", "serving", "demo", "cli", "types", "images", "groups", "optional", "testing"),
 }

@@ -19,7 +19,6 @@ from torch import Tensor
 from benchmarks import _toy_figures as figures
 from benchmarks import _toy_report as report
 from benchmarks import _toy_world as world
-from iqareward.losses import LossWeights
 from iqareward.schedules import (
     GradientNoise,
     NoiseAware,
@@ -33,7 +32,7 @@ from iqareward.schedules import (
     soft_gate,
     softmax_batch,
 )
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 # Dense, because a chord under a concave front would flatter whatever is compared with it.
 FIXED = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.85, 0.9, 0.95, 0.98, 1.0)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from iqareward.difficulty import DifficultyMemory as DifficultyMemory
     from iqareward.difficulty import reference_distance as reference_distance
     from iqareward.images import to_images as to_images
-    from iqareward.losses import LossWeights as LossWeights
-    from iqareward.losses import mixed_loss as mixed_loss
     from iqareward.rewards.batching import MicroBatched as MicroBatched
     from iqareward.rewards.batching import Overlapped as Overlapped
     from iqareward.rewards.cached import Cached as Cached
@@ -50,6 +48,8 @@ if TYPE_CHECKING:
     from iqareward.testing import check_reward as check_reward
     from iqareward.types import Reward as Reward
     from iqareward.weighting import AdaptiveWeighter as AdaptiveWeighter
+    from iqareward.weighting import LossWeights as LossWeights
+    from iqareward.weighting import mixed_loss as mixed_loss
 
 __version__ = "0.1.0"
 
@@ -60,8 +60,8 @@ _HOME = {
     "combine_advantages": "advantages",
     "group_advantages": "advantages",
     "to_images": "images",
-    "LossWeights": "losses",
-    "mixed_loss": "losses",
+    "LossWeights": "weighting",
+    "mixed_loss": "weighting",
     "MicroBatched": "rewards.batching",
     "Cached": "rewards.cached",
     "AffineMap": "rewards.calibration",

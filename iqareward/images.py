@@ -135,3 +135,32 @@ def _unit_rgb(tensor: Tensor, value_range: tuple[float, float] | None, device: A
         alpha = unit[:, 3:]
         return unit[:, :3] * alpha + (1 - alpha)
     return unit.expand(-1, 3, -1, -1).contiguous() if channels == 1 else unit
+
+
+def drop_broken_gradients(images: Tensor) -> Tensor:
+    """The same images; in the backward pass an image whose gradient is not finite gets none.
+
+    Put it between a model and a reward: an image that the reward cannot score, or where it has no derivative, would
+    make the gradient of all weights NaN. Each image's score depends on that image only, so the others lose nothing.
+
+    Args:
+        images: `[B, ...]` of the model, or one image `[3, H, W]`, with or without a graph.
+
+    Example:
+        >>> images = torch.tensor([[4.0], [0.0]], requires_grad=True)
+        >>> drop_broken_gradients(images).sqrt().sum().backward()  # sqrt has no derivative at 0
+        >>> images.grad
+        tensor([[0.2500],
+                [0.0000]])
+    """
+    if not images.requires_grad:
+        return images
+    images = images.view_as(images)  # the hook stays with this use of the images
+    images.register_hook(_drop_broken)
+    return images
+
+
+def _drop_broken(gradient: Tensor) -> Tensor:
+    rows = gradient if gradient.ndim != 3 else gradient[None]
+    finite = rows.isfinite().flatten(1).all(1)
+    return torch.where(finite.view(-1, *[1] * (rows.ndim - 1)), rows, 0.0).view_as(gradient)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "types": 0, "images": 0, "image_files": 0, "groups": 0, "optional": 0, "_contract_checks": 0, "_gradients": 0,
     "weight_files": 0, "atomic": 0,
-    "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1, "losses": 1,
+    "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1,
     "rewards": 2,
     "testing": 3,
     "adapters": 3, "diffusion": 3, "serving": 3, "monitor": 2,
@@ -47,7 +47,7 @@ def room(file: Path) -> str:
 
 
 # what turns scores into training signals: single files that may use each other
-SIGNALS = {"difficulty", "advantages", "weighting", "schedules", "losses"}
+SIGNALS = {"difficulty", "advantages", "weighting", "schedules"}
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:

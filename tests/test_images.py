@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from iqareward import to_images
+from iqareward.images import drop_broken_gradients
 from tests.tolerances import EXACT, FORMULA_FP32
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -161,3 +162,20 @@ def test_any_array_is_an_image_or_a_clear_error(array: np.ndarray) -> None:
         assert isinstance(images, torch.Tensor)
         assert images.dtype == torch.float32
         assert images.shape[1] == 3
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 5)])
+def test_a_broken_gradient_does_not_leave_its_image(shape: tuple[int, ...]) -> None:
+    """An image without a score, or with an infinite gradient, gets none; the others keep theirs to the last bit."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    images[1] = 0  # sqrt has no derivative there
+    for broken in (lambda rows: rows.sqrt(), lambda rows: rows / rows, lambda rows: (rows.log() * 0).exp() * rows):
+        whole, alone = images.clone().requires_grad_(), images[:1].clone().requires_grad_()
+        broken(drop_broken_gradients(whole)).flatten(1).mean(1).sum().backward()
+        broken(alone).flatten(1).mean(1).sum().backward()
+        torch.testing.assert_close(whole.grad[:1], alone.grad, **EXACT)
+        assert (whole.grad[1] == 0).all()
+    single = torch.tensor([[[0.0]], [[1.0]], [[1.0]]], requires_grad=True)  # [3, H, W] is one image
+    drop_broken_gradients(single).sqrt().sum().backward()
+    assert (single.grad == 0).all()
+    assert not drop_broken_gradients(images).requires_grad

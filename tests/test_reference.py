@@ -16,7 +16,7 @@ ROOT = Path(iqareward.__file__).parents[1]
 BLOCK = re.compile(r"^::: (?P<name>[\w.]+)\n(?:    options: \{(?P<options>[^\n]*)\}\n)?", re.M)
 MEMBERS = re.compile(r"members: \[(?P<names>[^\]]*)\]")
 ROOMS = ("functional", "rewards", "diffusion", "adapters", "serving", "schedules")
-SINGLE = ("advantages", "difficulty", "groups", "images", "losses", "optional", "testing", "types", "weighting")
+SINGLE = ("advantages", "difficulty", "groups", "images", "optional", "testing", "types", "weighting")
 
 
 def public_modules() -> list[str]:

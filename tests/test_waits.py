@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import iqareward
 from benchmarks.meter import Meter
-from iqareward import AdaptiveWeighter, DifficultyMemory, LossWeights, RewardMemory, advantages, difficulty, losses
+from iqareward import AdaptiveWeighter, DifficultyMemory, LossWeights, RewardMemory, advantages, difficulty, weighting
 from iqareward import schedules as weightings
 from iqareward.diffusion.data.jpeg import jpeg
 from iqareward.diffusion.experience import Sampling
@@ -21,6 +21,7 @@ from iqareward.diffusion.learner import Optimization
 from iqareward.diffusion.policy_gradient import PolicyGradient
 from iqareward.diffusion.reward_gradient import RewardGradient
 from iqareward.functional import gmsd
+from iqareward.images import drop_broken_gradients
 from iqareward.monitor import STATISTICS
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.metric import FullReference
@@ -136,7 +137,7 @@ def weighter(make: Callable[[], Any]) -> Callable[[Rows], Callable[[], object]]:
 
         def call() -> None:
             weights = one(x.scores, active=x.active, valid=~x.active)
-            losses.mixed_loss(x.scores, x.scores, weights, x.scores, beta=0.1)
+            weighting.mixed_loss(x.scores, x.scores, weights, x.scores, beta=0.1)
             one.update(x.scores)
 
         return call
@@ -164,14 +165,14 @@ def pure(function: Callable[[Rows], object]) -> Callable[[Rows], Callable[[], ob
 
 
 def balance(x: Rows) -> Callable[[], object]:
-    one, parameter = losses.GradientBalance(), x.scores.clone().requires_grad_()
+    one, parameter = weighting.GradientBalance(), x.scores.clone().requires_grad_()
     two = [(parameter * x.scores).sum(), parameter.square().sum()]
-    return lambda: losses.balance_gradients(one, *two, [parameter])
+    return lambda: weighting.balance_gradients(one, *two, [parameter])
 
 
 def broken_gradients(x: Rows) -> object:
     images = x.images.clone().requires_grad_()
-    return torch.autograd.grad(losses.drop_broken_gradients(images).sqrt().sum(), images)
+    return torch.autograd.grad(drop_broken_gradients(images).sqrt().sum(), images)
 
 
 FORMULA_OPTIONS = {
@@ -217,9 +218,9 @@ CALLS: dict[str, Callable[[Rows], Callable[[], object]]] = {
     "leave_one_out_advantages": pure(lambda x: advantages.leave_one_out_advantages(x.scores, x.groups)),
     "rank_advantages": pure(lambda x: advantages.rank_advantages(x.scores, x.groups)),
     **{order: pure(partial(combined, order)) for order in ("normalize_then_sum", "sum_then_normalize")},
-    "advantage_multipliers": pure(lambda x: losses.advantage_multipliers(x.weights, mean_one=True)),
-    "mixed_advantages": pure(lambda x: losses.mixed_advantages(x.scores, x.scores, x.weights)),
-    "optimality_probability": pure(lambda x: losses.optimality_probability(x.scores, x.weights)),
+    "weighted_advantages": pure(lambda x: weighting.weighted_advantages(x.scores, x.weights)),
+    "mixed_advantages": pure(lambda x: weighting.mixed_advantages(x.scores, x.scores, x.weights)),
+    "optimality_probability": pure(lambda x: weighting.optimality_probability(x.scores, x.weights)),
     "drop_broken_gradients": pure(broken_gradients),
     "balance_gradients": balance,
     "reference_distance": pure(lambda x: difficulty.reference_distance(x.images, x.images, groups=x.groups)),

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from iqareward.losses import LossWeights
 from iqareward.schedules import Schedule, TargetTracking, constant, cosine, gate, logistic_success, soft_gate
 from iqareward.schedules import softmax_batch as softmax
 from iqareward.schedules.schedule import Weighter
 from iqareward.types import Groups
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 FIXED = (0.25, 0.5, 0.75, 0.9)
 

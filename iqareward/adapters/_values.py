@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from iqareward.images import ImageLike, to_images
-from iqareward.losses import LossWeights, drop_broken_gradients
+from iqareward.images import ImageLike, drop_broken_gradients, to_images
 from iqareward.rewards.calls import Call
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward, Scores
@@ -141,30 +140,6 @@ def check_on_nan(on_nan: Any, *, allowed: Sequence[str], who: str) -> None:
     )  # NaN fails the comparison; a bool is a mistake
     if not number and on_nan not in allowed:
         raise ValueError(f"{who} expected on_nan {', '.join(map(repr, allowed))} or a finite number, got {on_nan!r}.")
-
-
-def weigh_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
-    """Advantages times the RL weight of their row, in the shape, dtype and device of the advantages.
-
-    Args:
-        advantages: `[B]` or `[B, ...]`, e.g. one per timestep.
-        weights: of the B rows.
-
-    Raises:
-        ValueError: the number of rows differs.
-
-    Example:
-        >>> weights = LossWeights(rl=torch.tensor([1.0, 0.5]), sft=torch.tensor([0.0, 0.5]))
-        >>> weigh_advantages(torch.ones(2, 3), weights).sum(1)
-        tensor([3.0000, 1.5000])
-    """
-    if advantages.ndim == 0 or advantages.shape[0] != weights.rl.shape[0]:
-        raise ValueError(
-            f"weigh_advantages expected one weight per row of `advantages` {list(advantages.shape)}, "
-            f"got {weights.rl.shape[0]}. Compute the weights from the same rows, in the same order."
-        )
-    rl = weights.rl.to(advantages.device, advantages.dtype)
-    return advantages * rl.view(-1, *[1] * (advantages.ndim - 1))
 
 
 def column(key: str, rows: Sequence[Any] | Mapping[str, Any] | None, *, who: str) -> Any:

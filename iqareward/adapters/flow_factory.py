@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqareward.adapters._values import check_on_nan, column, find_reward, framework, score, weigh_advantages
+from iqareward.adapters._values import check_on_nan, column, find_reward, framework, score
 from iqareward.advantages import rank_advantages
 from iqareward.schedules.schedule import check_signal
 from iqareward.types import Scores
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, weighted_advantages
 
 CONDITION_IMAGES = "condition_images"
 KEYS = ("reward", "references", "on_nan")
@@ -158,7 +158,7 @@ def adaptive_aggregation(
         difficulties = difficulty(samples)
         weights = weighter(difficulties)
         weighter.update(difficulties)
-        weighed = weigh_advantages(advantages, weights)
+        weighed = weighted_advantages(advantages, weights)
         if store_to_samples:
             for sample, advantage, sft in zip(samples, weighed, weights.sft, strict=True):
                 sample.extra_kwargs["advantage"] = advantage

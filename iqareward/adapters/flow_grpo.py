@@ -37,13 +37,12 @@ from iqareward.adapters._values import (
     find_reward,
     score,
     settle,
-    weigh_advantages,
 )
 from iqareward.images import to_images
-from iqareward.losses import LossWeights
 from iqareward.rewards.catalog import on_unit_scale
 from iqareward.rewards.threads import ProcessLock
 from iqareward.types import Reward
+from iqareward.weighting import LossWeights, weighted_advantages
 
 Fn: TypeAlias = Callable[..., tuple[Any, dict[str, Any]]]
 REF_IMAGES = "ref_images"
@@ -186,7 +185,7 @@ def weighted_samples(advantages: Tensor, weights: LossWeights) -> dict[str, Tens
     Their loop masks, permutes and splits every tensor of `samples`, so that `sample["sft_weight"]` reaches the inner
     loop, to multiply a supervised loss there. Keep rows with an SFT weight out of its filter
     `mask = advantages.abs().sum(1) != 0`, which drops every row without RL. DiffusionNFT takes r in place of
-    advantages: `iqareward.losses.optimality_probability`.
+    advantages: `iqareward.weighting.optimality_probability`.
 
     Args:
         advantages: `samples["advantages"]`, `(N, T)` or `(N,)` (ddpo-pytorch).
@@ -201,7 +200,7 @@ def weighted_samples(advantages: Tensor, weights: LossWeights) -> dict[str, Tens
         tensor([0.5000, 0.5000, 0.5000])
     """
     return {
-        "advantages": weigh_advantages(advantages, weights),
+        "advantages": weighted_advantages(advantages, weights),
         "sft_weight": weights.sft.to(advantages.device, advantages.dtype),
     }
 

@@ -36,7 +36,7 @@ from iqareward.rewards.loading import ImageDevice
 from iqareward.rewards.threads import ProcessLock
 from iqareward.schedules.schedule import check_signal
 from iqareward.types import Reward, Scores
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, weighted_advantages
 
 UNIT = (0.0, 1.0)
 
@@ -111,7 +111,7 @@ def adaptive_post_process(
         weighter.update(difficulties)
         for sample, sft in zip(samples, weights.sft.tolist(), strict=True):
             sample.train_metadata = {**(sample.train_metadata or {}), "sft_weight": sft}
-        return raw, (weights.rl * advantages.values).tolist()
+        return raw, weighted_advantages(advantages.values, weights).tolist()
 
     return post_process
 

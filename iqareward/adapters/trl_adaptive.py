@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqareward.adapters._values import weigh_advantages
 from iqareward.adapters.trl import TRLReward
 from iqareward.groups import group_statistics
 from iqareward.optional import require
 from iqareward.schedules.schedule import check_signal
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, weighted_advantages
 
 
 def adaptive_trainer(trainer: type, weighter: AdaptiveWeighter, fidelity: TRLReward) -> Any:
@@ -67,7 +66,7 @@ def adaptive_trainer(trainer: type, weighter: AdaptiveWeighter, fidelity: TRLRew
             batch = super()._generate_and_score_completions(inputs)
             if self.model.training:
                 weights = weighter(self._difficulty)
-                batch["advantages"] = weigh_advantages(batch["advantages"], weights)
+                batch["advantages"] = weighted_advantages(batch["advantages"], weights)
                 weighter.update(self._difficulty)
                 self._metrics["train"]["adaptive/difficulty"].append(self._difficulty.nanmean().item())
                 self._metrics["train"]["adaptive/rl_share"].append(weights.rl.mean().item())

@@ -34,9 +34,8 @@ from iqareward.adapters._values import (
     find_reward,
     framework,
     score,
-    weigh_advantages,
 )
-from iqareward.losses import LossWeights
+from iqareward.weighting import LossWeights, weighted_advantages
 
 CONDITIONING = "conditioning"
 HOME = "https://github.com/Tencent-Hunyuan/UniRL"
@@ -59,7 +58,7 @@ def track_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
         >>> track_advantages(torch.tensor([1.0, -2.0]), LossWeights(rl=torch.tensor([1.0, 0.5]), sft=torch.zeros(2)))
         tensor([ 1., -1.])
     """
-    return weigh_advantages(advantages, weights)
+    return weighted_advantages(advantages, weights)
 
 
 @cache

@@ -36,10 +36,10 @@ from torch import Tensor
 
 from iqareward.adapters._values import OnNan, check_on_nan, find_reward, score, settle
 from iqareward.images import ImageLike, to_images
-from iqareward.losses import LossWeights
 from iqareward.rewards.batching import MicroBatched
 from iqareward.rewards.loading import ImageDevice
 from iqareward.types import Reward
+from iqareward.weighting import LossWeights
 
 GROUND_TRUTH = "ground_truth"
 
@@ -158,7 +158,7 @@ def rollout_is_weights(weights: LossWeights) -> Tensor:
     """What verl-omni takes as `data["rollout_is_weights"]`: `(B,)` float32, multiplies each sample's policy loss.
 
     It works in its flow_grpo, flow_dppo and grpo_guard losses. Its DiffusionNFT loss takes `reward_prob` instead, which
-    is `iqareward.losses.optimality_probability`. There is no place for the supervised half but a loss of your own
+    is `iqareward.weighting.optimality_probability`. There is no place for the supervised half but a loss of your own
     (`@register_diffusion_loss`).
 
     Args:

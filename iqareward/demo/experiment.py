@@ -10,10 +10,9 @@ from torch import Tensor
 from iqareward.demo.degradations import Degradation, degrade
 from iqareward.demo.photographs import Photograph, load_photograph
 from iqareward.difficulty import reference_distance
-from iqareward.losses import LossWeights
 from iqareward.rewards.compose import evaluate
 from iqareward.types import Reward
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 SEED = 0
 NUM_SAMPLES = 10

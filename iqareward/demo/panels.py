@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iqareward.demo.experiment import Experiment
 from iqareward.demo.palette import DAY, MARKERS
-from iqareward.losses import LossWeights
+from iqareward.weighting import LossWeights
 
 LABEL_HEIGHT = 0.16
 """Inches between two labels at the ends of lines, so that they do not touch."""

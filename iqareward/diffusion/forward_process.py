@@ -11,7 +11,7 @@ from iqareward.diffusion.noise import generator, noise_per_input
 from iqareward.diffusion.policy import Policy, repeat
 from iqareward.diffusion.policy_gradient import RLTerm, mean_per_input
 from iqareward.diffusion.reference import as_reference
-from iqareward.losses import optimality_probability
+from iqareward.weighting import optimality_probability
 
 SMALLEST_ERROR = 1e-5  # keeps the relative error of a perfect prediction finite
 

@@ -17,7 +17,7 @@ from iqareward.diffusion.forward_process import draw_times
 from iqareward.diffusion.noise import noise_per_input, sub_seed
 from iqareward.diffusion.policy import Policy, unwrapped
 from iqareward.diffusion.policy_gradient import Objective, RLTerm
-from iqareward.losses import GradientBalance, LossWeights, gradient_norm, mixed_loss
+from iqareward.weighting import GradientBalance, LossWeights, gradient_norm, mixed_loss
 
 OBJECTIVE, SFT = 1, 2  # purposes of random numbers
 

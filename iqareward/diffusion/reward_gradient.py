@@ -14,7 +14,7 @@ from iqareward.diffusion.noise import generator
 from iqareward.diffusion.policy import Condition, Policy, repeat
 from iqareward.diffusion.policy_gradient import RLTerm, mean_per_input
 from iqareward.diffusion.rollout import replay
-from iqareward.losses import drop_broken_gradients
+from iqareward.images import drop_broken_gradients
 from iqareward.types import Reward
 
 

@@ -34,11 +34,10 @@ from iqareward.diffusion.progress import progress_bar
 from iqareward.diffusion.run_folder import described, differences, exclusive
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.groups import finite_or_nan
-from iqareward.losses import LossWeights
 from iqareward.rewards.batching import Overlapped
 from iqareward.schedules.schedule import Weighter, check_signal
 from iqareward.types import Reward
-from iqareward.weighting import AdaptiveWeighter
+from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 # Purposes of random numbers, so that no two share any.
 ORDER, ROLLOUT, LEARNING, CALIBRATION, VALIDATION = range(5)

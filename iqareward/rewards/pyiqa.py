@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from iqareward.losses import drop_broken_gradients
+from iqareward.images import drop_broken_gradients
 from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel, plain_defaults
 from iqareward.rewards.pyiqa_build import build_metric, check_request, network_of

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iqareward.groups import check_rows, is_distributed
-from iqareward.losses import LossWeights, mix
 from iqareward.types import Groups
+from iqareward.weighting import LossWeights, mix
 
 LOG_FLOOR = math.log(1e-6)  # smallest difficulty told apart
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iqareward.groups import check_rows
-from iqareward.losses import LossWeights, mix
+from iqareward.weighting import LossWeights, mix
 
 # HPT's: (RL, SFT) for 0 to 8 solved of 8 rollouts.
 HPT_TABLE = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125), *[(1.0, 0.0)] * 4)

@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from iqareward.losses import LossWeights
 from iqareward.types import Groups
+from iqareward.weighting import LossWeights
 
 Signal: TypeAlias = Literal["difficulty", "pass_rate", "gradient_noise"]
 """What a weighting goes by: a distance to the ground truth (large = hard), the share of an input's rollouts that pass

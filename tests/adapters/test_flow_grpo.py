@@ -15,8 +15,8 @@ import iqareward
 from iqareward import FullReference, NoReference
 from iqareward.adapters import flow_grpo
 from iqareward.adapters.flow_grpo import edit_reward_function, install, reward_function, weighted_samples
-from iqareward.losses import LossWeights
 from iqareward.types import Reward
+from iqareward.weighting import LossWeights
 from tests.adapters.doubles import flow_grpo as double
 from tests.adapters.doubles.pages import blocks, execute, package
 from tests.tolerances import EXACT, OTHER_PACKAGE

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from iqareward.adapters._values import OnNan
 from iqareward.adapters.reward_losses import ReNOLoss, alignprop_loss, vader_loss
-from iqareward.losses import LossWeights
 from iqareward.rewards.metric import NoReference
+from iqareward.weighting import LossWeights
 from tests.adapters.doubles.gradient_loops import AlignPropTrainer, LatentNoiseTrainer, vader_step
 from tests.adapters.restoration_agent import photographs
 from tests.tolerances import HALF_NETWORK

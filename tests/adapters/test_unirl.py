@@ -12,8 +12,8 @@ import iqareward
 from iqareward import NoReference
 from iqareward.adapters import unirl, unirl_service
 from iqareward.adapters.unirl import track_advantages
-from iqareward.losses import LossWeights
 from iqareward.types import Reward
+from iqareward.weighting import LossWeights
 from tests.adapters.doubles import unirl as double
 from tests.adapters.doubles.pages import blocks, execute, package
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE

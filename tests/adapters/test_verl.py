@@ -16,7 +16,7 @@ import iqareward
 from iqareward import NoReference
 from iqareward.adapters import verl
 from iqareward.adapters.verl import batch_score_function, compute_score, rollout_is_weights
-from iqareward.losses import LossWeights
+from iqareward.weighting import LossWeights
 from tests.adapters.doubles import verl as double
 from tests.adapters.doubles.pages import blocks
 from tests.tolerances import EXACT, NETWORK_BATCH
