@@ -120,9 +120,10 @@ class MicroBatched(Wrapper):
 
     def close(self) -> None:
         """Score what is in the queue, then end the worker of this process, for every copy; later calls fail."""
-        batcher = self._running()
+        worker = self._running().worker
+        worker.refuse_from_within(f"MicroBatched of {self.name}")
         _BATCHERS.get().forget(self.key)  # whoever comes later gets a new one
-        batcher.worker.close()
+        worker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -330,13 +331,17 @@ class _Worker:
         Raises:
             RuntimeError: The worker is closed, or waits itself for the code that calls this.
         """
-        self.check(job, user)
+        self.refuse_from_within(user)
         self.inbox.put(job, user)
         return job
 
-    def check(self, job: _Job, user: str) -> None:
-        """Refuse a job that `submit` would refuse because the worker waits for its caller."""
-        if self.inbox in job.waiting:
+    def refuse_from_within(self, user: str) -> None:
+        """Refuse a call for which this worker would wait for itself.
+
+        Raises:
+            RuntimeError: The worker waits for the code that calls this.
+        """
+        if self.inbox in _waiting.get():
             raise RuntimeError(
                 f"{user} was called from within its own reward and would wait for itself for ever. Let that reward "
                 "call the wrapped one instead (the attribute `reward`), or a wrapper of its own with another `key`."
@@ -538,7 +543,7 @@ class _Background:
 
     def submit(self, reward: Reward, call: Call) -> PendingScores:
         job, user = _Job(call, reward), f"Overlapped of {reward.name}"
-        self._worker.check(job, user)  # before it waits for room
+        self._worker.refuse_from_within(user)  # before it waits for room
         self._free.acquire()
         job.future.add_done_callback(lambda _: self._free.release())  # cancelled ones too
         return PendingScores(self._worker.submit(job, user).future)
