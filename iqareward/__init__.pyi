@@ -1,0 +1,48 @@
+"""The public names, which are imported when they are first used."""
+
+from .advantages import RewardMemory as RewardMemory
+from .advantages import combine_advantages as combine_advantages
+from .advantages import group_advantages as group_advantages
+from .difficulty import DifficultyMemory as DifficultyMemory
+from .difficulty import reference_distance as reference_distance
+from .images import to_images as to_images
+from .monitor import HackingMonitor as HackingMonitor
+from .rewards.batching import MicroBatched as MicroBatched
+from .rewards.batching import Overlapped as Overlapped
+from .rewards.cached import Cached as Cached
+from .rewards.calibration import AffineMap as AffineMap
+from .rewards.calibration import Calibrated as Calibrated
+from .rewards.calibration import CDFMap as CDFMap
+from .rewards.calibration import LogisticMap as LogisticMap
+from .rewards.calibration import load_map as load_map
+from .rewards.calibration import save_map as save_map
+from .rewards.catalog import load as load
+from .rewards.compose import Chunked as Chunked
+from .rewards.compose import SoftMin as SoftMin
+from .rewards.compose import WeightedSum as WeightedSum
+from .rewards.compose import evaluate as evaluate
+from .rewards.core import ImageReward as ImageReward
+from .rewards.fidelity import FidelityFloor as FidelityFloor
+from .rewards.lpips_dists import DISTSReward as DISTSReward
+from .rewards.lpips_dists import LPIPSReward as LPIPSReward
+from .rewards.metric import FullReference as FullReference
+from .rewards.metric import NoReference as NoReference
+from .rewards.owl2.deqa import DeQAReward as DeQAReward
+from .rewards.owl2.qalign import QAlignReward as QAlignReward
+from .rewards.piq_metrics import PIQReward as PIQReward
+from .rewards.pyiqa import PyIQAReward as PyIQAReward
+from .rewards.vlm.level import LevelReward as LevelReward
+from .rewards.vlm.published import QInsightReward as QInsightReward
+from .rewards.vlm.published import QReAlignReward as QReAlignReward
+from .rewards.vlm.published import VisualQualityR1Reward as VisualQualityR1Reward
+from .rewards.vlm.published import zero_shot_level_reward as zero_shot_level_reward
+from .rewards.vlm.rating import RatingReward as RatingReward
+from .serving.remote import RemoteReward as RemoteReward
+from .serving.served import ServedVLMReward as ServedVLMReward
+from .testing import check_reward as check_reward
+from .types import Reward as Reward
+from .weighting import AdaptiveWeighter as AdaptiveWeighter
+from .weighting import LossWeights as LossWeights
+from .weighting import mixed_loss as mixed_loss
+
+__version__: str
