@@ -1,4 +1,4 @@
-"""Score each image once: for frozen references, evaluation sets, and everything else that comes again."""
+"""Remember scores, so that images that come again are not scored again."""
 
 import hashlib
 import sqlite3
@@ -115,24 +115,24 @@ _DIGEST_BYTES = 20
 
 @final
 class Cached(Wrapper):
-    """The same reward, called once for each content: pixels, and references and prompts where it looks at them.
+    """The same reward, called only once for the same pixels, references and prompts.
 
-    Worth it for images that come again and a reward that is dearer than hashing them (about a millisecond for 512 x 512
-    pixels). The pixels are hashed on the host, so images on a GPU are copied and waited for. Scores are those of the
+    This pays for images that come again and a reward that costs more than hashing them (about a millisecond for
+    512 x 512 pixels). The pixels are hashed on the host, so images on a GPU are copied and waited for. Scores are those of the
     first time, bit for bit; NaN is computed again.
 
     Args:
-        reward: any reward that is not differentiable.
-        max_entries: scores in memory at most; those not used for longest are dropped.
-        directory: keep scores there too, for other runs and processes. If it cannot be used, such as for a full disk or
-            a damaged file, a warning says so once, and scores are computed.
-        max_bytes: of the directory.
-        version: part of the key, as are the reward's name and this library's version. Change it with the weights: a
-            directory cannot see that a reward of the same name has become another.
-        cache_nan: keep NaN too. Off, because "not scored" may pass, e.g. where a server was down.
+        reward: Any reward that is not differentiable.
+        max_entries: The most scores to keep in memory; the least recently used are dropped.
+        directory: A folder that keeps scores for other runs and processes. If it cannot be used, for example because
+            the disk is full, a warning says so once, and scores are computed.
+        max_bytes: The largest size of the directory.
+        version: Part of the key, with the reward's name and this library's version. Change it with the weights: the
+            directory cannot tell rewards of the same name apart.
+        cache_nan: Keep NaN too. Off by default, because a server that was down may be up again.
 
     Raises:
-        ValueError: the reward is differentiable (a stored score has no graph), or a bound is below 1.
+        ValueError: The reward is differentiable (a stored score has no graph), or a limit is below 1.
 
     Example:
         >>> import torch, iqareward

@@ -1,4 +1,4 @@
-"""One call of a reward as rows to check, cut, merge and score: what batching, caching and sending share."""
+"""One call of a reward: check its columns, group them by size, cut, merge and score them."""
 
 import asyncio
 import concurrent.futures
@@ -14,7 +14,7 @@ from iqareward.types import Images, Reward, Scores
 
 
 class Bucket(NamedTuple):
-    """The rows of a call whose images have one size, and whose inputs have one size; `[b, 3, H, W]` each."""
+    """Rows of a call whose images share one size, and whose inputs share one size; `[b, 3, H, W]` each."""
 
     images: Tensor
     references: Tensor | None
@@ -23,7 +23,7 @@ class Bucket(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return self.images.shape[0]
 
     def split(self, size: int) -> Iterator["Bucket"]:
@@ -86,13 +86,9 @@ Rows = tuple[Tensor, *tuple[Tensor, ...]] | list[Sequence[Tensor]]
 def checked_columns(
     name: str, images: Images, references: Images | None, inputs: Images | None, prompts: Sequence[str] | None
 ) -> tuple[Rows, Images | None]:
-    """(images and references, inputs) after all checks of shape, dtype and device.
+    """(images and references, inputs) after all checks of shape, dtype and device, as `Call.check` describes them.
 
     Batches stay as they are, unless images or references are rows, which makes rows of both.
-
-    Raises:
-        TypeError: something is not a floating-point tensor.
-        ValueError: shapes, devices or numbers are wrong or do not match.
     """
     rows = _checked_rows(name, images, references)
     if prompts is not None and len(prompts) != len(rows[0]):
@@ -202,7 +198,7 @@ _SIGNALS = (
 @final
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Images with what travels along with them, row by row."""
+    """Images with their references, inputs and prompts, row by row."""
 
     images: Images
     references: Images | None = None
@@ -223,7 +219,7 @@ class Call:
         """The call without columns that a reward does not look at; prompts go along if given.
 
         Raises:
-            ValueError: something that it needs is missing.
+            ValueError: A column that it needs is missing.
         """
         name, needs_inputs = reward.name, getattr(reward, "needs_inputs", False)
         if reward.needs_references and self.references is None:
@@ -231,21 +227,21 @@ class Call:
                 f"{name} expected `references` (it is a full-reference reward), got None. Pass references=..."
             )
         if needs_inputs and self.inputs is None:
-            raise ValueError(f"{name} expected `inputs`, the degraded pictures, got None. Pass inputs=...")
+            raise ValueError(f"{name} expected `inputs`, the degraded images, got None. Pass inputs=...")
         if reward.needs_prompts and self.prompts is None:
             raise ValueError(f"{name} expected `prompts`, one per image, got None. Pass prompts=...")
         references = self.references if reward.needs_references else None
         return Call(self.images, references, self.inputs if needs_inputs else None, self.prompts)
 
     def check(self, name: str) -> "Call":
-        """The call, if its images are in order, so that a bad one fails where it is made.
+        """Return the call itself after all checks of shape, dtype and device.
 
         Args:
             name: The reward's name, for error messages.
 
         Raises:
-            TypeError: something is not a floating-point tensor.
-            ValueError: shapes, devices or numbers are wrong or do not match.
+            TypeError: A column is not a floating-point tensor.
+            ValueError: Shapes, devices or numbers of rows are wrong or do not match.
         """
         checked_columns(name, self.images, self.references, self.inputs, self.prompts)
         return self
@@ -265,20 +261,20 @@ class Call:
         if len(self) <= size and self.nbytes <= most:
             yield self
             return
-        start, held = 0, 0
-        for row, pixels in enumerate(self._row_bytes()):
-            if row - start == size or (row > start and held + pixels > most):
+        start, nbytes = 0, 0
+        for row, row_bytes in enumerate(self._row_bytes()):
+            if row - start == size or (row > start and nbytes + row_bytes > most):
                 yield self.rows(slice(start, row))
-                start, held = row, 0
-            held += pixels
+                start, nbytes = row, 0
+            nbytes += row_bytes
         yield self.rows(slice(start, len(self)))
 
     def score(self, reward: Reward) -> Scores:
         """The reward's scores.
 
         Raises:
-            RuntimeError: the reward raised what generators and futures take for a signal, such as StopIteration.
-            ValueError: the scores are no tensor with one for each image.
+            RuntimeError: The reward raised an exception that generators and futures take for a signal.
+            ValueError: The scores are not a tensor with one score per image.
         """
         try:
             inputs = {} if self.inputs is None else {"inputs": self.inputs}  # not every reward knows of them
@@ -303,7 +299,7 @@ class Call:
         return combined.combine(scores), scores
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor in it."""
+        """Every tensor of the call."""
         for column in (self.images, self.references, self.inputs):
             if isinstance(column, Tensor):
                 yield column
@@ -319,7 +315,7 @@ class Call:
 
 
 def parts_of(reward: Reward) -> Sequence[Reward]:
-    """The rewards that a combination is made of; none for any other reward, whatever its `parts` may be."""
+    """The rewards that a combination consists of; none for any other reward, whatever its `parts` may be."""
     return getattr(reward, "parts", ()) if hasattr(reward, "combine") else ()
 
 

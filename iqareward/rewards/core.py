@@ -1,4 +1,4 @@
-"""The reward contract, once: what every reward shares, and the three kinds of reward that are built on it.
+"""The reward contract: the base of every reward, and the three kinds of reward built on it.
 
 `ImageReward` scores images by a function on clean batches, `Combined` makes one score of the scores of several rewards,
 and `Wrapper` decides when and how another reward is called.
@@ -57,18 +57,18 @@ class BaseReward(ABC):
 
         Args:
             images: `[B, 3, H, W]` float RGB in [0, 1] on any device, or a sequence of `[3, H, W]`.
-            references: the ground truth, of the same shapes and device as `images`.
-            inputs: the degraded pictures that were restored, one per image on the same device; sizes may differ.
-            prompts: one per image.
-            **ignored: whatever else a trainer passes.
+            references: The ground truth, with the shapes and the device of `images`.
+            inputs: The degraded images that were restored, one per image on the same device; sizes may differ.
+            prompts: One text per image.
+            **ignored: Anything else a trainer passes.
 
         Returns:
             `[B]` float32 on the device of `images`, higher is better, NaN = not scored.
 
         Raises:
-            ValueError: shapes are wrong, or something that the reward needs is missing or does not match.
-            TypeError: images are not floating-point tensors.
-            RuntimeError: the reward is offloaded.
+            ValueError: Shapes are wrong, or a column that the reward needs is missing or does not match.
+            TypeError: Images are not floating-point tensors.
+            RuntimeError: The reward is offloaded.
         """
         return self.score_call(self._call(images, references, inputs, prompts))
 
@@ -78,18 +78,18 @@ class BaseReward(ABC):
         return ()
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the weights, or choose where they will be loaded; returns the reward itself, which may score there."""
+        """Move the weights, or choose where they will be loaded; undoes `offload` and returns the reward itself."""
         self._each("to", device)
         object.__setattr__(self, "_is_offloaded", False)  # of a frozen dataclass as well
         return self
 
     def offload(self) -> None:
-        """Give the weights' memory on the device back, such as while the model trains; calls fail until `onload`."""
+        """Free the device memory of the weights, for example while the model trains; calls fail until `onload`."""
         object.__setattr__(self, "_is_offloaded", True)
         self._each("offload")
 
     def onload(self) -> None:
-        """Bring the weights back from host memory to where they were before `offload`."""
+        """Bring the weights back to where they were before `offload`."""
         self._each("onload")
         object.__setattr__(self, "_is_offloaded", False)
 
@@ -101,7 +101,7 @@ class BaseReward(ABC):
         """Score a call.
 
         Args:
-            call: images, and those of the other columns that the reward needs; prompts also if it does not.
+            call: The images, the other columns that the reward needs, and the prompts if there are any.
 
         Returns:
             `[B]` float32 on the device of the images, higher is better, NaN = not scored.
@@ -112,7 +112,7 @@ class BaseReward(ABC):
         return UnscoredWatch()
 
     def _moved(self) -> Iterable[Any]:
-        """What moves with this reward."""
+        """The rewards and models that move with this reward."""
         return ()
 
     def _each(self, method: str, *arguments: Any) -> None:
@@ -133,22 +133,22 @@ class BaseReward(ABC):
 
 
 class ImageReward(BaseReward):
-    """A reward by a function on clean batches; the rest of the contract is written here.
+    """A reward that scores clean batches with one function; this class does the rest of the contract.
 
-    Images of any sizes are checked, grouped by size, cut to a budget of memory, cleaned and moved to where the weights
-    are. What cannot be scored is NaN and touches no other image. The function runs in float32 without autocast, and
-    with a graph exactly if the reward is `differentiable`, whatever the modes of the caller are.
+    It checks images of any sizes, groups them by size, cuts the groups to a memory budget, and cleans and moves them
+    to where the weights are. An image that cannot be scored gets NaN and affects no other. The function runs in
+    float32 without autocast, and with a graph exactly if the reward is `differentiable`, in whatever mode the caller is.
 
     Derive from it: set `name` and the other facts, and write `score_batch`. Weights go into `self.model_loader`.
 
     Attributes:
         min_side: images with a shorter side are not scored.
-        batch_size: images per call of `score_batch`; None = what stays in a CPU's cache, or fits the budget of memory
-            on another device. With `differentiable`, images that do not all fit are scored again in the backward pass,
-            part by part, so that the graph of one part is kept at a time.
-        bytes_per_pixel: working memory of `score_batch` on a device for each pixel of an image, the clean copies
-            included, and with `differentiable` what the graph keeps.
-        model_loader: the weights, None if there are none.
+        batch_size: images per call of `score_batch`; None = as many as stay in a CPU's cache, or fit the memory budget
+            of another device. With `differentiable`, images that do not all fit are scored again in the backward pass,
+            part by part, so that only one part's graph exists at a time.
+        bytes_per_pixel: memory that `score_batch` needs on a device for each pixel of an image, including the clean
+            copies and, with `differentiable`, the graph.
+        model_loader: the weights; None if there are none.
 
     Example:
         >>> import torch
@@ -172,10 +172,10 @@ class ImageReward(BaseReward):
         """Score a clean batch.
 
         Args:
-            images: float32 `[b, 3, H, W]` in [0, 1], where the weights are.
-            others: not used.
-            columns: those of `references` `[b, 3, H, W]`, `inputs` `[b, 3, h, w]` and `prompts` that the reward needs,
-                by these names.
+            images: Float32 `[b, 3, H, W]` in [0, 1], on the device of the weights.
+            others: Not used.
+            columns: `references` `[b, 3, H, W]`, `inputs` `[b, 3, h, w]` and `prompts`, each only if the reward needs
+                it.
 
         Returns:
             `[b]`, higher is better. An image's score must not depend on its batch.
@@ -195,7 +195,7 @@ class ImageReward(BaseReward):
         return self.model_loader
 
     def _rows(self, measure: Callable[..., Tensor], call: Call, *width: int) -> Tensor:
-        """`[B, *width]` float32 where the images are: what `measure` gives for clean batches, NaN for broken images."""
+        """`[B, *width]` float32 on the images' device: `measure` of clean batches, and NaN for broken images."""
         if not self.bytes_per_pixel > 0 or (self.batch_size is not None and self.batch_size < 1):
             raise ValueError(
                 f"{self.name} expected `bytes_per_pixel` > 0, and `batch_size` >= 1 or None, got "
@@ -213,7 +213,7 @@ class ImageReward(BaseReward):
                 return in_order(self._of_buckets(measure, buckets, device, width).to(images_on), order)
 
     def _device(self, images: Tensor) -> torch.device:
-        """Where to compute: where the weights are, which are loaded if need be, or where the images are."""
+        """The device to compute on: that of the weights, which are loaded if need be, else that of the images."""
         if self.model_loader is None:
             return images.device
         self._loader.ready(images)
@@ -261,15 +261,15 @@ class ImageReward(BaseReward):
 
 
 class Combined(BaseReward):
-    """One score from the scores of several rewards; facts and movers follow from the parts.
+    """One score from the scores of several rewards; facts, `to`, `offload` and `onload` follow from the parts.
 
     Args:
-        parts: with unique names.
+        parts: Rewards with unique names.
         name: The name of the combination.
         bounds: The lowest and highest score it can give; None = unbounded on that side.
 
     Raises:
-        ValueError: no parts, or two of the same name.
+        ValueError: There are no parts, or two have the same name.
 
     Example:
         >>> import torch, iqareward
@@ -325,10 +325,10 @@ class Combined(BaseReward):
 
 
 class Wrapper(BaseReward):
-    """A reward that calls another one its own way; facts and movers are forwarded.
+    """A reward that decides how another one is called; facts, `to`, `offload` and `onload` are forwarded.
 
     Args:
-        reward: what is called.
+        reward: The reward to call.
 
     Example:
         >>> import torch, iqareward
@@ -349,12 +349,7 @@ class Wrapper(BaseReward):
 
 
 def masked(found: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Float32, NaN where an image is not valid or what was found for it not finite.
-
-    Args:
-        found: `[b, ...]`.
-        valid: `[b]` bool; None = all.
-    """
+    """`found` `[b, ...]` as float32, NaN for rows that are not `valid` `[b]` or not finite."""
     found = found.float()
     intact = found.abs() < torch.inf
     if found.ndim > 1:
@@ -383,11 +378,7 @@ def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool, bool]:
 
 
 def check_names(who: str, rewards: Sequence[Reward]) -> None:
-    """Refuse no rewards at all, or rewards that cannot be told apart by name.
-
-    Raises:
-        ValueError: no rewards, or two of the same name.
-    """
+    """Refuse an empty list of rewards, and rewards with the same name."""
     names = [reward.name for reward in rewards]
     if not names:
         raise ValueError(f"{who} expected at least one reward, got none.")

@@ -1,4 +1,4 @@
-"""Weights that are loaded once, on first use, and foreign code that runs as it was written to run."""
+"""Lazily loaded weights, the devices they live on, and the defaults that foreign code expects."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ def device_here(device: torch.device | str) -> torch.device:
     """The device as the thread that names it means it: "cuda" is its current GPU, if it uses CUDA already.
 
     Args:
-        device: as it was given.
+        device: The device as the user gave it.
 
     Returns:
         The device. "cuda" stays without an index where CUDA is not in use yet: asking would start it, in a process
@@ -35,8 +35,8 @@ def device_now(device: torch.device, *, name: str) -> torch.device:
     """The device, with an index if it is "cuda": now it has to be used.
 
     Args:
-        device: from `device_here`.
-        name: who uses it, for the error message.
+        device: The result of `device_here`.
+        name: The name of the user, for the error message.
 
     Raises:
         RuntimeError: it is "cuda" in a background thread, and the process uses CUDA and sees several GPUs. That
@@ -66,7 +66,7 @@ class ImageDevice:
     """Where an adapter moves its images, which it may do in another thread than the one that it was made in.
 
     Args:
-        device: as it was given; None = the images stay where they are.
+        device: The device as the user gave it; None = the images stay where they are.
         name: The adapter's name, for error messages.
     """
 
@@ -138,7 +138,7 @@ class LazyModel:
         self.lock = ProcessLock()
 
     def get(self, images: Tensor | None = None) -> nn.Module:
-        """The network wherever it is, built if need be; `images` tell where, if nobody else does."""
+        """The network on whatever device, built if need be, by default on the device of `images`."""
         with self.lock:
             if self._network is None:
                 device = self._where_to_build(images)
@@ -150,10 +150,10 @@ class LazyModel:
             return self._network
 
     def ready(self, images: Tensor | None = None) -> nn.Module:
-        """The network on its device, for this thread's stream.
+        """The network on its device, ready for this thread's stream.
 
         Raises:
-            RuntimeError: it is offloaded, or which GPU it belongs on cannot be told.
+            RuntimeError: It is offloaded, or its GPU is not known.
         """
         network = self.get(images)
         if self._offloaded:
@@ -162,12 +162,7 @@ class LazyModel:
         return network
 
     def derived(self, key: Hashable, make: Callable[[Any], T]) -> T:
-        """What `make` computes from the network: once, and again when the network has moved; for this thread's stream.
-
-        Args:
-            key: what it is kept under.
-            make: `make(network)`.
-        """
+        """The cached result of `make(network)`, computed again when the network has moved; for this thread's stream."""
         with self.lock, torch.inference_mode(False), torch.no_grad():
             network = self.ready()
             if key not in self._derived:
@@ -191,21 +186,20 @@ class LazyModel:
                 if self._offloaded and target == self.device:
                     self.onload()
                 else:
-                    self._let_go()
+                    self._release()
                     self._network.to(target)
                     self._host, self._offloaded, self._order = None, False, StreamOrder(target)
             self._asked, self._device = device, target
 
     def offload(self) -> None:
-        """Give the device's memory back, if the network is built. Calls are refused until `onload`.
+        """Free the device memory of the weights, if they are loaded; calls are refused until `onload`.
 
-        The weights stay in host memory, in a copy that the first call makes and that is kept from then on, so that
-        later calls copy nothing.
+        The first call copies the weights to host memory. The copy is kept, so that later calls copy nothing.
         """
         with self.lock, torch.inference_mode(False), torch.no_grad():
             if self._network is None or self._offloaded:
                 return
-            self._let_go()
+            self._release()
             if self.device.type != "cpu":
                 if self._host is None or not self._host.is_current(self._network):
                     self._host = None  # two copies need not fit
@@ -221,11 +215,8 @@ class LazyModel:
                     self._host.onload()
                 self._offloaded, self._order = False, StreamOrder(self.device)
 
-    def _let_go(self) -> None:
-        """Forget what was computed from the weights; memory of both is reused only when those who read it are done.
-
-        This thread is one of them: it moves the weights.
-        """
+    def _release(self) -> None:
+        """Drop derived values; the memory of the weights is reused only after all streams that read it are done."""
         self._order.read()
         for order in (self._order, *(order for _, order in self._derived.values())):
             order.drop()
@@ -256,13 +247,13 @@ class LazyModel:
 
 @final
 class HostCopy:
-    """A copy of a network's weights in host memory, made once: to leave the device is then only to let go.
+    """A copy of a network's weights in host memory, which makes offloading free after the first time.
 
-    For CUDA the memory is page-locked, so that weights come back without a wait of the host, as fast as the bus is.
+    For CUDA the memory is page-locked, so that weights come back at the speed of the bus and without a host wait.
 
     Args:
-        network: frozen; quantised tensors of torchao may be among its weights.
-        device: where it is.
+        network: A frozen network; its weights may be quantised by torchao.
+        device: The device of the network.
 
     Example:
         >>> network = nn.Linear(2, 1).requires_grad_(False)
@@ -288,16 +279,16 @@ class HostCopy:
         self._seen = _versions(self._tensors)
 
     def is_current(self, network: nn.Module) -> bool:
-        """Whether this still is a copy: nobody has written to the network's weights, or replaced any."""
+        """Whether the network's weights have been neither written to nor replaced since the copy."""
         return self._seen == _versions(tensor for tensor in _tensors(network) if tensor.device == self._device)
 
     def offload(self) -> None:
-        """Let the network's weights be the copies, so that their memory on the device is free."""
+        """Point the network's weights at the copies, which frees their memory on the device."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             tensor.data = copy
 
     def onload(self) -> None:
-        """Copy the weights to the device, in this thread's stream; all of them or, if there is no room, none."""
+        """Copy the weights to the device, in this thread's stream; all of them or, without enough memory, none."""
         try:
             for tensor, copy in zip(self._tensors, self._copies, strict=True):
                 tensor.data = copy.to(self._device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Helpers for scoring: the modes it runs in, clean pixels, and the warning when a reward scores nothing."""
+"""Helpers for scoring: torch modes, clean pixels, and the warning when a reward scores no image."""
 
 import inspect
 import math
@@ -54,14 +54,10 @@ def collect_reasons() -> Generator[list[str]]:
 
 @final
 class UnscoredWatch:
-    """Warns once in the life of a reward that it scored nothing, and says why: most often a forgotten conversion.
+    """Warns once per reward that it scored no image, and why: most often a forgotten conversion of pixels.
 
     Looking at scores waits for their device. On a CPU that costs nothing, so every call is looked at; on other devices
-    only the first one is. A pickled copy begins a life of its own.
-
-    Example:
-        >>> watch = UnscoredWatch()
-        >>> watch.look("ssim", torch.tensor([0.5, torch.nan]), torch.rand(2, 3, 8, 8))  # one image is scored: silent
+    only the first one is.
     """
 
     def __init__(self) -> None:
@@ -81,17 +77,7 @@ class UnscoredWatch:
         min_side: int = 1,
         otherwise: str = "it has no finite value for these images",
     ) -> None:
-        """Warn if all scores are NaN.
-
-        Args:
-            name: The reward's name, for the warning.
-            scores: `[B]` of the images.
-            images: what was scored.
-            references: what they were compared with.
-            inputs: the degraded pictures, if they count.
-            min_side: images with a shorter side are not scored.
-            otherwise: the reason if the pixels do not show one.
-        """
+        """Warn if all scores are NaN; `otherwise` is the reason if the pixels do not show one."""
         if scores.shape[0] == 0 or torch.compiler.is_compiling():
             return
         reasons = _reasons.get()
@@ -108,12 +94,7 @@ class UnscoredWatch:
 
 
 def why_unscored(images: Images, *, min_side: int = 1, **others: Images | None) -> Iterator[str]:
-    """What about the pixels keeps images, or others of the same shapes, from being scored; waits for their device.
-
-    Example:
-        >>> list(why_unscored(torch.zeros(1, 3, 8, 8), min_side=11))
-        ['the image has a side shorter than 11 pixels']
-    """
+    """The reasons, found in the pixels, why images cannot be scored; waits for their device."""
     num_small = sum(min(row.shape[-2:]) < min_side for row in images)
     if num_small:
         yield f"{_some(num_small, len(images), 'images', 'has', 'have')} a side shorter than {min_side} pixels"
@@ -152,7 +133,7 @@ def _likely_range(low: float, high: float) -> tuple[str, str]:
 
 
 def _first_foreign_frame() -> int:
-    """The `stacklevel`, for a warning of the caller, of the code that called this package."""
+    """The `stacklevel` that makes a warning point at the code that called this package."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "iqareward":
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Locks, and values that exist once in each process, which neither a fork nor a pickle may carry over."""
+"""Locks and values per process, which survive forks and pickling, and the order of CUDA streams across threads."""
 
 import os
 import threading
@@ -81,10 +81,10 @@ class ProcessLock:
 
 @final
 class PerProcess(Generic[T]):
-    """Makes a value when it is first asked for in a process; threads and locks do not survive a fork.
+    """A value that each process makes for itself when it first needs it, since threads and locks do not survive a fork.
 
     Args:
-        make: builds the value, without arguments; picklable if this object is to be pickled.
+        make: Builds the value, without arguments; picklable if this object is to be pickled.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -101,7 +101,7 @@ class PerProcess(Generic[T]):
             return self._values[process]
 
     def forget(self) -> T | None:
-        """What this process has, which is this object's no more; the next `get` makes another."""
+        """Return the value of this process and drop it; the next `get` makes another."""
         with self._lock:
             return self._values.pop(os.getpid(), None)
 
@@ -110,6 +110,6 @@ class PerProcess(Generic[T]):
 
 
 def fork_waits_for(lock: Any) -> None:
-    """Let forks wait until a re-entrant lock is free: a child would find what it guards half done for ever."""
+    """Let forks wait until a re-entrant lock is free: a child would find the guarded work half done for ever."""
     if hasattr(os, "register_at_fork"):  # Windows has no forks
         os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)

@@ -96,7 +96,7 @@ def test_inputs_reach_the_reward(form: str) -> None:
     found = FORMS[form](Brighter())(list(images), inputs=rows)
     torch.testing.assert_close(found[0], scores[0], **OTHER_PACKAGE)
     assert found.isnan().tolist() == [False, False, True]
-    with pytest.raises(ValueError, match="expected `inputs`, the degraded pictures"):
+    with pytest.raises(ValueError, match="expected `inputs`, the degraded images"):
         reward(images)
 
 
