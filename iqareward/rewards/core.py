@@ -137,7 +137,7 @@ class ImageReward(BaseReward):
 
     It checks images of any sizes, groups them by size, cuts the groups to a memory budget, and cleans and moves them
     to where the weights are. An image that cannot be scored gets NaN and affects no other. The function runs in
-    float32 without autocast, and with a graph exactly if the reward is `differentiable`, in whatever mode the caller is.
+    float32 without autocast, and with a graph exactly if the reward is `differentiable`, whatever the caller's mode.
 
     Derive from it: set `name` and the other facts, and write `score_batch`. Weights go into `self.model_loader`.
 
