@@ -110,7 +110,7 @@ def _network(make: Callable[[int], Any], batch: int) -> Callable[[], Any]:
 def _qalign(batch: int) -> Any:
     from benchmarks.bench_qalign import random_model
     from iqareward import QAlignReward
-    from iqareward.rewards.owl2 import Owl2Config
+    from iqareward.rewards.owl2.network import Owl2Config
 
     model = random_model(Owl2Config(), torch.device("cuda", 0), torch.bfloat16)
     return QAlignReward(model, scale="mos", batch_size=batch)

@@ -9,10 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iqareward.rewards.owl2 import Owl2
-from iqareward.rewards.owl2.decoder import Layout
-from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, PAD_LEVELS
-from iqareward.rewards.owl2.prompts import LEVEL_IDS, prompt_ids
+from iqareward.rewards.owl2.network import Layout, Owl2
+from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, LEVEL_IDS, PAD_LEVELS, PROMPTS
 
 # In a process of its own: importing pyiqa's scorer replaces classes of transformers. Two patches make it run at all on
 # transformers 5: a stand-in for the undeclared dependency icecream, and the method that transformers removed.
@@ -41,7 +39,7 @@ print("images_per_s", 3 / (time.perf_counter() - start))
 def reference_scores(model: Owl2, images: list[Image.Image]) -> Tensor:
     """The published protocol: see the module's docstring."""
     weight = model.lm_head.weight
-    prompt = prompt_ids("quality")
+    prompt = PROMPTS["quality"]
     embed, scores = model.model.embed_tokens, []
     worth = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0], device=weight.device)
     for image in images:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from iqareward.rewards.owl2 import Owl2Config
-from iqareward.rewards.owl2.prompts import prompt_ids
+from iqareward.rewards.owl2.network import Owl2Config
+from iqareward.rewards.owl2.preprocess import PROMPTS
 
 
 def tflop_per_image(config: Owl2Config) -> float:
@@ -17,7 +17,7 @@ def tflop_per_image(config: Owl2Config) -> float:
     queries, keys = config.num_queries, config.num_queries + tokens
     abstractor_layer = 2 * width**2 * (2 * queries + 2 * keys) + 4 * queries * keys * width
     abstractor_layer += 6 * queries * width * config.abstractor_ffn
-    prompt = prompt_ids("quality")
+    prompt = PROMPTS["quality"]
     rows, hidden = queries + 1 + len(prompt.suffix), config.hidden
     kv_width = config.kv_heads * hidden // config.heads
     row_flops = 4 * hidden**2 + 6 * hidden * config.ffn

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_qalign import MEDIUM, TINY, random_model
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.rewards import QAlignReward
 from iqareward.types import Images, Scores
 
 # `wide` has few tokens and large matrices: an image alone waits for the weights to be read; a batch reads them once.

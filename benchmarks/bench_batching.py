@@ -26,8 +26,8 @@ import iqareward
 from benchmarks._harness import document, finish, medians, target
 from benchmarks.bench_qalign import TINY, random_model
 from iqareward import MicroBatched
-from iqareward.rewards.owl2 import Owl2Config
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.network import Owl2Config
+from iqareward.rewards.owl2.rewards import QAlignReward
 from iqareward.types import Images, Reward, Scores
 
 NUM_CALLERS = 8

@@ -30,9 +30,9 @@ from PIL import Image
 from benchmarks._harness import document, finish, target
 from benchmarks._qalign_reference import pyiqa_status, reference_scores
 from benchmarks._qalign_work import matmul_ceiling, tflop_per_image, timed
-from iqareward.rewards.owl2 import Owl2, Owl2Config
-from iqareward.rewards.owl2.loading import quantize_decoder
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.checkpoints import quantize_decoder
+from iqareward.rewards.owl2.network import Owl2, Owl2Config
+from iqareward.rewards.owl2.rewards import QAlignReward
 
 # A quarter of the width and of the depth, with the same head sizes, tokens and vocabulary: the parts keep their shares.
 MEDIUM = Owl2Config(
@@ -102,7 +102,7 @@ def build_modes(model: Owl2, batches: list[int], quick: bool, compile: bool, hal
     rewards = {"eager": QAlignReward(model, scale="mos", batch_size=most)}
     rewards["shared"] = QAlignReward(model, task=("quality", "aesthetics"), scale="mos", batch_size=most)
     for name, value in static.items():
-        rewards[name] = QAlignReward(model, scale="mos", batch_size=most, compile=value)
+        rewards[name] = QAlignReward(model, scale="mos", batch_size=most, compiled=value)
     modes = [
         Mode(name, batch, lambda r=reward, x=images[:batch]: r(x))
         for batch in batches

@@ -27,8 +27,8 @@ from .rewards.lpips_dists import DISTSReward as DISTSReward
 from .rewards.lpips_dists import LPIPSReward as LPIPSReward
 from .rewards.metric import FullReference as FullReference
 from .rewards.metric import NoReference as NoReference
-from .rewards.owl2.deqa import DeQAReward as DeQAReward
-from .rewards.owl2.qalign import QAlignReward as QAlignReward
+from .rewards.owl2.rewards import DeQAReward as DeQAReward
+from .rewards.owl2.rewards import QAlignReward as QAlignReward
 from .rewards.piq_metrics import PIQReward as PIQReward
 from .rewards.pyiqa import PyIQAReward as PyIQAReward
 from .rewards.vlm.level import LevelReward as LevelReward

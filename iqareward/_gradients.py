@@ -1,8 +1,12 @@
-"""Clamping, rounding and square roots whose gradients are finite and the same in every release of torch."""
+"""Clamping, rounding and square roots with finite gradients in every release of torch, and layer checkpointing."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 
 def clamp(values: Tensor, low: float, high: float) -> Tensor:
@@ -37,3 +41,11 @@ def root(values: Tensor) -> Tensor:
         return values.sqrt()
     zero = values == 0  # false for NaN, which must stay NaN
     return values.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+
+
+def checkpoint_layer(layer: Callable[..., Any], *inputs: Any) -> Any:
+    """`layer(*inputs)`; if a backward pass can follow, only the inputs are kept and the layer is run again there."""
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        # No layer draws random numbers, so there is no generator state to save (which would wait for the device).
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)

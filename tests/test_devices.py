@@ -21,7 +21,7 @@ from iqareward.functional import gmsd
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference
-from iqareward.rewards.owl2.deqa import DeQAReward
+from iqareward.rewards.owl2.rewards import DeQAReward
 from iqareward.rewards.vlm.level import LevelReward
 from iqareward.rewards.vlm.rating import RatingReward
 from tests.diffusion import tiny as policies

@@ -15,7 +15,7 @@ from iqareward.functional.resize import pillow_resize
 from iqareward.monitor import STATISTICS
 from iqareward.rewards.backbones import BACKBONES
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.rewards import QAlignReward
 from tests.diffusion.tiny import seeded
 from tests.owl2 import owl2_tiny
 from tests.tolerances import EXACT, NETWORK_BATCH

@@ -33,8 +33,8 @@ from benchmarks.gpu.device import (
 )
 from benchmarks.gpu.run import Clock, gib_allocated, read, release
 from iqareward import LevelReward, MicroBatched, QAlignReward, RatingReward
-from iqareward.rewards.owl2 import Owl2, Owl2Config
-from iqareward.rewards.owl2.loading import quantize_decoder
+from iqareward.rewards.owl2.checkpoints import quantize_decoder
+from iqareward.rewards.owl2.network import Owl2, Owl2Config
 from tests.owl2.owl2_tiny import SMALL
 
 Measure = Callable[[Call, int], Row]
@@ -81,7 +81,7 @@ def qalign(clock: Clock) -> None:
     clock.step("finite", lambda: {"finite": bool(exact.isfinite().all()), "spread": float(exact.std())})
     clock.step("waits", lambda: waits(partial(reward, x)))
     if CUDA:
-        graph = made(batch_size=len(x), compile="graph")
+        graph = made(batch_size=len(x), compiled="graph")
         for batch in batches[:3]:
             work, key = partial(first_and_warm, graph, x[:batch], exact[:batch], measure), f"graph b{batch}"
             clock.step(key, work, need=5, predicted=PREDICTED.get(key))
@@ -102,14 +102,14 @@ def qalign(clock: Clock) -> None:
 
 
 def compiled(clock: Clock) -> None:
-    """The stage of `compile=True`, last because a compilation may hang."""
+    """The stage of `compiled=True`, last because a compilation may hang."""
     # what a CPU's compiler makes of the layers takes a minute, and says nothing of a GPU's
     backend = partial(torch.compile, backend="eager") if clock.tiny else torch.compile
     model, images, batches, measure = qalign_setting(clock)
     if model is None:
         return
     exact = clock.prepare("exact scores", lambda: QAlignReward(model, scale="mos")(images[: batches[0]]))
-    reward = QAlignReward(model, scale="mos", batch_size=batches[0], compile=True)
+    reward = QAlignReward(model, scale="mos", batch_size=batches[0], compiled=True)
     for batch in () if exact is None else batches[:1] if clock.tiny else batches[:2]:
         work, key = partial(first_and_warm, reward, images[:batch], exact[:batch], measure), f"compiled b{batch}"
         with patched(torch, "compile", backend):

@@ -22,8 +22,7 @@ from iqareward.rewards.calibration import AffineMap, Calibrated
 from iqareward.rewards.compose import WeightedSum
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference, NoReference
-from iqareward.rewards.owl2.deqa import DeQAReward
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
 from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.rewards.pyiqa_facts import METRICS, NO_GRADIENT, REFUSED, bounds_of

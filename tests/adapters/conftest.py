@@ -15,6 +15,6 @@ def brightness(images: Tensor) -> Tensor:
 @pytest.fixture
 def qalign(monkeypatch: pytest.MonkeyPatch) -> Reward:
     """Mean brightness under the name and bounds of Q-Align, which `load("qalign")` gives until the test ends."""
-    judge = NoReference(brightness, higher_is_better=True, name="qalign_quality", bounds=(0.0, 1.0))
+    judge = NoReference(brightness, higher_is_better=True, name="qalign", bounds=(0.0, 1.0))
     monkeypatch.setitem(CATALOG, "qalign", CATALOG["niqe"]._replace(build=lambda: judge))
     return judge

@@ -71,7 +71,7 @@ def test_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     scope = run("flow_grpo and its children")
     metadata = [{"gt_path": IMAGES[row], "input_id": row} for row in range(2)]
     gathered = flow_grpo.sampling_phase(module.multi_score("cpu", {}), [(IMAGES, ["", ""], metadata)])
-    assert set(gathered) == {"qalign_quality", "ssim", "groups", "avg"}
+    assert set(gathered) == {"qalign", "ssim", "groups", "avg"}
     assert scope["ddpo"](IMAGES, ("", ""), ({}, {}))[0] == pytest.approx(qalign(IMAGES).numpy())
     assert scope["edit"](list(IMAGES), IMAGES, ["", ""], [{}, {}])[0] == pytest.approx(1)
     batch = {"gt_images": 2 * IMAGES - 1}
@@ -212,4 +212,4 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qalign: Reward) ->
     # the page leaves the tokenizer to TRL, which would load it by the model's name
     offline = functools.partial(trl.GRPOTrainer, processing_class=other.processing_class)
     monkeypatch.setattr(trl, "GRPOTrainer", offline)
-    assert run("TRL", names)["trainer"].reward_func_names == ["qalign_quality"]
+    assert run("TRL", names)["trainer"].reward_func_names == ["qalign"]

@@ -288,7 +288,7 @@ def test_mistakes_before_training() -> None:
         install(ModuleType("empty"), {"niqe": 1.0})
     module = double.rewards_module()
     install(module, [(1.0, "qalign"), (2.0, "qalign")])
-    with pytest.raises(ValueError, match="'qalign_quality' twice"):
+    with pytest.raises(ValueError, match="'qalign' twice"):
         module.multi_score("cpu", {})
     with pytest.raises(ValueError, match="ours, from an earlier call"):
         install(module, {"piqe": 1.0})
@@ -303,7 +303,7 @@ def test_what_the_docstring_says_to_write(monkeypatch: pytest.MonkeyPatch, qalig
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
     gathered = double.sampling_phase(module.multi_score("cpu", {}), [(images, ["", ""], metadata)])
-    assert set(gathered) == {"qalign_quality", "ssim", "groups", "avg"}
+    assert set(gathered) == {"qalign", "ssim", "groups", "avg"}
     np.testing.assert_allclose(gathered["ssim"], 1, rtol=1e-5)
 
 
@@ -317,7 +317,7 @@ def test_page(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
     gathered = double.sampling_phase(module.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])
-    assert set(gathered) == {"pickscore", "qalign_quality", "ssim", "groups", "avg"}
+    assert set(gathered) == {"pickscore", "qalign", "ssim", "groups", "avg"}
     gathered = double.sampling_phase(bfr.multi_score("cpu", {}), [double.bfr_batch(images, ["", ""], images)])
     np.testing.assert_allclose(gathered["avg"], 1, rtol=1e-5)
     slot = double.rewards_module()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqareward.rewards.owl2 import Owl2, Owl2Config
+from iqareward.rewards.owl2.network import Owl2, Owl2Config
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "owl2_tiny.json"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import bench_qalign
-from iqareward.rewards.owl2 import Owl2Config
+from iqareward.rewards.owl2.network import Owl2Config
 from tests.benchmarks.quick import quick_run
 
 

@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from iqareward.rewards.checkpoints import checkpoint_folder
-from iqareward.rewards.owl2 import Owl2, Owl2Config
-from iqareward.rewards.owl2.loading import load_owl2, quantize_decoder
-from iqareward.rewards.owl2.prompts import LEVEL_IDS, prompt_ids
-from iqareward.weight_files import WeightFile
+from iqareward.rewards.owl2.checkpoints import load_owl2, quantize_decoder
+from iqareward.rewards.owl2.network import Owl2, Owl2Config
+from iqareward.rewards.owl2.preprocess import LEVEL_IDS, PROMPTS
+from iqareward.weight_files import WeightFile, checkpoint_folder
 from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.tolerances import EXACT, HALF_NETWORK
 
@@ -618,7 +617,7 @@ def test_int8_decoder_scores_nearly_the_same() -> None:
     quantize_decoder(quantized)
     with torch.no_grad():
         exact, rounded = (
-            network(pixels, (network.prepare_prompt(*prompt_ids("quality"), LEVEL_IDS),)).softmax(-1)
+            network(pixels, (network.prepare_prompt(*PROMPTS["quality"], LEVEL_IDS),)).softmax(-1)
             for network in (model, quantized)
         )
     assert not torch.equal(exact, rounded)

@@ -1,16 +1,19 @@
 """The network reproduces the authors' code, under the published parameter names."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.meter import Meter
-from iqareward.rewards.owl2 import Owl2, Owl2Config
-from iqareward.rewards.owl2.preprocess import preprocess
-from iqareward.rewards.owl2.prompts import LEVEL_IDS, prompt_ids
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.checkpoints import read_config
+from iqareward.rewards.owl2.network import Layout, Owl2, Owl2Config
+from iqareward.rewards.owl2.preprocess import LEVEL_IDS, PROMPTS, preprocess
+from iqareward.rewards.owl2.rewards import QAlignReward
 from tests.owl2.owl2_tiny import SMALL, TINY, golden, reference_images, seeded_model
 from tests.tolerances import NETWORK_BATCH
 
@@ -79,8 +82,8 @@ def test_logits_and_scores_match_the_reference(model, rows, task) -> None:
     """Level logits, their scores on [1, 5], and the first vocabulary ids at the last position."""
     expected = golden()
     with torch.no_grad():
-        logits = model.level_logits(rows, model.prepare_prompt(*prompt_ids(task), LEVEL_IDS))
-        others = model.level_logits(rows, model.prepare_prompt(*prompt_ids(task), tuple(range(8))))
+        logits = model.level_logits(rows, model.prepare_prompt(*PROMPTS[task], LEVEL_IDS))
+        others = model.level_logits(rows, model.prepare_prompt(*PROMPTS[task], tuple(range(8))))
     torch.testing.assert_close(logits, torch.tensor(expected[f"logits_{task}"]), **REFERENCE)
     torch.testing.assert_close(others, torch.tensor(expected[f"first_vocabulary_logits_{task}"]), **REFERENCE)
     scores = logits.softmax(-1) @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
@@ -96,19 +99,18 @@ def test_all_features_match_the_fixture(fixtures_dir, rows) -> None:
 
 
 def test_one_clip_matches_the_reference(model, rows) -> None:
-    """Two frames in place of one image token, with the video prompt."""
+    """The rows of two images in place of one image token, in a prompt that says "video" for "image"."""
+    video = [tuple(4863 if token == 1967 else token for token in ids) for ids in PROMPTS["quality"]]
     with torch.no_grad():
-        state = model.prepare_prompt(*prompt_ids("quality", video=True), LEVEL_IDS)
+        state = model.prepare_prompt(*video, LEVEL_IDS)
         logits = model.level_logits(torch.cat([rows[1], rows[0]])[None], state)
     torch.testing.assert_close(logits, torch.tensor(golden()["video_logits"]), **REFERENCE)
 
 
 def test_shared_prefix_changes_nothing() -> None:
     """Caching the text before the image gives what running it with every image gives."""
-    from iqareward.rewards.owl2.decoder import Layout
-
     model = seeded_model(SMALL)
-    prompt = prompt_ids("quality")
+    prompt = PROMPTS["quality"]
     image_rows = torch.randn(2, 5, SMALL.hidden, generator=torch.Generator().manual_seed(0))
     state = model.prepare_prompt(*prompt, LEVEL_IDS)
     with torch.no_grad():
@@ -126,7 +128,7 @@ def test_shared_prefix_changes_nothing() -> None:
 def test_several_prompts_equal_one_at_a_time() -> None:
     """Prompts that share the vision tower score as they do alone."""
     model = seeded_model(SMALL)
-    states = tuple(model.prepare_prompt(*prompt_ids(task), LEVEL_IDS) for task in ("quality", "aesthetics"))
+    states = tuple(model.prepare_prompt(*PROMPTS[task], LEVEL_IDS) for task in ("quality", "aesthetics"))
     pixels = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         both = model(pixels, states)
@@ -138,7 +140,7 @@ def test_several_prompts_equal_one_at_a_time() -> None:
 def test_gradient_equals_finite_differences() -> None:
     """Checkpointed backward through all three parts, in float64, against central differences along a direction."""
     model = seeded_model(SMALL).double()
-    state = model.prepare_prompt(*prompt_ids("quality"), LEVEL_IDS)
+    state = model.prepare_prompt(*PROMPTS["quality"], LEVEL_IDS)
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randn(1, 3, 56, 56, generator=generator, dtype=torch.float64)
     direction = torch.randn(1, 3, 56, 56, generator=generator, dtype=torch.float64)
@@ -170,9 +172,15 @@ def test_launches_of_a_layer(stack, kernels) -> None:
     assert found[1] - found[0] <= kernels
 
 
-def test_config_from_a_published_file() -> None:
+def _config(folder: Path, content: dict[str, Any]) -> Owl2Config:
+    (folder / "config.json").write_text(json.dumps(content))
+    return read_config(folder / "config.json")
+
+
+def test_config_from_a_published_file(tmp_path) -> None:
     """Fields of a config.json are mapped; what is left out has the published default."""
-    config = Owl2Config.from_hub_dict(
+    config = _config(
+        tmp_path,
         {
             "model_type": "mplug_owl2",
             "hidden_size": 64,
@@ -182,12 +190,12 @@ def test_config_from_a_published_file() -> None:
                 "visual_model": {"hidden_size": 32, "num_attention_heads": 4, "image_size": 56},
                 "visual_abstractor": {"hidden_size": 32, "num_attention_heads": 4, "grid_size": 4},
             },
-        }
+        },
     )
     assert (config.hidden, config.heads, config.kv_heads, config.layers) == (64, 8, 8, 3)
     assert (config.vision_hidden, config.image_size, config.abstractor_hidden) == (32, 56, 32)
     assert config.abstractor_ffn == 2816
-    assert Owl2Config.from_hub_dict({}) == Owl2Config()
+    assert _config(tmp_path, {}) == Owl2Config()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def test_config_from_a_published_file() -> None:
         {"visual_config": {"visual_abstractor": {"encoder_hidden_size": 768}}},
     ],
 )
-def test_unsupported_configs_are_refused(config) -> None:
+def test_unsupported_configs_are_refused(tmp_path, config) -> None:
     """A config.json that asks for another architecture is an error that names the field."""
     with pytest.raises(ValueError, match=r"config\.json says"):
-        Owl2Config.from_hub_dict(config)
+        _config(tmp_path, config)

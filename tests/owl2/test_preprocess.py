@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, preprocess
-from iqareward.rewards.owl2.prompts import LEVEL_IDS, prompt_ids
+from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, LEVEL_IDS, PROMPTS, preprocess
 from tests.tolerances import EXACT, FORMULA_FP32
 
 IMAGE = -200
@@ -65,7 +64,7 @@ def test_gradient_is_linear_in_the_resize() -> None:
 def test_ids_are_the_reference_ids(fixtures_dir, task) -> None:
     """The hub prompt is what the original tokenizer and code produced."""
     expected = np.load(fixtures_dir / "mplug_owl2_tiny.npz")[f"ids_{task}"][0].tolist()
-    prompt = prompt_ids(task)
+    prompt = PROMPTS[task]
     assert [*prompt.prefix, IMAGE, *prompt.suffix] == expected
 
 
@@ -73,20 +72,6 @@ def test_ids_written_out() -> None:
     """The published lists, independent of how they are assembled."""
     quality = [1, 3148, 1001, 29901, 1128, 723, 366, 6554, 278, 11029, 310, 445, 1967, 29973, 13, IMAGE]
     quality += [29871, 13, 22933, 9047, 13566, 29901, 450, 11029, 310, 278, 1967, 338]
-    prompt = prompt_ids("quality")
+    prompt = PROMPTS["quality"]
     assert [*prompt.prefix, IMAGE, *prompt.suffix] == quality
-    video = prompt_ids("quality", video=True)
-    assert [*video.prefix, IMAGE, *video.suffix] == [4863 if i == 1967 else i for i in quality]
-    paper = prompt_ids("quality", variant="paper")
-    assert paper.prefix == prompt.prefix
-    assert paper.suffix == (29871, 319, 1799, 9047, 13566, 29901, *prompt.suffix[6:])
-    assert prompt_ids("aesthetics", variant="paper").prefix == (1, 3148, 1001, 29901, 29871)
     assert LEVEL_IDS == (15129, 1781, 6534, 6460, 4319)
-
-
-def test_unknown_task_and_variant_are_refused() -> None:
-    """Another toolbox calls the task `aesthetic`, which would be another prompt."""
-    with pytest.raises(ValueError, match="aesthetics"):
-        prompt_ids("aesthetic")
-    with pytest.raises(ValueError, match="hub"):
-        prompt_ids("quality", variant="training")

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from iqareward import WeightedSum, check_reward, evaluate, functional, load
 from iqareward.rewards.catalog import CATALOG, published
-from iqareward.rewards.owl2.deqa import DeQAReward
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
 from iqareward.rewards.pyiqa_facts import METRICS, NEEDS_CUDA
 from iqareward.rewards.vlm.published import QInsightReward, VisualQualityR1Reward
 from tests.tolerances import EXACT, OTHER_PACKAGE
@@ -165,7 +164,7 @@ def test_sums(photographs: Tensor) -> None:
         ("MS-SSIM", "ms_ssim"),
         ("ms_ssim", "ms_ssim"),
         ("MSSSIM", "ms_ssim"),
-        ("Q-Align", "qalign_quality"),
+        ("Q-Align", "qalign"),
         ("HaarPSI", "haarpsi"),
         ("psnr[10, 50]", "psnr[10, 50]"),
         ("PSNR[10, 50]", "psnr[10, 50]"),

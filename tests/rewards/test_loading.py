@@ -21,9 +21,9 @@ from iqareward.adapters.scorers import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
 from iqareward.adapters.verl import batch_score_function
 from iqareward.rewards.loading import HostCopy, LazyModel, as_current
-from iqareward.rewards.owl2 import levels
+from iqareward.rewards.owl2 import checkpoints
 from iqareward.rewards.owl2.preprocess import preprocess
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.rewards import QAlignReward
 from iqareward.rewards.vlm import scorer
 from iqareward.rewards.vlm.level import LevelReward
 from iqareward.rewards.vlm.network import Network
@@ -163,7 +163,7 @@ def test_multimodal_judges_too(device: str | None, monkeypatch: pytest.MonkeyPat
 
     images = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     LevelReward(tiny.pair("qwen2_5_vl"))(images)  # imports that look for GPUs
-    monkeypatch.setattr(levels, "load_owl2", load)
+    monkeypatch.setattr(checkpoints, "load_owl2", load)
     monkeypatch.setattr(scorer, "load_network", load_vlm)
     Machine(monkeypatch)
     for reward in (QAlignReward("a/b", device=device), LevelReward("a/b", device=device)):

@@ -19,8 +19,7 @@ from iqareward.functional.resize import pillow_resize
 from iqareward.rewards.calibration import AffineMap, LogisticMap
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
-from iqareward.rewards.owl2.deqa import DeQAReward
-from iqareward.rewards.owl2.qalign import QAlignReward
+from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.rewards.pyiqa_facts import MIN_SIDE
 from iqareward.rewards.scoring import sanitize

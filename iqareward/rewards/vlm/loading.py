@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from iqareward.optional import require
-from iqareward.rewards.checkpoints import checkpoint_folder, open_weights, read_json
 from iqareward.rewards.vlm.families import check_family
 from iqareward.rewards.vlm.network import Network
-from iqareward.weight_files import FLOATS, Shape, check_values, listed
+from iqareward.weight_files import FLOATS, Shape, check_values, checkpoint_folder, listed, open_weights, read_json
 
 # Found by running the tests under older versions. In 5.6 the recurrent layers of Qwen3.5 forget their state when
 # several tokens follow what is cached, so that digits are misread; 5.3 lacks arguments and image processors besides.
@@ -55,7 +54,7 @@ def load_network(
     """
     transformers = require_transformers(name)
     folder = _folder(source)
-    config = read_json(folder, "config.json")
+    config = read_json(folder / "config.json")
     check_family(str(config.get("model_type")))
     owners = _check_stored(folder, config)
     try:

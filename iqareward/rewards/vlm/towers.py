@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iqareward.rewards.recompute import run_layer
+from iqareward._gradients import checkpoint_layer
 from iqareward.rewards.vlm.patches import ImageInputs
 
 _CACHED_SHAPES = 32  # of images
@@ -172,7 +172,7 @@ def run_tower(tower: Any, patches: Tensor, batch: int, geometry: Geometry) -> tu
     for index, block in enumerate(tower.blocks):
         windows = None if index in whole else geometry.windows
         run = partial(_run_block, block=block, rotation=geometry.rotation, windows=windows)
-        hidden = run_layer(run, hidden)
+        hidden = checkpoint_layer(run, hidden)
         if index in deep:
             found.append(tower.deepstack_merger_list[deep.index(index)](hidden.flatten(0, 1)))
     tokens = tower.merger(hidden.flatten(0, 1))
