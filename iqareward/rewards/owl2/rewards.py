@@ -52,7 +52,8 @@ class Owl2Reward(ImageReward):
             raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
         self.name, self.differentiable, self.batch_size, self.scale = name, differentiable, batch_size, scale
         self.bounds = min(SCALES[scale]), max(SCALES[scale])
-        self._prompts, self._compiled = tuple(PROMPTS[task] for task in tasks), compiled
+        self._prompts = tuple(PROMPTS[task] for task in tasks)
+        self._compiled: Compiled = compiled
         load = partial(_load, name, source, dtype, quant, compiled)
         self.model_loader = LazyModel(load, device, name=name, is_built=isinstance(source, Owl2))
 
