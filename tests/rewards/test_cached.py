@@ -50,10 +50,18 @@ def test_any_sequence_of_calls_gives_the_true_scores(calls: list[list[int]], max
     for call in calls:
         images = [pool[i] for i in call] if lists else pool[call]
         torch.testing.assert_close(reward(images), pool[call].mean((1, 2, 3)))
-        assert len(reward._store.get()._memory) <= max_entries
     assert reward.hits + reward.misses == sum(len(call) for call in calls)
     if max_entries >= 10:
         assert sum(counting.sizes) == len({i for call in calls for i in call})
+
+
+def test_the_least_recently_used_score_is_dropped() -> None:
+    """With room for two scores, the third image takes the place of the one that was not asked for again."""
+    counting = Brightness()
+    reward, images = Cached(counting, max_entries=2), noise(3)
+    for row in (0, 1, 0, 2, 0, 1):
+        reward(images[row : row + 1])
+    assert (len(counting.sizes), reward.hits) == (4, 2)  # 1 was scored twice
 
 
 def test_the_first_score_is_kept_bit_for_bit() -> None:
