@@ -8,7 +8,7 @@ OUTPUT ?= demo-output
 .PHONY: demo test lint types docs bench format clean
 
 demo: $(VENV)/.demo  ## score damaged photographs, train a small restorer, draw the report (about five minutes)
-	$(BIN)/iqareward demo --output $(OUTPUT)
+	$(BIN)/python -m examples.demo --output $(OUTPUT)
 
 test: $(VENV)/.dev  ## the whole test suite, on two processors
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -41,7 +41,7 @@ $(VENV)/.pip: constraints.txt
 
 $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.pip
 	@test -e $(VENV)/.dev || echo "Installing iqareward and its demo into $(VENV): a few minutes, once."
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group demo
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.pip

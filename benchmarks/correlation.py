@@ -14,6 +14,8 @@ line of standard output is one JSON document.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from torch import Tensor
 
 from benchmarks._harness import document, finish
 from benchmarks._iqa_datasets import DATASETS, Rated
-from iqareward.demo import measure
-from iqareward.demo.statistics import spearman
-from iqareward.demo.summary import summarise
+from benchmarks.fit_niqe import fit_photos
+from examples.demo.experiment import DAMAGES, PHOTOGRAPHS, damaged, load_photograph, score, spearman
+from iqareward.functional.natural_model import fit_natural_model
+from iqareward.functional.niqe import niqe
 from iqareward.image_files import find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load
@@ -56,19 +59,37 @@ def buildable(names: list[str] | None) -> tuple[list[str], dict[str, str]]:
     return usable, missing
 
 
+def held_out(reward: Reward, photograph: str) -> Reward:
+    """NIQE with a natural model that was fitted without this photograph; any other reward as it is."""
+    if reward.name != "niqe":
+        return reward
+    model = fit_natural_model([photo for name, photo in fit_photos().items() if name != photograph])
+    return replace(reward, metric=partial(niqe, model=model))
+
+
 def on_photographs(names: list[str], *, quick: bool, console: Console) -> list[dict[str, Any]]:
     """A row per reward: mean correlation with the level of damage, overall and per kind; how often it is fooled."""
-    photographs, side, levels = (1, 192, 3) if quick else (4, 384, 5)
-    found = measure(console, rewards=names, num_photographs=photographs, short_side=side, num_levels=levels)
-    summary, rows = summarise(found), []
-    for name in names:
-        correlation, mistakes = summary["rank_correlation"][name], summary["mistakes"][name]
-        row = {"set": "photographs", "reward": name, "spearman": correlation["mean"]}
-        row |= {kind: cell["mean"] for kind, cell in correlation["by_degradation"].items()}
-        rows.append(
-            row | {"above_original": mistakes["above_original_share"], "damaged": summary["settings"]["damaged"]}
-        )
+    side, levels = (192, 3) if quick else (384, 5)
+    photographs = PHOTOGRAPHS[:1] if quick else PHOTOGRAPHS
+    scores: dict[str, list[Tensor]] = {}
+    for seed, photograph in enumerate(track(photographs, "photographs", console=console, transient=True)):
+        photo = load_photograph(photograph.name, side)
+        versions = torch.stack([damaged(photo, kind, levels, seed=seed) for kind in DAMAGES])
+        for name, found in score([held_out(load(name), photograph.name) for name in names], versions).items():
+            scores.setdefault(name, []).append(found)
+    rows = []
+    for name, found in scores.items():
+        table = torch.tensor([[spearman(line, range(levels + 1)) for line in photo] for photo in found])
+        above = torch.stack([photo[:, 1:] > photo[:, :1] for photo in found])
+        row = {"set": "photographs", "reward": name, "spearman": finite(table.mean())}
+        row |= {kind: finite(mean) for kind, mean in zip(DAMAGES, table.mean(0))}
+        rows.append(row | {"above_original": float(above.float().mean()), "damaged": above.numel()})
     return rows
+
+
+def finite(value: Tensor) -> float | None:
+    """The number, or None for NaN, which JSON does not have."""
+    return None if value.isnan() else float(value)
 
 
 def on_rated(name: str, images: list[Rated], rewards: list[Reward], console: Console) -> list[dict[str, Any]]:
@@ -84,7 +105,7 @@ def on_rated(name: str, images: list[Rated], rewards: list[Reward], console: Con
     for reward, values in scores.items():
         found = torch.tensor(values)
         scored = found.isfinite()
-        value = float(spearman(found[scored], opinions[scored])) if int(scored.sum()) > 1 else None
+        value = spearman(found[scored], opinions[scored]) if int(scored.sum()) > 1 else None
         rows.append({"set": name, "reward": reward, "spearman": value, "images": int(scored.sum())})
     return rows
 
@@ -104,7 +125,7 @@ def on_clean(files: list[Path], rewards: list[Reward], console: Console) -> list
         gains = found - found[:, :1]
         rows.append({
             "set": "light noise", "reward": name, "images": len(files),
-            "spearman": float(spearman(found, torch.tensor(NOISE)).nanmean()),
+            "spearman": float(torch.tensor([spearman(line, NOISE) for line in found]).nanmean()),
             "sigma": list(NOISE[1:]), "raised": (gains > 0).sum(0).tolist()[1:], "gain": gains.mean(0).tolist()[1:],
         })  # fmt: skip
     return rows

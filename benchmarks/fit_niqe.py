@@ -3,7 +3,7 @@
     python -m benchmarks.fit_niqe --held-out DIR          # table only
     python -m benchmarks.fit_niqe --held-out DIR --write  # also replace the model in iqareward/functional/data
 
-Needs the `demo` extra (scikit-image, which brings the photographs and scipy). Each photograph of the fit is judged by a
+Needs scikit-image, which brings the photographs and scipy. Each photograph of the fit is judged by a
 model refitted without it; photographs in DIR (png) by the model of all five. Spearman is between -NIQE and the level of
 a degradation: -1 is perfect. "false" is the share of degraded copies that beat their own original.
 """

@@ -22,8 +22,8 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks._harness import document, finish
+from examples.demo.experiment import PHOTOGRAPHS, load_photograph
 from iqareward import load, to_images
-from iqareward.demo.photographs import PHOTOGRAPHS, load_photograph
 from iqareward.functional.filters import blur_valid, gaussian_taps
 
 REWARDS = ("piqe", "niqe", "ssim", "gmsd", "haarpsi", "psnr")

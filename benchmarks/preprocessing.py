@@ -26,8 +26,8 @@ from torch import Tensor
 
 from benchmarks._harness import document, finish
 from benchmarks.jpeg_transport import kendall, rollouts
+from examples.demo.experiment import PHOTOGRAPHS, load_photograph
 from iqareward import load
-from iqareward.demo.photographs import PHOTOGRAPHS, load_photograph
 from iqareward.functional.resize import resize_levels, to_levels
 from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, PAD_LEVELS, preprocess
 

@@ -16,7 +16,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         ImportError: it is not installed, or it is installed and fails to import (the cause is chained).
 
     Example:
-        >>> require("json", extra="demo", purpose="this example").__name__
+        >>> require("json", extra="serve", purpose="this example").__name__
         'json'
     """
     try:

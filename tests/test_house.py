@@ -20,7 +20,7 @@ LAYERS = {
     "rewards": 2,
     "testing": 3,
     "adapters": 3, "diffusion": 3, "serving": 3, "monitor": 2,
-    "demo": 4, "cli": 5, "__main__": 6,
+    "cli": 4, "__main__": 5,
 }  # fmt: skip
 HEAVY = {
     "transformers", "diffusers", "trl", "pyiqa", "ray", "accelerate", "peft", "torchao", "torchvision",

@@ -26,7 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
-    """Every file of the package that git would keep, the typed marker among them; no tests, no benchmarks."""
+    """Every file of the package that git would keep, the typed marker among them; no tests, examples or reports."""
     (wheel,) = built.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = ROOT / "iqareward"
@@ -37,6 +37,8 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     }
     assert names == wanted
     assert "iqareward/py.typed" in names
+    assert not any("demo" in name or "examples" in name for name in names)
+    assert {name for name in names if name.endswith(".html")} == {"iqareward/cli/compare.html"}  # the page of `compare`
 
 
 def test_sdist_can_be_tested(built: Path) -> None:
@@ -45,7 +47,7 @@ def test_sdist_can_be_tested(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "Makefile", "constraints.txt", "tests/conftest.py", "docs/index.md"} <= names
-    assert "benchmarks/bench_classical.py" in names
+    assert {"benchmarks/bench_classical.py", "examples/demo/report.html"} <= names
 
 
 def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) -> None:

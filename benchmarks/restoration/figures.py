@@ -14,14 +14,14 @@ from benchmarks.restoration.analysis import FRONT, TERCILES, Table, difference, 
 from benchmarks.restoration.arms import MAIN
 from benchmarks.restoration.tables import Row, present
 from benchmarks.restoration.world import TASKS, Job
-from iqareward.demo.palette import DAY
+from examples.demo.style import INK, LINE, MUTED, RL, SERIES, SFT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 BASELINE = "sft, all compute"
-COLOURS = {"easy": DAY.series2, "middle": DAY.sft, "hard": DAY.series1}
+COLOURS = {"easy": SERIES[2], "middle": SFT, "hard": SERIES[1]}
 PICTURED = ("frozen", BASELINE, "fixed 0.5", "rl", "adaptive", "reversed", "reward: judge")
 WEIGHED = ("adaptive", "adaptive, convex", "reversed", "inverse error", "cosine", "target tracking")
 STUDIED = {
@@ -68,12 +68,12 @@ def front(table: Table) -> Any:
             )
             places[arm] = (error.mean(), quality.mean()) if aggregate else (error[0], quality[2])
         line = np.array([places[name] for name in FRONT])
-        axis.plot(*line.T, "o-", color=DAY.muted, ms=5, lw=1.5, label="fixed shares of RL", zorder=1)
+        axis.plot(*line.T, "o-", color=MUTED, ms=5, lw=1.5, label="fixed shares of RL", zorder=1)
         for name, place in zip(FRONT, line, strict=True):
             axis.annotate(name.removeprefix("fixed "), place, (4, -10), textcoords="offset points", fontsize=8)
         for number, arm in enumerate(name for name in names if name not in FRONT):
             ours = arm == "adaptive"
-            style = {"ms": 15, "color": DAY.rl, "zorder": 3} if ours else {"ms": 7, "color": f"C{number}", "zorder": 2}
+            style = {"ms": 15, "color": RL, "zorder": 3} if ours else {"ms": 7, "color": f"C{number}", "zorder": 2}
             axis.plot(*places[arm], "*" if ours else "sD^vPX<>"[number % 8], ls="", label=arm, **style)
         where = ("easy", "hard") if not aggregate else ("all", "all")
         axis.set_xlabel(f"RMSE, {where[0]} inputs (lower is better)")
@@ -96,9 +96,9 @@ def arms(table: Table) -> Any:
     }
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 5), layout="constrained", sharey=True)
     for axis, (measure, title) in zip(axes, panels.items(), strict=True):
-        axis.axvline(0, color=DAY.muted, lw=0.8)
+        axis.axvline(0, color=MUTED, lw=0.8)
         if measure == "rmse":
-            axis.axvspan(-0.02, 1, color=DAY.line, zorder=0)
+            axis.axvspan(-0.02, 1, color=LINE, zorder=0)
         for shift, tercile in zip((0.25, 0.0, -0.25), TERCILES, strict=True):
             found = [difference(table, arm, BASELINE, measure, tercile, relative=measure == "rmse") for arm in names]
             centre = np.array([part.value for part in found])
@@ -122,7 +122,7 @@ def weights(results: Sequence[Mapping[str, Any]]) -> Any:
         for number, arm in enumerate(names):
             lines = [[line[key] for line in row["history"]] for row in results if row["arm"] == arm]
             smooth = np.convolve(np.mean(lines, 0), np.full(5, 0.2), mode="valid")
-            style = {"lw": 2.5, "color": DAY.rl} if arm == "adaptive" else {"lw": 1.2, "color": f"C{number % 10}"}
+            style = {"lw": 2.5, "color": RL} if arm == "adaptive" else {"lw": 1.2, "color": f"C{number % 10}"}
             axis.plot(np.arange(len(smooth)) + 3, smooth, label=arm, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update")
@@ -146,8 +146,8 @@ def rewards(rows: Sequence[Row], table: Table) -> Any:
             found = row[name]
             sure = found.low > 0 or found.high < 0
             text = ("up" if found.value > 0 else "down") if name == "own reward" else f"{values[line, column]:+.2f}"
-            weight, colour = ("bold", DAY.ink) if sure else ("normal", DAY.muted)
-            colour = DAY.card if abs(values[line, column]) > 1 else colour
+            weight, colour = ("bold", INK) if sure else ("normal", MUTED)
+            colour = "white" if abs(values[line, column]) > 1 else colour
             axis.text(column, line, text, ha="center", va="center", fontsize=8, weight=weight, color=colour)
         axis.text(len(STUDIED) - 0.4, line, row["alarms"].split(" seeds")[0], va="center", fontsize=8)
     axis.set_xticks(range(len(STUDIED)), list(STUDIED.values()), fontsize=8)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.restoration.network import SmallUNet
-from iqareward.demo.photographs import PHOTOGRAPHS, load_photograph
+from examples.demo.experiment import PHOTOGRAPHS, load_photograph
 from iqareward.diffusion import DDIM, PixelPolicy
 from iqareward.diffusion.data.degradations import Degradation
 from iqareward.diffusion.data.textures import synthetic_images

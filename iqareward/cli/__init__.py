@@ -221,19 +221,6 @@ def doctor(
 
 
 @app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the report, figures and tables.")] = Path("demo-output"),
-) -> None:
-    """Score and weigh damaged photographs, train a small restorer, draw a report. Offline, CPU, a few minutes."""
-    from iqareward.demo import run
-
-    try:
-        run(output, _messages)
-    except ImportError as error:
-        raise _usage_error(error) from error
-
-
-@app.command()
 def train(
     config: Annotated[Path | None, typer.Option(help="The settings, a TOML file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder `output`.")] = False,

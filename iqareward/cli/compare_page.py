@@ -21,7 +21,6 @@ import iqareward
 from iqareward.cli.compare import COLUMNS, TEXT_COLUMNS, Comparison, listed, summary
 from iqareward.cli.comparison import Choice, choose
 from iqareward.cli.text import printable
-from iqareward.demo.palette import DAY, NIGHT
 from iqareward.images import to_images
 
 CROP = 256  # side of a crop in pixels
@@ -45,8 +44,6 @@ def render(comparison: Comparison, *, folder: Path, num_pairs: int, max_bytes: i
     baseline, *methods = map(_text, comparison.titles)
     parts = {
         "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-        "day": DAY.css(),
-        "night": NIGHT.css(),
         "colours": ", ".join(COLOURS),
         "title": f"{listed(methods)} against {baseline}",
         "baseline": baseline,
