@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iqareward.adapters.flow_factory import adaptive_aggregation
-from iqareward.adapters.miles import adaptive_post_process
-from iqareward.adapters.trl import TRLReward
-from iqareward.adapters.trl_adaptive import adaptive_trainer
+from iqareward.adapters.trl import TRLReward, adaptive_trainer
 from iqareward.schedules import (
     GradientNoise,
     NoiseAware,
@@ -94,7 +92,6 @@ def test_adapters_refuse_what_does_not_go_by_difficulty(weighter):
     fidelity = TRLReward("gmsd", "restored", references="clean")
     for adapter in (
         lambda: adaptive_aggregation(weighter, lambda samples: rows()),
-        lambda: adaptive_post_process(weighter, lambda samples: rows()),
         lambda: adaptive_trainer(object, weighter, fidelity),
     ):
         with pytest.raises(ValueError, match="`signal` is 'difficulty'"):

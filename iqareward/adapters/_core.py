@@ -70,7 +70,8 @@ class Scorer:
     ) -> None:
         check_on_nan(on_nan, policies, who=who)
         self.reward = find_reward(reward, who=who, sources=sources, device=device, differentiable=differentiable)
-        self.value_range, self.on_nan = value_range, on_nan
+        self.value_range = value_range
+        self.on_nan: OnNan = on_nan
         self._device = ImageDevice(device if moves_images else None, name=who)
 
     def __call__(
@@ -212,9 +213,8 @@ def column(source: str | None, metadata: Any, *, who: str, **fields: Any) -> Any
                 "trainer's script that passes them."
             )
         return fields[source]
-    if isinstance(metadata, Mapping):
-        return column(source, [metadata], who=who)[0]
-    rows = [None] if metadata is None else metadata
+    whole = isinstance(metadata, Mapping)
+    rows: Sequence[Any] = [metadata] if whole or metadata is None else metadata
     for row in rows:
         if not isinstance(row, Mapping) or source not in row:
             got = f"keys {sorted(row)}" if isinstance(row, Mapping) else "none"
@@ -222,7 +222,7 @@ def column(source: str | None, metadata: Any, *, who: str, **fields: Any) -> Any
                 f"{who} expected {source!r} in the metadata of every sample, got {got}. "
                 "Put it there in the dataset, next to the prompt."
             )
-    return [row[source] for row in rows]
+    return rows[0][source] if whole else [row[source] for row in rows]
 
 
 def framework(module: str, *, who: str, home: str) -> ModuleType:

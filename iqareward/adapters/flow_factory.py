@@ -120,8 +120,8 @@ def _classes(rewards: ModuleType) -> dict[str, type]:
             self.settings = _Settings("IQARankRewardModel", config.extra_kwargs, self.device, (*_KEYS, "std_floor"))
             self.std_floor = float(config.extra_kwargs.get("std_floor", 0.0))
             # only these fields are gathered from the other processes
-            fields = {None: None, _CONDITION_IMAGES: _CONDITION_IMAGES}
-            more = {fields.get(source, "metadata") for source in self.settings.sources.values()} - {None}
+            named = {source for source in self.settings.sources.values() if source is not None}
+            more = {source if source == _CONDITION_IMAGES else "metadata" for source in named}
             self.required_fields = ("image", "prompt", *sorted(more))
 
         def __call__(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import iqareward
-from iqareward.adapters.trl import AsyncTRLReward, TRLReward, tool_images
-from iqareward.adapters.trl_adaptive import adaptive_trainer
+from iqareward.adapters.trl import AsyncTRLReward, TRLReward, adaptive_trainer, tool_images
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.restoration_agent import apply_operations, as_pil, photographs
 
@@ -113,9 +112,9 @@ def test_prompts_reach_a_reward_that_needs_them() -> None:
 @pytest.mark.parametrize(
     ("build", "columns", "message"),
     [
-        (lambda: TRLReward("ssim", "restored"), None, "no `references`"),
-        (lambda: TRLReward(NeedsTexts(), "restored"), None, "no `prompts`"),
-        (lambda: TRLReward("piqe", "restored"), {"images": []}, "expected a column 'restored'"),
+        (lambda: TRLReward("ssim", "restored"), None, "needs `references`, and has none"),
+        (lambda: TRLReward(NeedsTexts(), "restored"), None, "needs `prompts`, and has none"),
+        (lambda: TRLReward("piqe", "restored"), {"images": []}, "expected 'restored' in the metadata"),
         (lambda: TRLReward("piqe", "restored"), {"restored": [IMAGES[0]]}, "one image or None per completion"),
         (lambda: TRLReward("piqe", "restored"), {"restored": [list(IMAGES)] * 3}, "got 3 for completion 0"),
         (lambda: adaptive_trainer(object, AdaptiveWeighter(), fidelity("ssim")), None, "mode='convex'"),

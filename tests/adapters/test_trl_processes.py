@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from iqareward.adapters.trl_adaptive import _per_prompt
+from iqareward.adapters.trl import _per_prompt
 from tests.tolerances import EXACT
 
 DISTANCES = torch.tensor([1.0, 3.0, 5.0, torch.nan, 2.0, 4.0, torch.nan, torch.nan])

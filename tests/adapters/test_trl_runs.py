@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import iqareward
-from iqareward.adapters.trl import AsyncTRLReward, TRLReward, tool_images
-from iqareward.adapters.trl_adaptive import adaptive_trainer
+from iqareward.adapters.trl import AsyncTRLReward, TRLReward, adaptive_trainer, tool_images
 from iqareward.rewards.metric import NoReference
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.restoration_agent import SEEN, apply_operations, build, data_set

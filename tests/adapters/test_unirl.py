@@ -4,47 +4,31 @@ import pickle
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
 import iqareward
 from iqareward import NoReference
-from iqareward.adapters import unirl, unirl_service
-from iqareward.adapters.unirl import track_advantages
-from iqareward.types import Reward
-from iqareward.weighting import LossWeights
+from iqareward.adapters import unirl
 from tests.adapters.doubles import unirl as double
-from tests.adapters.doubles.pages import blocks, execute, package
-from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
-
-MADE = (unirl._spec, unirl._backend, unirl._differentiable_backend, unirl_service._scorer)
-
-
-def forget() -> None:
-    for made in MADE:
-        made.cache_clear()
+from tests.adapters.doubles.pages import package
+from tests.tolerances import NETWORK_BATCH, OTHER_PACKAGE
 
 
 @pytest.fixture(params=[False, True], ids=["june", "september"])
 def new(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """UniRL of June or September 2026 is importable."""
-    forget()
     package(monkeypatch, **double.modules(new=request.param))
-    yield request.param
-    forget()
+    return request.param
 
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch):
-    """The reward service is importable, and our scorer is registered as its docstring says."""
-    forget()
+    """The reward service is importable, and our scorer is registered."""
     running = double.Service()
     package(monkeypatch, **running.modules())
-    (code,) = blocks(unirl_service)
-    execute(code, {})
-    yield running
-    forget()
+    running.scorers["iqareward"] = unirl.IQAScorer
+    return running
 
 
 def photos(count: int, seed: int = 0) -> Tensor:
@@ -68,7 +52,7 @@ def test_scores_of_either_request(new: bool) -> None:
         rewards = double.score_and_attach(backend(reward="ssim", references=references), call)
         torch.testing.assert_close(torch.tensor(rewards), expected, **NETWORK_BATCH)
     without = double.request(images, ["a"] * 3, None, None, new=new)
-    with pytest.raises(ValueError, match="got none in this request"):
+    with pytest.raises(ValueError, match="expected `conditioning` for every sample, got none"):
         double.score_and_attach(backend(reward="ssim", references="conditioning"), without)
     with pytest.raises(ValueError, match="'gt' in the metadata of every sample, got none"):
         double.score_and_attach(backend(reward="ssim", references="gt"), without)
@@ -125,7 +109,7 @@ def test_differentiable_by_method(new: bool) -> None:
         backend("IQADifferentiableBackend", reward="piqe")
     with pytest.raises(ValueError, match="expected a differentiable reward, got 'brightness'"):
         backend("IQADifferentiableBackend", reward=NoReference(brightness, higher_is_better=True))
-    with pytest.raises(ValueError, match="expected `references` to be a key of the metadata"):
+    with pytest.raises(ValueError, match="expected `references` and `inputs` to be keys of the metadata"):
         backend("IQADifferentiableBackend", reward="ssim", references="conditioning")
 
 
@@ -152,39 +136,20 @@ def test_weights_leave_the_device_when_told(new: bool) -> None:
     assert moves == ["off", "on"]
 
 
-def test_what_the_docstring_says_to_write(new: bool, qalign: Reward) -> None:
-    """The targets of the YAML exist, and build a backend from its settings."""
-    (text,) = blocks(unirl, "yaml")
-    entry = yaml.safe_load(text)["reward"]["backend"]
-    spec = entry["config"]
-    made = [
-        getattr(unirl, name.removeprefix("iqareward.adapters.unirl."))
-        for name in (entry.pop("_target_"), spec.pop("_target_"))
-    ]
-    judge = made[0](base_device=entry["base_device"], config=made[1](**spec))
-    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    rewards = double.score_and_attach(judge, double.request(images, ["a"] * 2, images, None, new=new))
-    expected = iqareward.load(spec["reward"])(images, references=images)
-    torch.testing.assert_close(torch.tensor(rewards), expected, **NETWORK_BATCH)
-    assert issubclass(made[1], double.BaseRewardComponentSpec)
-    assert pickle.loads(pickle.dumps(made[1](**spec))) == made[1](**spec)
-
-
-def test_advantages_of_a_track() -> None:
-    """Advantages keep their dtype and take the RL weights."""
-    weights = LossWeights(rl=torch.tensor([1.0, 0.5]), sft=torch.tensor([0.0, 0.5]))
-    weighed = track_advantages(torch.tensor([2.0, 2.0], dtype=torch.float64), weights)
-    torch.testing.assert_close(weighed, torch.tensor([2.0, 1.0], dtype=torch.float64), **EXACT)
+def test_settings_can_be_sent(new: bool) -> None:
+    """The settings are UniRL's kind of settings, and are pickled by name."""
+    settings = unirl.IQASpec(reward="ssim", references="conditioning")
+    assert isinstance(settings, double.BaseRewardComponentSpec)
+    assert pickle.loads(pickle.dumps(settings)) == settings
 
 
 def test_without_unirl() -> None:
     """Other names are an AttributeError, and a missing UniRL an ImportError that says where it comes from."""
-    forget()
-    for module, name in ((unirl, "IQARewardBackend"), (unirl, "IQASpec"), (unirl_service, "IQAScorer")):
+    for name in ("IQARewardBackend", "IQASpec", "IQAScorer"):
         with pytest.raises(ImportError, match="Tencent-Hunyuan/UniRL"):
-            getattr(module, name)
-        with pytest.raises(AttributeError, match="no attribute 'IQA'"):
-            module.IQA  # noqa: B018
+            getattr(unirl, name)
+    with pytest.raises(AttributeError, match="no attribute 'IQA'"):
+        unirl.IQA  # noqa: B018
 
 
 def pil(image: Tensor) -> Image.Image:
@@ -204,7 +169,7 @@ def test_service(service: double.Service) -> None:
         results = service.score("iqareward", {"reward": "ssim", "references": references}, items)
         torch.testing.assert_close(torch.tensor([one["score"] for one in results]), expected, **NETWORK_BATCH)
     assert service.score("iqareward", {"reward": "piqe"}, []) == []
-    with pytest.raises(ValueError, match="expected two turns"):
+    with pytest.raises(ValueError, match="expected `history` for every sample, got none"):
         service.score(
             "iqareward", {"reward": "ssim", "references": "history"}, [double.ScoreItem(items[0].history[1:])]
         )

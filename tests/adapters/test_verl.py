@@ -15,7 +15,7 @@ from torch import Tensor
 import iqareward
 from iqareward import NoReference
 from iqareward.adapters import verl
-from iqareward.adapters.verl import batch_score_function, compute_score, rollout_is_weights
+from iqareward.adapters.verl import batch_score_function, compute_score
 from iqareward.weighting import LossWeights
 from tests.adapters.doubles import verl as double
 from tests.adapters.doubles.pages import blocks
@@ -100,9 +100,9 @@ def test_references_from_paths(tmp_path) -> None:
     manager = double.VisualRewardManager(compute_score, reward="ssim", references="gt_path")
     scores = double.rm_scores(score_all(manager, images, extra_info=[{"gt_path": path} for path in paths]))[:, 0]
     torch.testing.assert_close(scores, expected, **NETWORK_BATCH)
-    with pytest.raises(ValueError, match=r"expected 'gt_path' in extra_info, got keys \['num_turns'"):
+    with pytest.raises(ValueError, match=r"expected 'gt_path' in the metadata of every sample, got keys \['num_turns'"):
         score_all(manager, images)
-    with pytest.raises(ValueError, match="compares with references"):
+    with pytest.raises(ValueError, match="needs `references`, and has none"):
         asyncio.run(compute_score(solution_image=images[0], reward="ssim"))
 
 
@@ -172,20 +172,12 @@ def test_batch_manager() -> None:
 
 
 def test_weights() -> None:
-    """`rollout_is_weights` multiplies each sample's loss."""
-    weights = LossWeights(rl=torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64), sft=torch.zeros(3))
-    loss = double.policy_loss(torch.tensor([3.0, 5.0, 6.0]), rollout_is_weights(weights))
-    torch.testing.assert_close(loss, torch.tensor(2.0), **EXACT)
-
-
-def test_what_the_docstring_says_to_write() -> None:
-    """The YAML of the module docstring configures a manager that scores."""
-    (text,) = blocks(verl, "yaml")
-    manager = double.MultiVisualRewardManager(yaml.safe_load(text)["reward"]["reward_functions"])
-    images = pixels(2, side=96)
-    results = score_all(manager, images, extra_info=[{"gt_path": image} for image in images])
-    expected = iqareward.load("0.7*haarpsi + 0.3*ssim")(images / 255, references=images / 255)
-    torch.testing.assert_close(double.rm_scores(results)[:, 0], expected, **NETWORK_BATCH)
+    """The engine takes one column of `rollout_is_weights` per step, and multiplies each sample's loss with it."""
+    weights = LossWeights(rl=torch.tensor([1.0, 0.0, 0.5]), sft=torch.zeros(3))
+    losses = double.policy_losses(torch.tensor([3.0, 5.0, 6.0]), weights.rl[:, None].expand(-1, 4), num_timesteps=4)
+    torch.testing.assert_close(losses, torch.full((4,), 2.0), **EXACT)
+    with pytest.raises(IndexError):
+        double.policy_losses(torch.tensor([3.0, 5.0, 6.0]), weights.rl, num_timesteps=4)
 
 
 def test_page() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iqareward import MicroBatched, Overlapped
-from iqareward.adapters.miles import reward_function as miles_function
-from iqareward.adapters.scorers import HPSv3Model
+from iqareward.adapters.reward_models import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
 from iqareward.adapters.verl import batch_score_function
 from iqareward.rewards.loading import HostCopy, LazyModel, as_current
@@ -203,12 +201,7 @@ ADAPTERS = {
         completions=["a"],
         restored=[torch.zeros(3, 4, 4)],
     ),
-    "scorers": lambda: partial(HPSv3Model(Brightness(), device="cuda").reward, [torch.zeros(3, 4, 4)], [""]),
-    "miles": lambda: partial(
-        miles_function(Brightness(), device="cuda"),
-        None,
-        [SimpleNamespace(generated_output=torch.zeros(3, 4, 4), prompt="")],
-    ),
+    "reward_models": lambda: partial(HPSv3Model(Brightness(), device="cuda").reward, [torch.zeros(3, 4, 4)], [""]),
     "verl": lambda: partial(
         batch_score_function(lambda texts, _: texts, Brightness(), device="cuda"),
         [""],
@@ -226,7 +219,7 @@ def test_an_adapter_goes_by_the_thread_that_unpickles_it(
     """As the reward in it does, which on another rank is on another GPU."""
     seen = []
     monkeypatch.setattr(
-        "iqareward.adapters.trl.to_images",
+        "iqareward.adapters._core.to_images",
         lambda images, device, **_: seen.append(str(device)) or torch.stack(images),
     )
     made = pickle.dumps(TRLReward(Brightness(), "restored", device=device))
@@ -242,7 +235,7 @@ def test_adapters_move_images_to_the_gpu_of_the_thread_that_makes_them(
     """Trainers call them in threads; TRL's asynchronous rewards run in a loop on a thread, and score in yet another."""
     seen = []
     monkeypatch.setattr(
-        f"iqareward.adapters.{adapter}.to_images",
+        "iqareward.adapters._core.to_images",
         lambda images, device, **_: seen.append(str(device)) or torch.stack(images),
     )
     call = ADAPTERS[adapter]()

@@ -97,7 +97,7 @@ def batch_reward_manager(compute_score: Any, solution_strs: list[str], extra_inf
     return [result["score"] if isinstance(result, dict) else result for result in results]
 
 
-def policy_loss(per_sample: Tensor, rollout_is_weights: Tensor | None) -> Tensor:
-    """The end of its flow_grpo loss."""
-    assert rollout_is_weights is None or rollout_is_weights.shape == per_sample.shape
-    return (per_sample if rollout_is_weights is None else per_sample * rollout_is_weights).mean()
+def policy_losses(per_sample: Tensor, rollout_is_weights: Tensor, *, num_timesteps: int) -> Tensor:
+    """The loss of every step of a micro-batch, which takes its own column of the weights `(B, num_timesteps)`."""
+    columns = [rollout_is_weights[:, step] for step in range(num_timesteps)]
+    return torch.stack([(per_sample * column).mean() for column in columns])

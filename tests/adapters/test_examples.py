@@ -1,0 +1,220 @@
+"""The examples for rare trainers, inside mocks of their loops: miles_diffusion, cosmos-rl, MixGRPO, SRPO, ReNO."""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import iqareward
+from examples.adapters import cosmos_rl, miles_diffusion
+from examples.adapters.mixgrpo import PickScoreRewardModel
+from examples.adapters.reno import ReNOLoss
+from examples.adapters.srpo import SRPOModel
+from iqareward import AdaptiveWeighter, FullReference, NoReference
+from iqareward.difficulty import reference_distance
+from iqareward.rewards.core import ImageReward
+from tests.adapters.doubles import cosmos
+from tests.adapters.doubles import miles as double
+from tests.adapters.doubles.gradient_loops import LatentNoiseTrainer
+from tests.adapters.doubles.reward_models import mixgrpo_rewards, srpo_losses
+from tests.adapters.restoration_agent import as_pil, photographs
+from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
+
+IMAGES = photographs(4, side=32)
+PROMPTS = ["a", "b", "c", "d"]
+PICTURES = [as_pil(image) for image in IMAGES]
+STORED = (255 * IMAGES).round() / 255
+CUSTOM_RM, POST_PROCESS = (f"examples.adapters.miles_diffusion.{name}" for name in ("custom_rm", "post_process"))
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+def contrast(images: Tensor) -> Tensor:
+    return images.std(dim=(1, 2, 3))
+
+
+BRIGHTNESS, CONTRAST = (
+    NoReference(formula, higher_is_better=True, differentiable=True) for formula in (brightness, contrast)
+)
+
+
+class LooksLike(ImageReward):
+    """A text-conditioned reward: how bright the image is if the text says "bright", else how dark."""
+
+    name, needs_prompts, bounds = "looks_like", True, (0.0, 1.0)
+
+    def __init__(self, differentiable: bool = True) -> None:
+        self.differentiable = differentiable
+
+    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        sign = torch.tensor([1.0 if "bright" in prompt else -1.0 for prompt in prompts])
+        return 0.5 + sign * (images.mean((1, 2, 3)) - 0.5)
+
+
+def samples(count: int = 4, side: int = 32, rollouts: int = 2) -> list[double.Sample]:
+    images = torch.rand(count, 3, 1, side, side, generator=torch.Generator().manual_seed(0))
+    clean = torch.rand(count // rollouts, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return [
+        double.Sample(row // rollouts, "restore", image, metadata={"gt_path": clean[row // rollouts]})
+        for row, image in enumerate(images)
+    ]
+
+
+def stacked(rows: list[double.Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    images = torch.stack([row.generated_output[:, 0] for row in rows])
+    return images, torch.stack([row.metadata["gt_path"] for row in rows]), torch.tensor([r.group_index for r in rows])
+
+
+def test_miles_scores_micro_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of one frame are scored against the metadata, as floats in the order of the samples."""
+    monkeypatch.setattr(miles_diffusion, "REWARD", iqareward.load("ssim"))
+    rows = samples()
+    rows[3].generated_output = rows[3].generated_output[:, 0]  # [C, H, W] occurs too
+    asyncio.run(double.rollout(CUSTOM_RM, rows))
+    rows[3].generated_output = rows[3].generated_output[:, None]
+    images, clean, _ = stacked(rows)
+    expected = iqareward.load("ssim")(images, references=clean)
+    torch.testing.assert_close(torch.tensor([row.reward for row in rows]), expected, **NETWORK_BATCH)
+    assert all(type(row.reward) is float for row in rows)
+    rows[2].generated_output = torch.full_like(rows[2].generated_output, torch.nan)
+    with pytest.raises(ValueError, match="ssim could not score every image"):
+        asyncio.run(double.rollout(CUSTOM_RM, rows))
+    with pytest.raises(ValueError, match="expected"):
+        asyncio.run(miles_diffusion.custom_rm(None, [double.Sample(0, "", torch.zeros(3, 5, 32, 32))]))
+
+
+def test_miles_keeps_its_loop_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function scores in a thread, so that the event loop goes on."""
+
+    def slow(images: Tensor, references: Tensor) -> Tensor:
+        time.sleep(0.5)  # for eleven turns of the loop, on a busy machine too
+        return images.mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(miles_diffusion, "REWARD", FullReference(slow, higher_is_better=True))
+    assert asyncio.run(double.rollout(CUSTOM_RM, samples())) > 10
+
+
+def test_miles_weights_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advantages are weighted by how far each input is from its ground truth, and the SFT weight is left for a loss."""
+    rows = samples(8)
+    for index, row in enumerate(rows):
+        row.reward = float(index % 3)
+        if index < 4:  # two inputs that are nearly solved
+            row.generated_output = row.metadata["gt_path"][:, None] + 0.01
+    images, clean, groups = stacked(rows)
+    weighter = AdaptiveWeighter(mode="convex")
+    weighter.calibrate(torch.tensor([0.02, 0.1, 0.5]))
+    monkeypatch.setattr(miles_diffusion, "weighter", weighter)
+    raw, rewards = double.post_process(POST_PROCESS, rows, 2)
+    assert raw == [row.reward for row in rows]
+    share = weighter(reference_distance(images, clean, groups=groups)).rl
+    assert share[:4].max() < share[4:].min()
+    plain = iqareward.group_advantages(torch.tensor(raw), groups, scale="batch").values
+    torch.testing.assert_close(torch.tensor(rewards), share * plain, rtol=1e-3, atol=1e-5)
+    sft = torch.tensor([row.train_metadata["sft_weight"] for row in rows])
+    torch.testing.assert_close(sft, 1 - share, **OTHER_PACKAGE)
+    rows[0].group_index = None
+    with pytest.raises(ValueError, match="expected a `group_index` in every sample"):
+        double.post_process(POST_PROCESS, rows, 2)
+
+
+def test_miles_leaves_unscored_samples_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One NaN costs a whole group in the trainer's own normalisation; in the example it costs its own row."""
+    monkeypatch.setattr(miles_diffusion, "weighter", AdaptiveWeighter(calibrate_on_first=True))
+    rows = samples(4)
+    for row, reward in zip(rows, (1.0, math.nan, 1.0, 3.0)):
+        row.reward = reward
+    _, plain = double.post_process(None, rows, 2)
+    assert [math.isnan(value) for value in plain] == [True, True, False, False]
+    _, rewards = double.post_process(POST_PROCESS, rows, 2)
+    assert rewards[:2] == [0.0, 0.0]
+    assert rewards[2] < 0 < rewards[3]
+    assert rows[0].train_metadata["sft_weight"] == 1.0  # nothing to compare with: SFT only
+
+
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+def test_cosmos_takes_one_image_and_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function answers a float or a list, as it was asked; an image without a score stops the training."""
+    monkeypatch.setattr(cosmos_rl, "REWARD", iqareward.load("ssim"))
+    monkeypatch.setattr(cosmos_rl, "USE_REFERENCE", True)
+    reference = IMAGES[3]
+    expected = iqareward.load("ssim")(IMAGES, references=reference.expand_as(IMAGES))
+    one = cosmos.compute_rewards([(cosmos_rl.quality, 2.0)], IMAGES[0], reference)
+    assert one == pytest.approx(2 * expected[0].item(), rel=1e-4)
+    group = cosmos.compute_rewards([(cosmos_rl.quality, 0.5), cosmos_rl.quality], list(IMAGES), reference)
+    torch.testing.assert_close(torch.tensor(group), 1.5 * expected, **NETWORK_BATCH)
+    with pytest.raises(AssertionError):  # a tensor is not a list
+        cosmos.compute_rewards([iqareward.load("piqe")], list(IMAGES))
+    with pytest.raises(ValueError, match="ssim could not score every image"):
+        cosmos.compute_rewards([cosmos_rl.quality], IMAGES[0] * torch.nan, reference)
+
+
+def test_mixgrpo_knows_models_by_their_class_name() -> None:
+    """A model of a known name is called and weighted; the reward itself would silently train on zeros."""
+    weights = {"PickScoreRewardModel": 1.0}
+    merged, successes, _ = mixgrpo_rewards(PICTURES, PROMPTS, [PickScoreRewardModel(CONTRAST)], weights)
+    assert merged == pytest.approx(contrast(STORED).tolist())
+    assert successes == [1] * 4
+    assert all(type(reward) is float for reward in merged)
+    naive, successes, _ = mixgrpo_rewards(PICTURES, PROMPTS, [CONTRAST], {"NoReference": 1.0})
+    assert naive == [0.0] * 4
+    assert successes == [0] * 4
+    with pytest.raises(ValueError, match="needs references"):
+        PickScoreRewardModel("ssim")
+
+
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+def test_mixgrpo_stops_where_it_would_go_on_with_zeros() -> None:
+    """An image that cannot be scored ends the process, through two handlers that swallow every exception."""
+    tiny = [as_pil(image[:, :8, :8]) for image in IMAGES]
+    with pytest.raises(SystemExit, match="could not score every image"):
+        mixgrpo_rewards(tiny, PROMPTS, [PickScoreRewardModel("piqe")], {"PickScoreRewardModel": 1.0})
+
+
+def test_srpo_learns_from_the_difference_of_two_texts() -> None:
+    """A text-conditioned reward pulls the two branches apart; its formula is (1 + k) r(positive) - r(negative)."""
+    image = IMAGES[:1].clone().requires_grad_()
+    forward, inverse = srpo_losses(SRPOModel(LooksLike()), image, "bright photo", "photo", k=0.1)
+    brightness = IMAGES[:1].mean()
+    dark = 1 - brightness
+    torch.testing.assert_close(forward.detach(), torch.relu(0.7 - (1.1 * brightness - dark)))
+    torch.testing.assert_close(inverse.detach(), torch.relu(0.7 - (1.1 * dark - brightness)))
+    pulls = [torch.autograd.grad(loss, image, retain_graph=True)[0].sum() for loss in (forward, inverse)]
+    assert pulls[0] < 0 < pulls[1]  # descending makes the image brighter in one branch and darker in the other
+
+
+def test_srpo_refuses_a_reward_without_text() -> None:
+    """Why: both texts get one score, and both branches would pull the same way."""
+
+    class Naive(nn.Module):
+        def SRP_cfg(self, prompts, negative, images, k):
+            return (1 + k) * CONTRAST(images) - CONTRAST(images)
+
+    image = IMAGES[:1].clone().requires_grad_()
+    losses = srpo_losses(Naive(), image, "bright photo", "photo", k=0.1)
+    pulls = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(pulls[0], pulls[1], **EXACT)
+    with pytest.raises(ValueError, match="reads the prompt"):
+        SRPOModel(CONTRAST)
+    with pytest.raises(ValueError, match="SRPOModel expected a differentiable"):
+        SRPOModel(LooksLike(differentiable=False))
+
+
+def test_reno_needs_its_preprocessing_taken_out() -> None:
+    """At native resolution the noise follows the reward; CLIP's crop is refused, however harmless its values look."""
+    latents = nn.Parameter(2 * IMAGES[:1] - 1)
+    trainer = LatentNoiseTrainer([ReNOLoss(BRIGHTNESS, 2.0)], iterations=3)
+    with pytest.raises(ValueError, match=r"preprocess_fn = torch\.nn\.Identity"):
+        trainer.train(latents, "a cat")
+    trainer.preprocess_fn = nn.Identity()
+    logs = trainer.train(latents, "a cat")
+    assert logs[0] == pytest.approx({"brightness": -brightness(IMAGES[:1]).item()})
+    assert logs[0]["brightness"] > logs[1]["brightness"] > logs[2]["brightness"]  # a loss: lower is better
+    with pytest.raises(ValueError, match="ReNOLoss expected a differentiable no-reference reward"):
+        ReNOLoss(iqareward.load("ssim", differentiable=True))
