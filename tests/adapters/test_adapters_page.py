@@ -9,7 +9,6 @@ import torch
 import yaml
 from torch import nn
 
-import iqareward
 from iqareward.adapters import unirl
 from iqareward.types import Reward
 from tests.adapters.doubles import flow_grpo, gradient_loops, reward_models
