@@ -6,7 +6,7 @@ import torch
 
 import iqareward
 from benchmarks.meter import Meter
-from iqareward import Chunked, FullReference, NoReference
+from iqareward import FullReference, NoReference
 from iqareward.diffusion import Autoencoder
 from iqareward.diffusion.data.degradations import Degradation
 from iqareward.diffusion.data.jpeg import jpeg
@@ -159,12 +159,11 @@ def test_scoring_in_pieces_changes_nothing(name, weighty):
     torch.testing.assert_close(results[1], results[0], **NETWORK_BATCH)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_batch_size_recomputes_for_the_gradient(chunked):
+def test_a_batch_size_recomputes_for_the_gradient():
     """With a gradient and more images than `batch_size` each piece is scored again in the backward pass, alone."""
     metric = Counting()
     options = {"higher_is_better": True, "name": "counting", "differentiable": True}
-    reward = Chunked(NoReference(metric, **options), 2) if chunked else NoReference(metric, **options, batch_size=2)
+    reward = NoReference(metric, **options, batch_size=2)
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     scores = reward(images)
     assert metric.sizes == [2, 2, 1]

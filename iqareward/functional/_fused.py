@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iqareward._gradients import clamp, differentiated
-from iqareward.functional._threads import free_threads
+from iqareward.functional._chunks import free_threads
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # since torch 2.8

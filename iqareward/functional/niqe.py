@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from iqareward.functional._checks import check_images
-from iqareward.functional._chunks import map_chunks
-from iqareward.functional._threads import free_threads
+from iqareward.functional._chunks import free_threads, map_chunks
 from iqareward.functional.natural_model import NaturalModel, packaged_model
 from iqareward.functional.nss import clipped_luma, natural_features
 

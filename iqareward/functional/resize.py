@@ -10,8 +10,7 @@ from torch import Tensor
 
 from iqareward._gradients import clamp, differentiated, straight_through
 from iqareward.functional._checks import check_images
-from iqareward.functional._chunks import map_chunks
-from iqareward.functional._threads import free_threads
+from iqareward.functional._chunks import free_threads, map_chunks
 
 CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
 CUBIC_SUPPORT = 2.0

@@ -17,9 +17,7 @@ from iqareward.functional.ms_ssim import MIN_SIDE as MS_SSIM_MIN_SIDE
 from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
-from iqareward.rewards._names import exact
-from iqareward.rewards.calibration import AffineMap, Calibrated
-from iqareward.rewards.compose import WeightedSum
+from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward

@@ -129,7 +129,7 @@ def test_weights_leave_the_device_when_told(new: bool) -> None:
         def onload(self):
             moves.append("on")
 
-    mixed = iqareward.WeightedSum([(1.0, iqareward.Chunked(Heavy(), 2)), (0.0, iqareward.load("piqe"))])
+    mixed = iqareward.WeightedSum([(1.0, Heavy()), (0.0, iqareward.load("piqe"))])
     judge = backend(reward=iqareward.FidelityFloor(mixed, iqareward.load("psnr"), floor=20.0, low=0.0), references="gt")
     judge.offload()
     judge.onload()

@@ -16,8 +16,8 @@ from iqareward.difficulty import rmse
 from iqareward.diffusion.reward_gradient import clamp_straight_through
 from iqareward.functional import ssim
 from iqareward.functional.resize import pillow_resize
-from iqareward.rewards.calibration import AffineMap, LogisticMap
 from iqareward.rewards.catalog import CATALOG
+from iqareward.rewards.combine import AffineMap, LogisticMap
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
 from iqareward.rewards.pyiqa import PyIQAReward

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import iqareward
-from iqareward import Chunked, FullReference, NoReference
+from iqareward import FullReference, NoReference
 from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWarning, collect_reasons, sanitize
 from tests.gpu import needs_cuda, no_waits
 from tests.tolerances import EXACT, OTHER_PACKAGE
@@ -319,8 +319,7 @@ def test_gpu_only_the_first_call_looks() -> None:
         reward(images)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_inference_tensors_are_scored_in_pieces(in_parts: bool) -> None:
+def test_inference_tensors_are_scored_in_pieces() -> None:
     """Pieces that are scored again for a gradient may be inference tensors, as images or beside images."""
 
     def reward(batch_size: int | None) -> FullReference:
@@ -332,7 +331,7 @@ def test_inference_tensors_are_scored_in_pieces(in_parts: bool) -> None:
             batch_size=batch_size,
         )
 
-    pieces = Chunked(reward(None), 2) if in_parts else reward(2)
+    pieces = reward(2)
     images, references = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         made, compared = images.clone(), references.clone()

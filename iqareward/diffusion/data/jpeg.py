@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iqareward.functional._checks import check_images
-from iqareward.functional._chunks import map_chunks
-from iqareward.functional._constants import constant
+from iqareward.functional._chunks import constant, map_chunks
 
 BLOCK, UNIT = 8, 16  # side of a block, and of the 2 x 2 blocks of luma that share one block of each chroma
 # Weights of red, green and blue in luma and the two chroma planes (BT.601), as libjpeg counts them, in 1/65536.

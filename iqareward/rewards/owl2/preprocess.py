@@ -5,8 +5,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from iqareward.functional._constants import constant
-from iqareward.functional._threads import free_threads
+from iqareward.functional._chunks import constant, free_threads
 from iqareward.functional.resize import resize_levels, to_levels
 
 Task = Literal["quality", "aesthetics"]

@@ -12,7 +12,6 @@ from iqareward import (
     AffineMap,
     Calibrated,
     CDFMap,
-    Chunked,
     FidelityFloor,
     FullReference,
     LogisticMap,
@@ -62,14 +61,13 @@ def combinations(differentiable: bool) -> list:
         WeightedSum([(0.7, bright(**parts)), (-2.0, contrasty(**parts)), (1.0, faithful(**parts))]),
         SoftMin([bright(**parts), contrasty(**parts)], temperature=0.05),
         FidelityFloor(bright(**parts), faithful(**parts), floor=-0.01),
-        Chunked(faithful(**parts), 2),
         Calibrated(faithful(**parts), LogisticMap(-0.01, 0.005)),
         Calibrated(bright(**parts), AffineMap(0.0, 0.9)),
         Calibrated(bright(**parts), CDFMap((0.0, 0.2, 0.9), (0.0, 0.7, 1.0))),
     ]
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(6))
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_combinations_are_rewards(index: int, differentiable: bool) -> None:
     """Each combination keeps the whole contract of a reward, with and without a graph."""
@@ -146,28 +144,6 @@ def test_nan_of_a_part_is_nan_of_the_whole() -> None:
     images[2, 0, 0, 0] = torch.nan
     for reward in combinations(False):
         assert reward(images, references=REFERENCES).isnan().tolist() == [False, False, True, False, False]
-
-
-def test_chunked_calls_in_pieces() -> None:
-    """Chunked never passes more than its batch size, and changes no score, for lists and prompts too."""
-    reward = Recorder()
-    chunked = Chunked(reward, 2)
-    scores = chunked(list(IMAGES), prompts=list("abcde"))
-    torch.testing.assert_close(scores, torch.arange(97.0, 102.0), **EXACT)
-    assert reward.sizes == [2, 2, 1]
-    with pytest.raises(ValueError, match="batch_size"):
-        Chunked(reward, 0)
-
-
-class Recorder:
-    name, needs_references, needs_prompts, differentiable, bounds = "recorder", False, True, False, (None, None)
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
-        self.sizes.append(len(images))
-        return torch.tensor([float(ord(prompt)) for prompt in prompts])
 
 
 @pytest.mark.parametrize("score_map", [AffineMap(0.0, 1.0), LogisticMap(0.5, 0.1), CDFMap((0.0, 1.0), (0.0, 1.0))])
