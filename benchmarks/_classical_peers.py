@@ -92,7 +92,7 @@ def pyiqa(name: str) -> Callable[[], Metric]:
 
 def pyiqa_niqe() -> Metric:
     """pyiqa's NIQE under our packaged parameters (its own must be downloaded)."""
-    from iqareward.functional.natural_model import packaged_model
+    from iqareward.functional.niqe import packaged_model
     from iqareward.functional.nss import clipped_luma
 
     metric = _find("pyiqa.archs.niqe_arch.niqe")

@@ -27,8 +27,7 @@ from torch import Tensor
 
 import iqareward
 from benchmarks._harness import document, finish, target
-from iqareward.functional.natural_model import PACKAGED, NaturalModel, fit_natural_model
-from iqareward.functional.niqe import niqe
+from iqareward.functional.niqe import PACKAGED, NaturalModel, fit_natural_model, niqe
 from iqareward.functional.piqe import piqe
 
 # Licences as stated in the docstrings of skimage.data; `motorcycle` states none and stays out.

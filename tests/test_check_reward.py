@@ -37,8 +37,8 @@ def test_good_rewards_pass(differentiable: bool) -> None:
         NoReference(contrast, higher_is_better=True, differentiable=differentiable), IMAGES, degraded=FLAT
     )
     assert not report.failed
-    assert [title for title, _ in report.skipped] == ["refuses missing references"]
-    assert str(report).count("  ok  ") == len(report.passed) == 16
+    assert [title for title, _ in report.skipped] == ["refuses a call without what it needs"]
+    assert str(report).count("  ok  ") == len(report.passed)
     reward = FullReference(error, higher_is_better=False, bounds=(-1.0, 0.0), differentiable=differentiable)
     assert not check_reward(reward, IMAGES, FLAT, degraded=1 - IMAGES).failed
 
@@ -361,3 +361,40 @@ def test_one_fault_is_told_once() -> None:
     assert report.count("FAIL") == 1
     torch.testing.assert_close(IMAGES, before, **EXACT)
     assert report_on(Plain(no_tensor)).count("scores must be a tensor, got list") == 1
+
+
+class Unloadable(Plain):
+    """A reward whose weights are not here."""
+
+    def __call__(self, images, references=None, prompts=None, **ignored) -> Tensor:
+        raise OSError("the weights are not here")
+
+
+def test_a_reward_that_cannot_score_is_told_once() -> None:
+    """Missing weights end the test with that one reason."""
+    report = report_on(Unloadable(nothing_wrong))
+    assert report.count("FAIL") == 1
+    assert "it raised OSError: the weights are not here" in report
+
+
+class WithInputs(Plain):
+    """A reward that needs inputs and prompts, and scores without them if `careless`."""
+
+    needs_inputs = needs_prompts = True
+
+    def __init__(self, careless: str) -> None:
+        super().__init__(nothing_wrong)
+        self.careless = careless
+
+    def __call__(self, images, references=None, inputs=None, prompts=None, **ignored) -> Tensor:
+        for name, column in (("inputs", inputs), ("prompts", prompts)):
+            if column is None and name != self.careless:
+                raise ValueError(f"{name} are missing")
+        return Plain(self.score)(images)
+
+
+@pytest.mark.parametrize("careless", ["inputs", "prompts"])
+def test_each_missing_column_is_an_error(careless: str) -> None:
+    """A reward that needs inputs or prompts must refuse a call without them."""
+    assert f"a call without `{careless}` must raise ValueError" in report_on(WithInputs(careless))
+    assert not check_reward(WithInputs("nothing"), IMAGES, degraded=FLAT).failed

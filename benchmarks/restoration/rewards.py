@@ -12,8 +12,7 @@ from benchmarks.restoration.judges import trained_judge
 from benchmarks.restoration.world import JUDGE, VALIDATION, Job
 from iqareward import Calibrated, FidelityFloor, LogisticMap, WeightedSum
 from iqareward.diffusion import PixelPolicy, Validation
-from iqareward.functional.natural_model import NaturalModel, fit_natural_model
-from iqareward.functional.niqe import niqe
+from iqareward.functional.niqe import NaturalModel, fit_natural_model, niqe
 from iqareward.rewards.metric import NoReference
 from iqareward.types import Reward
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from iqareward._contract_checks import fact, raised
 from iqareward.image_files import References, find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import PYIQA_PREFIX, load
-from iqareward.testing import MIN_IMAGES, Report, RewardContractError, check_reward
+from iqareward.testing import MIN_IMAGES, Report, RewardContractError, check_reward, fact, raised
 from iqareward.types import Reward
 
 NUM_IMAGES = 4

@@ -3,8 +3,8 @@
 from iqareward.functional.gmsd import gmsd as gmsd
 from iqareward.functional.haarpsi import haarpsi as haarpsi
 from iqareward.functional.ms_ssim import ms_ssim as ms_ssim
-from iqareward.functional.natural_model import NaturalModel as NaturalModel
-from iqareward.functional.natural_model import fit_natural_model as fit_natural_model
+from iqareward.functional.niqe import NaturalModel as NaturalModel
+from iqareward.functional.niqe import fit_natural_model as fit_natural_model
 from iqareward.functional.niqe import niqe as niqe
 from iqareward.functional.piqe import piqe as piqe
 from iqareward.functional.psnr import psnr as psnr

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import iqareward
-from iqareward.functional.natural_model import PACKAGED, NaturalModel, fit_natural_model, packaged_model
+from iqareward.functional.niqe import PACKAGED, NaturalModel, fit_natural_model, packaged_model
 from tests.tolerances import EXACT
 
 

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from iqareward.functional.natural_model import NaturalModel, packaged_model
-from iqareward.functional.niqe import MIN_SIDE, niqe
-from iqareward.functional.nss import clipped_luma, natural_features
+from iqareward.functional.niqe import MIN_SIDE, NaturalModel, natural_features, niqe, packaged_model
+from iqareward.functional.nss import clipped_luma
 from tests.gpu import no_waits, on_devices
 from tests.tolerances import EXACT, FORMULA_FP32, OTHER_PACKAGE
 
