@@ -418,7 +418,7 @@ def _isolation(case: _Case) -> None:
 
 def _missing_columns(case: _Case) -> str | None:
     """refuses a call without what it needs"""
-    given = {"references": case.references, **case.columns(case.images)}
+    given: dict[str, Any] = {"references": case.references, **case.columns(case.images)}
     needed = [name for name in ("references", "inputs", "prompts") if getattr(case.reward, f"needs_{name}", False)]
     for missing in needed:
         try:

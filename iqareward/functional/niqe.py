@@ -317,7 +317,7 @@ def split_blocks(planes: Tensor, side: int) -> Tensor:
 
 
 def natural_features(levels: Tensor, side: int) -> Tensor:
-    """Features `[B, n, 36]` float64 of the whole blocks of `levels` `[B, H, W]` (0..255): 18 at full, 18 at half scale."""
+    """Features `[B, n, 36]` of the whole blocks of `levels` `[B, H, W]` (0..255), 18 at full and 18 at half scale."""
     height, width = (length - length % side for length in levels.shape[1:])
     levels = levels[:, :height, :width]
     scales = ((levels, side), (half_scale(levels), side // 2))
