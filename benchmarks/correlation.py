@@ -30,8 +30,7 @@ from benchmarks._harness import document, finish
 from benchmarks._iqa_datasets import DATASETS, Rated
 from benchmarks.fit_niqe import fit_photos
 from examples.demo.experiment import DAMAGES, PHOTOGRAPHS, damaged, load_photograph, score, spearman
-from iqareward.functional.natural_model import fit_natural_model
-from iqareward.functional.niqe import niqe
+from iqareward.functional.niqe import fit_natural_model, niqe
 from iqareward.image_files import find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load
