@@ -10,7 +10,7 @@ from torch import Tensor
 
 import iqareward
 from iqareward.adapters.diffusers import StepwiseRewards, decode_latents, generate_best
-from iqareward.rewards.fidelity import FidelityFloor
+from iqareward.rewards.combine import FidelityFloor
 from iqareward.rewards.metric import NoReference
 from tests.adapters.restoration_agent import as_pil
 from tests.adapters.tiny_pipelines import flow, img2img, prompt
