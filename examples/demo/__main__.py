@@ -39,7 +39,8 @@ PACKAGES = ("iqareward", "torch", "diffusers", "scikit-image", "matplotlib")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m examples.demo", description=__doc__, formatter_class=style)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the report")
     parser.add_argument("--quick", action="store_true", help="smoke run: two photographs, four updates")
     options, started = parser.parse_args(), time.perf_counter()

@@ -17,7 +17,6 @@ from iqareward.diffusion.data.pairs import SyntheticPairs
 from iqareward.diffusion.data.views import StoredPairs
 from iqareward.diffusion.restorer import build_restorer
 from iqareward.diffusion.sft import supervised
-from iqareward.monitor import HackingMonitor
 
 DEGRADATION = Degradation(("blur", "noise"), max_sigma=2.0, max_noise=40.0)
 THIRDS = ("easy", "middle", "hard")
@@ -124,7 +123,7 @@ def train(settings: Settings, progress: Callable[[str], None]) -> Trained:
     reward = learn_reward(pairs, seen.restore(policy, seed=seed), severity, settings)
     progress(f"Training on by RL, {settings.group_size} restorations of each of {settings.inputs} scenes per update")
     watched = {name: iqareward.load(name) for name in ("ssim", "gmsd")}
-    monitor = HackingMonitor(watched)
+    monitor = iqareward.HackingMonitor(watched)
     validation = Validation(degraded, references, watched, num_steps=settings.num_steps, monitor=monitor)
     before = validation.restore(policy, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
