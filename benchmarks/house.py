@@ -24,7 +24,7 @@ from typing import Any
 
 Row = dict[str, Any]
 IMPORT_RUNS = 5
-SURFACE = ("functional", "diffusion", "schedules", "monitor", "diffusion/monitor", "testing")
+SURFACE = ("functional", "rewards", "diffusion", "schedules", "monitor", "diffusion/monitor", "testing")
 
 
 def rooms(tree: Path) -> list[Row]:

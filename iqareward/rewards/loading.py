@@ -107,6 +107,11 @@ class LazyModel:
         device: where to build it; None = the GPU of the first images, else "cuda" if there is one, else the CPU.
         name: The reward's name, for error messages.
         is_built: `build` gives a network that exists already, and with `device=None` gets None and lets it stay.
+
+    Example:
+        >>> model = LazyModel(lambda device: nn.Linear(2, 1).to(device), "cpu")
+        >>> model.ready().training
+        False
     """
 
     def __init__(

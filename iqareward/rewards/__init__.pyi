@@ -1,0 +1,15 @@
+"""What is needed to write a reward, imported when it is first used."""
+
+from .catalog import CATALOG as CATALOG
+from .core import Combined as Combined
+from .core import ImageReward as ImageReward
+from .core import Wrapper as Wrapper
+from .loading import LazyModel as LazyModel
+from .scoring import UnscoredWarning as UnscoredWarning
+from .scoring import collect_reasons as collect_reasons
+from .vlm.presets import Q_INSIGHT as Q_INSIGHT
+from .vlm.presets import Q_REALIGN as Q_REALIGN
+from .vlm.presets import VISUALQUALITY_R1 as VISUALQUALITY_R1
+from .vlm.presets import ZERO_SHOT_LEVELS as ZERO_SHOT_LEVELS
+from .vlm.presets import LevelPreset as LevelPreset
+from .vlm.presets import RatingPreset as RatingPreset
