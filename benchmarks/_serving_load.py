@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks._serving_judge import pictures
-from iqareward.serving.remote import RemoteReward
+from iqareward.serving.client import RemoteReward
 
 
 def flask_client(url: str) -> Callable[[Tensor], float]:

@@ -56,9 +56,8 @@ def our_server(judge: Reward, processes: int) -> Iterator[tuple[str, Any]]:
     """The address of `iqareward serve` with so many processes of the judge, and a handle to them."""
     from ray import serve
 
-    from iqareward.serving.application import APP_NAME, Deployment
-    from iqareward.serving.run import deploy, local_ray
-    from iqareward.serving.settings import Settings
+    from iqareward.serving.requests import Settings
+    from iqareward.serving.run import APP_NAME, Deployment, deploy, local_ray
 
     port = free_port()
     deployment = Deployment(replicas=processes, max_batch=BATCH)

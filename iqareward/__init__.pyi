@@ -36,8 +36,8 @@ from .rewards.vlm.published import QReAlignReward as QReAlignReward
 from .rewards.vlm.published import VisualQualityR1Reward as VisualQualityR1Reward
 from .rewards.vlm.published import zero_shot_level_reward as zero_shot_level_reward
 from .rewards.vlm.rating import RatingReward as RatingReward
-from .serving.remote import RemoteReward as RemoteReward
-from .serving.served import ServedVLMReward as ServedVLMReward
+from .serving.client import RemoteReward as RemoteReward
+from .serving.judges import ServedVLMReward as ServedVLMReward
 from .testing import check_reward as check_reward
 from .types import Reward as Reward
 from .weighting import AdaptiveWeighter as AdaptiveWeighter

@@ -265,7 +265,7 @@ def serve(
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request in MiB.")] = 256,
     max_images: Annotated[int, typer.Option(min=1, help="Most images in a request.")] = 1024,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 120,
-    jpeg: Annotated[str, typer.Option(help="Take JPEG: never, legacy (from foreign clients) or always.")] = "legacy",
+    jpeg: Annotated[str, typer.Option(help="Score JPEG files: never or always.")] = "never",
     token_env: Annotated[
         str, typer.Option(help="Environment variable with the token that clients must send, if it is set.")
     ] = "IQAREWARD_TOKEN",

@@ -1,14 +1,13 @@
 """Serve rewards over HTTP from the command line."""
 
+import ipaddress
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
 from iqareward.cli.text import say
 from iqareward.optional import require
-from iqareward.serving.http_client import token_in
-from iqareward.serving.wire import Limits
 
 
 class Job(NamedTuple):
@@ -33,27 +32,33 @@ class Job(NamedTuple):
 def run(job: Job, messages: Console) -> None:
     """Serve until told to stop; with an address, deploy there and return."""
     require("ray.serve", extra="serve", purpose="iqareward serve")
-    from iqareward.serving.application import Deployment, load_rewards
+    from pydantic import ValidationError
+
+    from iqareward.serving.client import token_in
     from iqareward.serving.listener import Address
-    from iqareward.serving.run import cluster_ray, deploy, local_ray, wait_for_stop
-    from iqareward.serving.settings import Settings
+    from iqareward.serving.requests import Settings
+    from iqareward.serving.run import Deployment, cluster_ray, deploy, load_rewards, local_ray, wait_for_stop
+    from iqareward.serving.wire import Limits, first_error
 
     secured = token_in(job.token_env) is not None
-    deployment = Deployment(
-        replicas=_replicas(job.replicas),
-        num_gpus=job.num_gpus,
-        num_cpus=job.num_cpus,
-        max_batch=job.max_batch,
-        max_wait_ms=job.max_wait_ms,
-        token_env=job.token_env if secured else None,
-    )
-    limits = Limits(max_bytes=job.max_body_mib * 2**20, max_images=job.max_images)
-    settings = Settings(
-        limits=limits,
-        max_inflight_bytes=max(Settings.max_inflight_bytes, 2 * limits.max_bytes),
-        deadline=job.deadline,
-        jpeg=job.jpeg,  # pyright: ignore[reportArgumentType]
-    )
+    try:
+        deployment = Deployment(
+            replicas=int(job.replicas) if job.replicas.isdecimal() else job.replicas,  # pyright: ignore
+            num_gpus=job.num_gpus,
+            num_cpus=job.num_cpus,
+            max_batch=job.max_batch,
+            max_wait_ms=job.max_wait_ms,
+            token_env=job.token_env if secured else None,
+        )
+        limits = Limits(max_bytes=job.max_body_mib * 2**20, max_images=job.max_images)
+        settings = Settings(
+            limits=limits,
+            max_inflight_bytes=max(Settings.max_inflight_bytes, 2 * limits.max_bytes),
+            deadline=job.deadline,
+            jpeg=job.jpeg,  # pyright: ignore[reportArgumentType]
+        )
+    except ValidationError as error:
+        raise ValueError(f"--{first_error(error)}") from None
     rewards = load_rewards(job.rewards, job.num_gpus)
     address = Address(job.host, job.port)
     if job.address is None:
@@ -67,24 +72,22 @@ def run(job: Job, messages: Console) -> None:
             wait_for_stop()
 
 
-def _replicas(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return text
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ValueError(f'expected --replicas as a positive number or "auto", got {text!r}.')
-    return int(text)
-
-
 def _warnings(job: Job, address: str, secured: bool) -> list[str]:
     """What somebody who starts this server should know."""
-    from iqareward.serving.run import is_loopback
-
-    found = []
-    if not is_loopback(job.host) and not secured:
+    if _is_loopback(job.host):
+        return []
+    found = ["the connection is not encrypted: put a proxy that speaks TLS in front, or use a private network."]
+    if not secured:
         found.append(
             f"anyone who can reach {address} can use this server: ${job.token_env} is not set. "
             "Set it to a secret, which clients then send as a bearer token."
         )
-    if not is_loopback(job.host):
-        found.append("the connection is not encrypted: put a proxy that speaks TLS in front, or use a private network.")
     return found
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

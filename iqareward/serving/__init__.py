@@ -1,11 +1,11 @@
-"""The reward server: the rewards of this library behind HTTP, on Ray Serve. Needs the extra `serve`.
+"""The reward server, its client, and clients of MLLM judges behind other servers. Needs the extra `serve`.
 
-`gate.py` decides who may send how much, `memory.py` counts it, `app.py` speaks HTTP, `pictures.py` and
-`plain_pickle.py` read foreign bytes, `legacy.py` answers the clients of other code bases, `dispatch.py` splits a
-request over rewards and replicas, `replica.py` holds one reward, `sleeping.py` knows whether it sleeps, and
-`application.py` puts all of it on Ray.
+`wire.py` is the format of requests and answers, `client.py` sends them, `judges.py` asks OpenAI-compatible servers. On
+the server `run.py` starts Ray Serve, `listener.py` speaks HTTP/1.1, `app.py` has the routes, `requests.py` reads what
+comes in, `backend.py` sends calls to the processes that hold the rewards, and `replica.py` is such a process.
 """
 
 from iqareward.optional import require
 
-require("fastapi", extra="serve", purpose="iqareward.serving")
+for _module in ("pydantic", "tenacity"):
+    require(_module, extra="serve", purpose="iqareward.serving")

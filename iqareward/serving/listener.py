@@ -1,28 +1,31 @@
-"""A process that speaks HTTP by itself, so that a request reaches us without a detour through a proxy."""
+"""A process that speaks HTTP/1.1 by itself, so that a request reaches us without a detour through Ray's proxy."""
 
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
+import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from iqareward.optional import require
+_BACKLOG = 2048  # connections that the kernel holds until they are accepted: a trainer's workers may come all at once
+_STOP_SECONDS = 10  # for requests that are still being answered when the process is to end
 
-BACKLOG = 2048  # connections that the kernel holds until they are accepted: all workers of a trainer may come at once
-STOP_SECONDS = 10  # for requests that are still being answered when the process is to end
+# Of the request line and the headers, which neither httptools nor uvicorn bound. Far above any real one, because a
+# chunk counts whole when the end of one request and the start of the next come in it.
+_MAX_HEAD_BYTES = 2**19
+_MAX_HEADERS = 200
+_MAX_PIPELINED = 8  # requests that wait for the answer before theirs; our clients send none
+HEAD_SECONDS = 20.0  # for the head, from connecting or from its first byte
+IDLE_SECONDS = 75  # from an answer to the next request
+WRITE_SECONDS = 20.0  # for a client that reads its answer too slowly to read on
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen.
-
-    Args:
-        host: address of this machine.
-        port: TCP port.
-        processes: that listen there; the kernel deals connections out to them.
-    """
+    """Where to listen; several processes may share the port, and the kernel deals connections out to them."""
 
     host: str
     port: int
@@ -41,7 +44,7 @@ class Address:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         place, shared = (self.host, self.port), self.processes > 1
         try:
-            return socket.create_server(place, family=family, backlog=BACKLOG, reuse_port=shared)
+            return socket.create_server(place, family=family, backlog=_BACKLOG, reuse_port=shared)
         except OSError as error:
             raise OSError(f"cannot listen at {self} ({error}). Choose another host or port.") from error
 
@@ -59,9 +62,6 @@ class Listener:
     async def __init__(  # pyright: ignore  # Ray Serve awaits it
         self, build: Callable[[], ASGIApp], address: Address, *parts: Any
     ) -> None:
-        uvicorn = require("uvicorn", extra="serve", purpose="the reward server")
-        from iqareward.serving.protocol import IDLE_SECONDS, BoundedConnection
-
         config = uvicorn.Config(
             build(),
             http=BoundedConnection,
@@ -72,7 +72,7 @@ class Listener:
             proxy_headers=False,  # nothing here depends on who the client says it is
             server_header=False,
             timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=STOP_SECONDS,
+            timeout_graceful_shutdown=_STOP_SECONDS,
         )
         self._server = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[address.bind()]))
@@ -97,3 +97,71 @@ class Listener:
         """Answer what has come in, then listen no more."""
         self._server.should_exit = True
         await self._serving
+
+
+@final
+class BoundedConnection(HttpToolsProtocol):
+    """Answers 400 to a head that is too large, and drops clients that send or read nothing, or too slowly.
+
+    A timer runs from connecting to the end of the connection, but for the time in which a request is received and
+    answered, which the application bounds; another one runs while an answer cannot be written.
+    """
+
+    _head_bytes: int | None = None  # of the request whose head is being read
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        super().connection_made(transport)
+        self._drop_after(HEAD_SECONDS, "request")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            raise ValueError("too many requests before the first answer")  # the parser makes a 400 of it
+        super().on_message_begin()
+        self._head_bytes = 0
+        if self.cycle is None or self.cycle.response_complete:
+            self._drop_after(HEAD_SECONDS, "request")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) >= _MAX_HEADERS:
+            raise ValueError("too many headers")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None  # what follows is the body, which the application bounds
+        self._drop_after(None, "request")
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        waiting = bool(self.pipeline)
+        super().on_response_complete()
+        self._drop_after(None if waiting else IDLE_SECONDS, "request")
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.is_closing():
+            self._drop_after(HEAD_SECONDS, "request")  # even if the client does not read what is left to write
+        elif self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self.send_400_response("The headers are too long.")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._drop_after(WRITE_SECONDS, "answer")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._drop_after(None, "answer")
+
+    def _drop_after(self, seconds: float | None, timer: Literal["request", "answer"]) -> None:
+        """Set a timer anew, or stop it."""
+        if timer in self._timers:
+            self._timers.pop(timer).cancel()
+        if seconds is not None and self in self.connections:
+            self._timers[timer] = self.loop.call_later(seconds, self.transport.abort)

@@ -1,23 +1,51 @@
-"""Start the server on this machine or on a running Ray cluster, and stop it again."""
+"""Build the Ray Serve application of the reward server, start it here or on a running cluster, and stop it again."""
 
-import ipaddress
 import os
+import re
 import signal
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic.dataclasses import dataclass
+from starlette.types import ASGIApp
 
 from iqareward.optional import require
-from iqareward.serving.application import APP_NAME, Deployment, application
-from iqareward.serving.listener import Address
-from iqareward.serving.settings import Settings
-from iqareward.serving.sleeping import wake_all
+from iqareward.rewards.catalog import load
+from iqareward.serving.app import build_app
+from iqareward.serving.backend import (
+    MAX_MESSAGE_BYTES,
+    MESSAGE_LIMIT_VARIABLE,
+    RayBackend,
+    Served,
+    ServedFacts,
+    Service,
+    asleep_rewards,
+    deployment_health,
+    facts_of,
+    is_asleep,
+    node_metrics,
+    wake_all,
+)
+from iqareward.serving.client import token_in
+from iqareward.serving.listener import Address, Listener
+from iqareward.serving.replica import BatchMetrics, RewardReplica
+from iqareward.serving.requests import FLOAT_BYTES, Settings
 from iqareward.types import Reward
 
+APP_NAME = "iqareward"
+_MAX_QUEUED = 1024  # calls of a reward that wait in one HTTP process; further ones are answered with 429
+_QUIET = {"enable_access_log": False}  # a line for every image; /metrics counts them
+_BUILD_ATTEMPTS = 2  # of a process; weights that cannot be loaded twice are not there
+_CORES_PER_FRONT, _MOST_FRONTS = 8, 8
+_PROXY_GRACE = 10.0  # seconds by which Ray's proxy outwaits our own deadline, whose answer says more
+
 # For the processes of a Ray of our own, where the variables are not set.
-ENVIRONMENT = {
+_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Our code never blocks a loop, so it needs none of its own, and every request saves the way there and back.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -31,8 +59,165 @@ ENVIRONMENT = {
     # with huge pages 0.9.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-CORES_PER_FRONT, MOST_FRONTS = 8, 8
-PROXY_GRACE = 10.0  # seconds by which Ray's proxy outwaits our own deadline, whose answer says more
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Deployment:
+    """How each reward runs.
+
+    Args:
+        replicas: processes of each reward; `"auto"` = as many as the queue asks for, up to `max_replicas`.
+        max_replicas: most processes of each reward; a cluster that grows by itself may have room for them later.
+        num_gpus: GPUs of a process; a fraction lets several share one, 0 = CPU.
+        num_cpus: CPUs of a process, and its threads.
+        max_batch: images per call of a reward.
+        max_wait_ms: how long a free process waits for more requests, or a fifth of its last batch's time if longer.
+        front_replicas: processes that speak HTTP; `"auto"` = one for every 8 cores of a machine, or on a cluster as
+            many as requests ask for; up to 8.
+        token_env: environment variable, where the HTTP processes run, that holds the token; None = no token.
+    """
+
+    replicas: pydantic.PositiveInt | Literal["auto"] = "auto"
+    max_replicas: pydantic.PositiveInt = 8
+    num_gpus: pydantic.NonNegativeFloat = 0.0
+    num_cpus: pydantic.NonNegativeFloat = 1.0
+    max_batch: pydantic.PositiveInt = 32
+    max_wait_ms: pydantic.NonNegativeFloat = 5.0
+    front_replicas: pydantic.PositiveInt | Literal["auto"] = "auto"
+    token_env: str | None = None
+
+
+class Config(pydantic.BaseModel):
+    """The `args` of a Serve config file, such as KubeRay's `serveConfigV2`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    rewards: Annotated[list[str], pydantic.Field(min_length=1)]
+    deployment: Deployment = Deployment()
+    settings: Settings = Settings()
+
+
+def load_rewards(specs: Sequence[str], num_gpus: float) -> dict[str, Reward]:
+    """Rewards by the names that clients will use: what was typed. Weights are loaded later, where they are needed."""
+    if not specs or len(set(specs)) < len(specs):
+        raise ValueError(f"expected one or more rewards, each once, got {list(specs)}.")
+    return {spec: load(spec, device="cuda" if num_gpus > 0 else "cpu") for spec in specs}
+
+
+def from_config(arguments: dict[str, Any]) -> Any:
+    """The application from the arguments of a Serve config file: `rewards`, `deployment` and `settings`."""
+    config = Config.model_validate(arguments)
+    return application(load_rewards(config.rewards, config.deployment.num_gpus), config.deployment, config.settings)
+
+
+def application(
+    rewards: Mapping[str, Reward], deployment: Deployment, settings: Settings, *, address: Address | None = None
+) -> Any:
+    """The application, ready for `ray.serve.run(..., name="iqareward")`: one deployment per reward, and one for HTTP.
+
+    Args:
+        rewards: rewards by the name that clients use; picklable, not differentiable.
+        deployment: how each of them runs.
+        settings: limits and deadline; the token is read from `deployment.token_env` where the HTTP processes run, so
+            that it is in no message between processes.
+        address: where the HTTP processes listen; None = they do not, and get their requests from Ray's proxies.
+    """
+    serve = require("ray.serve", extra="serve", purpose="the reward server")
+    limits = settings.limits
+    if min(limits.max_bytes, 2 * FLOAT_BYTES * limits.max_pixels) > MAX_MESSAGE_BYTES - 2**20:
+        raise ValueError(
+            f"expected limits with which an image and its reference fit into a message of {MAX_MESSAGE_BYTES} bytes, "
+            f"got {limits}. Lower `max_bytes` or `max_pixels`."
+        )
+    if settings.token is not None:
+        raise ValueError("application expected the token in an environment variable: Deployment(token_env=...).")
+    slugs = [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] for name in rewards]
+    names = {name: f"reward-{index}-{slug}" for index, (name, slug) in enumerate(zip(rewards, slugs, strict=True))}
+    parts = [_part(serve, names[name], reward, deployment) for name, reward in rewards.items()]
+    facts = {name: facts_of(reward) for name, reward in rewards.items()}
+
+    def build() -> Any:  # a function, not a partial: that is what Ray Serve takes for a builder
+        return front(names, facts, deployment, settings)
+
+    options = {
+        "name": "front",
+        "ray_actor_options": {"num_cpus": 0},
+        "logging_config": _QUIET,
+        "health_check_period_s": 2,  # nobody is served while a lone front is gone
+    }
+    if address is not None:
+        listener = serve.deployment(Listener).options(**options, num_replicas=address.processes)
+        return listener.bind(build, address, *parts)
+    ingress = serve.deployment(serve.ingress(build)()).options(
+        **options,
+        **_scaling(deployment.front_replicas, target=64, most=_MOST_FRONTS),
+        max_ongoing_requests=settings.max_inflight_requests,
+    )
+    return ingress.bind(*parts)
+
+
+def _part(serve: Any, name: str, reward: Reward, deployment: Deployment) -> Any:
+    """The deployment of one reward."""
+    part = serve.deployment(RewardReplica).options(
+        name=name,
+        ray_actor_options={
+            "num_gpus": deployment.num_gpus,
+            "num_cpus": deployment.num_cpus,
+            # here and not in the environment of Ray, which on a cluster is not ours to set
+            "runtime_env": {"env_vars": {MESSAGE_LIMIT_VARIABLE: str(MAX_MESSAGE_BYTES)}},
+        },
+        max_ongoing_requests=2 * deployment.max_batch,  # one batch that is scored, one that waits
+        max_queued_requests=_MAX_QUEUED,
+        max_constructor_retry_count=_BUILD_ATTEMPTS,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        logging_config=_QUIET,
+        **_scaling(deployment.replicas, target=deployment.max_batch, most=deployment.max_replicas),
+    )
+    return part.bind(
+        reward,
+        device="cuda" if deployment.num_gpus > 0 else "cpu",
+        max_batch=deployment.max_batch,
+        max_wait_ms=deployment.max_wait_ms,
+        observer=BatchMetrics,
+        told_to_sleep=partial(is_asleep, name),
+    )
+
+
+def _scaling(replicas: int | Literal["auto"], *, target: int, most: int) -> dict[str, Any]:
+    """Options of a deployment: so many processes, or as many as keep `target` calls with each."""
+    if replicas != "auto":
+        return {"num_replicas": replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": 1,
+            "max_replicas": most,
+            "target_ongoing_requests": target,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 300,
+        }
+    }
+
+
+def front(
+    names: Mapping[str, str], facts: Mapping[str, ServedFacts], deployment: Deployment, settings: Settings
+) -> ASGIApp:
+    """The ASGI application of an HTTP process; called where it runs."""
+    serve = require("ray.serve", extra="serve", purpose="the reward server")
+    token = None
+    if deployment.token_env is not None:
+        token = token_in(deployment.token_env)
+        if token is None:
+            raise RuntimeError(
+                f"expected the token in ${deployment.token_env} where the server runs, and it is not set there. "
+                "Set it in the environment of Ray itself (of `ray start`, or of the pods)."
+            )
+    rewards: dict[str, Served] = {}
+    for name, part in names.items():
+        backend = RayBackend(serve.get_deployment_handle(part, APP_NAME), part)
+        rewards[name] = Served(facts[name], backend, backend.rest, deployment.max_batch)
+    health, asleep = partial(deployment_health, APP_NAME, names), partial(asleep_rewards, names)
+    return build_app(Service(rewards, health, asleep, node_metrics), replace(settings, token=token))
 
 
 def deploy(
@@ -41,12 +226,12 @@ def deploy(
     """Put the rewards on the Ray cluster that this process is connected to; returns when all of them can be scored.
 
     Args:
-        rewards: by the name that clients use.
+        rewards: rewards by the name that clients use.
         deployment: how each of them runs.
         settings: what a request may be.
         host: address to listen at.
         port: port to listen at.
-        everywhere: a cluster: Ray's proxies listen, on every node. Otherwise the front listens, on this machine only.
+        everywhere: a cluster: Ray's proxies listen, on every node. Otherwise our processes do, on this machine only.
 
     Raises:
         RuntimeError: a reward cannot be built, for example because its weights are missing.
@@ -55,52 +240,49 @@ def deploy(
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     address = None
     if everywhere:
-        http = {"host": host, "port": port, "request_timeout_s": settings.deadline + PROXY_GRACE}
+        http = {"host": host, "port": port, "request_timeout_s": settings.deadline + _PROXY_GRACE}
         serve.start(proxy_location="EveryNode", http_options=http)
     else:
-        deployment = replace(deployment, max_replicas=_room(len(rewards), deployment))
-        address = Address(host, port, _fronts(deployment))
+        ray = require("ray", extra="serve", purpose="the reward server")
+        available = ray.cluster_resources()
+        deployment = replace(deployment, max_replicas=most_replicas(len(rewards), deployment, available))
+        fronts = deployment.front_replicas
+        if fronts == "auto":
+            fronts = min(max(int(available.get("CPU", 0)) // _CORES_PER_FRONT, 1), _MOST_FRONTS)
+        address = Address(host, port, fronts)
         serve.start(proxy_location="Disabled")
     wake_all()
     built = application(rewards, deployment, settings, address=address)
     serve.run(built, name=APP_NAME, route_prefix="/" if address is None else None)
 
 
-def _fronts(deployment: Deployment) -> int:
-    """How many processes speak HTTP on this machine."""
-    if deployment.front_replicas != "auto":
-        return deployment.front_replicas
-    ray = require("ray", extra="serve", purpose="the reward server")
-    return min(max(int(ray.cluster_resources().get("CPU", 0)) // CORES_PER_FRONT, 1), MOST_FRONTS)
+def most_replicas(num_rewards: int, deployment: Deployment, available: Mapping[str, float]) -> int:
+    """How many processes of each reward a machine has room for.
 
-
-def _room(num_rewards: int, deployment: Deployment) -> int:
-    """How many processes of each reward this machine has room for."""
-    ray = require("ray", extra="serve", purpose="the reward server")
-    here = ray.cluster_resources()
-    room = deployment.max_replicas
+    Raises:
+        ValueError: not even for those that were asked for.
+    """
+    most = deployment.max_replicas
+    wanted = num_rewards * (1 if deployment.replicas == "auto" else deployment.replicas)
     for kind, share, option in (("GPU", deployment.num_gpus, "num-gpus"), ("CPU", deployment.num_cpus, "num-cpus")):
-        fits = int(here.get(kind, 0) // share) if share > 0 else room * num_rewards
-        wanted = num_rewards * (1 if deployment.replicas == "auto" else deployment.replicas)
+        if share <= 0:
+            continue
+        fits = int(available.get(kind, 0) // share)
         if fits < wanted:
             raise ValueError(
-                f"{wanted} processes of {share:g} {kind} each do not fit into {here.get(kind, 0):g} {kind}: "
+                f"{wanted} processes of {share:g} {kind} each do not fit into {available.get(kind, 0):g} {kind}: "
                 f"lower --{option} (a fraction shares one), or serve fewer rewards."
             )
-        room = min(room, fits // num_rewards)
-    return room
+        most = min(most, fits // num_rewards)
+    return most
 
 
 @contextmanager
 def local_ray(**options: Any) -> Generator[None]:
-    """A Ray of our own for as long as the block runs; nothing of it is left behind.
-
-    Args:
-        options: of `ray.init`.
-    """
+    """A Ray of our own for as long as the block runs, started with these options of `ray.init`; nothing is left."""
     ray = require("ray", extra="serve", purpose="the reward server")
     serve = require("ray.serve", extra="serve", purpose="the reward server")
-    for variable, value in ENVIRONMENT.items():
+    for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     ray.init(address="local", include_dashboard=False, **options)  # whatever $RAY_ADDRESS says
     try:
@@ -130,11 +312,3 @@ def wait_for_stop() -> None:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -28,7 +28,9 @@ class _Server(ThreadingHTTPServer):
 class Double:
     """Serves rewards on 127.0.0.1; `script` holds what happens to the next requests to /v1/score, truth after that."""
 
-    def __init__(self, rewards: Sequence[Reward], *, script: Sequence[Step] = (), token: str | None = None) -> None:
+    def __init__(
+        self, rewards: Sequence[Reward], *, script: Sequence[Step] = (), token: str | None = None, port: int = 0
+    ) -> None:
         self.rewards = {reward.name: reward for reward in rewards}
         self.script, self.token = list(script), token
         self.facts_body: bytes | None = None
@@ -38,7 +40,7 @@ class Double:
         self.connections = 0
         self.inside = self.most_inside = 0
         self._lock = threading.Lock()
-        self.server = _Server(("127.0.0.1", 0), self._handler())
+        self.server = _Server(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
 
@@ -60,11 +62,10 @@ class Double:
         except wire.WireError as error:
             return error.status, wire.encode_error(error.code, error.message, error.index), {}
         self.requests.append(request)
-        references = None if request.references is None else wire.as_floats(request.references)
-        scores = {
-            name: self.rewards[name](wire.as_floats(request.images), references=references, prompts=request.prompts)
-            for name in request.rewards
+        columns = {
+            name: wire.as_floats(column) for name in wire.COLUMNS if (column := getattr(request, name)) is not None
         }
+        scores = {name: self.rewards[name](**columns, prompts=request.prompts) for name in request.rewards}
         return 200, wire.encode_answer(wire.ScoreAnswer(scores)), {}
 
     def facts(self) -> Answer:
@@ -72,6 +73,7 @@ class Double:
         facts = {
             name: {
                 "needs_references": reward.needs_references,
+                "needs_inputs": getattr(reward, "needs_inputs", False),
                 "needs_prompts": reward.needs_prompts,
                 "bounds": reward.bounds,
             }

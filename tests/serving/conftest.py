@@ -3,7 +3,7 @@
 import pytest
 
 from iqareward.rewards.vlm.presets import ZERO_SHOT_LEVELS
-from iqareward.serving.served import ServedVLMReward
+from iqareward.serving.judges import ServedVLMReward
 from tests.vlm.chat_double import serve
 
 

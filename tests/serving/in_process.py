@@ -10,10 +10,9 @@ from starlette.types import ASGIApp
 
 from iqareward.rewards.calls import Call
 from iqareward.serving.app import build_app
-from iqareward.serving.dispatch import Facts, Scored, Served, Service
-from iqareward.serving.errors import ServiceError
-from iqareward.serving.replica import Failed, RewardReplica, pack, unpack
-from iqareward.serving.settings import Settings
+from iqareward.serving.backend import Served, ServedFacts, Service, facts_of
+from iqareward.serving.replica import Failed, RewardReplica, Scored, pack
+from iqareward.serving.requests import ServiceError, Settings
 from iqareward.serving.wire import CONTENT_TYPE
 from iqareward.types import Reward
 
@@ -30,7 +29,7 @@ class Rest:
 
     async def __call__(self, asleep: bool) -> None:
         self.asleep = asleep
-        failed = None if self.replica is None else await self.replica.settle()
+        failed = None if self.replica is None else await self.replica.follow()
         if failed is not None:
             raise ServiceError(failed.status, failed.code, failed.message)
 
@@ -44,14 +43,14 @@ def served(reward: Reward) -> Served:
         result = await replica.score(*pack(call))
         if isinstance(result, Failed):
             raise ServiceError(result.status, result.code, result.message)
-        return unpack(result)
+        return result.unpacked()
 
-    return Served(Facts.of(reward), score, rest, MAX_IMAGES)
+    return Served(facts_of(reward), score, rest, MAX_IMAGES)
 
 
 def answering(score: Callable[[Call], Awaitable[Scored]]) -> Served:
     """A reward that answers, or fails, as told."""
-    return Served(Facts("told", False, False, (None, None)), score, Rest(), MAX_IMAGES)
+    return Served(ServedFacts(False, False, (None, None), reward="told"), score, Rest(), MAX_IMAGES)
 
 
 def application(rewards: Mapping[str, Served], settings: Settings | None = None, **states: str) -> ASGIApp:

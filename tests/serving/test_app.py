@@ -1,7 +1,6 @@
 """The HTTP face: right scores, and for everything else an error that a program can read."""
 
 import asyncio
-import base64
 import json
 from dataclasses import replace
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 import iqareward
 from iqareward.rewards.calls import Call
-from iqareward.serving.dispatch import Scored
-from iqareward.serving.errors import ServiceError
-from iqareward.serving.settings import Settings
+from iqareward.rewards.core import ImageReward
+from iqareward.serving.replica import Scored
+from iqareward.serving.requests import ServiceError, Settings
 from iqareward.serving.wire import Limits, decode_answer, encode_request
 from tests.serving.in_process import (
     SAFETENSORS,
@@ -28,7 +27,6 @@ from tests.serving.in_process import (
     served,
 )
 from tests.serving.judges import Fragile, Slow
-from tests.serving.picture_files import encoded
 
 SUM = "0.7*ssim + 0.3*haarpsi"
 
@@ -93,8 +91,8 @@ def test_what_is_served(app):
     facts = get(app, "/v1/rewards").json()
     assert set(facts["rewards"]) == {"ssim", "piqe", SUM}
     assert facts["rewards"]["ssim"] == {
-        "reward": "ssim", "needs_references": True, "needs_prompts": False, "bounds": [-1.0, 1.0],
-        "asleep": False,
+        "reward": "ssim", "needs_references": True, "needs_inputs": False, "needs_prompts": False,
+        "bounds": [-1.0, 1.0], "asleep": False,
     }  # fmt: skip
     assert facts["limits"]["max_images"] == 1024
     assert get(app, "/metrics").text == "iqareward_images 3\n"
@@ -107,6 +105,35 @@ def test_health_tells_which_reward_is_down():
     response = get(application(rewards, b="no process"), "/healthz")
     assert response.status_code == 503
     assert response.json() == {"status": "degraded", "rewards": {"a": "ok", "b": "no process"}}
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/rewards", "/metrics", "/openapi.json"])
+def test_head(app, path):
+    """Load balancers that ask with HEAD get the status of GET; a path without GET has neither."""
+    assert run(send(app, "HEAD", path)).status_code == 200
+    assert run(send(app, "HEAD", "/v1/score")).status_code == 405
+
+
+class ToInput(ImageReward):
+    """How far the mean of an image is from that of its degraded input."""
+
+    name, bounds, needs_inputs = "to_input", (-1.0, 0.0), True
+
+    def score_batch(self, images: Tensor, *, inputs: Tensor) -> Tensor:
+        return -(images.mean((1, 2, 3)) - inputs.mean((1, 2, 3))).abs()
+
+
+def test_inputs_arrive_with_their_images(pairs):
+    """A reward that needs the degraded images gets each with its image, whatever their size; without, it is 422."""
+    images, inputs = pairs[0], pairs[1][..., ::2, ::2].contiguous()
+    app = application({"to_input": served(ToInput()), "piqe": served(iqareward.load("piqe"))})
+    assert get(app, "/v1/rewards").json()["rewards"]["to_input"]["needs_inputs"]
+    names = ["to_input", "piqe"]
+    answer = decode_answer(post(app, content=body(images, inputs=inputs, rewards=names), headers=SAFETENSORS).content)
+    assert torch.equal(answer.scores["to_input"], ToInput()(images, inputs=inputs))
+    assert torch.equal(answer.scores["piqe"], iqareward.load("piqe")(images))
+    response = post(app, content=body(images, rewards=names), headers=SAFETENSORS)
+    assert error_of(response) == (422, "missing_inputs")
 
 
 @pytest.mark.parametrize(
@@ -203,8 +230,7 @@ def test_limits_that_keep_the_largest_request_out():
         Settings(limits=Limits(max_bytes=2**30), max_inflight_bytes=2**30)
 
 
-@pytest.mark.parametrize("path", ["/v1/score", "/flow_factory/compute"])
-def test_work_for_a_client_that_hangs_up_is_cancelled(path):
+def test_work_for_a_client_that_hangs_up_is_cancelled():
     """When the connection ends before the answer, the reward is told at once, and nothing is sent."""
     cancelled = asyncio.Event()
 
@@ -216,11 +242,10 @@ def test_work_for_a_client_that_hangs_up_is_cancelled(path):
             raise
         return await _zeros(call)
 
-    picture = base64.b64encode(encoded()).decode()
-    content = json.dumps({"image": [picture]}).encode() if "factory" in path else body(rewards=["r"])
-    kind = b"application/json" if "factory" in path else SAFETENSORS["content-type"].encode()
+    content = body(rewards=["r"])
+    kind = SAFETENSORS["content-type"].encode()
     headers = [(b"content-length", str(len(content)).encode()), (b"content-type", kind)]
-    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": headers, "query_string": b""}
     messages = iter([{"type": "http.request", "body": content, "more_body": False}, {"type": "http.disconnect"}])
     sent: list[dict] = []
 

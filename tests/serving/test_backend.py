@@ -12,8 +12,8 @@ import iqareward
 from iqareward.rewards.calls import Call
 from iqareward.serving import backend
 from iqareward.serving.backend import RayBackend
-from iqareward.serving.errors import ServiceError
-from iqareward.serving.replica import Failed, RewardReplica, pack
+from iqareward.serving.replica import Failed, RewardReplica, ScoredRows, pack
+from iqareward.serving.requests import ServiceError
 from tests.serving.judges import Fragile, Slow
 from tests.serving.ray_quietly import ray
 
@@ -55,7 +55,7 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(backend, "PAUSE", 0.0)
 
 
-SCORES = (np.array([0.5, 0.25], dtype=np.float32), {"part": np.array([1.0, 2.0], dtype=np.float32)})
+SCORES = ScoredRows(np.array([0.5, 0.25], dtype=np.float32), {"part": np.array([1.0, 2.0], dtype=np.float32)})
 DIED = ray.exceptions.RayActorError()
 
 
@@ -151,6 +151,7 @@ def test_read_only_shared_memory():
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     array = images.numpy().copy()
     array.setflags(write=False)
-    scores, parts = asyncio.run(RewardReplica(iqareward.load("piqe")).score(array))
-    assert parts == {}
-    assert torch.equal(torch.from_numpy(scores), iqareward.load("piqe")(images))
+    rows = asyncio.run(RewardReplica(iqareward.load("piqe")).score(array))
+    assert isinstance(rows, ScoredRows)
+    assert rows.components == {}
+    assert torch.equal(torch.from_numpy(rows.scores), iqareward.load("piqe")(images))

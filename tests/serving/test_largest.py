@@ -1,8 +1,5 @@
-"""The largest requests that `/v1/rewards` allows, in every dialect, and through a real Ray in each of its forms."""
+"""The largest requests that `/v1/rewards` allows, in both forms, and through a real Ray in each of its forms."""
 
-import base64
-import json
-import pickle
 from collections.abc import Iterator
 
 import httpx2
@@ -12,10 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iqareward.serving.application import Deployment
-from iqareward.serving.remote import RemoteError, RemoteReward
-from iqareward.serving.run import deploy, local_ray
-from iqareward.serving.settings import Settings
+from iqareward.serving.client import RemoteError, RemoteReward
+from iqareward.serving.requests import Settings
+from iqareward.serving.run import Deployment, deploy, local_ray
 from iqareward.serving.wire import Limits, decode_answer, encode_request
 from tests.serving.in_process import SAFETENSORS, error_of, free_port
 from tests.serving.judges import Corner
@@ -53,8 +49,8 @@ def url(request) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
 
 
-# Proxies pass bodies on unread, and rewards get the same call from every dialect.
-in_any_dialect = pytest.mark.parametrize("url", ["one machine"], indirect=True)
+# Proxies pass bodies on unread, and rewards get the same call from a form.
+on_one_machine = pytest.mark.parametrize("url", ["one machine"], indirect=True)
 
 
 def levels(count: int) -> Tensor:
@@ -129,7 +125,7 @@ def test_errors_and_health_through_the_proxies(url):
     assert ray.serve.status().proxies
 
 
-@in_any_dialect
+@on_one_machine
 def test_form(url):
     """PNG files in a form, as curl sends them."""
     content = files(fitting(200_000, per_image=PIXEL_BYTES + 1300))
@@ -137,27 +133,6 @@ def test_form(url):
     response = httpx2.post(f"{url}/v1/score", files=parts, data={"reward": "corner"}, timeout=300)
     assert response.status_code == 200, response.text
     assert torch.equal(decode_answer(response.content).scores["corner"], expected(len(content)))
-
-
-@in_any_dialect
-def test_flow_grpo(url):
-    """PNG files in a pickle."""
-    content = files(fitting(200_000, per_image=PIXEL_BYTES + 1300))
-    response = httpx2.post(f"{url}/flow_grpo", content=pickle.dumps({"images": content}), timeout=300)
-    assert response.status_code == 200, response.content
-    assert pickle.loads(response.content)["scores"] == expected(len(content)).tolist()
-
-
-@in_any_dialect
-def test_flow_factory(url):
-    """PNG files as base64 in JSON."""
-    content = files(fitting(200_000, per_image=(PIXEL_BYTES + 1300) * 4 // 3 + 8))
-    body = json.dumps({"image": [base64.b64encode(file).decode() for file in content]})
-    response = httpx2.post(
-        f"{url}/flow_factory/compute", content=body, headers={"content-type": "application/json"}, timeout=300
-    )
-    assert response.status_code == 200, response.content
-    assert response.json()["rewards"] == expected(len(content)).tolist()
 
 
 def test_pictures_that_grow(url):

@@ -11,11 +11,11 @@ import torch
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from iqareward.rewards.calls import Call
-from iqareward.serving import protocol
-from iqareward.serving.dispatch import Scored
+from iqareward.serving import listener as module
+from iqareward.serving.client import RemoteFacts, RemoteReward
 from iqareward.serving.listener import Address, Listener
-from iqareward.serving.remote import RemoteFacts, RemoteReward
-from iqareward.serving.settings import Settings
+from iqareward.serving.replica import Scored
+from iqareward.serving.requests import Settings
 from iqareward.serving.wire import Limits, encode_request
 from tests.serving.in_process import SAFETENSORS, answering, application, error_of, free_port
 
@@ -110,8 +110,8 @@ TOO_LARGE = b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 9999999\r\n\
 )  # fmt: skip
 def test_connections_that_do_not_get_on(monkeypatch, first, drops):
     """A client that sends nothing, or drop after drop, is hung up on: at once, in a head, and after an answer."""
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.5)
-    monkeypatch.setattr(protocol, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.5)
 
     async def work(listener: Listener, url: str) -> None:
         async def drip(writer: asyncio.StreamWriter) -> None:
@@ -137,8 +137,8 @@ def test_connections_that_do_not_get_on(monkeypatch, first, drops):
 
 def test_slow_requests_are_not_cut(monkeypatch):
     """What the deadline bounds, the body and the scoring, may take longer than a head and a pause."""
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", 1.0)
-    monkeypatch.setattr(protocol, "IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(module, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(module, "IDLE_SECONDS", 1.0)
 
     async def slow(call: Call) -> Scored:
         await asyncio.sleep(1.5)
@@ -161,7 +161,7 @@ def test_slow_requests_are_not_cut(monkeypatch):
 
 def test_a_client_that_does_not_read_its_answer(monkeypatch):
     """It is hung up on, and the application is not held up by it for ever."""
-    monkeypatch.setattr(protocol, "WRITE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "WRITE_SECONDS", 0.5)
     finished = asyncio.Event()
 
     async def large(scope: Scope, receive: Receive, send: Send) -> None:

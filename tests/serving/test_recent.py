@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from iqareward.serving.errors import ServiceError
-from iqareward.serving.recent import Recent
+from iqareward.serving.app import Shared
+from iqareward.serving.requests import ServiceError
 
 
 class Asked:
@@ -27,18 +27,18 @@ def test_one_question_for_all():
 
     async def scenario() -> None:
         asked = Asked()
-        recent = Recent(asked, seconds=3600)
-        waiting = [asyncio.ensure_future(recent()) for _ in range(50)]
+        shared = Shared(asked, seconds=3600)
+        waiting = [asyncio.ensure_future(shared()) for _ in range(50)]
         await asyncio.sleep(0)
         waiting.pop().cancel()  # a client that leaves
         asked.may_answer.set()
         assert await asyncio.gather(*waiting) == [1] * 49
-        assert await recent() == 1
-        recent.forget()
-        assert await recent() == 2
-        recent.seconds = 0.0
+        assert await shared() == 1
+        shared.forget()
+        assert await shared() == 2
+        shared.seconds = 0.0
         await asyncio.sleep(0.01)
-        assert await recent() == 3
+        assert await shared() == 3
 
     asyncio.run(scenario())
 
@@ -48,18 +48,18 @@ def test_errors_and_patience():
 
     async def scenario() -> None:
         asked = Asked()
-        recent = Recent(asked, seconds=0.0, patience=0.05)
+        shared = Shared(asked, seconds=0.0, patience=0.05)
         for _ in range(2):
             with pytest.raises(ServiceError) as raised:
-                await recent()
+                await shared()
             assert raised.value.status == 503
         assert asked.times == 1
         asked.error = RuntimeError("lost")
         asked.may_answer.set()
         with pytest.raises(RuntimeError, match="lost"):
-            await recent()
+            await shared()
         asked.error = None
         await asyncio.sleep(0.01)
-        assert await recent() == 2
+        assert await shared() == 2
 
     asyncio.run(scenario())

@@ -20,12 +20,11 @@ from typer.testing import CliRunner
 import iqareward
 from iqareward.cli import app
 from iqareward.serving import run as server
-from iqareward.serving.application import APP_NAME, Deployment, application, from_config, load_rewards
+from iqareward.serving.client import RemoteReward
 from iqareward.serving.listener import Address
-from iqareward.serving.remote import RemoteReward
-from iqareward.serving.run import is_loopback
-from iqareward.serving.settings import Settings
-from tests.serving import ray_quietly
+from iqareward.serving.requests import Settings
+from iqareward.serving.run import APP_NAME, Deployment, application, from_config, front, load_rewards, most_replicas
+from tests.serving import ray_quietly  # noqa: F401  # imports Ray without its warnings
 from tests.serving.in_process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +57,7 @@ def typed(*arguments: str):
 
 
 def test_defaults(deployed):
-    """Without options: this machine only, scaled by load, no JPEG but from foreign clients, no warning."""
+    """Without options: this machine only, scaled by load, no JPEG, no warning."""
     result = typed("piqe", "0.7*ssim + 0.3*haarpsi")
     assert result.exit_code == 0
     assert "warning" not in result.output
@@ -75,7 +74,7 @@ def test_options(deployed, monkeypatch):
     result = typed(
         "piqe", "--host", "0.0.0.0", "--port", "9000", "--address", "auto", "--replicas", "3", "--num-gpus", "0.5",
         "--num-cpus", "2", "--max-batch", "64", "--max-wait-ms", "2", "--max-body-mib", "8", "--max-images", "100",
-        "--deadline", "30", "--jpeg", "never", "--token-env", "SECRET",
+        "--deadline", "30", "--jpeg", "always", "--token-env", "SECRET",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert deployed["deployment"] == Deployment(
@@ -83,7 +82,7 @@ def test_options(deployed, monkeypatch):
     )
     settings = deployed["settings"]
     assert (settings.limits.max_bytes, settings.limits.max_images) == (8 * 2**20, 100)
-    assert (settings.deadline, settings.jpeg, settings.token) == (30.0, "never", None)
+    assert (settings.deadline, settings.jpeg, settings.token) == (30.0, "always", None)
     assert (deployed["port"], deployed["address"], deployed["everywhere"]) == (9000, "auto", True)
     assert "waited" not in deployed
     assert "hush" not in result.output + repr(deployed)
@@ -142,9 +141,9 @@ def test_what_is_mistyped(deployed, arguments, message):
     [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
      ("192.0.2.1", False), ("judge.example", False)],
 )  # fmt: skip
-def test_is_loopback(host, loopback):
-    """Which addresses only this machine can reach."""
-    assert is_loopback(host) == loopback
+def test_addresses_that_only_this_machine_can_reach(deployed, host, loopback):
+    """They need no warning."""
+    assert ("warning" in typed("piqe", "--host", host).output) != loopback
 
 
 def test_the_application_of_a_config_file():
@@ -152,19 +151,18 @@ def test_the_application_of_a_config_file():
     built = from_config({
         "rewards": ["piqe", "ssim"],
         "deployment": {"replicas": 2, "max_batch": 8},
-        "settings": {"deadline": 5.0},
-        "limits": {"max_images": 10},
+        "settings": {"deadline": 5.0, "limits": {"max_images": 10}},
     })  # fmt: skip
     names = {part._bound_deployment.name for part in built._bound_deployment.init_args}
     assert names == {"reward-0-piqe", "reward-1-ssim"}
     assert {part._bound_deployment.num_replicas for part in built._bound_deployment.init_args} == {2}
-    with pytest.raises(ValueError, match="got also"):
-        from_config({"rewards": ["piqe"], "setting": {}})
+    for wrong in ({"setting": {}}, {"settings": {"dead_line": 5.0}}, {"deployment": {"replicas": "many"}}):
+        with pytest.raises(ValueError, match=r"setting|dead_line|replicas"):
+            from_config({"rewards": ["piqe"]} | wrong)
     with pytest.raises(ValueError, match="max_pixels"):
         from_config({
             "rewards": ["piqe"],
-            "settings": {"max_inflight_bytes": 2**33},
-            "limits": {"max_bytes": 2**32, "max_pixels": 2**30},
+            "settings": {"max_inflight_bytes": 2**33, "limits": {"max_bytes": 2**32, "max_pixels": 2**30}},
         })  # fmt: skip
     with pytest.raises(ValueError, match="environment variable"):
         application(load_rewards(["piqe"], 0), Deployment(), Settings(token="in a message"))
@@ -183,14 +181,14 @@ def test_the_application_of_a_config_file():
         ({"num_gpus": 0.0, "num_cpus": 0.0}, 3, 8),
     ],
 )
-def test_room(monkeypatch, options, num_rewards, room):
+def test_room(options, num_rewards, room):
     """On one machine, rewards that do not fit are an error at once and not a wait for ever."""
-    monkeypatch.setattr(ray_quietly.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    available = {"CPU": 4.0, "GPU": 1.0}
     if room is not None:
-        assert server._room(num_rewards, Deployment(**options)) == room
+        assert most_replicas(num_rewards, Deployment(**options), available) == room
         return
     with pytest.raises(ValueError, match="do not fit"):
-        server._room(num_rewards, Deployment(**options))
+        most_replicas(num_rewards, Deployment(**options), available)
 
 
 def test_the_manifest_of_the_documentation():
@@ -207,8 +205,6 @@ def test_the_manifest_of_the_documentation():
 
 def test_a_front_without_its_token_does_not_start(monkeypatch):
     """Where the server was told to ask for a token and finds none, it fails rather than stand open."""
-    from iqareward.serving.application import front
-
     monkeypatch.delenv("IQAREWARD_TOKEN", raising=False)
     with pytest.raises(RuntimeError, match="IQAREWARD_TOKEN"):
         front({}, {}, Deployment(token_env="IQAREWARD_TOKEN"), Settings())
@@ -217,8 +213,6 @@ def test_a_front_without_its_token_does_not_start(monkeypatch):
 @pytest.mark.parametrize("text", ["", " \n", "schl\u00fcssel", "a\nb"])
 def test_what_is_no_token(deployed, monkeypatch, text):
     """An empty variable does not leave the server open, and a token that no header carries is refused at the start."""
-    from iqareward.serving.application import front
-
     monkeypatch.setenv("IQAREWARD_TOKEN", text)
     result = typed("piqe")
     assert result.exit_code == 2

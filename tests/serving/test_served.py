@@ -1,7 +1,6 @@
 """A served judge gives the expectation of the server's own distribution, and keeps the contract."""
 
 import asyncio
-import io
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 
-from iqareward.rewards.vlm.png import encode_png
 from iqareward.rewards.vlm.presets import (
     Q_INSIGHT,
     Q_REALIGN,
@@ -261,23 +256,6 @@ def test_rewards_travel_without_connections(make) -> None:
     copy.close()
     torch.testing.assert_close(copy(images), expected, **EXACT)  # closing is not the end
     copy.close()
-
-
-@given(height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
-def test_png_files_hold_the_same_pixels(height, width, seed) -> None:
-    """Pillow, which checks every checksum, reads back what was written."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    with Image.open(io.BytesIO(encode_png(pixels))) as image:
-        assert (image.mode, image.size) == ("RGB", (width, height))
-        np.testing.assert_array_equal(np.asarray(image), pixels)
-
-
-def test_only_rgb_bytes_are_written() -> None:
-    """Anything else is an error, not a distorted picture."""
-    for pixels in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8)):
-        with pytest.raises(ValueError, match="uint8"):
-            encode_png(pixels)
 
 
 def test_the_scale_of_ratings_is_their_own(make) -> None:

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iqareward.rewards.vlm.presets import VISUALQUALITY_R1, ZERO_SHOT_LEVELS
-from iqareward.serving.http_client import RemoteError
-from iqareward.serving.served import ServedVLMReward
-from iqareward.serving.served_chat import shares, written_tokens
+from iqareward.serving.client import RemoteError
+from iqareward.serving.judges import ServedVLMReward, shares, written_tokens
 from tests.tolerances import EXACT
-from tests.vlm.chat_double import SLOW_SECONDS, serve
+from tests.vlm.chat_double import serve
 
 
 def _images(count: int) -> Tensor:
@@ -75,15 +74,6 @@ def test_images_before_the_timeout_keep_their_scores(double, make) -> None:
     assert scores.isfinite().tolist() == [True, True, False, False]
 
 
-def test_a_hanging_request_is_hedged(double, make) -> None:
-    """With `hedge_after` the second copy answers."""
-    expected = make()(_images(1))
-    double.faults.append("slow")
-    start = time.monotonic()
-    torch.testing.assert_close(make(hedge_after=0.05)(_images(1)), expected, **EXACT)
-    assert time.monotonic() - start < SLOW_SECONDS
-
-
 @pytest.mark.parametrize("fault", ["malformed", "no logprobs", "no alternatives", "impossible", "huge"])
 def test_answers_without_probabilities_are_errors(double, make, fault) -> None:
     """Never a number: the error shows the beginning of the answer, or its size."""
@@ -118,7 +108,7 @@ def test_no_server_is_an_error_that_names_it(double, make) -> None:
     with serve() as gone:
         url = gone.url
     with pytest.raises(RemoteError, match=f"unreachable: {url}/chat/completions"):
-        make(url=url, attempts=1)(_images(1))
+        make(url=url, timeout=1.0)(_images(1))
     torch.testing.assert_close(make(url=[url, double.url])(_images(3)), make()(_images(3)), **EXACT)
 
 
@@ -237,7 +227,7 @@ def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="IQAREWARD_VLM_TOKEN") as raised:
         ServedVLMReward("http://me:hunter2@host/v1", "judge", ZERO_SHOT_LEVELS)
     assert "hunter2" not in str(raised.value)
-    for options in ({"scale": "percent"}, {"on_error": "ignore"}, {"max_in_flight": 0}, {"attempts": 0},
+    for options in ({"scale": "percent"}, {"on_error": "ignore"}, {"max_in_flight": 0},
                     {"timeout": 0}, {"timeout": math.nan}, {"min_mass": 0}, {"min_mass": 1.5}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             ServedVLMReward("http://host/v1", "judge", ZERO_SHOT_LEVELS, **options)

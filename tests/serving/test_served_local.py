@@ -14,7 +14,7 @@ from iqareward.rewards.vlm.level import LevelReward
 from iqareward.rewards.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, LevelPreset
 from iqareward.rewards.vlm.rating import RatingReward
 from iqareward.rewards.vlm.ratings import Ratings
-from iqareward.serving import served_chat
+from iqareward.serving import judges
 from tests.tolerances import NETWORK_BATCH
 from tests.vlm import chat_double, tiny
 
@@ -63,7 +63,7 @@ def _in_parts(message: dict) -> dict:
 @pytest.mark.parametrize("name", PRESETS)
 def test_served_equals_local(double, make, monkeypatch, family, name) -> None:
     """Prompt, pixels, tokens and arithmetic all agree; every token is listed, as a random network spreads its mass."""
-    monkeypatch.setattr(served_chat, "TOP_LOGPROBS", 1000)
+    monkeypatch.setattr(judges, "TOP_LOGPROBS", 1000)
     monkeypatch.setattr(chat_double, "MAX_LOGPROBS", 1000)
     preset, images = PRESETS[name], tiny.images(3, *SIDES[family])
     double.distribution = _serving(family)

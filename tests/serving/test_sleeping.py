@@ -12,7 +12,7 @@ import iqareward
 from iqareward.rewards.calls import Call
 from iqareward.rewards.loading import LazyModel
 from iqareward.serving.replica import Failed, RewardReplica, pack
-from iqareward.serving.settings import Settings
+from iqareward.serving.requests import Settings
 from iqareward.serving.wire import encode_request
 from iqareward.types import Images
 from tests.serving.in_process import SAFETENSORS, application, error_of, get, post, run, send, served
@@ -121,7 +121,7 @@ def test_waking_without_room():
     post(app, "/v1/rewards/weighty/sleep")
     reward.room = False
     response = post(app, "/v1/rewards/weighty/wake")
-    assert error_of(response) == (503, "cannot_settle")
+    assert error_of(response) == (503, "device_busy")
     assert "out of memory" in response.json()["error"]["message"]
     assert error_of(post(app, content=body(), headers=SAFETENSORS)) == (409, "asleep")
     reward.room = True
@@ -176,12 +176,12 @@ def test_the_memory_of_the_device_is_given_back():
         held = [torch.cuda.memory_reserved()]
         for asleep in (True, False):
             told.append(asleep)
-            assert await replica.settle() is None
+            assert await replica.follow() is None
             held.append(torch.cuda.memory_reserved())
         again = await replica.score(*pack(CALL))
         assert not isinstance(first, Failed)
         assert not isinstance(again, Failed)
-        assert first[0].tolist() == again[0].tolist() == [0.5, 0.5]
+        assert first.scores.tolist() == again.scores.tolist() == [0.5, 0.5]
         return held
 
     before, resting, after = asyncio.run(scenario())

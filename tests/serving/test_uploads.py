@@ -2,21 +2,18 @@
 
 import asyncio
 import io
-import pickle
 import struct
 import zlib
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import iqareward
 from iqareward.rewards.calls import Call
-from iqareward.serving.dispatch import Scored
-from iqareward.serving.errors import ServiceError
-from iqareward.serving.memory import Memory, Reservation
-from iqareward.serving.pictures import decode_pairs, decode_pictures
-from iqareward.serving.settings import Settings
+from iqareward.serving.replica import Scored
+from iqareward.serving.requests import MemoryBudget, Reservation, ServiceError, Settings, decode_files
 from iqareward.serving.wire import Limits, as_floats, decode_answer
 from tests.serving.in_process import answering, application, error_of, post, send, served
 from tests.serving.picture_files import encoded, picture
@@ -28,7 +25,12 @@ def app():
 
 
 def room(nbytes: int = 2**30) -> Reservation:
-    return Reservation(Memory(nbytes))
+    return Reservation(MemoryBudget(nbytes))
+
+
+def decode(files: list[bytes], limits: Limits | None = None, *, allow_lossy: bool = False) -> list[Tensor]:
+    """The images in files, alone."""
+    return decode_files({"images": files}, limits or Limits(), room(), allow_lossy=allow_lossy)["images"]
 
 
 def form(name: str, *contents: bytes) -> list:
@@ -52,7 +54,7 @@ def test_a_picture_of_one_pixel():
     """Its pixels are a copy that may be written to, as those of any picture, so that torch has nothing to warn of."""
     torch.set_warn_always(True)
     try:
-        (pixels,) = decode_pictures([encoded(picture(size=(1, 1)))], Limits(), room(), allow_lossy=False)
+        (pixels,) = decode([encoded(picture(size=(1, 1)))])
     finally:
         torch.set_warn_always(False)
     assert pixels.shape == (3, 1, 1)
@@ -64,7 +66,7 @@ def test_other_modes_of_png(mode):
     image = Image.new("I;16", (8, 8), 3000) if mode == "I;16" else picture().convert(mode)
     if mode == "RGBA":
         image.putpixel((1, 1), (10, 20, 30, 40))
-    (pixels,) = decode_pictures([encoded(image)], Limits(), room(), allow_lossy=False)
+    (pixels,) = decode([encoded(image)])
     assert torch.equal(as_floats(pixels), iqareward.to_images(image)[0])
     assert pixels.dtype == (torch.float32 if mode in ("RGBA", "I;16") else torch.uint8)
 
@@ -72,7 +74,7 @@ def test_other_modes_of_png(mode):
 def test_opaque_pictures_with_an_opacity_channel():
     """They are no larger than without."""
     image = picture()
-    (pixels,) = decode_pictures([encoded(image.convert("RGBA"))], Limits(), room(), allow_lossy=False)
+    (pixels,) = decode([encoded(image.convert("RGBA"))])
     assert pixels.dtype == torch.uint8
     assert torch.equal(as_floats(pixels), iqareward.to_images(image)[0])
 
@@ -82,12 +84,12 @@ def test_turned_pictures():
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded(picture(), exif=exif)
-    (pixels,) = decode_pictures([content], Limits(), room(), allow_lossy=False)
+    (pixels,) = decode([content])
     assert pixels.shape == (3, 40, 32)
     assert torch.equal(as_floats(pixels), iqareward.to_images(picture().transpose(Image.Transpose.ROTATE_270))[0])
 
 
-@pytest.mark.parametrize(("jpeg", "status"), [("always", 200), ("legacy", 415)])
+@pytest.mark.parametrize(("jpeg", "status"), [("always", 200), ("never", 415)])
 def test_camera_jpeg_with_a_preview(jpeg, status):
     """The first picture of an MPO is the photograph, and such a file is a JPEG like any other."""
     content = encoded(picture(), "MPO", save_all=True, append_images=[picture(1, (8, 8))])
@@ -121,7 +123,7 @@ def test_extended_lossless_webp_is_lossless():
     """The chunk with the pixels decides, also behind a colour profile."""
     content = encoded(None, "WEBP", lossless=True, icc_profile=b"x" * 99)
     assert content[12:16] == b"VP8X"
-    assert len(decode_pictures([content], Limits(), room(), allow_lossy=False)) == 1
+    assert len(decode([content])) == 1
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -155,7 +157,7 @@ ANIMATION = encoded(picture(), "WEBP", save_all=True, append_images=[picture(1)]
 def test_what_is_no_picture(files, expected):
     """Other formats, animations, cut files and files that would become huge are refused by what their headers say."""
     with pytest.raises(ServiceError) as caught:
-        decode_pictures(files, Limits(), room(), allow_lossy=True)
+        decode(files, allow_lossy=True)
     assert (caught.value.status, caught.value.code) == expected
 
 
@@ -165,16 +167,16 @@ def test_pictures_count_uncompressed():
     clear = encoded(Image.new("RGBA", (1000, 1000), (0, 0, 0, 9)))  # float32
     limits = Limits(max_bytes=12_500_000)
     for files in ([black] * 4, [clear]):
-        assert len(decode_pictures(files, limits, room(), allow_lossy=False)) == len(files)
+        assert len(decode(files, limits)) == len(files)
     for files, at in (([black] * 5, 4), ([clear, black], 0)):
         with pytest.raises(ServiceError, match="decoded") as caught:
-            decode_pictures(files, limits, room(), allow_lossy=False)
+            decode(files, limits)
         assert (caught.value.status, caught.value.index) == (413, at)
     with pytest.raises(ServiceError, match="decoded") as caught:
-        decode_pairs([black] * 3, [black] * 3, limits, room(), allow_lossy=False)
+        decode_files({"images": [black] * 3, "references": [black] * 3}, limits, room(), allow_lossy=False)
     assert (caught.value.status, caught.value.index) == (413, 1)
     with pytest.raises(ServiceError, match="at most 2 images"):
-        decode_pairs([encoded()] * 3, [], Limits(max_images=2), room(), allow_lossy=False)
+        decode([encoded()] * 3, Limits(max_images=2))
 
 
 def test_pixels_count_for_the_memory_of_the_server():
@@ -194,10 +196,9 @@ def test_pixels_count_for_the_memory_of_the_server():
         options = {"files": form("images", black), "data": {"reward": "r"}}
         held = [asyncio.create_task(send(app, "POST", "/v1/score", **options)) for _ in range(2)]
         await entered.wait()
-        refused = [await send(app, "POST", "/v1/score", **options)]
-        refused.append(await send(app, "POST", "/flow_grpo", content=pickle.dumps({"images": [black]})))
-        assert [response.status_code for response in refused] == [429] * 2
-        assert int(refused[0].headers["retry-after"]) >= 1
+        refused = await send(app, "POST", "/v1/score", **options)
+        assert error_of(refused) == (429, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
         release.set()
         assert [(await task).status_code for task in held] == [200] * 2
         assert (await send(app, "POST", "/v1/score", **options)).status_code == 200
@@ -210,12 +211,12 @@ def test_pixels_count_for_the_memory_of_the_server():
     [
         ([], {"reward": "piqe"}, (415, "unsupported_content_type")),  # httpx2 sends no form without files
         (form("images", encoded()), {}, (422, "bad_form")),
-        (form("references", encoded()), {"reward": "piqe"}, (422, "no_images")),
+        (form("references", encoded()), {"reward": "piqe"}, (422, "bad_form")),
         (form("images", encoded()), {"reward": ["piqe", "piqe"]}, (422, "bad_form")),
         (form("images", encoded()), {"reward": "piqe", "image": "x"}, (422, "bad_form")),
         (form("images", encoded()), {"reward": "piqe", "images": "text"}, (422, "bad_form")),
         (form("images", encoded()) + form("reward", b"piqe"), {}, (422, "bad_form")),
-        (form("images", encoded()), {"reward": "piqe", "prompts": ["a", "b"]}, (422, "bad_form")),
+        (form("images", encoded()), {"reward": "piqe", "prompts": ["a", "b"]}, (422, "bad_prompts")),
         (form("images", encoded()), {"reward": "piqe", "deadline": "soon"}, (422, "bad_form")),
         (form("images", encoded()), {"reward": "piqe", "deadline": "-1"}, (422, "bad_form")),
         (form("images", encoded()), {"reward": "piqe", "deadline": ["1", "2"]}, (422, "bad_form")),

@@ -149,16 +149,18 @@ HOSTILE = {
         raw({"__metadata__": META, "images": PIXELS | {"data_offsets": [0, 2**70]}}, b"123"),
         raw({"__metadata__": META, "images": PIXELS | {"shape": [True, 3, 1, 1]}}, b"123"),
         raw({"__metadata__": META, "images": PIXELS, "references": PIXELS}, b"123"),
+        raw({"__metadata__": META, "images": PIXELS | {"shape": [-1, 3, -1, 1]}}, b"123"),
+        raw({"__metadata__": 1}), raw({"__metadata__": {"iqareward": {}}}),
     ],
     "malformed_metadata": [
-        raw({"images": PIXELS}, b"123"), raw({"__metadata__": 1}), raw({"__metadata__": {"iqareward": {}}}),
+        raw({"images": PIXELS}, b"123"), body_of(prompts=["a", "\ud800"]),
         raw({"__metadata__": {"iqareward": "["}}), raw({"__metadata__": {"iqareward": "[]"}}),
         raw({"__metadata__": {"iqareward": "[" * 90_000}}),
     ],
     "unsupported_version": [body_of(version=2), body_of(version=True), body_of(version=None)],
     "unknown_field": [body_of(prompt=["a cat"])],
     "bad_rewards": [body_of(rewards=[]), body_of(rewards="ssim"), body_of(rewards=["a", "a"]), body_of(rewards=[1])],
-    "bad_prompts": [body_of(prompts=["one"]), body_of(prompts="ab"), body_of(prompts=["a", "\ud800"])],
+    "bad_prompts": [body_of(prompts=["one"]), body_of(prompts="ab")],
     "bad_deadline": [body_of(deadline=d) for d in (0, -1, "3", True, 1e12, 10**400)],
     "unknown_tensor": [body_of({"images": noise(1, 3, 2, 2), "image.1": noise(3, 2, 2)})],
     "bad_tensors": [
@@ -174,8 +176,8 @@ HOSTILE = {
     "bad_shape": [
         body_of({"images": noise(1, 4, 2, 2)}), body_of({"images": noise(3, 2, 2)}),
         body_of({"images": noise(0, 3, 2, 2)}), body_of({"images": noise(1, 3, 0, 2)}),
-        raw({"__metadata__": META, "images": PIXELS | {"shape": [-1, 3, -1, 1]}}, b"123"),
     ],
+    "bad_inputs": [body_of({"images": noise(2, 3, 2, 2), "inputs": noise(1, 3, 1, 1)})],
     "body_too_large": [body_of({"images": noise(40, 3, 60, 60)})],
     "header_too_large": [body_of(prompts=["x" * 1_100_000])],
     "too_many_images": [
