@@ -41,8 +41,8 @@ class UnreadableImageError(ValueError):
     """A file that cannot be read as one still image.
 
     Attributes:
-        file: its path, or "image" for the content of a file.
-        reason: why, without the path.
+        file: Its path, or "image" for the content of a file.
+        reason: Why, without the path.
     """
 
     def __init__(self, file: str, reason: str) -> None:
@@ -57,8 +57,8 @@ class ImageFiles(NamedTuple):
     """What a search found.
 
     Attributes:
-        files: file -> its path relative to the folder that was searched.
-        problems: folder that could not be searched, dangling link or special file -> the reason.
+        files: File -> its path relative to the folder that was searched.
+        problems: Folder that could not be searched, dangling link or special file -> the reason.
     """
 
     files: dict[Path, Path]
@@ -72,7 +72,7 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
     out by their suffix, whatever its case, and so is what macOS adds to an image as `._name`.
 
     Args:
-        paths: files (any suffix), folders, or globs (`**` = any number of folders).
+        paths: Files (any suffix), folders, or globs (`**` = any number of folders).
 
     Returns:
         The files, sorted within each argument, without repetitions; and what could not be searched: folders without
@@ -80,7 +80,7 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
         the folder, for a glob at the `**`, else they are the name alone.
 
     Raises:
-        ValueError: an argument brings no image.
+        ValueError: An argument brings no image.
 
     Example:
         >>> import tempfile
@@ -178,10 +178,10 @@ class References:
     """The references of images: a folder with the same relative paths and any image suffix, or one file for all.
 
     Args:
-        path: folder or file.
+        path: Folder or file.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: There is neither.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -194,11 +194,11 @@ class References:
         """The reference of an image.
 
         Args:
-            relative: path of the image, as `find_images` gives it.
+            relative: Path of the image, as `find_images` gives it.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: there are several that differ only in their suffix.
+            FileNotFoundError: There is none.
+            ValueError: There are several that differ only in their suffix.
         """
         if self._path.is_file():
             return self._path
@@ -226,11 +226,11 @@ def open_image(source: str | Path | bytes, *, formats: Sequence[str] = FORMATS) 
     """A file with its header read and no pixel decoded, for its size and format.
 
     Args:
-        source: path, or the content of a file.
+        source: Path, or the content of a file.
         formats: Pillow's names of the formats to take.
 
     Raises:
-        UnreadableImageError: whatever Pillow raises, also within the `with` block; an animation; or pixels that cannot
+        UnreadableImageError: Whatever Pillow raises, also within the `with` block; an animation; or pixels that cannot
             be read without loss.
 
     Example:
@@ -304,7 +304,7 @@ def read_image(source: str | Path | bytes, *, formats: Sequence[str] = FORMATS) 
     """The pixels of a file as stored, upright: EXIF rotation is applied, ICC profiles are not.
 
     Args:
-        source: path, or the content of a file.
+        source: Path, or the content of a file.
         formats: Pillow's names of the formats to take.
 
     Returns:
@@ -312,7 +312,7 @@ def read_image(source: str | Path | bytes, *, formats: Sequence[str] = FORMATS) 
         TIFF and PFM. CMYK, YCbCr, LAB and palettes are converted by Pillow.
 
     Raises:
-        UnreadableImageError: a file that is missing, damaged, of another format or too large for Pillow; an animation;
+        UnreadableImageError: A file that is missing, damaged, of another format or too large for Pillow; an animation;
             integers without a known white, or more bits than can be read without loss.
 
     Example:
@@ -374,7 +374,7 @@ def to_array(image: Image.Image) -> np.ndarray:
         As `read_image`; of a file that Pillow opened, what Pillow makes of it: 16-bit colours are cut to 8 bits.
 
     Raises:
-        UnreadableImageError: the image is opened from a file that cannot be decoded.
+        UnreadableImageError: The image is opened from a file that cannot be decoded.
         TypeError: 32-bit integers, which have no known white.
     """
     deep = image.mode in _SIXTEEN_BIT_MODES or (image.mode == "I" and image.format == "PPM")

@@ -20,14 +20,10 @@ pytest.importorskip("accelerate", reason="training needs the extra diffusers")
 
 from iqareward.cli import app
 from iqareward.cli.train import EXAMPLE
-from iqareward.cli.train_config import HeldOut, Supervised, TrainConfig, read_config
+from iqareward.cli.train_config import HeldOut, RunConfig, Supervised, read_config
 from iqareward.cli.train_data import folder_pairs, split
+from iqareward.diffusion import Degradation, RolloutConfig, TrainConfig, load_restorer, synthetic_images
 from iqareward.diffusion.checkpoint import load_state
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.data.textures import synthetic_images
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.restorer import load_restorer
 from tests.tolerances import EXACT
 
 SETTINGS = """
@@ -41,9 +37,9 @@ updates = {updates}
 save_every = 1
 sft.updates = 3
 sft.batch_size = 4
-sampling.group_size = 2
-sampling.num_steps = 2
-optimization.inputs_per_update = 4
+rollout.group_size = 2
+rollout.num_steps = 2
+train.inputs_per_update = 4
 validation.images = 2
 validation.judges = ["psnr"]
 validation.every = 2
@@ -178,7 +174,7 @@ def test_a_model_from_a_folder_is_trained_on(folder: Path) -> None:
     train(settings())
     more = """
 validation.stop_on = "psnr"
-objective = "policy_gradient"
+objective = "clipped_policy_gradient"
 trackers = ["tensorboard"]
 """
     text = settings("second", more=more).read_text().replace('"tiny"', '"run/model"')
@@ -193,14 +189,14 @@ MISTAKES = {
     "no TOML": ("folder =", "no TOML"),
     "too deep": (f"folder = {'[' * 5000}", "no TOML"),
     "unknown key": ("foldr = 'x'", "unknown key `foldr`; did you mean `folder`?"),
-    "unknown key in a table": ("sampling.groupsize = 3", "did you mean `sampling.group_size`?"),
+    "unknown key in a table": ("rollout.groupsize = 3", "did you mean `rollout.group_size`?"),
     "type": ("seed = 'one'", "`seed` expected an integer, got 'one'"),
-    "type in a table": ("optimization.max_grad_norm = true", "`optimization.max_grad_norm` expected a number"),
+    "type in a table": ("train.max_grad_norm = true", "`train.max_grad_norm` expected a number"),
     "list": ("degradation.tasks = 'blur'", "`degradation.tasks` expected a list of strings"),
-    "window": ("sampling.window = [1]", "`sampling.window` expected [first, end]"),
+    "window": ("rollout.window = [1]", "`rollout.window` expected [first, end]"),
     "table": ("degradation = 1", "`degradation` expected a table"),
     "value in a table": ("degradation.max_noise = 0", "table `degradation`: Degradation expected max_noise >= 2"),
-    "word": ("optimization.sft_scale = 'auto'", "table `optimization`"),
+    "word": ("train.sft_scale = 'auto'", "table `train`"),
     "objective": ("objective = 'ppo'", "expected objective as one of"),
     "judge": ("validation.stop_on = 'ssim'", "expected stop_on among the judges ['psnr']"),
     "tracker": ("trackers = ['paper']", "`trackers` expected names out of"),
@@ -294,7 +290,7 @@ def test_what_sft_has_done_outlives_a_failure_of_rl(monkeypatch: pytest.MonkeyPa
     assert "holds a run that has done its SFT. Go on with --resume" in " ".join(train(settings(), code=2).split())
     assert "`seed` was 0, is 3" in " ".join(train(settings(more="seed = 3"), "--resume", code=2).split())
     before = Path("run/history-sft.jsonl").stat().st_mtime_ns
-    train(settings(updates=1, more="optimization.micro_batch = 2"), "--resume")
+    train(settings(updates=1, more="train.micro_batch = 2"), "--resume")
     assert Path("run/history-sft.jsonl").stat().st_mtime_ns == before
 
 
@@ -345,19 +341,19 @@ def test_runs_are_not_mixed_up(folder: Path) -> None:
     """A folder with a run is not written over, and a resumed run may be longer but not another one."""
     train(settings(updates=1))
     assert "Go on with --resume" in train(settings(updates=1), code=2)
-    said = " ".join(train(settings(updates=1, more="seed = 3\noptimization.kl_beta = 0.5"), "--resume", code=2).split())
-    assert "`seed` was 0, is 3; `optimization.kl_beta` was 0.0, is 0.5" in said
-    train(settings(updates=2, more="resume = true\noptimization.micro_batch = 2\nsampling.inputs_at_once = 3"))
+    said = " ".join(train(settings(updates=1, more="seed = 3\ntrain.kl_beta = 0.5"), "--resume", code=2).split())
+    assert "`seed` was 0, is 3; `train.kl_beta` was 0.0, is 0.5" in said
+    train(settings(updates=2, more="resume = true\ntrain.micro_batch = 2\nrollout.inputs_at_once = 3"))
     assert len(Path("run/history.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_run_that_has_to_stop_says_why(folder: Path) -> None:
     """A learning rate that breaks the weights: exit code 1, one sentence, and the checkpoint from before."""
-    said = train(settings(more="optimization.learning_rate = 1e30"), code=1)
+    said = train(settings(more="train.learning_rate = 1e30"), code=1)
     assert "made weights that are not finite" in " ".join(said.split())
     assert load_state(Path("run/checkpoint.pt"))["updates"] == 0
     assert not Path("run/model").exists()
-    train(settings(updates=1, more="optimization.learning_rate = 1e-4"), "--resume")
+    train(settings(updates=1, more="train.learning_rate = 1e-4"), "--resume")
     assert len(Path("run/history.jsonl").read_text().splitlines()) == 2
 
 
@@ -380,13 +376,13 @@ def test_the_example_has_every_key() -> None:
     tables = {
         "degradation": Degradation,
         "sft": Supervised,
-        "sampling": Sampling,
-        "optimization": Optimization,
+        "rollout": RolloutConfig,
+        "train": TrainConfig,
         "validation": HeldOut,
     }
     for name, table in tables.items():
         assert found.pop(name).keys() == {item.name for item in fields(table)}, name
-    assert found.keys() == {item.name for item in fields(TrainConfig)} - set(tables)
+    assert found.keys() == {item.name for item in fields(RunConfig)} - set(tables)
 
 
 def test_without_a_file_it_says_where_to_begin() -> None:

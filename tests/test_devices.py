@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 import iqareward
 from iqareward import MicroBatched, Overlapped, QAlignReward, Reward
+from iqareward.diffusion import ClippedPolicyGradient, DirectRewardGradient
 from iqareward.diffusion.checkpoint import trained_weights
-from iqareward.diffusion.policy_gradient import PolicyGradient
-from iqareward.diffusion.reward_gradient import RewardGradient
 from iqareward.functional import gmsd
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
@@ -183,10 +182,10 @@ def accelerator(device: str, request: pytest.FixtureRequest) -> Iterator[Acceler
 @on_devices
 @pytest.mark.parametrize("accelerator", ["no", "bf16"], indirect=True)
 @pytest.mark.parametrize("kind", policies.KINDS)
-@pytest.mark.parametrize("objective", [PolicyGradient, RewardGradient])
+@pytest.mark.parametrize("objective", [ClippedPolicyGradient, DirectRewardGradient])
 def test_updates(kind, objective, device, accelerator, tmp_path):
     """An update of every policy changes its weights to finite ones, frozen parts in bfloat16 under mixed precision."""
-    reward = FullReference(gmsd, higher_is_better=False, differentiable=objective is RewardGradient)
+    reward = FullReference(gmsd, higher_is_better=False, differentiable=objective is DirectRewardGradient)
     policy = policies.policy_of(kind)
     if accelerator.mixed_precision == "bf16":
         for part in vars(policy).values():
@@ -198,7 +197,7 @@ def test_updates(kind, objective, device, accelerator, tmp_path):
         tmp_path,
         policy=policy,
         reward=reward,
-        objective=objective(reward) if objective is RewardGradient else objective(),
+        objective=objective(reward) if objective is DirectRewardGradient else objective(),
         validation=None,
         accelerator=accelerator,
     )

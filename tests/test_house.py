@@ -15,7 +15,7 @@ PACKAGE = Path(iqareward.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "types": 0, "images": 0, "image_files": 0, "groups": 0, "optional": 0, "_gradients": 0,
-    "weight_files": 0, "atomic": 0,
+    "weight_files": 0, "atomic": 0, "seeds": 0,
     "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1,
     "rewards": 2,
     "testing": 3,

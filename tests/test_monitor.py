@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqareward.diffusion.data.textures import synthetic_images
+from iqareward.diffusion import synthetic_images
 from iqareward.functional.psnr import psnr
 from iqareward.functional.ssim import ssim
 from iqareward.monitor import HackingMonitor

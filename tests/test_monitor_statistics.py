@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import iqareward
-from iqareward.diffusion.ceiling import decoder_ceiling, seam_strength
-from iqareward.diffusion.data.textures import synthetic_images
+from iqareward.diffusion import decoder_ceiling, synthetic_images
+from iqareward.diffusion.validation import seam_strength
 from iqareward.functional.filters import blur_valid, gaussian_taps
 from iqareward.monitor import STATISTICS
 from tests.diffusion.tiny import policy_of

@@ -51,6 +51,11 @@ def documented() -> set[str]:
             members = MEMBERS.search(block["options"] or "")
             if members is not None:
                 found |= {f"{block['name']}.{name.strip()}" for name in members["names"].split(",")}
+                continue
+            package, _, last = block["name"].rpartition(".")
+            thing = getattr(importlib.import_module(package), last, None)
+            if hasattr(thing, "__qualname__"):  # shown by the name that users import
+                found.add(f"{thing.__module__}.{thing.__qualname__}")
             else:
                 found |= {f"{block['name']}.{name}" for name in public_names(block["name"])} | exported(block["name"])
     return found

@@ -14,12 +14,7 @@ import iqareward
 from benchmarks.meter import Meter
 from iqareward import AdaptiveWeighter, DifficultyMemory, LossWeights, RewardMemory, advantages, difficulty, weighting
 from iqareward import schedules as weightings
-from iqareward.diffusion.data.jpeg import jpeg
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.forward_process import ForwardProcess
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.policy_gradient import PolicyGradient
-from iqareward.diffusion.reward_gradient import RewardGradient
+from iqareward.diffusion import ClippedPolicyGradient, DiffusionNFT, DirectRewardGradient, RolloutConfig, TrainConfig
 from iqareward.functional import gmsd
 from iqareward.images import drop_broken_gradients
 from iqareward.monitor import STATISTICS
@@ -229,7 +224,6 @@ CALLS: dict[str, Callable[[Rows], Callable[[], object]]] = {
     "group_spread": pure(lambda x: difficulty.group_spread(x.scores, x.groups)),
     "blind_difficulty": pure(lambda x: difficulty.blind_difficulty(x.scores, best=1.0)),
     **{name: pure(partial(of_images, statistic)) for name, statistic in STATISTICS.items()},
-    "jpeg": pure(lambda x: jpeg(x.images, x.scores)),
     "preprocess": pure(lambda x: preprocess(x.images, 28)),
     "AffineMap": pure(partial(of_scores, iqareward.AffineMap(0.2, 0.8))),
     "LogisticMap": pure(partial(of_scores, iqareward.LogisticMap(0.5, 0.1))),
@@ -278,29 +272,29 @@ def test_policies(kind):
 @pytest.mark.filterwarnings("ignore:update 1:RuntimeWarning", "ignore:update 2:RuntimeWarning")
 @pytest.mark.parametrize(
     ("kind", "objective"),
-    [*zip(tiny.KINDS, (PolicyGradient, RewardGradient, ForwardProcess, PolicyGradient), strict=True)],
+    [*zip(tiny.KINDS, (ClippedPolicyGradient, DirectRewardGradient, DiffusionNFT, ClippedPolicyGradient), strict=True)],
 )
 def test_updates(kind, objective, tmp_path, monkeypatch):
     """In one part or in two, it waits where it must: for pixels of the host, and for what it logs and decides by."""
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
-    reward = FullReference(gmsd, higher_is_better=False, differentiable=objective is RewardGradient)
+    reward = FullReference(gmsd, higher_is_better=False, differentiable=objective is DirectRewardGradient)
     at_once = 2 if kind == "pixel" else 4  # of four inputs; the other networks take ten seconds for each part
     with Meter(read=1.0) as meter:
         run = trainer(
             tmp_path,
             policy=on_the_device(tiny.policy_of(kind)),
             reward=reward,
-            objective=objective(reward) if objective is RewardGradient else objective(),
+            objective=objective(reward) if objective is DirectRewardGradient else objective(),
             validation=None,
             accelerator=Accelerator(cpu=True),
-            sampling=Sampling(group_size=2, num_steps=2, inputs_at_once=at_once),
-            optimization=Optimization(inputs_per_update=4, micro_batch=at_once, balance_every=2, ema_decay=0.9),
+            rollout_config=RolloutConfig(group_size=2, num_steps=2, inputs_at_once=at_once),
+            train_config=TrainConfig(inputs_per_update=4, micro_batch=at_once, balance_every=2, ema_decay=0.9),
         )
         run.weighter.calibrate(torch.rand(8) + 0.1)
         meter.second(run.update)
     waits = Counter(wait.line.split("/")[-1].split(":")[0] for wait in meter.waits)
     # the second of the trainer's is to name inputs that were left out, which the meter says there were
-    assert waits == {"batches.py": 3, "learner.py": 1, "finite.py": 1, "trainer.py": 2}
+    assert waits == {"pairs.py": 3, "learner.py": 1, "finite.py": 1, "trainer.py": 2}
     assert meter.host_constants == []

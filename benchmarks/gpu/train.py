@@ -16,13 +16,15 @@ import iqareward
 from benchmarks.gpu.device import CUDA, DEVICE, Row, gap, patched, peak_gib, seconds, waits, wall_ms
 from benchmarks.gpu.mllm import qalign_network
 from benchmarks.gpu.run import Clock, release
-from iqareward.diffusion.autoencoder import Autoencoder
+from iqareward.diffusion import (
+    DDIM,
+    Autoencoder,
+    ControlNetPolicy,
+    DifficultyAdaptiveTrainer,
+    RolloutConfig,
+    TrainConfig,
+)
 from iqareward.diffusion.checkpoint import trained_weights
-from iqareward.diffusion.controlnet import ControlNetPolicy
-from iqareward.diffusion.ddim import DDIM
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
 from tests.diffusion.train_tiny import trainer
 
 
@@ -114,8 +116,8 @@ def controlnet_trainer(tiny: bool, reward: Any, overlap: bool) -> DifficultyAdap
     return DifficultyAdaptiveTrainer(
         policy, reward, Noise(32 if tiny else 512), output_dir=tempfile.mkdtemp(), show_progress=False, overlap=overlap,
         accelerator=fresh_accelerator(mixed_precision="bf16"),
-        sampling=Sampling(group_size=2 if tiny else 4, num_steps=2 if tiny else 10, inputs_at_once=2),
-        optimization=Optimization(inputs_per_update=4, micro_batch=1 if tiny else 2),
+        rollout_config=RolloutConfig(group_size=2 if tiny else 4, num_steps=2 if tiny else 10, inputs_at_once=2),
+        train_config=TrainConfig(inputs_per_update=4, micro_batch=1 if tiny else 2),
     )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def updates(clock: Clock, model: Any, overlap: bool) -> Row:
     """Seconds of an update; without overlap also where they go, in one more that waits after every part."""
     reward = iqareward.QAlignReward(model, batch_size=32)
     run = controlnet_trainer(clock.tiny, reward, overlap)
-    found: Row = {"rollouts": 4 * run.sampling.group_size, "calibrate_s": round(seconds(run.calibrate), 2)}
+    found: Row = {"rollouts": 4 * run.rollout_config.group_size, "calibrate_s": round(seconds(run.calibrate), 2)}
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     took = found["update_s"] = [round(seconds(run.update), 3)]

@@ -12,12 +12,10 @@ from torch.nn import functional as F
 
 from benchmarks.restoration import world
 from benchmarks.restoration.world import HELD_OUT_JUDGE, JUDGE, Job, Kept
-from iqareward.diffusion import PixelPolicy, Validation
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.experience import images_of
-from iqareward.diffusion.noise import generator
-from iqareward.diffusion.rollout import rollout
+from iqareward.diffusion import Degradation, PixelPolicy, Validation, rollout
+from iqareward.diffusion.rollouts import images_of
 from iqareward.rewards.metric import NoReference
+from iqareward.seeds import generator
 
 MARGIN = 4.0  # of the ranking loss, per unit of damage
 BATCH, RATE = 32, 3e-3

@@ -20,11 +20,11 @@ from benchmarks.restoration.world import Job, Kept
 from iqareward.difficulty import rmse
 from iqareward.diffusion import (
     DifficultyAdaptiveTrainer,
-    ForwardProcess,
-    Optimization,
+    DiffusionNFT,
+    DirectRewardGradient,
     PixelPolicy,
-    RewardGradient,
-    Sampling,
+    RolloutConfig,
+    TrainConfig,
     Validation,
 )
 from iqareward.monitor import HackingMonitor
@@ -32,7 +32,7 @@ from iqareward.types import Reward
 
 RATE, AVERAGE = 3e-4, 0.9  # of RL: learning rate, and decay of the averaged weights that are judged
 SAMPLED_RATE, SAMPLED_GROUP = 5e-5, 6  # of RL that compares rollouts; a higher rate drowns in its noise
-OBJECTIVE = ForwardProcess(clip=2.0)
+OBJECTIVE = DiffusionNFT(clip=2.0)
 CONTINUED_RATE = 1e-3  # of SFT continued with all of the compute
 LOOKS = 8  # of the monitor in the reward study
 METRICS = ("ssim", "haarpsi", "gmsd", "piqe")
@@ -110,9 +110,9 @@ def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -
         world.pairs(scale, world.TRAIN, job.seed),
         output_dir=job.folder / "runs" / job.name,
         weighter=arm.build(),
-        objective=OBJECTIVE if arm.sampled else RewardGradient(reward, checkpointed=False),
-        sampling=Sampling(group_size=SAMPLED_GROUP if arm.sampled else scale.group, num_steps=scale.steps),
-        optimization=Optimization(
+        objective=OBJECTIVE if arm.sampled else DirectRewardGradient(reward, checkpointed=False),
+        rollout_config=RolloutConfig(group_size=SAMPLED_GROUP if arm.sampled else scale.group, num_steps=scale.steps),
+        train_config=TrainConfig(
             learning_rate=SAMPLED_RATE if arm.sampled else RATE,
             inputs_per_update=scale.inputs,
             sft_scale="balanced",

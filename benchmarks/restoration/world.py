@@ -14,11 +14,8 @@ from torch import Tensor
 
 from benchmarks.restoration.network import SmallUNet
 from examples.demo.experiment import PHOTOGRAPHS, load_photograph
-from iqareward.diffusion import DDIM, PixelPolicy
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.data.textures import synthetic_images
-from iqareward.diffusion.noise import generator
-from iqareward.diffusion.sft import supervised
+from iqareward.diffusion import DDIM, Degradation, PixelPolicy, supervised, synthetic_images
+from iqareward.seeds import generator
 
 TASKS = {
     "super-resolution": Degradation(("resize",)),

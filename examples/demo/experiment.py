@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import iqareward
-from iqareward.diffusion.data.degradations import Degradation
+from iqareward.diffusion import Degradation
 
 REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "niqe", "piqe")
 ERROR_FACTORS = (1.0, 0.8, 0.5, 0.2)  # what remains of every error as a model improves

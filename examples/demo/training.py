@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import iqareward
-from iqareward.diffusion import DifficultyAdaptiveTrainer, ForwardProcess, Optimization, Sampling, Validation
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.data.pairs import SyntheticPairs
-from iqareward.diffusion.data.views import StoredPairs
-from iqareward.diffusion.restorer import build_restorer
-from iqareward.diffusion.sft import supervised
+from iqareward.diffusion import (
+    Degradation,
+    DifficultyAdaptiveTrainer,
+    DiffusionNFT,
+    RolloutConfig,
+    StoredPairs,
+    SyntheticPairs,
+    TrainConfig,
+    Validation,
+    build_restorer,
+    supervised,
+)
 
 DEGRADATION = Degradation(("blur", "noise"), max_sigma=2.0, max_noise=40.0)
 THIRDS = ("easy", "middle", "hard")
@@ -132,9 +138,9 @@ def train(settings: Settings, progress: Callable[[str], None]) -> Trained:
             reward,
             pairs,
             output_dir=folder,
-            objective=ForwardProcess(),
-            sampling=Sampling(group_size=settings.group_size, num_steps=settings.num_steps),
-            optimization=Optimization(learning_rate=2e-4, inputs_per_update=settings.inputs, sft_scale="balanced"),
+            objective=DiffusionNFT(),
+            rollout_config=RolloutConfig(group_size=settings.group_size, num_steps=settings.num_steps),
+            train_config=TrainConfig(learning_rate=2e-4, inputs_per_update=settings.inputs, sft_scale="balanced"),
             validation=validation,
             **common,
         )

@@ -228,7 +228,7 @@ def train(
 ) -> None:
     """Train a restorer on a folder of images: SFT, then difficulty-adaptive RL with a reward of your choice."""
     from iqareward.cli.train import EXAMPLE, run
-    from iqareward.diffusion.finite import TrainingError
+    from iqareward.diffusion import TrainingError
 
     if example:
         typer.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)

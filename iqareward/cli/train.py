@@ -13,19 +13,31 @@ from safetensors.torch import load_file
 
 from iqareward.atomic import write_text
 from iqareward.cli.text import say
-from iqareward.cli.train_config import PRESETS, TrainConfig, read_config
+from iqareward.cli.train_config import PRESETS, RunConfig, read_config
 from iqareward.cli.train_data import Data, check_rewards, folder_pairs, split, unusable
-from iqareward.diffusion.checkpoint import CHECKPOINT, latest, load_state, load_trained_weights
-from iqareward.diffusion.finite import TrainingError
-from iqareward.diffusion.forward_process import ForwardProcess
-from iqareward.diffusion.pixel import PixelPolicy
-from iqareward.diffusion.policy import unwrapped
-from iqareward.diffusion.policy_gradient import PolicyGradient
-from iqareward.diffusion.restorer import build_restorer, load_restorer, save_restorer
-from iqareward.diffusion.run_folder import LOCK, described, differences, exclusive
-from iqareward.diffusion.sft import supervised
-from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
-from iqareward.diffusion.validation import Validation
+from iqareward.diffusion import (
+    ClippedPolicyGradient,
+    DifficultyAdaptiveTrainer,
+    DiffusionNFT,
+    PixelPolicy,
+    TrainingError,
+    Validation,
+    build_restorer,
+    load_restorer,
+    save_restorer,
+    supervised,
+)
+from iqareward.diffusion.checkpoint import (
+    CHECKPOINT,
+    LOCK,
+    described,
+    differences,
+    exclusive,
+    latest,
+    load_state,
+    load_trained_weights,
+)
+from iqareward.diffusion.policies import unwrapped
 from iqareward.monitor import HackingMonitor
 from iqareward.optional import require
 from iqareward.rewards.catalog import load
@@ -33,13 +45,13 @@ from iqareward.types import Reward
 
 EXAMPLE = Path(__file__).with_name("train.toml")
 # What may change without making a resumed run another one.
-MAY_CHANGE = ("resume", "save_every", "trackers", "updates", "sampling.inputs_at_once", "optimization.micro_batch")
+MAY_CHANGE = ("resume", "save_every", "trackers", "updates", "rollout.inputs_at_once", "train.micro_batch")
 # The same while only SFT is done: what SFT has not used.
 NOT_IN_SFT = (
     "reward",
     "objective",
-    "sampling",
-    "optimization",
+    "rollout",
+    "train",
     "validation.judges",
     "validation.every",
     "validation.stop_on",
@@ -47,7 +59,7 @@ NOT_IN_SFT = (
 )
 SFT_HISTORY = "history-sft.jsonl"
 LESS_MEMORY = (
-    "Lower sampling.inputs_at_once or optimization.micro_batch and go on with --resume; if it was SFT that failed, "
+    "Lower rollout.inputs_at_once or train.micro_batch and go on with --resume; if it was SFT that failed, "
     "lower sft.batch_size or size and start again."
 )
 SHOWN = 10  # files that are left out and named
@@ -63,14 +75,14 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
     """Do what the file says; returns the folder of the trained model.
 
     Args:
-        file: see `iqareward train --example`.
-        messages: where progress is told.
-        resume: go on with the run in `output`.
+        file: See `iqareward train --example`.
+        messages: Where progress is told.
+        resume: Go on with the run in `output`.
 
     Raises:
-        ValueError: a key, image or earlier run does not fit, or another run uses `output`; it is named.
-        TrainingError: the run cannot go on, see `DifficultyAdaptiveTrainer.train`; or the device has too little memory.
-        ImportError: the extra `diffusers`, a tracker or a reward's package is missing.
+        ValueError: A key, image or earlier run does not fit, or another run uses `output`; it is named.
+        TrainingError: The run cannot go on, see `DifficultyAdaptiveTrainer.train`; or the device has too little memory.
+        ImportError: The extra `diffusers`, a tracker or a reward's package is missing.
     """
     config = read_config(file)
     resume = resume or config.resume
@@ -94,9 +106,9 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
             reward,
             data.train,
             output_dir=config.output,
-            objective=ForwardProcess() if config.objective == "forward_process" else PolicyGradient(),
-            sampling=config.sampling,
-            optimization=config.optimization,
+            objective=DiffusionNFT() if config.objective == "diffusion_nft" else ClippedPolicyGradient(),
+            rollout_config=config.rollout,
+            train_config=config.train,
             validation=_validation(config, data, judges),
             accelerator=accelerator,
             sft_updates=config.sft.updates if config.model in PRESETS else 0,
@@ -121,7 +133,7 @@ def _import_diffusers() -> None:
             logger.disabled = disabled
 
 
-def _data(config: TrainConfig, accelerator: Any, tell: Callable[[str], None]) -> Data:
+def _data(config: RunConfig, accelerator: Any, tell: Callable[[str], None]) -> Data:
     """The images, without those that cannot be used; each process looks at its share of them."""
     from accelerate.utils import gather_object
 
@@ -138,12 +150,12 @@ def _data(config: TrainConfig, accelerator: Any, tell: Callable[[str], None]) ->
     return split(config, pairs, left_out)
 
 
-def _accelerator(config: TrainConfig) -> Any:
+def _accelerator(config: RunConfig) -> Any:
     """Devices and trackers.
 
     Raises:
-        ValueError: an unknown tracker.
-        ImportError: accelerate or the package of a tracker is missing.
+        ValueError: An unknown tracker.
+        ImportError: Accelerate or the package of a tracker is missing.
     """
     accelerate: Any = require("accelerate", extra="diffusers", purpose="iqareward train")
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -161,7 +173,7 @@ def _begun(output: Path) -> str:
     """What a run has left in `output` that is worth going on from, in words; an update is, the calibration is not.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: The checkpoint is damaged.
     """
     file = latest(output / CHECKPOINT)
     if file is not None and load_state(file).get("updates") != 0:
@@ -199,7 +211,7 @@ def _remove(output: Path, before: set[str] | None) -> None:
             output.rmdir()
 
 
-def _open_output(config: TrainConfig, file: Path, accelerator: Any, *, resume: bool) -> None:
+def _open_output(config: RunConfig, file: Path, accelerator: Any, *, resume: bool) -> None:
     """Keep a copy of the settings in `output`, beside which a resumed run must not differ."""
     copy, begun = config.output / "config.toml", _begun(config.output)
     if begun and not resume:
@@ -221,7 +233,7 @@ def _open_output(config: TrainConfig, file: Path, accelerator: Any, *, resume: b
         write_text(copy, file.read_text(encoding="utf-8"))
 
 
-def _starting_policy(config: TrainConfig, data: Data, accelerator: Any) -> PixelPolicy:
+def _starting_policy(config: RunConfig, data: Data, accelerator: Any) -> PixelPolicy:
     """The model before RL: from a folder, from the SFT of the run to be resumed, or from SFT now."""
     kept = config.output / "sft"
     scratch = config.model in PRESETS
@@ -254,12 +266,12 @@ def _starting_policy(config: TrainConfig, data: Data, accelerator: Any) -> Pixel
     return policy
 
 
-def _validation(config: TrainConfig, data: Data, judges: Mapping[str, Reward]) -> Validation:
+def _validation(config: RunConfig, data: Data, judges: Mapping[str, Reward]) -> Validation:
     held_out = config.validation
     return Validation(
         *data.held_out.batch(range(len(data.held_out))),
         judges,
-        num_steps=config.sampling.num_steps,
+        num_steps=config.rollout.num_steps,
         monitor=HackingMonitor(judges),
         stop_on=held_out.stop_on,
         patience=held_out.patience,
@@ -267,7 +279,7 @@ def _validation(config: TrainConfig, data: Data, judges: Mapping[str, Reward]) -
 
 
 def _finish(
-    trainer: DifficultyAdaptiveTrainer, policy: PixelPolicy, config: TrainConfig, tell: Callable[[str], None]
+    trainer: DifficultyAdaptiveTrainer, policy: PixelPolicy, config: RunConfig, tell: Callable[[str], None]
 ) -> Path:
     """Write the model, and tell what became of the held-out images and where things are."""
     best, model = config.output / "best.safetensors", config.output / "model"

@@ -8,13 +8,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.learner import Optimization
+from iqareward.diffusion import Degradation, RolloutConfig, TrainConfig
 
 Table = TypeVar("Table")
 PRESETS = {"tiny": ((16, 32, 32), 1), "small": ((32, 64, 128), 1), "base": ((64, 128, 256), 2)}
-OBJECTIVES = ("forward_process", "policy_gradient")
+OBJECTIVES = ("diffusion_nft", "clipped_policy_gradient")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class RunConfig:
     """The whole file; `iqareward train --example` prints it with a comment on every key."""
 
     folder: Path
@@ -60,14 +58,14 @@ class TrainConfig:
     degraded_folder: Path | None = None
     updates: int = 200
     save_every: int = 25
-    objective: str = "forward_process"
+    objective: str = "diffusion_nft"
     seed: int = 0
     resume: bool = False
     trackers: tuple[str, ...] = ()
     degradation: Degradation = field(default_factory=Degradation)
     sft: Supervised = field(default_factory=Supervised)
-    sampling: Sampling = field(default_factory=Sampling)
-    optimization: Optimization = field(default_factory=Optimization)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     validation: HeldOut = field(default_factory=HeldOut)
 
     def __post_init__(self) -> None:
@@ -79,15 +77,15 @@ class TrainConfig:
             raise ValueError("expected size, crops, updates and save_every >= 1 and seed >= 0.")
 
 
-def read_config(path: Path) -> TrainConfig:
+def read_config(path: Path) -> RunConfig:
     """The settings in a TOML file.
 
     Args:
-        path: the file; paths inside are relative to where the command runs.
+        path: The file; paths inside are relative to where the command runs.
 
     Raises:
-        ValueError: no TOML, or an unknown, missing or wrong key; the key is named.
-        OSError: the file cannot be read.
+        ValueError: No TOML, or an unknown, missing or wrong key; the key is named.
+        OSError: The file cannot be read.
     """
     content = path.read_bytes()
     try:
@@ -95,7 +93,7 @@ def read_config(path: Path) -> TrainConfig:
     except Exception as error:  # also of other encodings, or nested too deep
         raise ValueError(f"{path} is no TOML: {error}") from error
     try:
-        config = _build(TrainConfig, table, "")
+        config = _build(RunConfig, table, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if config.degraded_folder is not None and "degradation" in table:

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from iqareward.cli.train_config import PRESETS, TrainConfig
-from iqareward.diffusion.data.pairs import READERS, FolderPairs
-from iqareward.diffusion.data.views import Subset
-from iqareward.diffusion.noise import generator
+from iqareward.cli.train_config import PRESETS, RunConfig
+from iqareward.diffusion import FolderPairs, Subset
+from iqareward.diffusion.pairs import READERS
 from iqareward.diffusion.progress import progress_bar
 from iqareward.rewards.scoring import UnscoredWarning
+from iqareward.seeds import generator
 from iqareward.types import Reward
 
 
@@ -23,11 +23,11 @@ class Data(NamedTuple):
     held_out: Subset
 
 
-def folder_pairs(config: TrainConfig) -> FolderPairs:
+def folder_pairs(config: RunConfig) -> FolderPairs:
     """All crops of the folder of the settings.
 
     Raises:
-        ValueError: a folder is missing or holds no image, or a degraded image is missing.
+        ValueError: A folder is missing or holds no image, or a degraded image is missing.
     """
     return FolderPairs(
         config.folder, config.size, config.degradation, config.seed, config.degraded_folder, config.crops
@@ -38,9 +38,9 @@ def unusable(pairs: FolderPairs, files: Sequence[int], *, shown: bool = True) ->
     """Read every file once, because a damaged one is better known now than after hours.
 
     Args:
-        pairs: the crops.
-        files: places in `pairs.names`.
-        shown: show the progress on the error stream.
+        pairs: The crops.
+        files: Places in `pairs.names`.
+        shown: Show the progress on the error stream.
 
     Returns:
         place -> why no crop can be cut from the file, for those that cannot be used.
@@ -66,11 +66,11 @@ def unusable(pairs: FolderPairs, files: Sequence[int], *, shown: bool = True) ->
     return found
 
 
-def split(config: TrainConfig, pairs: FolderPairs, left_out: Collection[int] = ()) -> Data:
+def split(config: RunConfig, pairs: FolderPairs, left_out: Collection[int] = ()) -> Data:
     """The crops without those of files that are left out, parted by the seed; a held-out file gives one crop.
 
     Raises:
-        ValueError: there are too few files; the key is named.
+        ValueError: There are too few files; the key is named.
     """
     crops = config.crops
     order = torch.randperm(len(pairs.names), generator=generator(config.seed)).tolist()
@@ -79,10 +79,10 @@ def split(config: TrainConfig, pairs: FolderPairs, left_out: Collection[int] = (
         sorted(part) for part in (usable[: config.validation.images], usable[config.validation.images :])
     )
     scratch = config.model in PRESETS and config.sft.updates > 0
-    needed = max(config.optimization.inputs_per_update, config.sft.batch_size if scratch else 1)
+    needed = max(config.train.inputs_per_update, config.sft.batch_size if scratch else 1)
     if len(train) * crops < needed:
         raise ValueError(
-            f"`optimization.inputs_per_update` and `sft.batch_size` need {needed} crops, but {len(usable)} usable "
+            f"`train.inputs_per_update` and `sft.batch_size` need {needed} crops, but {len(usable)} usable "
             f"images in {config.folder} without the {config.validation.images} of `validation.images` give "
             f"{len(train) * crops}. Lower them, raise `crops`, or bring more images."
         )

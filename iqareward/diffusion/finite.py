@@ -27,11 +27,11 @@ def require_finite(what: str, values: Any) -> None:
     """Refuse NaN and infinity in tensors and numbers, however deep they lie in dictionaries, lists and tuples.
 
     Args:
-        what: the whole of the values, for the message.
-        values: a tensor, a number, or containers of them; anything else is left alone.
+        what: The whole of the values, for the message.
+        values: A tensor, a number, or containers of them; anything else is left alone.
 
     Raises:
-        TrainingError: something is not finite; it is named.
+        TrainingError: Something is not finite; it is named.
 
     Example:
         >>> require_finite("the model", {"bias": torch.tensor([0.0, torch.inf])})
@@ -48,13 +48,13 @@ def require_usable_weights(weights: Sequence[Tensor], *, update: int, norm: floa
     """Refuse weights that a step has made NaN, infinite, or larger than any network can bear.
 
     Args:
-        weights: those that train; looked at on their device, the host waits for the answer.
-        update: number of the step, from 1.
+        weights: Those that train; looked at on their device, the host waits for the answer.
+        update: Number of the step, from 1.
         norm: Norm of the gradient of that step.
         learning_rate: The learning rate, for the message.
 
     Raises:
-        TrainingError: with that number, norm and learning rate.
+        TrainingError: With that number, norm and learning rate.
     """
     # A sum of squares in fp32 also overflows for weights that are finite and larger than any network can bear.
     lengths = [torch.linalg.vector_norm(weight.detach().float()) for weight in weights]
@@ -69,11 +69,11 @@ def require_options(options: Any, requirements: Mapping[str, tuple[str, bool]]) 
     """Refuse an option that is out of its range.
 
     Args:
-        options: what has the options as attributes.
+        options: What has the options as attributes.
         requirements: Maps each option to its range in words and whether it is met.
 
     Raises:
-        ValueError: one is not; the message names it, its range and its value.
+        ValueError: One is not; the message names it, its range and its value.
 
     Example:
         >>> from types import SimpleNamespace
@@ -97,21 +97,21 @@ def is_count(value: Any) -> bool:
     return isinstance(value, Integral) and int(value) >= 1
 
 
-class Step(NamedTuple):
+class OptimizerStep(NamedTuple):
     """`moved`: whether the optimiser took its step; `failed`: whether it did not and nothing excuses that."""
 
     moved: bool
     failed: bool
 
 
-def step_if_finite(accelerator: Any, optimizer: Any, norm: float) -> Step:
+def step_if_finite(accelerator: Any, optimizer: Any, norm: float) -> OptimizerStep:
     """Take the optimiser's step, or leave weights and optimiser as they are, and forget the gradient.
 
     A step in fp16 may be skipped while its scaler lowers the scale of the loss; below a scale of 1 it is a failure.
 
     Args:
         accelerator: The `Accelerator` of the run.
-        optimizer: prepared by it.
+        optimizer: Prepared by it.
         norm: Gradient norm, the same number on all processes.
     """
     moved, scaler = math.isfinite(norm), accelerator.scaler
@@ -121,7 +121,7 @@ def step_if_finite(accelerator: Any, optimizer: Any, norm: float) -> Step:
     elif scaler is not None:
         scaler.update()  # lowers the scale
     optimizer.zero_grad()
-    return Step(moved, failed=not moved and not searching)
+    return OptimizerStep(moved, failed=not moved and not searching)
 
 
 def finite_mean(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The weights of the model and how one optimiser step moves them."""
+"""Turn losses into one optimiser step."""
 
 import copy
 import math
@@ -11,41 +11,40 @@ import torch
 from torch import Tensor
 
 from iqareward.diffusion.checkpoint import load_trained_weights, trained_weights
-from iqareward.diffusion.experience import Experience
 from iqareward.diffusion.finite import is_count, require_options, require_usable_weights, step_if_finite
-from iqareward.diffusion.forward_process import draw_times
-from iqareward.diffusion.noise import noise_per_input, sub_seed
-from iqareward.diffusion.policy import Policy, unwrapped
-from iqareward.diffusion.policy_gradient import Objective, RLTerm
+from iqareward.diffusion.objectives import Objective, RLTerm, draw_times
+from iqareward.diffusion.policies import Policy, unwrapped
+from iqareward.diffusion.rollouts import Experience
+from iqareward.seeds import noise_per_input, sub_seed
 from iqareward.weighting import GradientBalance, LossWeights, gradient_norm, mixed_loss
 
 OBJECTIVE, SFT = 1, 2  # purposes of random numbers
 
 
 @dataclass(frozen=True)
-class Optimization:
+class TrainConfig:
     """How the weights of the model follow the losses.
 
     Args:
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        max_grad_norm: longer gradients are shortened to this.
-        inputs_per_update: inputs of one optimiser step, over all processes.
-        micro_batch: inputs per backward pass; fewer take less memory and give the same step.
-        kl_beta: weight of the divergence from the policy before RL.
-        sft_scale: factor of the SFT loss; "balanced" makes both gradients equally long (`GradientBalance`), measured on
+        learning_rate: Of AdamW.
+        weight_decay: Of AdamW.
+        max_grad_norm: Longer gradients are shortened to this.
+        inputs_per_update: Inputs of one optimiser step, over all processes.
+        micro_batch: Inputs per backward pass; fewer take less memory and give the same step.
+        kl_beta: Weight of the divergence from the policy before RL.
+        sft_scale: Factor of the SFT loss; "balanced" makes both gradients equally long (`GradientBalance`), measured on
             the first part of the update, so it depends on `micro_batch` and the number of processes.
-        balance_every: updates between two measurements of the gradients.
-        std_floor: rewards of an input that spread no more than this say nothing: the judge's test-retest noise.
-        ema_decay: decay of the averaged weights that validation uses; 0 uses the weights themselves.
-        max_failed_updates: updates in a row whose gradient is not finite, or of which the reward scores nothing, before
+        balance_every: Updates between two measurements of the gradients.
+        std_floor: Rewards of an input that spread no more than this say nothing: the judge's test-retest noise.
+        ema_decay: Decay of the averaged weights that validation uses; 0 uses the weights themselves.
+        max_failed_updates: Updates in a row whose gradient is not finite, or of which the reward scores nothing, before
             the run stops. The former are skipped.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: An option is out of its range.
 
     Example:
-        >>> Optimization(inputs_per_update=8, micro_batch=2, sft_scale="balanced").kl_beta
+        >>> TrainConfig(inputs_per_update=8, micro_batch=2, sft_scale="balanced").kl_beta
         0.0
     """
 
@@ -86,26 +85,26 @@ class Learner:
     """One optimiser step from an experience and its weights.
 
     Args:
-        policy: the model; its module is replaced by the one that accelerate prepares.
-        objective: how rewards become a loss.
-        optimization: see there.
-        accelerator: of accelerate.
+        policy: The model; its module is replaced by the one that accelerate prepares.
+        objective: How rewards become a loss.
+        config: How the weights follow the losses.
+        accelerator: Of accelerate.
     """
 
-    def __init__(self, policy: Policy, objective: Objective, optimization: Optimization, accelerator: Any) -> None:
-        self.policy, self.objective, self.options, self.accelerator = policy, objective, optimization, accelerator
+    def __init__(self, policy: Policy, objective: Objective, config: TrainConfig, accelerator: Any) -> None:
+        self.policy, self.objective, self.options, self.accelerator = policy, objective, config, accelerator
         adapters = hasattr(policy.model, "disable_adapter")
-        # `as_reference` takes no gradient of it. Its weights keep their flag: torch.matmul chooses another kernel for
-        # weights without one, and the divergence of the same weights would then not be exactly zero.
-        frozen = copy.deepcopy(policy.model) if optimization.kl_beta and not adapters else None
+        # `reference_policy` takes no gradient of it. Its weights keep their flag: torch.matmul chooses another kernel
+        # for weights without one, and the divergence of the same weights would then not be exactly zero.
+        frozen = copy.deepcopy(policy.model) if config.kl_beta and not adapters else None
         self.frozen = None if frozen is None else accelerator.prepare_model(frozen, evaluation_mode=True)
         weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
-        rate, decay = optimization.learning_rate, optimization.weight_decay
+        rate, decay = config.learning_rate, config.weight_decay
         optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
         policy.model, self.optimizer = accelerator.prepare(policy.model, optimizer)
         self.weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
-        self.balance = GradientBalance() if optimization.sft_scale == "balanced" else None
-        self.ema = _average(self.weights, optimization.ema_decay) if optimization.ema_decay else None
+        self.balance = GradientBalance() if config.sft_scale == "balanced" else None
+        self.ema = _average(self.weights, config.ema_decay) if config.ema_decay else None
 
     def step(self, experience: Experience, weights: LossWeights, *, update: int, seed: int) -> dict[str, Any]:
         """Go through the terms of the loss part by part, then move the weights once, if the gradient is finite.
@@ -113,10 +112,10 @@ class Learner:
         Otherwise weights, averages and the optimiser stay as they are, in all processes alike.
 
         Args:
-            experience: the inputs of this process.
+            experience: The inputs of this process.
             weights: `[B]` each.
-            update: number of the optimiser step.
-            seed: of the noise of both losses.
+            update: Number of the optimiser step.
+            seed: Of the noise of both losses.
 
         Returns:
             Means over the inputs of all processes that weigh anything: `rl_loss`, `sft_loss`, `kl`; `grad_norm` before
@@ -124,7 +123,7 @@ class Learner:
             of fp16 looks for its scale, it skips steps without a problem.
 
         Raises:
-            TrainingError: the gradient was finite, and the step made weights that are not.
+            TrainingError: The gradient was finite, and the step made weights that are not.
         """
         terms, size = list(self.objective.terms(experience)), self.options.micro_batch or len(experience)
         parts = [slice(start, min(start + size, len(experience))) for start in range(0, len(experience), size)]

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line every few seconds elsewhere."""
+"""Show the progress of a run: a bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
@@ -34,11 +34,11 @@ def progress_bar(
     the first and the last update, and between them at most one in `every` seconds.
 
     Args:
-        description: what is running.
-        total: updates in all.
-        done: updates done before, after a resume.
+        description: What is running.
+        total: Updates in all.
+        done: Updates done before, after a resume.
         shown: False shows nothing, e.g. on all processes but one.
-        every: seconds between two plain lines.
+        every: Seconds between two plain lines.
 
     Example:
         >>> with progress_bar("RL", 100, shown=False) as advance:

@@ -1,4 +1,4 @@
-"""A pixel restorer from scratch: built in a chosen width, saved in the layout of diffusers, and read again."""
+"""Build, save and load a pixel-space restorer in the folder layout of diffusers."""
 
 import json
 from collections.abc import Generator, Sequence
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from iqareward.atomic import atomic_folder
-from iqareward.diffusion.ddim import DDIM
 from iqareward.diffusion.finite import require_finite
-from iqareward.diffusion.pixel import PixelPolicy
-from iqareward.diffusion.policy import unwrapped
+from iqareward.diffusion.policies import PixelPolicy, unwrapped
+from iqareward.diffusion.processes import DDIM
 from iqareward.optional import require
 from iqareward.weight_files import WeightFile, check_values, listed
 
@@ -29,9 +28,9 @@ def build_restorer(channels: Sequence[int], *, layers: int = 1, seed: int = 0) -
     It takes images of any size whose sides are multiples of `2 ** (len(channels) - 1)`.
 
     Args:
-        channels: of the network, per resolution; multiples of 8.
-        layers: blocks per resolution.
-        seed: of the weights.
+        channels: Of the network, per resolution; multiples of 8.
+        layers: Blocks per resolution.
+        seed: Of the weights.
 
     Returns:
         A policy on the CPU.
@@ -64,12 +63,19 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
     """Write the model to `unet/` and the scheduler to `scheduler/` of a folder, both with `save_pretrained`.
 
     Args:
-        policy: whose `process` is a `DDIM`.
-        folder: made if it is missing; one that is there is replaced as a whole.
+        policy: Whose `process` is a `DDIM`.
+        folder: Made if it is missing; one that is there is replaced as a whole.
 
     Raises:
-        TypeError: the policy has another `process`.
-        TrainingError: a weight is not finite.
+        TypeError: The policy has another `process`.
+        TrainingError: A weight is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_restorer(build_restorer((8, 16)), f"{folder}/model")
+        ...     sorted(path.name for path in Path(folder, "model").iterdir())
+        ['restorer.json', 'scheduler', 'unet']
     """
     process, model = policy.process, unwrapped(policy.model)
     if not isinstance(process, DDIM):
@@ -86,14 +92,21 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
     """The policy in a folder of `save_restorer`, or of a diffusers pipeline with a `UNet2DModel` that sees 6 channels.
 
     Args:
-        folder: holds `unet/` and `scheduler/`.
+        folder: Holds `unet/` and `scheduler/`.
 
     Returns:
         A policy on the CPU.
 
     Raises:
-        ValueError: the folder is another one; a file is damaged or contradicts another one; a weight is missing,
-            unknown, quantised, misshapen or not finite; or the model takes or gives another number of channels.
+        ValueError: The folder is another one; a file is damaged or contradicts another one; a weight is missing,
+            unknown, quantised, misshapen or not finite; or the model has another number of channels.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_restorer(build_restorer((8, 16)), f"{folder}/model")
+        ...     load_restorer(f"{folder}/model").residual
+        True
     """
     diffusers: Any = require("diffusers", extra=EXTRA, purpose=PURPOSE)
     folder = Path(folder)

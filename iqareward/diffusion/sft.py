@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what a model goes through before RL, and the baseline that RL has to beat."""
+"""Supervised fine-tuning: the stage before RL, and the baseline that RL has to beat."""
 
 import warnings
 from pathlib import Path
@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from iqareward.diffusion.batches import InputOrder, read_batch
 from iqareward.diffusion.checkpoint import append_line
-from iqareward.diffusion.data.pairs import Pairs
 from iqareward.diffusion.finite import TrainingError, require_usable_weights, step_if_finite
-from iqareward.diffusion.forward_process import draw_times
-from iqareward.diffusion.noise import noise_per_input, sub_seed
-from iqareward.diffusion.policy import Policy
+from iqareward.diffusion.objectives import draw_times
+from iqareward.diffusion.pairs import InputOrder, Pairs, read_batch
+from iqareward.diffusion.policies import Policy
 from iqareward.diffusion.progress import progress_bar
+from iqareward.seeds import noise_per_input, sub_seed
 
 ORDER, NOISE = range(2)  # purposes of random numbers
 MAX_FAILED_UPDATES = 5
@@ -41,25 +40,31 @@ def supervised(
     skipped with a warning, and an input with a pixel that is not finite is left out of its update.
 
     Args:
-        policy: the model; weights that do not require a gradient stay.
-        pairs: degraded images and their ground truth.
-        num_updates: optimiser steps.
-        batch_size: inputs per update, over all processes.
-        learning_rate: at the start; it falls to 0.
-        weight_decay: of AdamW.
-        max_grad_norm: longer gradients are shortened to this.
-        ema_decay: above 0, the model ends with the running average of its weights.
-        accelerator: accelerate's `Accelerator`; a default one if not given. Its trackers get the loss as "sft/loss".
-        history_file: gets a JSON line per update as it ends; what was in it before is removed.
-        show_progress: show a progress bar, or lines where there is no terminal.
-        seed: of everything random.
+        policy: The model; weights that do not require a gradient stay.
+        pairs: Degraded images and their ground truth.
+        num_updates: Optimiser steps.
+        batch_size: Inputs per update, over all processes.
+        learning_rate: At the start; it falls to 0.
+        weight_decay: Of AdamW.
+        max_grad_norm: Longer gradients are shortened to this.
+        ema_decay: Above 0, the model ends with the running average of its weights.
+        accelerator: Accelerate's `Accelerator`; a default one if not given. Its trackers get the loss as "sft/loss".
+        history_file: Gets a JSON line per update as it ends; what was in it before is removed.
+        show_progress: Show a progress bar, or lines where there is no terminal.
+        seed: Of everything random.
 
     Returns:
         The mean loss of each update.
 
     Raises:
-        ValueError: there are fewer pairs than `batch_size`.
-        TrainingError: a step made weights that are not finite; or five updates in a row, or the last one, were skipped.
+        ValueError: There are fewer pairs than `batch_size`.
+        TrainingError: A step made weights that are not finite; or five updates in a row, or the last one, were skipped.
+
+    Example:
+        >>> from iqareward.diffusion import SyntheticPairs, build_restorer
+        >>> options = {"num_updates": 2, "batch_size": 2, "learning_rate": 1e-3, "show_progress": False}
+        >>> len(supervised(build_restorer((8, 16)), SyntheticPairs(4, size=16), **options))
+        2
 
     References:
         Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2017, https://arxiv.org/abs/1711.05101

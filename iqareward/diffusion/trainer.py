@@ -1,4 +1,4 @@
-"""The reference loop: RL where inputs are hard, SFT as they come near their ground truth."""
+"""The trainer: RL where inputs are hard, SFT as restorations come near their ground truth."""
 
 import warnings
 from collections.abc import Callable
@@ -12,10 +12,12 @@ from torch import Tensor
 from iqareward.advantages import RewardMemory
 from iqareward.atomic import atomic_write
 from iqareward.difficulty import rmse
-from iqareward.diffusion.batches import InputOrder, read_batch
 from iqareward.diffusion.checkpoint import (
     CHECKPOINT,
     append_line,
+    described,
+    differences,
+    exclusive,
     latest,
     load_state,
     previous,
@@ -23,19 +25,18 @@ from iqareward.diffusion.checkpoint import (
     save_state,
     trained_weights,
 )
-from iqareward.diffusion.data.pairs import Pairs
-from iqareward.diffusion.experience import Experience, Sampling, collect, compare
 from iqareward.diffusion.finite import TrainingError, finite_mean, require_finite
-from iqareward.diffusion.learner import Learner, Optimization
-from iqareward.diffusion.noise import sub_seed
-from iqareward.diffusion.policy import Policy, unwrapped
-from iqareward.diffusion.policy_gradient import Objective, PolicyGradient
+from iqareward.diffusion.learner import Learner, TrainConfig
+from iqareward.diffusion.objectives import ClippedPolicyGradient, Objective
+from iqareward.diffusion.pairs import InputOrder, Pairs, read_batch
+from iqareward.diffusion.policies import Policy, unwrapped
 from iqareward.diffusion.progress import progress_bar
-from iqareward.diffusion.run_folder import described, differences, exclusive
+from iqareward.diffusion.rollouts import Experience, RolloutConfig, collect, compare
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.groups import finite_or_nan
 from iqareward.rewards.batching import Overlapped
 from iqareward.schedules.schedule import Weighter, check_signal
+from iqareward.seeds import sub_seed
 from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter, LossWeights
 
@@ -53,34 +54,33 @@ class DifficultyAdaptiveTrainer:
     that are not finite are never saved.
 
     Args:
-        policy: the model after SFT.
-        reward: scores the restored images; called with `images` and `references`.
-        pairs: degraded images and their ground truth.
-        output_dir: folder of checkpoints and sample grids.
+        policy: The model after SFT.
+        reward: Scores the restored images; called with `images` and `references`.
+        pairs: Degraded images and their ground truth.
+        output_dir: Folder of checkpoints and sample grids.
         weighter: RL and SFT weights; `AdaptiveWeighter()` if not given. One that takes pass rates names the distance at
             which a rollout passes: `Schedule(partial(gate, direction="hard_to_rl"), pass_distance=0.05)`.
-        objective: how rewards become a loss; `PolicyGradient()` if not given.
-        sampling: how inputs are restored.
-        optimization: how the weights follow the losses.
-        validation: what is measured on held-out inputs.
-        memory: compares rewards with an input's own history instead of its group.
-        metric: distance to the ground truth that difficulty is made of; not the reward.
-        accelerator: accelerate's `Accelerator`; a default one if not given.
-        sft_updates: updates of SFT before, which the steps of trackers begin with.
-        overlap: score a part of the inputs while the next is sampled (`Sampling.inputs_at_once`), by `Overlapped`. For
-            a reward that takes much of an update; with Q-Align on the same H100, 1.4 % of one, it gained nothing.
-        show_progress: show a progress bar, or lines where there is no terminal.
-        seed: of everything random.
+        objective: How rewards become a loss; `ClippedPolicyGradient()` if not given.
+        rollout_config: How inputs are restored.
+        train_config: How the weights follow the losses.
+        validation: What is measured on held-out inputs.
+        memory: Compares rewards with an input's own history instead of its group.
+        metric: Distance to the ground truth that difficulty is made of; not the reward.
+        accelerator: Accelerate's `Accelerator`; a default one if not given.
+        sft_updates: Updates of SFT before, which the steps of trackers begin with.
+        overlap: Score a part of the inputs while the next is sampled (`RolloutConfig.inputs_at_once`), by `Overlapped`.
+            For a reward that takes much of an update; with Q-Align on the same H100, 1.4 % of one, it gained nothing.
+        show_progress: Show a progress bar, or lines where there is no terminal.
+        seed: Of everything random.
 
     Raises:
-        TypeError: with `overlap`, a reward that lacks an attribute of `Reward`.
+        TypeError: With `overlap`, a reward that lacks an attribute of `Reward`.
         ValueError: `inputs_per_update` does not divide by the number of processes, or exceeds the number of pairs; or
             the weighter takes a signal that is not measured here, such as `NoiseAware`; or `memory` has fewer inputs.
 
     Example:
         >>> import tempfile, iqareward
-        >>> from iqareward.diffusion.data.pairs import SyntheticPairs
-        >>> from iqareward.diffusion.restorer import build_restorer
+        >>> from iqareward.diffusion import SyntheticPairs, build_restorer
         >>> setting = build_restorer((8, 16)), iqareward.load("gmsd"), SyntheticPairs(16, size=16)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     trainer = DifficultyAdaptiveTrainer(*setting, output_dir=folder, show_progress=False)
@@ -101,8 +101,8 @@ class DifficultyAdaptiveTrainer:
         output_dir: Path | str,
         weighter: Weighter | None = None,
         objective: Objective | None = None,
-        sampling: Sampling | None = None,
-        optimization: Optimization | None = None,
+        rollout_config: RolloutConfig | None = None,
+        train_config: TrainConfig | None = None,
         validation: Validation | None = None,
         memory: RewardMemory | None = None,
         metric: Callable[..., Tensor] = rmse,
@@ -123,22 +123,22 @@ class DifficultyAdaptiveTrainer:
                 f"DifficultyAdaptiveTrainer expected a memory of {len(pairs)} inputs, got {memory.num_inputs}. "
                 "Build it with RewardMemory(len(pairs))."
             )
-        self.sampling, self.validation, self.memory = sampling or Sampling(), validation, memory
+        self.rollout_config, self.validation, self.memory = rollout_config or RolloutConfig(), validation, memory
         self.output_dir, self.show_progress, self.sft_updates = Path(output_dir), show_progress, sft_updates
-        self.options = optimization or Optimization()
+        self.train_config = train_config or TrainConfig()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        if self.options.inputs_per_update % self.world:
+        if self.train_config.inputs_per_update % self.world:
             raise ValueError(
                 f"DifficultyAdaptiveTrainer expected inputs_per_update divisible by the {self.world} processes, got "
-                f"{self.options.inputs_per_update}."
+                f"{self.train_config.inputs_per_update}."
             )
         if overlap and not isinstance(reward, Reward):
             raise TypeError(
                 "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the other "
                 f"attributes of `Reward`, got {type(reward).__name__}. Wrap it in FullReference or NoReference."
             )
-        self.order = InputOrder(len(pairs), self.options.inputs_per_update, sub_seed(seed, ORDER))
-        self.learner = Learner(policy, objective or PolicyGradient(), self.options, self.accelerator)
+        self.order = InputOrder(len(pairs), self.train_config.inputs_per_update, sub_seed(seed, ORDER))
+        self.learner = Learner(policy, objective or ClippedPolicyGradient(), self.train_config, self.accelerator)
         self.overlapped = Overlapped(reward) if overlap else None
         self.updates, self.history, self.failures = 0, [], 0
         self.proven = False  # whether an update has gone well since the last checkpoint
@@ -154,8 +154,8 @@ class DifficultyAdaptiveTrainer:
             "metric": described(metric),
             "objective": described(self.learner.objective),
             # Without what changes memory only: it has to change where memory has run out.
-            "sampling": described(self.sampling, without=("inputs_at_once",)),
-            "optimization": described(self.options, without=("micro_batch",)),
+            "rollout_config": described(self.rollout_config, without=("inputs_at_once",)),
+            "train_config": described(self.train_config, without=("micro_batch",)),
             "weighter": described(self.weighter, without=tuple(self.weighter.state_dict())),
             "memory": described(memory),
             "validation": described(validation),
@@ -173,11 +173,11 @@ class DifficultyAdaptiveTrainer:
         """Calibrate on the model as it is, then update it.
 
         Args:
-            num_updates: updates in all, those before a resume included.
-            save_every: updates between checkpoints; one that is due waits for an update that did not fail.
-            validate_every: updates between validations; there is one before the first update and one after the last.
-            resume: continue from the checkpoint in `output_dir`, if there is one.
-            allow_changes: resume although settings differ from those of the checkpoint; see `load`.
+            num_updates: Updates in all, those before a resume included.
+            save_every: Updates between checkpoints; one that is due waits for an update that did not fail.
+            validate_every: Updates between validations; there is one before the first update and one after the last.
+            resume: Continue from the checkpoint in `output_dir`, if there is one.
+            allow_changes: Resume although settings differ from those of the checkpoint; see `load`.
 
         Returns:
             The history: one dictionary of numbers per update; validations add keys that begin with "validation/".
@@ -186,7 +186,7 @@ class DifficultyAdaptiveTrainer:
         Raises:
             ValueError: `output_dir` holds a run and `resume` is False, another run uses it, or the checkpoint is
                 damaged or of other settings.
-            TrainingError: too many updates in a row failed, or the last one, or weights are no longer finite. It names
+            TrainingError: Too many updates in a row failed, or the last one, or weights are no longer finite. It names
                 the newest checkpoint from which training went on without failure; `history` has the updates so far.
         """
         with exclusive(self.output_dir, self.accelerator):
@@ -245,14 +245,14 @@ class DifficultyAdaptiveTrainer:
         """Tell the weighter how hard inputs are for the model before RL; most schedules have no such anchor."""
         anchor = getattr(self.weighter, "calibrate", None)
         if anchor is not None:
-            batches = range(min(CALIBRATION_UPDATES, len(self.pairs) // self.options.inputs_per_update))
+            batches = range(min(CALIBRATION_UPDATES, len(self.pairs) // self.train_config.inputs_per_update))
             anchor(torch.cat([self._signal(self.experience(batch, CALIBRATION)) for batch in batches]))
 
     def update(self) -> dict[str, Any]:
         """One optimiser step: restore and score, weigh, learn. Returns the numbers to log.
 
         Raises:
-            TrainingError: it is the last of `max_failed_updates` in a row that failed, or made weights not finite.
+            TrainingError: It is the last of `max_failed_updates` in a row that failed, or made weights not finite.
         """
         experience = self.experience(self.updates, ROLLOUT)
         active = experience.active if self.learner.objective.relative else None
@@ -275,7 +275,7 @@ class DifficultyAdaptiveTrainer:
         failures = [text for text in failures if text]
         self.failures = self.failures + 1 if failures else 0
         self.proven = self.proven or not failures
-        if self.failures >= self.options.max_failed_updates:
+        if self.failures >= self.train_config.max_failed_updates:
             raise TrainingError(
                 f"{self.failures} updates in a row failed, the last with inputs {sorted(gather_object(ids))}: "
                 f"{'; '.join(failures)}. Look at the reward and those inputs."
@@ -317,15 +317,16 @@ class DifficultyAdaptiveTrainer:
             degraded,
             references,
             ids,
-            self.sampling,
+            self.rollout_config,
             seed=sub_seed(self.seed, purpose, update),
             metric=self.metric,
         )
-        groups = torch.tensor(ids).to(rewards.device, non_blocking=True).repeat_interleave(self.sampling.group_size)
-        scored = usable.repeat_interleave(self.sampling.group_size)
+        size = self.rollout_config.group_size
+        groups = torch.tensor(ids).to(rewards.device, non_blocking=True).repeat_interleave(size)
+        scored = usable.repeat_interleave(size)
         rewards, distances = (torch.where(scored, values, torch.nan) for values in (rewards, distances))
         memory = self.memory if purpose == ROLLOUT else None
-        advantages, active = compare(rewards, groups, std_floor=self.options.std_floor, memory=memory)
+        advantages, active = compare(rewards, groups, std_floor=self.train_config.std_floor, memory=memory)
         active = active.view(len(ids), -1).any(1)
         rows = rewards, distances, advantages, active, usable
         return Experience(tuple(ids), references, condition, trajectory, *rows)
@@ -334,7 +335,7 @@ class DifficultyAdaptiveTrainer:
         """Judge the held-out inputs; save their restorations, and the model if it is the best so far.
 
         Raises:
-            TrainingError: the weights, or their averages, are not finite.
+            TrainingError: The weights, or their averages, are not finite.
         """
         if self.validation is None:
             return {}
@@ -375,7 +376,7 @@ class DifficultyAdaptiveTrainer:
         """Write checkpoint and history of this moment, the last checkpoint stays beside; only the main process writes.
 
         Raises:
-            TrainingError: a weight, an average or the state of the optimiser is not finite; nothing is written.
+            TrainingError: A weight, an average or the state of the optimiser is not finite; nothing is written.
         """
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         require_finite(f"The state after update {self.updates}", {"learner": state["learner"]})
@@ -390,11 +391,11 @@ class DifficultyAdaptiveTrainer:
         """Continue from the checkpoint in `output_dir`; False if there is none.
 
         Args:
-            allow_changes: take the new settings where they differ. A weighter, memory or validation that was built in
+            allow_changes: Take the new settings where they differ. A weighter, memory or validation that was built in
                 another way starts anew; the weights, the optimiser and the history go on.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of other settings or another model; the trainer stays as it was.
+            ValueError: The checkpoint is damaged, or of other settings or another model; the trainer stays as it was.
         """
         file = latest(self.checkpoint)
         if file is None:

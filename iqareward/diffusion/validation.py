@@ -1,10 +1,10 @@
-"""Judging the policy on images that it does not train on, by judges that it is not trained with."""
+"""Measure a policy on held-out images with rewards that it is not trained on."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from iqareward.atomic import atomic_write
-from iqareward.diffusion.experience import checked_scores, images_of
 from iqareward.diffusion.finite import finite_mean, usable_rows
-from iqareward.diffusion.policy import Policy
-from iqareward.diffusion.rollout import rollout
+from iqareward.diffusion.policies import Policy
+from iqareward.diffusion.rollouts import checked_scores, images_of, rollout
+from iqareward.functional._checks import check_images
+from iqareward.functional.color import luma
 from iqareward.functional.psnr import psnr
 from iqareward.groups import gather_rows
 from iqareward.monitor import HackingMonitor
@@ -32,20 +33,20 @@ class Validation:
 
     Args:
         degraded: `[V, 3, H, W]` in [0, 1].
-        references: of the same shape.
-        judges: by name, `judge(images, references=...) -> [V]`, higher is better; none of them the training reward.
-        num_steps: sampling steps; the sampler is deterministic (eta = 0) and the first noise always the same.
-        monitor: watches the judges and image statistics for signs of a hacked reward.
-        stop_on: judge that decides which model is best and when to stop.
-        patience: validations without a new best before training stops; never if not given.
-        inputs_at_once: inputs sampled together.
+        references: Of the same shape.
+        judges: By name, `judge(images, references=...) -> [V]`, higher is better; none of them the training reward.
+        num_steps: Sampling steps; the sampler is deterministic (eta = 0) and the first noise always the same.
+        monitor: Watches the judges and image statistics for signs of a hacked reward.
+        stop_on: Judge that decides which model is best and when to stop.
+        patience: Validations without a new best before training stops; never if not given.
+        inputs_at_once: Inputs sampled together.
 
     Raises:
         ValueError: `stop_on` is no judge, or an image has a pixel that is not finite.
 
     Example:
         >>> import iqareward
-        >>> from iqareward.diffusion.restorer import build_restorer
+        >>> from iqareward.diffusion import build_restorer
         >>> judges = {"ssim": iqareward.load("ssim")}
         >>> validation = Validation(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), judges, num_steps=2)
         >>> validation(build_restorer((8, 16)), iqareward.load("gmsd"), seed=0)["scores"]["ssim"].shape
@@ -92,19 +93,19 @@ class Validation:
         """Restore and judge every input; with several processes each does its share and all get the whole.
 
         Args:
-            policy: the model.
-            reward: the training reward, measured beside the judges.
-            seed: of the first noise.
-            rank: number of this process.
-            world: number of processes.
+            policy: The model.
+            reward: The training reward, measured beside the judges.
+            seed: Of the first noise.
+            rank: Number of this process.
+            world: Number of processes.
 
         Returns:
             `{"images": [V, 3, H, W], "scores": {name: [V]}, "alarms": (sentences), "best": bool}`; the training reward
             is "reward", "best" says whether `stop_on` has not been as good before. `grid` draws it.
 
         Raises:
-            TypeError: a judge answers with something other than a tensor of real numbers.
-            ValueError: it does not answer with one score per image.
+            TypeError: A judge answers with something other than a tensor of real numbers.
+            ValueError: It does not answer with one score per image.
         """
         count = len(self.degraded)
         mine = slice(count * rank // world, count * (rank + 1) // world)
@@ -154,13 +155,13 @@ class Validation:
         Args:
             images: `[V, 3, H, W]` restorations that the last call returned.
             rewards: `[V]` the training reward of each.
-            update: number of the update, for the label.
+            update: Number of the update, for the label.
 
         Returns:
             An RGB image with PSNR and training reward under each image.
 
         Raises:
-            ValueError: nothing has been validated yet.
+            ValueError: Nothing has been validated yet.
         """
         if self.first is None:
             raise ValueError("Validation.grid expected an earlier validation, got none. Call the validation first.")
@@ -210,9 +211,9 @@ def image_grid(
     stay as they are; those above 512 are reduced to that.
 
     Args:
-        rows: name -> `[V, 3, H, W]` in [0, 1], all of one size.
-        captions: name -> text for each image of the row; rows without captions need no entry.
-        columns: images per row, the first ones.
+        rows: Name -> `[V, 3, H, W]` in [0, 1], all of one size.
+        captions: Name -> text for each image of the row; rows without captions need no entry.
+        columns: Images per row, the first ones.
 
     Returns:
         An RGB image.
@@ -262,10 +263,10 @@ def save_grid(grid: Image.Image, path: Path, trackers: Sequence[Any], *, step: i
     """Write a grid as a PNG, and give it to those trackers of accelerate that take images, as "samples".
 
     Args:
-        grid: what to show.
-        path: the file.
+        grid: What to show.
+        path: The file.
         trackers: `accelerator.trackers`; those without `log_images` are left out.
-        step: where the trackers put it.
+        step: Where the trackers put it.
     """
     with atomic_write(path) as file:
         grid.save(file, format="PNG")
@@ -277,3 +278,83 @@ def save_grid(grid: Image.Image, path: Path, trackers: Sequence[Any], *, step: i
             tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
         else:  # these two of accelerate take one image, all others a list
             tracker.log_images({"samples": pixels if tracker.name in ("aim", "clearml") else [pixels]}, step=step)
+
+
+class CeilingReport(NamedTuple):
+    """Per image `[B]`: reward after the autoencoder, reward of the image itself, visibility of tile borders."""
+
+    scores: Tensor
+    reference_scores: Tensor
+    seams: Tensor
+
+
+@torch.no_grad()
+def decoder_ceiling(
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    images: Tensor,
+    reward: Reward,
+    *,
+    tile: int | None = None,
+) -> CeilingReport:
+    """What a policy can reach at most: the reward of ground truth that has been encoded and decoded.
+
+    A reward above it is a sign that the policy makes up what the judge likes. With tiled encoding or decoding also look
+    at `seams`: some judges punish them, some do not see them.
+
+    Args:
+        encode: `policy.encode`.
+        decode: `policy.decode`.
+        images: `[B, 3, H, W]` ground truth in [0, 1].
+        reward: Scores each image; called with `references=images`.
+        tile: Side of a tile in pixels, of tiled decoding; the whole image if not given, then `seams` is 1.
+
+    Returns:
+        A `CeilingReport`.
+
+    Example:
+        >>> import iqareward
+        >>> photos = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        >>> report = decoder_ceiling(lambda x: x, lambda x: 0.5 * x, photos, iqareward.load("ssim"))
+        >>> bool((report.scores < report.reference_scores).all())
+        True
+    """
+    decoded = decode(encode(images)).float().clamp(0, 1)
+    scores, reference_scores = reward(decoded, references=images), reward(images, references=images)
+    seams = torch.ones_like(scores) if tile is None else seam_strength(decoded, period=tile)
+    return CeilingReport(scores, reference_scores, seams)
+
+
+def seam_strength(images: Tensor, *, period: int, offset: int = 0) -> Tensor:
+    """How much larger luma jumps are across tile borders than elsewhere: 1 = no seams.
+
+    Args:
+        images: `[B, 3, H, W]` in [0, 1].
+        period: Distance of borders in pixels, at least 2 and smaller than both sides.
+        offset: Place of the first border; `period` itself if 0.
+
+    Returns:
+        `[B]` fp32 >= 0; NaN for images with non-finite pixels, 1 for flat ones.
+
+    Raises:
+        ValueError: The images hold no border or nothing else.
+
+    Example:
+        >>> tiles = torch.tensor([0.2, 0.8]).repeat_interleave(4).expand(1, 3, 8, 8) + 0.01 * torch.rand(1, 3, 8, 8)
+        >>> bool(seam_strength(tiles, period=4) > 10)
+        True
+    """
+    images = check_images("seam_strength", images, min_side=2)
+    plane, sums, counts = luma(images), [], []
+    if not 2 <= period < min(images.shape[2:]):
+        raise ValueError(f"seam_strength expected 2 <= period < sides of {list(images.shape)}, got {period}.")
+    for dim in (1, 2):
+        jumps = plane.diff(dim=dim).abs().mean(3 - dim)
+        border = torch.arange(1, jumps.shape[1] + 1, device=images.device) % period == offset % period
+        for mask in (border, ~border):
+            sums.append((jumps * mask).sum(1))
+            counts.append(mask.sum())
+    at_borders = (sums[0] + sums[2]) / (counts[0] + counts[2])
+    elsewhere = (sums[1] + sums[3]) / (counts[1] + counts[3])
+    flat = (at_borders == 0) & (elsewhere == 0)
+    return torch.where(flat, 1.0, at_borders / elsewhere)

@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from iqareward.diffusion.experience import Experience
-from iqareward.diffusion.rollout import rollout
-from iqareward.diffusion.transition import Step, Transition
+from iqareward.diffusion import Step, Transition, rollout
+from iqareward.diffusion.rollouts import Experience
 
 NOISE, START, BEST = 0.4, 0.3, 1.0
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from iqareward.advantages import group_advantages
-from iqareward.diffusion.experience import Sampling, compare
-from iqareward.diffusion.learner import Optimization
+from iqareward.diffusion import RolloutConfig, TrainConfig
+from iqareward.diffusion.rollouts import compare
 from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import ETA, KINDS, policy_of
@@ -17,8 +17,8 @@ SMALL = {"validation": None, "memory": None}
 
 def test_stepwise_rewards_score_the_predicted_images(tmp_path):
     """A row for each step asked for, of the clean image predicted there, then one for the sample."""
-    sampling = Sampling(group_size=2, num_steps=4, reward_steps=(0, 2), inputs_at_once=2)
-    run = trainer(tmp_path, sampling=sampling, **SMALL)
+    sampling = RolloutConfig(group_size=2, num_steps=4, reward_steps=(0, 2), inputs_at_once=2)
+    run = trainer(tmp_path, rollout_config=sampling, **SMALL)
     experience = run.experience(0, ROLLOUT)
     path = experience.trajectory
     assert experience.rewards.shape == experience.advantages.shape == (3, 8)
@@ -32,8 +32,8 @@ def test_stepwise_rewards_score_the_predicted_images(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_policy_learns_in_a_window(tmp_path, kind):
     """With two stochastic steps of four (MixGRPO) and a scored step, an update moves every kind of model."""
-    sampling = Sampling(group_size=2, num_steps=4, eta=ETA[kind], window=range(1, 3), reward_steps=(1,))
-    run = trainer(tmp_path, sampling=sampling, policy=policy_of(kind), **SMALL)
+    sampling = RolloutConfig(group_size=2, num_steps=4, eta=ETA[kind], window=range(1, 3), reward_steps=(1,))
+    run = trainer(tmp_path, rollout_config=sampling, policy=policy_of(kind), **SMALL)
     before = [weight.detach().clone() for weight in run.learner.weights]
     assert run.experience(0, ROLLOUT).trajectory.stochastic == (1, 2)
     line = run.train(1)[-1]
@@ -48,7 +48,7 @@ def test_inputs_without_spread_are_left_to_sft(tmp_path):
     run.reward = flat
     line = run.train(1)[-1]
     assert (line["active"], line["rl_share"], line["rl_loss"]) == (0, 0, 0)
-    noisy = trainer(tmp_path / "noisy", optimization=Optimization(inputs_per_update=4, std_floor=10.0), **SMALL)
+    noisy = trainer(tmp_path / "noisy", train_config=TrainConfig(inputs_per_update=4, std_floor=10.0), **SMALL)
     line = noisy.train(1)[-1]
     assert (line["active"], line["rl_share"]) == (0, 0)
     assert line["sft_share"] == pytest.approx(1)
@@ -67,7 +67,7 @@ def test_an_unscored_rollout_says_nothing():
 
 def test_averaged_weights_are_lent_for_validation(tmp_path):
     """Inside `averaged` the model has the running average of its weights, afterwards its own again."""
-    run = trainer(tmp_path, optimization=Optimization(learning_rate=1e-2, inputs_per_update=4, ema_decay=0.5), **SMALL)
+    run = trainer(tmp_path, train_config=TrainConfig(learning_rate=1e-2, inputs_per_update=4, ema_decay=0.5), **SMALL)
     run.calibrate()
     snapshots = []
     for _ in range(2):

@@ -8,15 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from iqareward.diffusion import (
+    RolloutConfig,
+    StoredPairs,
+    SyntheticPairs,
+    TrainConfig,
+    TrainingError,
+    Validation,
+    build_restorer,
+    save_restorer,
+    supervised,
+)
 from iqareward.diffusion.checkpoint import load_state, previous, trained_weights
-from iqareward.diffusion.data.pairs import SyntheticPairs
-from iqareward.diffusion.data.views import StoredPairs
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.finite import TrainingError, require_finite, step_if_finite
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.restorer import build_restorer, save_restorer
-from iqareward.diffusion.sft import supervised
-from iqareward.diffusion.validation import Validation
+from iqareward.diffusion.finite import require_finite, step_if_finite
 from iqareward.functional.psnr import psnr
 from iqareward.monitor import HackingMonitor
 from iqareward.rewards.metric import NoReference
@@ -169,8 +173,8 @@ def tensors_of(state):
 @pytest.mark.parametrize("place", ["gradient", "reward"])
 def test_failures_in_a_row_end_the_run(tmp_path, place):
     """After as many as the option allows, with an error that names inputs; the last good checkpoint stays."""
-    options = Optimization(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
-    run = trainer(tmp_path, optimization=options, validation=None)
+    options = TrainConfig(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
+    run = trainer(tmp_path, train_config=options, validation=None)
     if place == "gradient":
         run.learner.weights[0].register_hook(lambda gradient: gradient * (torch.nan if run.updates > 1 else 1))
     else:
@@ -186,8 +190,8 @@ def test_failures_in_a_row_end_the_run(tmp_path, place):
 @pytest.mark.filterwarnings("ignore:update:RuntimeWarning")
 def test_a_good_update_forgives(tmp_path):
     """Every other update fails and the run ends well; a checkpoint that is due waits for a good update."""
-    options = Optimization(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
-    run = trainer(tmp_path, optimization=options, validation=None)
+    options = TrainConfig(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
+    run = trainer(tmp_path, train_config=options, validation=None)
     run.reward = Broken(run.reward, float("nan"), lambda: run.updates % 2 == 1)
     history = run.train(5, save_every=2)
     assert [line["scored"] for line in history[1:]] == [1, 0, 1, 0, 1]
@@ -198,7 +202,7 @@ def test_a_good_update_forgives(tmp_path):
 @pytest.mark.parametrize("end", ["last update", "stopped by the judge"])
 def test_a_run_that_ends_with_failures_keeps_weights_that_trained(tmp_path, end):
     """A step that ruins the network shows in the update after it: the error names the checkpoint from before."""
-    run = trainer(tmp_path, optimization=Optimization(learning_rate=1e3, inputs_per_update=4))
+    run = trainer(tmp_path, train_config=TrainConfig(learning_rate=1e3, inputs_per_update=4))
     start = trained_weights(run.policy.model)
     if end != "last update":
         run.validation.stop_on, run.validation.patience = "psnr", 1
@@ -216,14 +220,14 @@ def test_a_run_that_ends_with_failures_keeps_weights_that_trained(tmp_path, end)
 @pytest.mark.parametrize(("save_every", "name"), [(1, "checkpoint-previous.pt"), (2, "checkpoint.pt")])
 def test_the_error_names_the_newest_checkpoint_that_trained(tmp_path, save_every, name):
     """After three good updates: with a checkpoint of each, the last is in doubt; one of update 2 is not."""
-    options = Optimization(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
-    run = trainer(tmp_path, optimization=options, validation=None)
+    options = TrainConfig(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
+    run = trainer(tmp_path, train_config=options, validation=None)
     run.learner.weights[0].register_hook(lambda gradient: gradient * (torch.nan if run.updates > 2 else 1))
     with pytest.raises(TrainingError, match="2 updates in a row failed") as error:
         run.train(9, save_every=save_every)
     assert str(tmp_path / name) in str(error.value)
     assert load_state(tmp_path / name)["updates"] == 2
-    again = trainer(tmp_path, optimization=options, validation=None)
+    again = trainer(tmp_path, train_config=options, validation=None)
     again.learner.weights[0].register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(TrainingError, match=r"checkpoint-previous\.pt"):  # in doubt, until an update goes well
         again.train(9, resume=True)
@@ -283,7 +287,11 @@ def test_one_infinite_reward_is_not_scored(tmp_path):
 def test_every_input_of_a_batch_can_be_unusable(tmp_path):
     """With one input per update nothing is left of the update; the run goes on."""
     run = trainer(
-        tmp_path, optimization=Optimization(inputs_per_update=1), validation=None, memory=None, sampling=Sampling(2, 2)
+        tmp_path,
+        train_config=TrainConfig(inputs_per_update=1),
+        validation=None,
+        memory=None,
+        rollout_config=RolloutConfig(2, 2),
     )
     degraded, references = run.pairs.batch(range(16))
     degraded[run.order.ids(0)] = torch.nan

@@ -6,12 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from iqareward.diffusion.experience import Experience
-from iqareward.diffusion.forward_process import ForwardProcess
-from iqareward.diffusion.policy import repeat
-from iqareward.diffusion.policy_gradient import PolicyGradient, policy_loss
-from iqareward.diffusion.reward_gradient import RewardGradient
-from iqareward.diffusion.rollout import rollout
+from iqareward.diffusion import ClippedPolicyGradient, DiffusionNFT, DirectRewardGradient, rollout
+from iqareward.diffusion.objectives import policy_loss
+from iqareward.diffusion.policies import repeat
+from iqareward.diffusion.rollouts import Experience
 from iqareward.rewards.metric import NoReference
 from tests.diffusion import gaussian_policy as toy
 from tests.diffusion.tiny import images, pixel_policy, policy_of
@@ -59,7 +57,7 @@ def gradient_of(objective, policy, experience):
 def test_policy_gradient_is_that_of_the_expected_reward():
     """Within four standard errors over 20 000 rollouts; the sum over steps, since each step is an action."""
     policy, count = toy.GaussianPolicy(), 20_000
-    found = -gradient_of(PolicyGradient(clip=10.0), policy, toy.experience(policy, count))
+    found = -gradient_of(ClippedPolicyGradient(clip=10.0), policy, toy.experience(policy, count))
     # One rollout's term is A * (e1 + e2) / NOISE with |A| about 0.5: a standard deviation of about 2.
     assert found == pytest.approx(toy.exact_gradient(), abs=4 * 2.0 / count**0.5)
 
@@ -92,7 +90,7 @@ def test_reward_gradient_through_all_steps_is_the_pathwise_derivative():
     samples = experience.trajectory.sample.clamp(0, 1)
     by_hand = (-2 * (samples - toy.BEST) * 1.5).mean().item()
     for checkpointed in (True, False):
-        objective = RewardGradient(Quadratic(), last_steps=2, checkpointed=checkpointed)
+        objective = DirectRewardGradient(Quadratic(), last_steps=2, checkpointed=checkpointed)
         found = -gradient_of(objective, policy, experience)
         assert found == pytest.approx(by_hand, rel=1e-4)
 
@@ -101,7 +99,7 @@ def test_reward_gradient_through_the_last_step_is_truncated():
     """With K = 1 only the last step's dependence counts: 1 instead of 1.5."""
     policy = toy.GaussianPolicy()
     experience = toy.experience(policy, 1000)
-    whole, last = (gradient_of(RewardGradient(Quadratic(), last_steps=k), policy, experience) for k in (2, 1))
+    whole, last = (gradient_of(DirectRewardGradient(Quadratic(), last_steps=k), policy, experience) for k in (2, 1))
     assert last == pytest.approx(whole / 1.5, rel=1e-4)
 
 
@@ -109,7 +107,7 @@ def test_reward_gradient_scores_the_rollouts_at_hand():
     """Replayed with their noise, the last steps lead to the images that were sampled."""
     policy = pixel_policy()
     experience = pixel_experience(policy)
-    loss = RewardGradient(Brightness(), last_steps=3)(policy, experience, 0, **CALL).loss
+    loss = DirectRewardGradient(Brightness(), last_steps=3)(policy, experience, 0, **CALL).loss
     expected = -policy.decode(experience.trajectory.sample).clamp(0, 1).flatten(1).mean(1).view(2, 2).mean(1)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
@@ -120,7 +118,7 @@ def test_reward_gradient_reaches_every_policy(kind, last_steps):
     """DRaFT-K and ReFL: a finite gradient that is not 0, through the decoder if there is one."""
     policy = policy_of(kind)
     experience = pixel_experience(policy)
-    RewardGradient(Brightness(), last_steps=last_steps)(policy, experience, 0, **CALL).loss.mean().backward()
+    DirectRewardGradient(Brightness(), last_steps=last_steps)(policy, experience, 0, **CALL).loss.mean().backward()
     gradients = [weight.grad for weight in policy.model.parameters() if weight.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
@@ -133,7 +131,7 @@ def test_a_broken_reward_does_not_reach_the_policy(last_steps):
     for breaks in ("score", "gradient", "nothing"):
         policy = pixel_policy("sample")
         experience = pixel_experience(policy)
-        objective = RewardGradient(Broken(breaks), last_steps=last_steps)
+        objective = DirectRewardGradient(Broken(breaks), last_steps=last_steps)
         loss = objective(policy, experience, 0, **CALL).loss
         assert loss.isfinite().all()
         (loss.sum() if breaks != "nothing" else loss[1]).backward()
@@ -147,7 +145,7 @@ def test_a_broken_reward_does_not_reach_the_policy(last_steps):
 def test_reward_gradient_needs_a_differentiable_reward():
     """Others are refused when the objective is built."""
     with pytest.raises(ValueError, match="differentiable=True"):
-        RewardGradient(NoReference(lambda images: images.mean((1, 2, 3)), name="mean", higher_is_better=True))
+        DirectRewardGradient(NoReference(lambda images: images.mean((1, 2, 3)), name="mean", higher_is_better=True))
 
 
 def pixel_experience(policy):
@@ -164,7 +162,7 @@ def test_forward_process_pulls_towards_good_rollouts_only():
     policy = toy.GaussianPolicy()
     advantages = torch.tensor([5.0, -5.0, 0.0, 2.5])
     experience = toy.experience(policy, 4, advantages)
-    found = gradient_of(ForwardProcess(num_terms=1), policy, experience)
+    found = gradient_of(DiffusionNFT(num_terms=1), policy, experience)
     offset = toy.START - experience.trajectory.sample.flatten()
     pull = torch.tensor([1.0, -1.0, 0.0, 0.5])
     assert found == pytest.approx((pull * 2 * offset / offset.abs()).mean().item(), rel=1e-4)
@@ -177,7 +175,7 @@ def test_stepwise_rewards_judge_the_steps_before_them():
     path = rollout(policy, images(2), ids=[0, 1], group_size=2, num_steps=4, eta=0.5, seed=0, keep_clean=(2,))
     stepwise = torch.stack([torch.full((4,), 3.0), torch.full((4,), 7.0)])
     experience = replace(experience, trajectory=path, advantages=stepwise, rewards=stepwise)
-    losses = [PolicyGradient()(policy, experience, term, **CALL).loss.mean().item() for term in (0, 1, 2)]
+    losses = [ClippedPolicyGradient()(policy, experience, term, **CALL).loss.mean().item() for term in (0, 1, 2)]
     assert losses == pytest.approx([-3.0, -3.0, -7.0], rel=1e-3)
 
 
@@ -185,7 +183,7 @@ def test_kl_is_zero_at_the_start_and_grows():
     """Against a frozen copy of the model, for the two objectives that have one."""
     policy = pixel_policy()
     frozen, experience = copy.deepcopy(policy.model), pixel_experience(policy)
-    for objective in (PolicyGradient(), ForwardProcess()):
+    for objective in (ClippedPolicyGradient(), DiffusionNFT()):
         call = {"seed": 1, "frozen": frozen, "kl": True}
         assert objective(policy, experience, 0, **call).kl.abs().max() == 0
         moved = pixel_policy()
@@ -194,12 +192,12 @@ def test_kl_is_zero_at_the_start_and_grows():
                 weight.add_(0.01)
         assert (objective(moved, experience, 0, **call).kl > 0).all()
     with pytest.raises(ValueError, match="kl_beta=0"):
-        RewardGradient(Brightness())(policy, experience, 0, seed=1, frozen=frozen, kl=True)
+        DirectRewardGradient(Brightness())(policy, experience, 0, seed=1, frozen=frozen, kl=True)
 
 
 def test_terms_are_the_stochastic_steps():
     """All but the last, or every second of them."""
     experience = pixel_experience(pixel_policy())
-    assert tuple(PolicyGradient().terms(experience)) == (0, 1, 2)
-    assert tuple(PolicyGradient(every=2).terms(experience)) == (0, 2)
+    assert tuple(ClippedPolicyGradient().terms(experience)) == (0, 1, 2)
+    assert tuple(ClippedPolicyGradient(every=2).terms(experience)) == (0, 2)
     assert repeat(experience.condition, 2)["degraded"].shape[0] == 4

@@ -6,11 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from iqareward.diffusion.noise import noise_per_input
-from iqareward.diffusion.policy import add_lora, repeat
-from iqareward.diffusion.policy_gradient import policy_loss
-from iqareward.diffusion.reference import as_reference
-from iqareward.diffusion.rollout import replay, rollout
+from iqareward.diffusion import add_lora, reference_policy, rollout
+from iqareward.diffusion.objectives import policy_loss
+from iqareward.diffusion.policies import repeat
+from iqareward.diffusion.rollouts import replay
+from iqareward.seeds import noise_per_input
 from tests.diffusion.tiny import ETA, KINDS, SIZE, images, pixel_policy, policy_of
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -154,7 +154,7 @@ def test_lora_starts_at_the_reference_and_leaves_it(kind):
 
     def divergence():
         now = replay(policy, trajectory, 1, condition)
-        with as_reference(policy, None):
+        with reference_policy(policy, None):
             before = replay(policy, trajectory, 1, condition)
         return now.kl(before)
 
@@ -185,7 +185,7 @@ def test_rollout_says_what_does_not_fit():
 
 def test_reference_needs_adapters_or_a_copy():
     """Without either, asking for the policy from before is an error."""
-    with pytest.raises(TypeError, match="add_lora"), as_reference(pixel_policy(), None):
+    with pytest.raises(TypeError, match="add_lora"), reference_policy(pixel_policy(), None):
         pass
 
 

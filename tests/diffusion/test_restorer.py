@@ -9,10 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from iqareward.diffusion.ddim import DDIM
-from iqareward.diffusion.pixel import PixelPolicy
-from iqareward.diffusion.restorer import build_restorer, load_restorer, save_restorer
-from iqareward.diffusion.rollout import rollout
+from iqareward.diffusion import DDIM, PixelPolicy, build_restorer, load_restorer, rollout, save_restorer
 from tests.diffusion.gaussian_policy import TwoSteps
 from tests.diffusion.tiny import images, seeded, unet
 from tests.tolerances import EXACT

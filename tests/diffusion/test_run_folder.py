@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from iqareward.advantages import RewardMemory
+from iqareward.diffusion import (
+    Degradation,
+    DiffusionNFT,
+    PixelPolicy,
+    RolloutConfig,
+    StoredPairs,
+    SyntheticPairs,
+    TrainConfig,
+)
 from iqareward.diffusion.checkpoint import load_state, previous, save_state, trained_weights
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.data.pairs import SyntheticPairs
-from iqareward.diffusion.data.views import StoredPairs
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.forward_process import ForwardProcess
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.pixel import PixelPolicy
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule
 from iqareward.schedules.formulas import constant
@@ -97,11 +99,11 @@ SLOWER = {"learning_rate": 1e-3, "inputs_per_update": 4, "micro_batch": 2, "bala
 CHANGES = {
     "seed": {"seed": 1},
     "reward.name": {"reward": NoReference(contrast, name="other", higher_is_better=True)},
-    "optimization.learning_rate": {"optimization": Optimization(**SLOWER | {"learning_rate": 1e-4})},
-    "optimization.inputs_per_update": {"optimization": Optimization(**SLOWER | {"inputs_per_update": 8})},
-    "optimization.ema_decay": {"optimization": Optimization(**SLOWER | {"ema_decay": 0.5})},
-    "sampling.num_steps": {"sampling": Sampling(group_size=2, num_steps=4, inputs_at_once=2)},
-    "objective": {"objective": ForwardProcess()},
+    "train_config.learning_rate": {"train_config": TrainConfig(**SLOWER | {"learning_rate": 1e-4})},
+    "train_config.inputs_per_update": {"train_config": TrainConfig(**SLOWER | {"inputs_per_update": 8})},
+    "train_config.ema_decay": {"train_config": TrainConfig(**SLOWER | {"ema_decay": 0.5})},
+    "rollout_config.num_steps": {"rollout_config": RolloutConfig(group_size=2, num_steps=4, inputs_at_once=2)},
+    "objective": {"objective": DiffusionNFT()},
     "weighter.kappa": {"weighter": AdaptiveWeighter(kappa=3.0)},
     "weighter": {"weighter": Schedule(partial(constant, share=0.5))},
     "memory": {"memory": None},
@@ -130,21 +132,22 @@ def test_other_settings_are_named(begun, name):
 
 def test_a_memory_that_was_not_there_is_named_and_can_be_allowed(tmp_path):
     """It starts empty; the new learning rate holds, and so do the averages that are new."""
-    options = Optimization(learning_rate=1e-3, inputs_per_update=4)
-    trainer(tmp_path, memory=None, optimization=options).train(1)
+    options = TrainConfig(learning_rate=1e-3, inputs_per_update=4)
+    trainer(tmp_path, memory=None, train_config=options).train(1)
     with pytest.raises(ValueError, match=r"memory was None.*ema_decay|ema_decay.*memory was None"):
         trainer(tmp_path).train(2, resume=True)
-    run = trainer(tmp_path, optimization=Optimization(learning_rate=1e-2, inputs_per_update=4, ema_decay=0.5))
+    run = trainer(tmp_path, train_config=TrainConfig(learning_rate=1e-2, inputs_per_update=4, ema_decay=0.5))
     assert run.load(allow_changes=True)
     saved = load_state(tmp_path / "checkpoint.pt")["learner"]
     assert [group["lr"] for group in run.learner.optimizer.param_groups] == [1e-2]
     with run.learner.averaged():
         for name, weight in trained_weights(run.policy.model).items():
             torch.testing.assert_close(weight, saved["model"][name], **EXACT)
-    run = trainer(tmp_path, optimization=Optimization(learning_rate=1e-2, inputs_per_update=4, ema_decay=0.5))
+    run = trainer(tmp_path, train_config=TrainConfig(learning_rate=1e-2, inputs_per_update=4, ema_decay=0.5))
     history = run.train(2, resume=True, allow_changes=True)
     assert [line["update"] for line in history] == [0, 1, 2]
-    assert trainer(tmp_path, optimization=run.options).train(2, resume=True) == history  # now these are its settings
+    again = trainer(tmp_path, train_config=run.train_config)
+    assert again.train(2, resume=True) == history  # now these are its settings
 
 
 @pytest.mark.parametrize("part", ["model", "weighter"])

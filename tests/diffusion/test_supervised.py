@@ -3,8 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from iqareward.diffusion.data.pairs import SyntheticPairs
-from iqareward.diffusion.sft import supervised
+from iqareward.diffusion import SyntheticPairs, supervised
 from tests.diffusion.tiny import SIZE, pixel_policy
 
 EXACT = {"rtol": 0.0, "atol": 0.0}

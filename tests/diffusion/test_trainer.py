@@ -18,13 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from iqareward.diffusion.batches import InputOrder
+from iqareward.diffusion import DiffusionNFT, DirectRewardGradient, RolloutConfig, TrainConfig, add_lora
 from iqareward.diffusion.checkpoint import load_state, trained_weights
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.forward_process import ForwardProcess
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.policy import add_lora
-from iqareward.diffusion.reward_gradient import RewardGradient
+from iqareward.diffusion.pairs import InputOrder
 from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule
@@ -99,8 +95,8 @@ def test_micro_batches_and_overlap_change_nothing(tmp_path):
     """Neither the number of inputs per backward pass nor scoring in another thread changes the step."""
     runs = []
     for size, overlap in ((4, False), (1, True)):
-        optimization = Optimization(learning_rate=1e-3, inputs_per_update=4, micro_batch=size)
-        run = trainer(tmp_path / str(size), optimization=optimization, overlap=overlap, validation=None)
+        optimization = TrainConfig(learning_rate=1e-3, inputs_per_update=4, micro_batch=size)
+        run = trainer(tmp_path / str(size), train_config=optimization, overlap=overlap, validation=None)
         run.train(1)
         runs.append(run)
     for name, weight in weights_of(runs[0]).items():
@@ -188,8 +184,8 @@ def test_hosted_trackers_get_the_figures_through_accelerate(tmp_path, monkeypatc
 def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):
     """Against the frozen copy of a whole model, and against a LoRA model with its adapters off."""
     for name, policy in (("whole", pixel_policy()), ("lora", pixel_policy())):
-        optimization = Optimization(learning_rate=1e-3, inputs_per_update=4, kl_beta=0.1)
-        run = trainer(tmp_path / name, optimization=optimization, validation=None)
+        optimization = TrainConfig(learning_rate=1e-3, inputs_per_update=4, kl_beta=0.1)
+        run = trainer(tmp_path / name, train_config=optimization, validation=None)
         if name == "lora":
             policy.model = add_lora(policy.model, rank=2)
             run = type(run)(
@@ -197,8 +193,8 @@ def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):
                 run.reward,
                 run.pairs,
                 output_dir=tmp_path / name,
-                optimization=optimization,
-                sampling=run.sampling,
+                train_config=optimization,
+                rollout_config=run.rollout_config,
                 accelerator=run.accelerator,
                 show_progress=False,
             )
@@ -214,8 +210,8 @@ def test_sft_alone_approaches_the_ground_truth_and_rl_alone_the_reward(tmp_path)
         run = trainer(
             tmp_path / name,
             weighter=Schedule(partial(constant, share=share)),
-            optimization=Optimization(learning_rate=3e-3, inputs_per_update=8),
-            sampling=Sampling(group_size=4, num_steps=3),
+            train_config=TrainConfig(learning_rate=3e-3, inputs_per_update=8),
+            rollout_config=RolloutConfig(group_size=4, num_steps=3),
             policy=pixel_policy("sample"),
             validation=None,
             memory=None,
@@ -224,17 +220,17 @@ def test_sft_alone_approaches_the_ground_truth_and_rl_alone_the_reward(tmp_path)
         assert better * (values[-4:].mean() - values[:4].mean()) > 0, (name, values)
 
 
-@pytest.mark.parametrize("objective", [ForwardProcess(num_terms=1), "gradient"])
+@pytest.mark.parametrize("objective", [DiffusionNFT(num_terms=1), "gradient"])
 def test_other_objectives_raise_the_reward(tmp_path, objective):
     """DiffusionNFT, and DRaFT with a single rollout per input, which has no spread and needs none."""
     judge = NoReference(contrast, name="contrast", higher_is_better=True, differentiable=True)
     group_size = 1 if objective == "gradient" else 4
     run = trainer(
         tmp_path,
-        objective=RewardGradient(judge) if objective == "gradient" else objective,
+        objective=DirectRewardGradient(judge) if objective == "gradient" else objective,
         weighter=Schedule(partial(constant, share=1.0)),
-        optimization=Optimization(learning_rate=3e-3, inputs_per_update=8),
-        sampling=Sampling(group_size=group_size, num_steps=3),
+        train_config=TrainConfig(learning_rate=3e-3, inputs_per_update=8),
+        rollout_config=RolloutConfig(group_size=group_size, num_steps=3),
         policy=pixel_policy("sample"),
         validation=None,
         memory=None,
@@ -269,9 +265,9 @@ def test_input_order_visits_all_inputs_once_per_epoch():
 def test_options_that_cannot_work_are_refused(tmp_path):
     """Unknown words and sizes that do not divide."""
     with pytest.raises(ValueError, match="balanced"):
-        Optimization(sft_scale="auto")
+        TrainConfig(sft_scale="auto")
     with pytest.raises(ValueError, match="rising order"):
-        Sampling(reward_steps=(3, 1))
+        RolloutConfig(reward_steps=(3, 1))
 
 
 NAN, INF = float("nan"), float("inf")
@@ -300,6 +296,6 @@ OUT_OF_RANGE = {
 )
 def test_each_option_has_a_range(name, value):
     """A value outside of it is refused with the option's name and what came."""
-    owner = Optimization if name in Optimization.__dataclass_fields__ else Sampling
+    owner = TrainConfig if name in TrainConfig.__dataclass_fields__ else RolloutConfig
     with pytest.raises(ValueError, match=rf"{owner.__name__} expected {name} .*got {re.escape(repr(value))}"):
         owner(**{name: value})

@@ -5,10 +5,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from iqareward.diffusion.ddim import DDIM
-from iqareward.diffusion.flow_cps import FlowCPS
-from iqareward.diffusion.flow_sde import FlowSDE
-from iqareward.diffusion.transition import Transition
+from iqareward.diffusion import DDIM, FlowCPS, FlowSDE, Transition
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # fp32, coefficients in fp64 here and in fp32 there
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from iqareward.diffusion.validation import Validation, image_grid, save_grid
+from iqareward.diffusion import Validation
+from iqareward.diffusion.validation import image_grid, save_grid
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import pixel_policy
 from tests.diffusion.train_tiny import contrast

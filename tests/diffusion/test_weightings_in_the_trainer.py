@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from iqareward.advantages import RewardMemory
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
+from iqareward.diffusion import DifficultyAdaptiveTrainer, RolloutConfig, TrainConfig
 from iqareward.rewards.metric import FullReference
 from iqareward.schedules import (
     NoiseAware,
@@ -82,8 +80,8 @@ def trained(weighter, folder) -> DifficultyAdaptiveTrainer:
     """A trainer of the tiny policy on easy and hard inputs."""
     tiny = trainer(
         folder,
-        optimization=Optimization(inputs_per_update=4),
-        sampling=Sampling(group_size=2, num_steps=2),
+        train_config=TrainConfig(inputs_per_update=4),
+        rollout_config=RolloutConfig(group_size=2, num_steps=2),
         validation=None,
         memory=None,
     )
@@ -94,8 +92,8 @@ def trained(weighter, folder) -> DifficultyAdaptiveTrainer:
         output_dir=folder,
         weighter=weighter,
         metric=brightness,
-        sampling=tiny.sampling,
-        optimization=tiny.options,
+        rollout_config=tiny.rollout_config,
+        train_config=tiny.train_config,
         accelerator=tiny.accelerator,
         show_progress=False,
     )

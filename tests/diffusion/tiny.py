@@ -4,13 +4,7 @@ import diffusers
 import torch
 from torch import nn
 
-from iqareward.diffusion.autoencoder import Autoencoder
-from iqareward.diffusion.controlnet import ControlNetPolicy
-from iqareward.diffusion.ddim import DDIM
-from iqareward.diffusion.flow_cps import FlowCPS
-from iqareward.diffusion.flow_sde import FlowSDE
-from iqareward.diffusion.flow_transformer import FlowPolicy
-from iqareward.diffusion.pixel import PixelPolicy
+from iqareward.diffusion import DDIM, Autoencoder, ControlNetPolicy, FlowCPS, FlowPolicy, FlowSDE, PixelPolicy
 
 SIZE = 16
 KINDS = ("pixel", "controlnet", "flow", "flow-cps")

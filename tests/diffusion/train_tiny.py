@@ -13,14 +13,16 @@ import torch
 from accelerate import Accelerator
 
 from iqareward.advantages import RewardMemory
+from iqareward.diffusion import (
+    DifficultyAdaptiveTrainer,
+    RolloutConfig,
+    StoredPairs,
+    SyntheticPairs,
+    TrainConfig,
+    Validation,
+)
 from iqareward.diffusion.checkpoint import latest, load_state, trained_weights
-from iqareward.diffusion.data.pairs import SyntheticPairs
-from iqareward.diffusion.data.views import StoredPairs
-from iqareward.diffusion.experience import Sampling
-from iqareward.diffusion.learner import Optimization
-from iqareward.diffusion.policy import unwrapped
-from iqareward.diffusion.trainer import DifficultyAdaptiveTrainer
-from iqareward.diffusion.validation import Validation
+from iqareward.diffusion.policies import unwrapped
 from iqareward.functional.psnr import psnr
 from iqareward.rewards.metric import FullReference, NoReference
 from tests.diffusion.tiny import SIZE, pixel_policy
@@ -36,8 +38,8 @@ def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrain
     pairs = options.pop("pairs", None) or SyntheticPairs(16, size=SIZE)
     held_out = SyntheticPairs(4, size=SIZE, seed=1).batch(range(4))
     defaults = {
-        "sampling": Sampling(group_size=2, num_steps=3, inputs_at_once=2),
-        "optimization": Optimization(
+        "rollout_config": RolloutConfig(group_size=2, num_steps=3, inputs_at_once=2),
+        "train_config": TrainConfig(
             learning_rate=1e-3, inputs_per_update=4, micro_batch=2, sft_scale=sft_scale, balance_every=2, ema_decay=0.9
         ),
         "validation": Validation(*held_out, {"psnr": FullReference(psnr, higher_is_better=True)}, num_steps=3),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iqareward.diffusion.reward_gradient import clamp_straight_through
+from iqareward.diffusion import clamp_straight_through
 from iqareward.functional import ssim
 from iqareward.functional.resize import pillow_resize
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import iqareward
 from iqareward import Calibrated, FidelityFloor, FullReference, NoReference, SoftMin
 from iqareward.difficulty import rmse
-from iqareward.diffusion.reward_gradient import clamp_straight_through
+from iqareward.diffusion import clamp_straight_through
 from iqareward.functional import ssim
 from iqareward.functional.resize import pillow_resize
 from iqareward.rewards.catalog import CATALOG

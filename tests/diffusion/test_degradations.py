@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iqareward.difficulty import rmse
-from iqareward.diffusion.data.degradations import TASKS, Degradation, add_noise, blur, lower_resolution
-from iqareward.diffusion.data.jpeg import jpeg
-from iqareward.diffusion.data.textures import synthetic_images
+from iqareward.diffusion import Degradation, synthetic_images
+from iqareward.diffusion.degradations import TASKS, add_noise, blur, jpeg, lower_resolution
 from tests.tolerances import EXACT, FORMULA_FP32
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)

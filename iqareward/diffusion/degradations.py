@@ -1,18 +1,20 @@
-"""Known damage of known strength: blur, lost resolution, noise and JPEG, from hardly visible to severe."""
+"""Degradations of known strength: blur, lost resolution, noise and JPEG, from hardly visible to severe."""
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from iqareward.diffusion.data.jpeg import jpeg
-from iqareward.diffusion.data.seeds import id_list, normal
 from iqareward.functional._checks import check_images
 from iqareward.functional._chunks import rows_at_once
 from iqareward.functional.resize import pillow_resize
+from iqareward.seeds import id_list, normal
 
 TASKS = ("blur", "resize", "noise", "jpeg")
 # The mildest setting of each task; the strongest are options.
@@ -29,14 +31,14 @@ class Degradation:
     `min_quality`. A single task gives deblurring, super-resolution, denoising or artifact removal.
 
     Args:
-        tasks: any of "blur", "resize", "noise", "jpeg", in the order in which they are applied.
-        max_sigma: blur at severity 1 in pixels, at least 0.5.
-        max_factor: loss of resolution at severity 1, at least 1.
-        max_noise: noise at severity 1 in steps of 1/255, at least 2.
+        tasks: Any of "blur", "resize", "noise", "jpeg", in the order in which they are applied.
+        max_sigma: Blur at severity 1 in pixels, at least 0.5.
+        max_factor: Loss of resolution at severity 1, at least 1.
+        max_noise: Noise at severity 1 in steps of 1/255, at least 2.
         min_quality: JPEG quality at severity 1, in [1, 95].
 
     Raises:
-        ValueError: an unknown or repeated task, or an option out of its range.
+        ValueError: An unknown or repeated task, or an option out of its range.
 
     Example:
         >>> grey = torch.full((2, 3, 32, 32), 0.5)
@@ -72,13 +74,13 @@ class Degradation:
             images: `[B, 3, H, W]` in [0, 1].
             severity: `[B]`; clamped to [0, 1].
             ids: `[B]` integers >= 0; an id has the same noise pattern at every severity.
-            seed: integer >= 0, of the noise.
+            seed: Integer >= 0, of the noise.
 
         Returns:
             `[B, 3, H, W]` float32 in [0, 1], on the device of the images.
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: A shape does not fit.
         """
         images, ids = check_images("Degradation", images).detach().float(), id_list("Degradation", ids)
         if severity.shape != images.shape[:1] or len(ids) != len(images):
@@ -169,7 +171,7 @@ def add_noise(images: Tensor, sigma: Tensor, ids: Sequence[int], *, seed: int = 
         images: `[B, 3, H, W]`.
         sigma: `[B]` standard deviations in steps of 1/255.
         ids: `[B]` integers >= 0, which choose the pattern.
-        seed: integer >= 0, which chooses it too.
+        seed: Integer >= 0, which chooses it too.
 
     Returns:
         `[B, 3, H, W]`.
@@ -181,3 +183,29 @@ def add_noise(images: Tensor, sigma: Tensor, ids: Sequence[int], *, seed: int = 
     """
     pattern = normal(ids, *images.shape[1:], seed=seed, purpose="noise").to(images.device)
     return images + pattern * (sigma / 255)[:, None, None, None]
+
+
+def jpeg(images: Tensor, quality: Tensor) -> Tensor:
+    """Write each image as a JPEG file with halved chroma (4:2:0) and a quality of its own, and read it, with Pillow.
+
+    Args:
+        images: `[B, 3, H, W]`; clamped to [0, 1] and rounded to 8 bits.
+        quality: `[B]` quality as Pillow counts, rounded and clamped to 1..100.
+
+    Returns:
+        `[B, 3, H, W]` float32 in [0, 1], multiples of 1/255, on the device of the images.
+
+    Example:
+        >>> grey = torch.full((2, 3, 20, 30), 0.2)
+        >>> jpeg(grey, torch.tensor([10, 90])).mul(255).amax((1, 2, 3))
+        tensor([48., 51.])
+    """
+    pixels = (images.clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
+    files = [_jpeg(image, each) for image, each in zip(pixels, quality.round().clamp(1, 100).tolist(), strict=True)]
+    return torch.from_numpy(np.stack(files)).movedim(-1, 1).to(images.device, torch.float32) / 255
+
+
+def _jpeg(pixels: np.ndarray, quality: float) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=int(quality), subsampling="4:2:0")
+    return np.asarray(Image.open(file))

@@ -9,9 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from iqareward.difficulty import rmse
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.data.pairs import FolderPairs, Pairs, SyntheticPairs
-from iqareward.diffusion.data.textures import synthetic_images
+from iqareward.diffusion import Degradation, FolderPairs, Pairs, StoredPairs, Subset, SyntheticPairs, synthetic_images
 from tests.tolerances import EXACT
 
 NAMES = ("a.png", "b.PNG", "inner/c.png", "inner/deeper/d.bmp")
@@ -161,3 +159,27 @@ def test_nothing_to_read_is_refused(tmp_path):
     for options in ({"size": 0}, {"size": 16, "crops": 0}):
         with pytest.raises(ValueError, match="size >= 1 and crops >= 1"):
             FolderPairs(tmp_path, **options)
+
+
+PAIRS = SyntheticPairs(6, size=16)
+
+
+def test_a_subset_counts_from_zero():
+    """Its ids are places in the list it was given, in any order."""
+    part = Subset(PAIRS, (5, 0, 2))
+    assert len(part) == 3
+    for found, expected in zip(part.batch([2, 0]), PAIRS.batch([2, 5]), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_a_subset_has_ids_of_its_pairs():
+    """None, or one too many, is an error."""
+    for ids in ((), (6,), (-1,)):
+        with pytest.raises(ValueError, match=r"ids in \[0, 6\)"):
+            Subset(PAIRS, ids)
+
+
+def test_stored_pairs_are_the_pairs():
+    """The same tensors for the same ids."""
+    for found, expected in zip(StoredPairs.of(PAIRS).batch([4, 1]), PAIRS.batch([4, 1]), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)

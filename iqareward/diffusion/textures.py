@@ -2,6 +2,7 @@
 
 An image depends on its id and the seed only, to the last bit. Pixels are therefore made of additions, multiplications
 and divisions alone, which round alike in a batch of any size; what needs more is computed one image at a time.
+
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iqareward.diffusion.data.seeds import id_list, normal, uniform
+from iqareward.seeds import id_list, normal, uniform
 
 EXPONENTS = (0.8, 1.6)  # of the amplitude; natural images lie around 1 (Field 1987)
 RADII = (1 / 24, 1 / 2)  # of a leaf, in sides of the image
@@ -41,8 +42,8 @@ def power_law_textures(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0)
 
     Args:
         ids: `[B]` integers >= 0.
-        size: side in pixels.
-        seed: integer >= 0; another seed gives other images for the same ids.
+        size: Side in pixels.
+        seed: Integer >= 0; another seed gives other images for the same ids.
 
     Returns:
         `[B, 3, size, size]` float32 in [0, 1] on the CPU; the textures wrap around at the borders.
@@ -78,10 +79,10 @@ def dead_leaves(
 
     Args:
         ids: `[B]` integers >= 0.
-        size: side in pixels; radii go from 1/24 to 1/2 of it.
-        seed: integer >= 0; another seed gives other images for the same ids.
-        num_leaves: leaves per image, the backmost of which covers all of it.
-        texture: contrast of the 1/f texture and shading on the leaves; 0 = flat leaves in the same places.
+        size: Side in pixels; radii go from 1/24 to 1/2 of it.
+        seed: Integer >= 0; another seed gives other images for the same ids.
+        num_leaves: Leaves per image, the backmost of which covers all of it.
+        texture: Contrast of the 1/f texture and shading on the leaves; 0 = flat leaves in the same places.
 
     Returns:
         `[B, 3, size, size]` float32 in [0, 1] on the CPU, with anti-aliased edges.
@@ -113,8 +114,8 @@ def synthetic_images(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0) -
 
     Args:
         ids: `[B]` integers >= 0.
-        size: side in pixels.
-        seed: integer >= 0; another seed gives other images for the same ids.
+        size: Side in pixels.
+        seed: Integer >= 0; another seed gives other images for the same ids.
 
     Returns:
         `[B, 3, size, size]` float32 in [0, 1] on the CPU, a row the same in any batch.

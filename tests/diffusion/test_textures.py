@@ -5,15 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqareward.diffusion.data.textures import (
-    RADII,
-    _draw_leaves,
-    _Leaves,
-    _paint,
-    dead_leaves,
-    power_law_textures,
-    synthetic_images,
-)
+from iqareward.diffusion import synthetic_images
+from iqareward.diffusion.textures import RADII, _draw_leaves, _Leaves, _paint, dead_leaves, power_law_textures
 from tests.tolerances import EXACT, FORMULA_FP32
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)

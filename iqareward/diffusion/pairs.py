@@ -1,4 +1,4 @@
-"""Where training reads its inputs: pairs of a degraded image and its reference, by id."""
+"""Training data: pairs of a degraded image and its reference, by id, and the order in which they are used."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,19 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqareward.diffusion.data.degradations import Degradation
-from iqareward.diffusion.data.seeds import id_list, uniform
-from iqareward.diffusion.data.textures import synthetic_images
+from iqareward.diffusion.degradations import Degradation
+from iqareward.diffusion.finite import usable_rows
+from iqareward.diffusion.textures import synthetic_images
 from iqareward.image_files import References, UnreadableImageError, find_images, read_image
 from iqareward.images import to_images
+from iqareward.seeds import generator, id_list, uniform
 
 READERS = 8  # threads that read a batch; Pillow decodes outside the interpreter lock
 
 
 class Pairs(Protocol):
-    """What a trainer needs to know of its data: how many inputs there are, and the two images of each.
+    """Training data as the trainer reads it: the number of inputs, and the degraded image and reference of each.
 
-    An id always gives the same pair. Difficulty and reward histories are kept per id.
+    An id always gives the same pair, because difficulty and reward histories are kept per id.
+
+    Example:
+        >>> pairs: Pairs = SyntheticPairs(4, size=16)  # any object with these two methods
+        >>> len(pairs), pairs.batch([0, 3])[0].shape
+        (4, torch.Size([2, 3, 16, 16]))
     """
 
     def __len__(self) -> int:
@@ -40,13 +46,13 @@ class SyntheticPairs:
     """Pairs made on the spot, with a known severity each: experiments without a download.
 
     Args:
-        num_inputs: ids are 0 to this number - 1.
-        size: side in pixels.
-        degradation: what damages the images.
-        seed: integer >= 0; another seed is another data set, for instance a held-out one.
+        num_inputs: Ids are 0 to this number - 1.
+        size: Side in pixels.
+        degradation: What damages the images.
+        seed: Integer >= 0; another seed is another data set, for instance a held-out one.
 
     Raises:
-        ValueError: there would be no input or no pixel.
+        ValueError: There would be no input or no pixel.
 
     Example:
         >>> pairs = SyntheticPairs(100, size=32)
@@ -86,15 +92,15 @@ class FolderPairs:
     k * C + C - 1 belong to file k, in the order of the names.
 
     Args:
-        folder: the references, searched with all folders inside.
-        size: side of the crop in pixels.
-        degradation: what damages the crops; not used with `degraded_folder`.
-        seed: integer >= 0, of crops, severities and noise.
-        degraded_folder: the degraded images, of the same relative names (any image suffix) and sizes as the references.
-        crops: of each file.
+        folder: The references, searched with all folders inside.
+        size: Side of the crop in pixels.
+        degradation: What damages the crops; not used with `degraded_folder`.
+        seed: Integer >= 0, of crops, severities and noise.
+        degraded_folder: The degraded images, of the same relative names (any image suffix) and sizes as the references.
+        crops: Of each file.
 
     Raises:
-        ValueError: a folder is missing, holds no image or cannot be searched whole, a degraded image is missing, or a
+        ValueError: A folder is missing, holds no image or cannot be searched whole, a degraded image is missing, or a
                 number is below 1.
 
     Example:
@@ -157,7 +163,7 @@ class FolderPairs:
         """(degraded, references), both `[B, 3, size, size]` float32 in [0, 1] on the CPU, in the order of `ids`.
 
         Raises:
-            ValueError: a file cannot be read, is smaller than the crop, or its pair differs in size; it is named.
+            ValueError: A file cannot be read, is smaller than the crop, or its pair differs in size; it is named.
         """
         ids = _checked_ids("FolderPairs", ids, len(self))
         corners = uniform(ids, 2, seed=self.seed, purpose="crop").tolist()
@@ -208,3 +214,125 @@ def _checked_ids(caller: str, ids: Sequence[int], num_inputs: int) -> list[int]:
     if max(rows) >= num_inputs:
         raise ValueError(f"{caller} expected ids in [0, {num_inputs}), got {max(rows)}.")
     return rows
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some inputs of a data set, with ids from 0: for training inputs and held-out ones of one folder.
+
+    Args:
+        pairs: The data set.
+        ids: The inputs of it that belong to this one.
+
+    Raises:
+        ValueError: There is no id, or one that the data set does not have.
+
+    Example:
+        >>> from iqareward.diffusion import SyntheticPairs
+        >>> everything = SyntheticPairs(10, size=16)
+        >>> held_out = Subset(everything, (8, 9))
+        >>> bool((held_out.batch([1])[0] == everything.batch([9])[0]).all())
+        True
+    """
+
+    pairs: Pairs
+    ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ids or not 0 <= min(self.ids) <= max(self.ids) < len(self.pairs):
+            raise ValueError(f"Subset expected one or more ids in [0, {len(self.pairs)}), got {self.ids}.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(degraded, references) of these ids, in their order."""
+        return self.pairs.batch([self.ids[place] for place in ids])
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPairs:
+    """Pairs that are made once and kept in memory.
+
+    Args:
+        degraded: `[N, 3, H, W]` in [0, 1].
+        references: Of the same shape.
+
+    Example:
+        >>> from iqareward.diffusion import SyntheticPairs
+        >>> len(StoredPairs.of(SyntheticPairs(3, size=16)))
+        3
+    """
+
+    degraded: Tensor
+    references: Tensor
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> "StoredPairs":
+        """All of `pairs`."""
+        return cls(*pairs.batch(range(len(pairs))))
+
+    def __len__(self) -> int:
+        return len(self.degraded)
+
+    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(degraded, references) of these ids, in their order."""
+        rows = list(ids)
+        return self.degraded[rows], self.references[rows]
+
+
+@dataclass(frozen=True)
+class InputOrder:
+    """The ids of each update, all inputs once per epoch; those that fill no whole batch wait for another epoch.
+
+    Args:
+        num_inputs: Ids are integers in [0, num_inputs).
+        batch_size: Inputs per update, over all processes.
+        seed: Of the order.
+
+    Raises:
+        ValueError: There are fewer inputs than one batch takes.
+
+    Example:
+        >>> order = InputOrder(num_inputs=4, batch_size=2, seed=0)
+        >>> sorted(order.ids(0) + order.ids(1))
+        [0, 1, 2, 3]
+    """
+
+    num_inputs: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= self.num_inputs:
+            raise ValueError(
+                f"InputOrder expected 1 <= batch_size <= number of inputs, got {self.batch_size} and "
+                f"{self.num_inputs}. Use fewer inputs per update or more images."
+            )
+
+    def ids(self, update: int, *, rank: int = 0, world: int = 1) -> list[int]:
+        """The inputs of update number `update`; the share of process `rank` of `world`."""
+        per_epoch = self.num_inputs // self.batch_size
+        epoch, batch = divmod(update, per_epoch)
+        order = torch.randperm(self.num_inputs, generator=generator(self.seed, epoch)).tolist()
+        start = batch * self.batch_size
+        first, last = (self.batch_size * place // world for place in (rank, rank + 1))
+        return order[start + first : start + last]
+
+
+def read_batch(pairs: Pairs, ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Read pairs; one with a pixel that is not finite becomes grey, so that it cannot spoil the others of its batch.
+
+    Args:
+        pairs: Where to read.
+        ids: B inputs.
+        device: Where the tensors go; they are looked at on the device that they come from.
+
+    Returns:
+        Degraded images and references `[B, 3, H, W]`, and `[B]` bool, False for those that became grey: give them no
+        weight in the loss.
+    """
+    images = pairs.batch(ids)
+    usable = usable_rows(*images)
+    degraded, references = (torch.where(usable.view(-1, 1, 1, 1), rows, 0.5).to(device) for rows in images)
+    return degraded, references, usable.to(device)

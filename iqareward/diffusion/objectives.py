@@ -1,0 +1,321 @@
+"""RL objectives: a clipped policy gradient, DiffusionNFT, and the gradient of a differentiable reward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from iqareward._gradients import straight_through
+from iqareward.diffusion.policies import Condition, Policy, reference_policy, repeat
+from iqareward.diffusion.rollouts import Experience, checked_scores, replay
+from iqareward.images import drop_broken_gradients
+from iqareward.seeds import generator, noise_per_input
+from iqareward.types import Reward
+from iqareward.weighting import optimality_probability
+
+LARGEST_LOG_RATIO = 20.0
+
+
+class RLTerm(NamedTuple):
+    """One part of an RL loss: `loss` and divergence from the reference policy, both `[B]`, one value per input."""
+
+    loss: Tensor
+    kl: Tensor
+
+
+class Objective(Protocol):
+    """How rewards become a loss; `ClippedPolicyGradient`, `DiffusionNFT` and `DirectRewardGradient` are three.
+
+    A loss has several terms, e.g. one per denoising step, so that the trainer can go through them one by one without
+    holding the activations of all.
+
+    Attributes:
+        relative: Whether it learns from differences between the rollouts of an input, so that an input whose rewards
+            are all the same has nothing to teach.
+    """
+
+    @property
+    def relative(self) -> bool: ...
+
+    def terms(self, experience: Experience) -> Sequence[int]:
+        """Numbers of the terms; their mean is the loss."""
+        ...
+
+    def __call__(
+        self, policy: Policy, experience: Experience, term: int, *, seed: int, frozen: nn.Module | None, kl: bool
+    ) -> RLTerm:
+        """One term, with a gradient to the model."""
+        ...
+
+
+def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
+    """PPO's clipped surrogate, `-min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A)` with `ratio = exp(new - old)`.
+
+    The ratio stops at exp(+-20): an infinite one would make the gradient NaN, even of rows that are clipped.
+
+    Args:
+        log_probs: `[N]` of the step under the policy that learns.
+        old_log_probs: `[N]` under the policy that took it.
+        advantages: `[N]`, higher is better.
+        clip: How far the ratio may move; 1e-4 to 1e-5 with log-probabilities per element.
+
+    Returns:
+        `[N]` to minimise.
+
+    Example:
+        >>> new, old = torch.tensor([0.5, 0.0]), torch.zeros(2)
+        >>> policy_loss(new, old, torch.tensor([1.0, 1.0]), clip=0.1)
+        tensor([-1.1000, -1.0000])
+
+    References:
+        Schulman et al., Proximal Policy Optimization Algorithms, 2017, https://arxiv.org/abs/1707.06347
+    """
+    ratio = (log_probs - old_log_probs).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+@dataclass(frozen=True)
+class ClippedPolicyGradient:
+    """Each stochastic step of each rollout, more likely if the rollout's reward is above those of its input.
+
+    With stepwise rewards a step is judged by the first scored image after it, else by the sample.
+
+    Args:
+        clip: Of the importance ratio.
+        every: Use every n-th stochastic step only, to save time.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> experience = SimpleNamespace(trajectory=SimpleNamespace(stochastic=(0, 1, 2, 3)))  # of an Experience
+        >>> ClippedPolicyGradient(every=2).terms(experience)
+        (0, 2)
+
+    References:
+        Black et al., Training Diffusion Models with Reinforcement Learning, 2023, https://arxiv.org/abs/2305.13301
+        Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, 2025, https://arxiv.org/abs/2505.05470
+        arXiv 2511.01645 scores every denoising step (its figure; the details are ours).
+    """
+
+    clip: float = 1e-4
+    every: int = 1
+
+    relative = True
+
+    def terms(self, experience: Experience) -> Sequence[int]:
+        """The stochastic steps."""
+        return experience.trajectory.stochastic[:: self.every]
+
+    def __call__(
+        self, policy: Policy, experience: Experience, term: int, *, seed: int, frozen: nn.Module | None, kl: bool
+    ) -> RLTerm:
+        """The loss of step `term`, averaged over the rollouts of each input."""
+        trajectory = experience.trajectory
+        condition = repeat(experience.condition, trajectory.group_size)
+        transition = replay(policy, trajectory, term, condition)
+        log_probs = transition.log_prob(trajectory.latents[term + 1])
+        # The clean image predicted at a step follows from the latents before it: it judges the steps up to there.
+        scored = [*trajectory.clean, len(trajectory.schedule)]
+        judged_by = next(row for row, step in enumerate(scored) if step > term)
+        loss = policy_loss(log_probs, trajectory.log_probs[term], experience.advantages[judged_by], clip=self.clip)
+        divergence = torch.zeros_like(loss)
+        if kl:
+            with reference_policy(policy, frozen):
+                divergence_to = replay(policy, trajectory, term, condition)
+            divergence = transition.kl(divergence_to)
+        return RLTerm(mean_per_input(loss, experience), mean_per_input(divergence, experience))
+
+
+def mean_per_input(values: Tensor, experience: Experience) -> Tensor:
+    """The mean of `values` `[N]` over the rollouts of each input, `[B]`."""
+    return values.view(-1, experience.trajectory.group_size).mean(1)
+
+
+SMALLEST_ERROR = 1e-5  # keeps the relative error of a perfect prediction finite
+
+
+@dataclass(frozen=True)
+class DiffusionNFT:
+    """DiffusionNFT: no log-probabilities and no stochastic sampler, one network pass per term, any number of steps.
+
+    With v the network's answer, v_old the one that sampled and r in [0, 1] the probability that a rollout is good,
+
+        loss = [r * d(v_old + beta * (v - v_old)) + (1 - r) * d(v_old - beta * (v - v_old))] / beta
+
+    where d is the squared distance of the clean latents it stands for to the rollout's, over their mean absolute
+    distance. The trainer takes one optimiser step per rollout, so v_old is v without its gradient.
+
+    Args:
+        beta: How far the two guesses are from the old one.
+        num_terms: Times drawn per rollout.
+        clip: The advantage that counts as certainly good.
+
+    Example:
+        >>> list(DiffusionNFT(num_terms=3).terms(None))  # three backward passes per update, whatever the sampler
+        [0, 1, 2]
+
+    References:
+        Zheng et al., DiffusionNFT: Online Diffusion Reinforcement with Forward Process, 2025,
+        https://arxiv.org/abs/2509.16117
+    """
+
+    beta: float = 1.0
+    num_terms: int = 2
+    clip: float = 5.0
+
+    relative = True
+
+    def terms(self, experience: Experience) -> Sequence[int]:
+        """One per time drawn."""
+        return range(self.num_terms)
+
+    def __call__(
+        self, policy: Policy, experience: Experience, term: int, *, seed: int, frozen: nn.Module | None, kl: bool
+    ) -> RLTerm:
+        """The loss at one random time per rollout, averaged over the rollouts of each input."""
+        trajectory, process = experience.trajectory, policy.process
+        sample, size = trajectory.sample, trajectory.group_size
+        condition = repeat(experience.condition, size)
+        noise = noise_per_input(experience.ids, size, sample.shape[1:], seed=seed, step=term, device=sample.device)
+        times = draw_times(policy, experience.ids, size, seed=seed, term=term, device=sample.device)
+        latents = process.add_noise(sample, noise, times)
+        output = policy.predict(latents, times, condition).float()
+        old = output.detach()
+        change = self.beta * (output - old)
+        good, bad = (_distance(process.clean(old + way * change, latents, times), sample) for way in (1, -1))
+        probability = optimality_probability(experience.advantages[-1], clip=self.clip)
+        loss = (probability * good + (1 - probability) * bad) / self.beta
+        divergence = torch.zeros_like(loss)
+        if kl:
+            with reference_policy(policy, frozen):
+                before = policy.predict(latents, times, condition).float()
+            divergence = (output - before).square().flatten(1).mean(1)
+        return RLTerm(mean_per_input(loss, experience), mean_per_input(divergence, experience))
+
+
+def draw_times(
+    policy: Policy, ids: Sequence[int], group_size: int, *, seed: int, term: int, device: torch.device
+) -> Tensor:
+    """Random training times for each rollout of each input, `[B * K]`, from the seed and the ids alone."""
+    # A path longer than that of the noise, so that the two are independent.
+    rows = [policy.process.draw_times(group_size, generator(seed, row, term, 1, device=device)) for row in ids]
+    return torch.cat(rows)
+
+
+def _distance(clean: Tensor, sample: Tensor) -> Tensor:
+    offset = clean - sample
+    scale = offset.detach().abs().flatten(1).mean(1).clamp(min=SMALLEST_ERROR)
+    return offset.square().flatten(1).mean(1) / scale
+
+
+@dataclass(frozen=True)
+class DirectRewardGradient:
+    """Follow the gradient of a differentiable reward back into the network.
+
+    The rollouts at hand are the starting points: their last steps are taken again with a gradient and with the noise
+    they had, so the images are the ones already scored.
+
+    Args:
+        reward: Built with `differentiable=True`.
+        last_steps: K of DRaFT-K: steps the gradient goes through. 0 is ReFL: one step, chosen at random among the later
+            half of the schedule, and the clean image predicted there.
+        checkpointed: Recompute each step's activations in the backward pass.
+
+    Raises:
+        ValueError: The reward is not differentiable.
+
+    Example:
+        >>> import iqareward
+        >>> DirectRewardGradient(iqareward.load("haarpsi", differentiable=True), last_steps=0).reward.name  # ReFL
+        'haarpsi'
+
+    References:
+        Clark et al., Directly Fine-Tuning Diffusion Models on Differentiable Rewards, 2023,
+        https://arxiv.org/abs/2309.17400 (DRaFT-K)
+        Xu et al., ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation, 2023,
+        https://arxiv.org/abs/2304.05977 (ReFL)
+    """
+
+    reward: Reward
+    last_steps: int = 1
+    checkpointed: bool = True
+
+    relative = False
+
+    def __post_init__(self) -> None:
+        if not self.reward.differentiable:
+            raise ValueError(
+                f"DirectRewardGradient expected a differentiable reward, got {self.reward.name!r}. "
+                "Build it with differentiable=True, or use ClippedPolicyGradient."
+            )
+
+    def terms(self, experience: Experience) -> Sequence[int]:
+        """A single one."""
+        return (0,)
+
+    def __call__(
+        self, policy: Policy, experience: Experience, term: int, *, seed: int, frozen: nn.Module | None, kl: bool
+    ) -> RLTerm:
+        """The negative reward, averaged over the rollouts of each input; 0, without gradient, where there is none.
+
+        Raises:
+            ValueError: KL is asked for; the reward's gradient has no transition to measure it on.
+        """
+        if kl:
+            raise ValueError("DirectRewardGradient expected kl_beta=0. Anchor with the SFT weight or LoRA instead.")
+        trajectory = experience.trajectory
+        condition = repeat(experience.condition, trajectory.group_size)
+        if self.last_steps:
+            clean = self._last_steps(policy, experience, condition)
+        else:
+            late = range(len(trajectory.schedule) // 2, len(trajectory.schedule))
+            choice = torch.randint(len(late), (), generator=generator(seed, len(late)))
+            clean = replay(policy, trajectory, late[int(choice)], condition).clean
+        images = drop_broken_gradients(clamp_straight_through(policy.decode(clean)))
+        references = experience.references.repeat_interleave(trajectory.group_size, 0)
+        answer = self.reward(images, references=references)
+        scores = checked_scores(answer, name=self.reward.name, count=images.shape[0])
+        loss = torch.where(scores.isnan(), 0.0, -scores)  # not scored: says nothing, and its image gets no gradient
+        return RLTerm(mean_per_input(loss, experience), torch.zeros_like(experience.difficulty))
+
+    def _last_steps(self, policy: Policy, experience: Experience, condition: Condition) -> Tensor:
+        """The sample, with a gradient through its last steps."""
+        trajectory = experience.trajectory
+        num_steps = len(trajectory.schedule)
+
+        def advance(latents: Tensor, index: int) -> Tensor:
+            step, eta = trajectory.schedule[index], trajectory.etas[index]
+            times = torch.full((latents.shape[0],), step.time, device=latents.device)
+            output = policy.predict(latents, times, condition)
+            mean = policy.process.transition(output, latents, step, eta=eta).mean
+            # The recorded noise: the step leads where it led, but its mean can move.
+            return mean + (trajectory.latents[index + 1] - mean.detach())
+
+        latents: Any = trajectory.latents[max(num_steps - self.last_steps, 0)]
+        for index in range(max(num_steps - self.last_steps, 0), num_steps):
+            if self.checkpointed:
+                latents = checkpoint(advance, latents, index, use_reentrant=False)
+            else:
+                latents = advance(latents, index)
+        return latents
+
+
+def clamp_straight_through(images: Tensor) -> Tensor:
+    """Images clamped to [0, 1] whose gradient passes as if they were not, so that overshoots can come back.
+
+    Args:
+        images: Any shape; pixels that are not finite become NaN, so that their image is not scored.
+
+    Returns:
+        The clamped images.
+
+    Example:
+        >>> pixel = torch.tensor([1.5], requires_grad=True)
+        >>> clamp_straight_through(pixel).backward()
+        >>> pixel.grad
+        tensor([1.])
+    """
+    pixels = images.detach()
+    return straight_through(images, pixels.clamp(0, 1).where(pixels.isfinite(), torch.nan))
