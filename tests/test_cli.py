@@ -93,7 +93,7 @@ def test_broken_files_are_reported_and_the_rest_is_scored(photos: Path) -> None:
     result = CliRunner().invoke(app, ["score", str(photos), "--reward", "piqe"])
     assert result.exit_code == 1
     assert "broken.png: not read" in result.stderr
-    assert "4 of 5 pictures have every score" in result.stderr
+    assert "4 of 5 images have every score" in result.stderr
     assert all(name in result.stdout for name in ("a.png", "c.webp"))
 
 
@@ -315,21 +315,23 @@ def test_a_file_of_other_results_is_refused(photos: Path, tmp_path: Path) -> Non
     job = ["score", photos, "--output", output, "--reward"]
     run(*job, "psnr", "--reference", photos)
     whole = output.read_bytes()
-    assert "holds scores of psnr; these are niqe" in run(*job, "niqe", code=2)
+    assert "holds scores of psnr, not of niqe" in run(*job, "niqe", code=2)
     shutil.copytree(photos, tmp_path / "truth")
     assert "is not in" in run(*job, "psnr", "--reference", tmp_path / "truth", code=2)
     assert "contradict" in run(*job, "psnr", "--reference", photos, "--format", "json", code=2)
     other = tmp_path / "scores.txt"
     assert "pass --format" in run("score", photos, "--reward", "piqe", "--output", other, code=2)
     shutil.copy(output, other)
-    assert "no results file" in run("score", photos, "--reward", "piqe", "--output", other, "--format", "json", code=2)
+    assert "was not written by this command" in run(
+        "score", photos, "--reward", "piqe", "--output", other, "--format", "json", code=2
+    )
     assert output.read_bytes() == other.read_bytes() == whole
     output.write_bytes(whole + b"\n\n")  # blank lines mean nothing
     run(*job, "psnr", "--reference", photos)
     assert output.read_bytes() == whole
     run(*job, "piqe", "--overwrite")
     assert list(next(iter(rows_in(output).values())))[:2] == ["path", "piqe"]
-    assert "no regular file" in run(
+    assert "not a regular file" in run(
         "score", photos, "--reward", "piqe", "--output", os.devnull, "--format", "csv", code=2
     )
 
@@ -342,6 +344,7 @@ def test_two_runs_on_one_output(photos: Path, tmp_path: Path) -> None:
             message = run("score", photos, "--reward", "piqe", "--output", tmp_path / name, code=2)
             assert "another run writes to" in message
     run("score", photos, "--reward", "piqe", "--output", tmp_path / "scores.csv", code=1)
+    assert {file.name for file in tmp_path.iterdir()} == {"photos", "link.csv", "scores.csv"}  # no lock stays behind
 
 
 ODD_NAMES = (
@@ -464,12 +467,15 @@ def test_version() -> None:
     [
         (["{photos}", "--reward", "nique"], "niqe"),
         (["{photos}", "--reward", "ssim"], "pass --reference"),
-        (["{photos}", "--reward", "ssim", "--reference", "{photos}/deep"], "none of 5 pictures has a reference in"),
+        (["{photos}", "--reward", "ssim", "--reference", "{photos}/deep"], "none of 5 images has a reference in"),
         (["{photos}", "--reward", "piqe", "--reward", "piqe"], "given twice"),
         (["no/such/folder", "--reward", "piqe"], "no/such/folder: there is no such file or folder."),
         (["{photos}/notes.txt/*", "--reward", "piqe"], "brings no image"),
         (["{photos}", "--reward", "piqe", "--format", "table", "--output", "x.csv"], "a table is for reading"),
-        (["{photos}", "--reward", "piqe", "--output", "{photos}/notes.txt", "--format", "csv"], "no results file"),
+        (
+            ["{photos}", "--reward", "piqe", "--output", "{photos}/notes.txt", "--format", "csv"],
+            "was not written by this command",
+        ),
         (["{photos}", "--reward", "piqe", "--summary", "x.txt"], "give it the suffix"),
         (["{photos}", "--reward", "piqe", "--summary", "x.csv", "--output", "./x.csv"], "two kinds of results"),
         (["{photos}", "--reward", "piqe", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
@@ -483,6 +489,21 @@ def test_mistakes_in_the_command(photos: Path, arguments: list[str], message: st
     assert message in text
     assert text.count("\n") == 1
     assert (photos / "notes.txt").read_text() == "no image"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "", "--reward", "piqe"],
+        ["score", ".", "--reward", "piqe", "--reference="],
+        ["compare", ".", "", "--reward", "piqe"],
+        ["check", "psnr", "--images", ""],
+    ],
+)
+def test_an_empty_argument_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """An unset shell variable is no name of the current folder, in any command."""
+    monkeypatch.chdir(photos / "deep")
+    assert "An argument is empty" in run(*arguments, code=2)
 
 
 def test_a_table_in_a_pipe_is_not_folded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,7 +625,7 @@ def test_check_reports_whatever_it_is_given(
         ([":reward"], "expected module:object"),
         (["psnr", "--degraded", "{photos}"], "--degraded goes with --images"),
         (["psnr", "--images", "{photos}", "--degraded", "{photos}", "--no-direction"], "--degraded goes with --images"),
-        (["psnr", "--images", "{photos}/deep"], "brings 2 images; the check needs 3"),
+        (["psnr", "--images", "{photos}/deep"], "has 2 images; the check needs 3"),
         (["psnr", "--images", "{photos}", "--degraded", "{photos}/deep", "--size", "32"], "deep has no version of"),
         (["psnr", "--images", "{photos}", "--degraded", "{other}", "--size", "32"], "a.png is 50x50"),
     ],

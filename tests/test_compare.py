@@ -19,9 +19,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from iqareward.cli import app
-from iqareward.cli.compare import Scoring, compare
-from iqareward.cli.compare_page import render
-from iqareward.cli.comparison import choose, difference
+from iqareward.cli.compare import compare, difference
+from iqareward.cli.compare_page import choose, render
+from iqareward.cli.scoring import Scorer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -131,9 +131,10 @@ def test_left_out_images_are_counted_with_their_reasons(folders: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_an_error(folders: Path) -> None:
-    """One folder, missing references, and folders without a common image."""
+    """One folder, missing references, one reward twice, and folders without a common image."""
     assert "two folders" in run(folders, "--reward", "piqe", methods=(), code=2)
     assert "--reference" in run(folders, "--reward", "ssim", code=2)
+    assert "piqe is given twice" in run(folders, "--reward", "piqe", "--reward", " piqe", code=2)
     for file in (folders / "noisy" / "deep").iterdir():
         file.rename(file.with_stem(f"other{file.stem}"))
     (folders / "noisy" / "0.webp").unlink()
@@ -260,8 +261,7 @@ def changed(tmp_path: Path) -> Path:
 
 
 def compared(folder: Path, **options: int) -> str:
-    scoring = Scoring(["piqe"], None, "cpu", 8, Console(quiet=True))
-    found = compare([folder / "old", folder / "new"], scoring)
+    found = compare([folder / "old", folder / "new"], Scorer(["piqe"], None, "cpu", 8), Console(quiet=True))
     return render(found, folder=folder, num_pairs=9, **options)
 
 
@@ -273,8 +273,7 @@ def test_crops_are_the_pixels_where_two_images_differ_most(changed: Path) -> Non
     """The crops equal the files' pixels in a window of 256x256 that holds the changed patch."""
     part = Page(article(compared(changed), "patch.png"))
     old, new, difference_map = part.crops()
-    box = part.all("rect")[0]
-    top, left = int(str(box["y"])), int(str(box["x"]))
+    left, top = (int(re.search(f"{axis} (\\d+) to", part.text)[1]) for axis in ("Columns", "rows"))
     assert top <= 300 <= 400 <= top + 256
     assert left <= 500 <= 600 <= left + 256
     for crop, folder in ((old, "old"), (new, "new")):
@@ -323,10 +322,10 @@ def test_interval_covers_the_truth() -> None:
 
 def test_missing_scores_cost_their_pair() -> None:
     """NaN is left out of means, wins and interval; a single pair has no interval, none has no mean."""
-    found = difference([0.0, np.nan, 1.0, 2.0], [1.0, 5.0, np.nan, 2.0])
+    found = difference(np.array([0.0, np.nan, 1.0, 2.0]), np.array([1.0, 5.0, np.nan, 2.0]))
     assert (found.images, found.baseline, found.mean, found.difference, found.wins) == (2, 1.0, 1.5, 0.5, 0.75)
-    assert difference([0.0], [1.0]).verdict == "unclear"
-    assert difference([np.nan], [1.0]).images == 0
+    assert difference(np.zeros(1), np.ones(1)).verdict == "unclear"
+    assert difference(np.array([np.nan]), np.ones(1)).images == 0
 
 
 def test_chosen_pairs_are_contradictions_extremes_and_typical_ones() -> None:
@@ -359,7 +358,7 @@ def test_page_in_a_browser(folders: Path, width: int) -> None:
     subprocess.run([*browser, f"--screenshot={shot}", url], check=True, capture_output=True, timeout=600)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels.shape[1] == width
-    assert (pixels.max(2) - pixels.min(2) > 60).sum() > 5 * 48 * 48  # five articles, each four images of this size
+    assert (pixels.max(2) - pixels.min(2) > 60).sum() > 5 * 48 * 48  # five articles, each three images of this size
     assert (pixels.max(2) < 80).sum() > 5000  # the text
     document = subprocess.run([*browser, "--dump-dom", url], check=True, capture_output=True, timeout=600, text=True)
     assert document.stdout.count('style="--at: 50%;"') == 5  # the script has placed every slider

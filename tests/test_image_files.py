@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import iqareward
-from iqareward.cli.reading import read_ahead
+from iqareward.cli.scoring import read_ahead
 from iqareward.image_files import FORMATS, SUFFIXES, References, UnreadableImageError, find_images, read_image
 from tests.tolerances import EXACT, FORMULA_FP32
 

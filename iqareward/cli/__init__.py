@@ -5,30 +5,83 @@ import json
 import shutil
 import sys
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from iqareward.cli.text import say
 
+_messages = Console(stderr=True)
+RewardNames = Annotated[
+    list[str], typer.Option(help='Name of a reward, or a sum such as "0.7*ssim + 0.3*haarpsi"; may be repeated.')
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="Folder of references with the same names and any suffix, or one file for all images."),
+]
+Device = Annotated[str, typer.Option(help="Where to score, e.g. cuda.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Images per batch; fewer if they take over 512 MiB as float32, references included.")
+]
+
+
+class _Commands(TyperGroup):
+    """Refuses empty arguments: an empty path would be the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(not arg or (arg.startswith("--") and arg.endswith("=")) for arg in args):
+            ctx.fail("An argument is empty. If it is a shell variable, set it.")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Image-quality rewards: list them, score files with them, check your own, train with them.",
+    help="Image-quality rewards: list them, score files with them, check your own, and train with them.",
 )
-_messages = Console(stderr=True)
 
 
 class Format(StrEnum):
-    """How results are written."""
+    """File format of scores."""
 
     table = "table"
     csv = "csv"
     json = "json"
+
+
+class TableFormat(StrEnum):
+    """Format of the table of a comparison."""
+
+    table = "table"
+    markdown = "markdown"
+    latex = "latex"
+    json = "json"
+
+
+@contextmanager
+def _usage_errors(*more: type[Exception]) -> Generator[None]:
+    """Show what was wrong without a traceback, and exit with code 2, as for a mistyped option."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the output has seen enough: `| head`
+        raise
+    except (ValueError, TypeError, ImportError, OSError, *more) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # of the system: "[Errno 2] ..."
+            text = f"{error.filename}: {error.strerror}"
+        first, *rest = text.split("\n")
+        say(_messages, first, label="error:", style="red")
+        for line in rest:
+            say(_messages, line)
+        raise typer.Exit(2) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,14 +92,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def any_command(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    # What a terminal cannot encode is shown escaped, as Python does on standard error by itself.
+def any_command(version: _Version = False) -> None:
+    # Characters that the encoding of a terminal lacks are escaped, as Python does on standard error by itself.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     # Pillow warns above 89 megapixels, which a panorama has, and refuses what is twice as large.
@@ -55,18 +106,18 @@ def any_command(
 
 @app.command("list")
 def list_rewards(
-    pyiqa: Annotated[bool, typer.Option("--pyiqa", help="pyiqa's metrics instead (non-commercial licence).")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with everything that is known.")] = False,
+    pyiqa: Annotated[bool, typer.Option("--pyiqa", help="List pyiqa's metrics (non-commercial licence).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all facts.")] = False,
 ) -> None:
-    """List every reward that has a name, one line each. A terminal cuts the lines; in a pipe they are whole."""
-    from iqareward.cli.listing import LEGEND, facts, lines
+    """List every reward that has a name, one line each. A terminal cuts long lines, a pipe does not."""
+    from iqareward.cli.doctor import LEGEND, list_lines, list_rewards
 
-    rows = facts(pyiqa=pyiqa)
+    rows = list_rewards(pyiqa=pyiqa)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
     width = shutil.get_terminal_size().columns
-    for line in lines(rows):
+    for line in list_lines(rows):
         cut = sys.stdout.isatty() and len(line) > width
         typer.echo(f"{line[: width - 3]}..." if cut else line)
     if sys.stdout.isatty():
@@ -76,43 +127,29 @@ def list_rewards(
 @app.command()
 def score(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders (searched recursively) or globs.")],
-    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="Folder of references with the same names (any image suffix), or one picture for all."),
-    ] = None,
-    format: Annotated[Format | None, typer.Option(help="Default: table, or as the suffix of --output says.")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Write here picture by picture (.csv, or .jsonl: an object a line); run again to go on."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew.")] = False,
-    summary: Annotated[
-        Path | None, typer.Option(help="Write mean, standard deviation and count here too (.csv or .json).")
-    ] = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Add what papers print where it differs, e.g. niqe: lower is better.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="Where to score, e.g. cuda.")] = "cpu",
-    batch_size: Annotated[
-        int,
-        typer.Option(min=1, help="Images per batch; fewer where they take over 512 MiB as float32 with references."),
-    ] = 8,
+    reward: RewardNames,
+    reference: Reference = None,
+    format: Annotated[Format | None, typer.Option(help="Default: table, or as the suffix of --output.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write to this .csv or .jsonl file; run again to resume.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output instead of resuming.")] = False,
+    summary: Annotated[Path | None, typer.Option(help="Write mean, std and count to this .csv or .json file.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Add what papers print where it differs.")] = False,
+    device: Device = "cpu",
+    batch_size: BatchSize = 8,
 ) -> None:
     """Score image files: higher is better.
 
-    Exit code 0: every picture has every score. 1: some are missing, and a line says why. 2: it could not be done.
+    Exit code 0: every image has every score. 1: some scores are missing, and a line says why. 2: the command failed.
     """
     from iqareward.cli.score import Job, run
 
     job = Job(paths, reward, reference, format, output, overwrite, summary, published, device, batch_size)
     try:
-        complete = run(job, _messages)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise _usage_error(error) from error
+        with _usage_errors():
+            complete = run(job, _messages)
     except KeyboardInterrupt as stop:
         again = "the same command without --overwrite" if overwrite else "the same command"
-        say(_messages, f"Stopped; {again} goes on." if output else "Stopped.")
+        say(_messages, f"Stopped; {again} resumes." if output else "Stopped.")
         raise typer.Exit(130) from stop
     raise typer.Exit(0 if complete else 1)
 
@@ -120,74 +157,57 @@ def score(
 @app.command()
 def check(
     reward: Annotated[str, typer.Argument(help="module:object (a reward, or a class to call), or a name of `list`.")],
-    images: Annotated[
-        Path | None, typer.Option(help="Folder whose first four photographs are used; default: generated pictures.")
-    ] = None,
-    degraded: Annotated[
-        Path | None, typer.Option(help="Folder of worse versions of --images, with the same file names.")
-    ] = None,
-    direction: Annotated[
-        bool, typer.Option("--direction/--no-direction", help="Check that worse images score lower.")
-    ] = True,
+    images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: generated images.")] = None,
+    degraded: Annotated[Path | None, typer.Option(help="Folder of worse versions with the same file names.")] = None,
+    direction: Annotated[bool, typer.Option(help="Check that worse images score lower.")] = True,
     size: Annotated[int, typer.Option(min=16, help="Side of the test images in pixels.")] = 224,
 ) -> None:
     """Test a reward against the whole contract (iqareward.check_reward). Exit code 1 if it breaks it.
 
-    Worse images are coarse and noisy versions, unless --degraded brings others.
+    The worse images are coarse and noisy copies unless --degraded names a folder of others.
     """
     from iqareward.cli.check import find_reward, run_check
     from iqareward.testing import RewardContractError
 
     sys.path.insert(0, str(Path.cwd()))
-    try:
-        report = run_check(find_reward(reward), images, size, degraded_folder=degraded, direction=direction)
-    except RewardContractError as failures:
-        typer.echo(str(failures))
-        raise typer.Exit(1) from failures
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise _usage_error(error) from error
-    typer.echo(str(report))
-
-
-class TableFormat(StrEnum):
-    """How a comparison is printed."""
-
-    table = "table"
-    markdown = "markdown"
-    latex = "latex"
-    json = "json"
+    with _usage_errors():
+        try:
+            typer.echo(str(run_check(find_reward(reward), images, size, degraded_folder=degraded, direction=direction)))
+        except RewardContractError as failures:
+            typer.echo(str(failures))
+            raise typer.Exit(1) from failures
 
 
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders with the same file names, the baseline first.")],
-    reward: Annotated[list[str], typer.Option(help='A name or a sum, e.g. "0.7*ssim + 0.3*haarpsi"; may be repeated.')],
-    reference: Annotated[Path | None, typer.Option(help="Folder of references with the same names.")] = None,
-    format: Annotated[
-        TableFormat, typer.Option(metavar="FORMAT", help="table, markdown, latex or json.")
-    ] = TableFormat.table,
-    per_image: Annotated[Path | None, typer.Option(help="Write the scores of each image here, as CSV.")] = None,
-    output: Annotated[Path, typer.Option(help="Page with the pairs, at most 32 MiB.")] = Path("comparison.html"),
-    pairs: Annotated[int, typer.Option(min=0, help="Pairs on the page.")] = 24,
-    device: Annotated[str, typer.Option(help="Where to score, e.g. cuda.")] = "cpu",
-    batch_size: Annotated[
-        int,
-        typer.Option(min=1, help="Images per batch; fewer where they take over 512 MiB as float32 with references."),
-    ] = 8,
+    reward: RewardNames,
+    reference: Reference = None,
+    format: Annotated[TableFormat, typer.Option(help="Format of the printed table.")] = TableFormat.table,
+    per_image: Annotated[
+        Path | None, typer.Option(help="Also write the scores of each image to this CSV file.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Write the page of image pairs, at most 32 MiB, to this file.")] = Path(
+        "comparison.html"
+    ),
+    pairs: Annotated[int, typer.Option(min=0, help="Number of image pairs on the page.")] = 24,
+    device: Device = "cpu",
+    batch_size: BatchSize = 8,
 ) -> None:
-    """Compare folders of results with the first: paired differences with intervals, and a page of pairs to look at.
+    """Compare folders of results with the first: paired differences with intervals, and a page of image pairs.
 
     Exit code 1 if some images were left out.
     """
     from iqareward.atomic import write_text
-    from iqareward.cli.compare import WRITERS, Scoring, scores_csv, show, summary
+    from iqareward.cli.compare import WRITERS, scores_csv, show, summary
     from iqareward.cli.compare import compare as run_comparison
     from iqareward.cli.compare_page import render
     from iqareward.cli.score import check_outputs
+    from iqareward.cli.scoring import Scorer
 
-    try:
+    with _usage_errors():
         check_outputs(per_image, output)
-        found = run_comparison(folders, Scoring(reward, reference, device, batch_size, _messages))
+        found = run_comparison(folders, Scorer(reward, reference, device, batch_size), _messages)
         if format is TableFormat.table:
             show(found, Console())
         else:
@@ -198,20 +218,21 @@ def compare(
             write_text(per_image, scores_csv(found))
             say(_messages, f"Scores of each image: {per_image}")
         write_text(output, render(found, folder=output.parent, num_pairs=pairs))
-        say(_messages, f"Pairs to look at: {output}")
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise _usage_error(error) from error
+        say(_messages, f"Image pairs: {output}")
     raise typer.Exit(1 if found.problems else 0)
 
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Say what works here, what does not, and the command that mends it. Exit code 1 if something is broken."""
+    """Check packages, devices and rewards, and print commands that install what is missing.
+
+    Exit code 1 if an installed package is broken or too old.
+    """
     from iqareward.cli.doctor import diagnose, show
 
-    with _messages.status("Importing every package, once"):
+    with _messages.status("Importing every package once"):
         findings = diagnose()
     if as_json:
         typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
@@ -222,9 +243,9 @@ def doctor(
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Option(help="The settings, a TOML file.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder `output`.")] = False,
-    example: Annotated[bool, typer.Option("--example", help="Print a file with all settings, and do nothing.")] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the folder `output`.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print a file with all settings and exit.")] = False,
 ) -> None:
     """Train a restorer on a folder of images: SFT, then difficulty-adaptive RL with a reward of your choice."""
     from iqareward.cli.train import EXAMPLE, run
@@ -233,41 +254,43 @@ def train(
     if example:
         typer.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
         return
-    if config is None:
-        raise _usage_error(
-            ValueError("pass --config FILE; `iqareward train --example > FILE` writes one to start from.")
-        )
     try:
-        run(config, _messages, resume=resume)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise _usage_error(error) from error
+        with _usage_errors():
+            if config is None:
+                raise ValueError("pass --config FILE; `iqareward train --example > FILE` writes one to start from.")
+            run(config, _messages, resume=resume)
     except TrainingError as error:
         say(_messages, error, label="stopped:", style="red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as stop:
-        say(_messages, "Stopped. --resume goes on from the last checkpoint; unfinished SFT starts again.")
+        say(_messages, "Stopped. --resume continues from the last checkpoint; unfinished SFT starts again.")
         raise typer.Exit(130) from stop
 
 
 @app.command()
 def serve(
-    rewards: Annotated[list[str], typer.Argument(help='Names or sums, e.g. qalign or "0.7*qalign + 0.3*ssim".')],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 = all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    rewards: Annotated[
+        list[str], typer.Argument(help='Names of rewards or sums, e.g. qalign or "0.7*qalign + 0.3*ssim".')
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 = all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster, or auto; default: one of its own.")
+        str | None, typer.Option(help="Address of a running Ray cluster, or auto; default: start one.")
     ] = None,
-    replicas: Annotated[str, typer.Option(help="Processes of each reward, or auto.")] = "auto",
-    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a process; 0.5 = two share one, 0 = CPU.")] = 0,
-    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a process, and its threads.")] = 1,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most images in a batch.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="Longest wait for more requests in a batch.")] = 5,
-    max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request in MiB.")] = 256,
-    max_images: Annotated[int, typer.Option(min=1, help="Most images in a request.")] = 1024,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 120,
+    replicas: Annotated[str, typer.Option(help="Number of processes per reward, or auto.")] = "auto",
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs per process; 0.5 = two share one, 0 = CPU.")] = 0,
+    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs per process, and its number of threads.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of images in a batch.")] = 32,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, help="Maximum time to wait for more requests before a batch is scored.")
+    ] = 5,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Maximum size of a request in MiB.")] = 256,
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images in a request.")] = 1024,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Time limit of a request in seconds.")] = 120,
     jpeg: Annotated[str, typer.Option(help="Score JPEG files: never or always.")] = "never",
     token_env: Annotated[
-        str, typer.Option(help="Environment variable with the token that clients must send, if it is set.")
+        str,
+        typer.Option(help="Environment variable that holds the token clients must send; no token if it is not set."),
     ] = "IQAREWARD_TOKEN",
 ) -> None:
     """Serve rewards over HTTP with Ray Serve, until Ctrl-C. With --address, deploy them there and return."""
@@ -277,21 +300,5 @@ def serve(
         rewards, host, port, address, replicas, num_gpus, num_cpus, max_batch, max_wait_ms, max_body_mib, max_images,
         deadline, jpeg, token_env,
     )  # fmt: skip
-    try:
+    with _usage_errors(RuntimeError):
         run(job, _messages)
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        raise _usage_error(error) from error
-
-
-def _usage_error(error: Exception) -> typer.Exit:
-    """Show what was wrong without a traceback; exit code 2, as for a mistyped option."""
-    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough: `| head`
-        raise error
-    text = str(error)
-    if isinstance(error, OSError) and error.filename and error.strerror:  # of the system: "[Errno 2] ..."
-        text = f"{error.filename}: {error.strerror}"
-    first, *rest = text.split("\n")
-    say(_messages, first, label="error:", style="red")
-    for line in rest:
-        say(_messages, line)
-    return typer.Exit(2)

@@ -1,4 +1,4 @@
-"""Test a reward that the command line names."""
+"""The command `iqareward check`: test a reward that the command line names against the contract."""
 
 import importlib
 from pathlib import Path
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from iqareward.diffusion.data.textures import dead_leaves
 from iqareward.image_files import References, find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import PYIQA_PREFIX, load
 from iqareward.testing import MIN_IMAGES, Report, RewardContractError, check_reward, fact, raised
 from iqareward.types import Reward
 
-NUM_IMAGES = 4
+_NUM_IMAGES = 4
 
 
 def find_reward(spec: str) -> object:
-    """What `module:object` names (a class is called without arguments), or the reward behind a name of the catalogue.
+    """Import `module:object`, calling a class without arguments, or load a name of the catalogue.
 
     Raises:
         ValueError: there is no such module, object or name.
@@ -62,14 +63,10 @@ def _failure(spec: str, title: str, error: BaseException, advice: str = "") -> R
 def run_check(
     reward: object, folder: Path | None, size: int, *, degraded_folder: Path | None = None, direction: bool = True
 ) -> Report:
-    """`check_reward` on photographs or generated pictures.
+    """Call `check_reward` with photographs of a folder, or with generated images.
 
-    Args:
-        reward: what to check.
-        folder: folder of photographs; None = generate pictures.
-        size: side of the square that is cut from the centre of each.
-        degraded_folder: worse versions, with the names that those in `folder` have; None = coarse and noisy ones.
-        direction: check that worse images score lower.
+    Squares of side `size` are cut from the centres. The worse versions come from the files of the same names in
+    `degraded_folder`, or are coarse and noisy copies; without `direction` there are none.
 
     Raises:
         ValueError: too few or too small images, files that cannot be read, or no worse versions of them.
@@ -77,12 +74,14 @@ def run_check(
     """
     if degraded_folder is not None and (folder is None or not direction):
         raise ValueError(
-            "--degraded goes with --images, whose files it has worse versions of, and without --no-direction."
+            "--degraded goes with --images, of whose files it has worse versions, and not with --no-direction."
         )
-    files = dict(list(find_images([folder]).files.items())[:NUM_IMAGES]) if folder is not None else {}
+    files = dict(list(find_images([folder]).files.items())[:_NUM_IMAGES]) if folder is not None else {}
     if folder is not None and len(files) < MIN_IMAGES:
-        raise ValueError(f"{folder} brings {len(files)} images; the check needs {MIN_IMAGES} or more.")
-    images = torch.stack([_center(_read(file), file, size) for file in files]) if files else _generated(size)
+        raise ValueError(f"{folder} has {len(files)} images; the check needs {MIN_IMAGES} or more.")
+    images = dead_leaves(range(_NUM_IMAGES), size=size)
+    if files:
+        images = torch.stack([_center(_read(file), file, size) for file in files])
     rng = torch.Generator().manual_seed(0)
     near = (images + 0.01 * torch.randn(images.shape, generator=rng)).clamp(0, 1)
     degraded = None
@@ -119,24 +118,3 @@ def _center(image: Tensor, file: Path, size: int) -> Tensor:
         raise ValueError(f"{file} is {width}x{height}, smaller than --size {size}.")
     top, left = (height - size) // 2, (width - size) // 2
     return image[:, top : top + size, left : left + size]
-
-
-def _generated(size: int) -> Tensor:
-    """Dead leaves: overlapping discs of random size and colour, with the edges and scales of photographs.
-
-    References:
-        Lee, Mumford and Huang, "Occlusion Models for Natural Images", IJCV 2001,
-        https://doi.org/10.1023/A:1011109015675
-    """
-    rng = torch.Generator().manual_seed(0)
-    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    images = torch.rand(NUM_IMAGES, 3, 1, 1, generator=rng).expand(-1, -1, size, size).clone()
-    for _ in range(300):
-        center = torch.rand(NUM_IMAGES, 2, 1, 1, generator=rng) * size
-        # radii with density r^-3, which makes the picture look alike at every scale
-        radius = (4.0**-2 - torch.rand(NUM_IMAGES, 1, 1, generator=rng) * (4.0**-2 - (size / 4) ** -2)) ** -0.5
-        inside = (rows - center[:, 0]).square() + (columns - center[:, 1]).square() < radius.square()
-        color = torch.rand(NUM_IMAGES, 3, 1, 1, generator=rng)
-        images = torch.where(inside[:, None], color, images)
-    texture = 0.03 * torch.randn(images.shape, generator=rng)
-    return (images * 0.9 + 0.05 + texture).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file: crops at full resolution where two images differ most, a slider between them."""
+"""The comparison as one HTML file: crops at full resolution where two images differ most, and a slider between them."""
 
 # ruff: noqa: RUF001  typographic signs are meant
 
@@ -6,12 +6,12 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-from importlib import resources
+from itertools import chain, zip_longest
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
 import numpy as np
@@ -19,109 +19,201 @@ from PIL import Image
 
 import iqareward
 from iqareward.cli.compare import COLUMNS, TEXT_COLUMNS, Comparison, listed, summary
-from iqareward.cli.comparison import Choice, choose
 from iqareward.cli.text import printable
 from iqareward.images import to_images
 
-CROP = 256  # side of a crop in pixels
-OVERVIEW = 256  # longest side of an overview
-MAX_BYTES = 32 * 2**20
-SCALES = (4, 8, 16, 32, 64, 128, 255)  # differences that the brightest colour of a map can stand for
-COLOURS = ("#000004", "#57106e", "#bc3754", "#f98e09", "#fcffa4")  # of a map, dark to bright: matplotlib's "inferno"
+_CROP = 256  # side of a crop in pixels
+_MAX_BYTES = 32 * 2**20
+_SCALES = (4, 8, 16, 32, 64, 128, 255)  # differences that white can stand for in a map
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fbfaf8; --ink: #1c1b1a; --muted: #66625d; --line: #e3dfd9;
+  --better: #0068a6; --worse: #b84c00; }
+@media (prefers-color-scheme: dark) { :root { --paper: #151517; --ink: #ece9e4; --muted: #a19c95; --line: #34343a;
+  --better: #56b4e9; --worse: #f08a4b; } }
+body { max-width: 1120px; margin: 32px auto; padding: 0 16px; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+a { color: inherit; }
+div { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+.text { text-align: left; }
+.better { color: var(--better); font-weight: 600; }
+.worse { color: var(--worse); font-weight: 600; }
+.note, th, figcaption, footer { color: var(--muted); font-size: 14px; font-weight: 400; }
+article, footer { border-top: 1px solid var(--line); margin-top: 22px; }
+article ul { list-style: none; padding: 0; font-size: 14px; }
+.views { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 16px 20px; }
+figure { margin: 0; }
+figcaption { display: flex; justify-content: space-between; }
+img { display: block; image-rendering: pixelated; }
+.slider { position: relative; width: fit-content; --at: 50%; }
+.slider .over { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--at)); }
+.slider::after { content: ""; position: absolute; inset: 0 auto 0 var(--at); width: 2px; margin-left: -1px;
+  background: #fff; box-shadow: 0 0 0 1px #000; pointer-events: none; }
+.slider:focus-within { outline: 3px solid var(--better); }
+.slider input { position: absolute; inset: 0; z-index: 1; width: 100%; height: 100%; margin: 0; opacity: 0; }
+"""
+_SCRIPT = """
+for (const range of document.querySelectorAll(".slider input")) {
+  const move = () => range.parentElement.style.setProperty("--at", range.value + "%");
+  range.addEventListener("input", move);
+  move();
+}
+"""
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+ script-src '$script_hash'; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<h1>$title</h1>
+<div><table>
+<thead><tr>$head</tr></thead>
+$rows
+</table></div>
+<p class="note">Higher is better. “Images” counts those that all folders hold and this reward scored in all of them.
+Differences are paired with the baseline, <b>$baseline</b>, with a 95&nbsp;% bootstrap interval; the verdict is
+“unclear” where it contains zero. “Wins” is the share of images that score higher than in the baseline; ties count
+half.</p>
+$left_out
+<h2>Where to look</h2>
+<p>$shown The pairs are taken in turn from the largest gains and losses by each reward, the differences closest to its
+median, and the images about which the rewards contradict each other most. A crop shows unscaled pixels where the two
+images differ most; the names under it link to the whole images. Drag the line between two images, or focus it and
+press ← or →. The map shows the largest difference among the channels of each pixel, in steps of 1/255.</p>
+$pairs
+<footer><p>Made by <code>iqareward compare</code> $version.</p></footer>
+<script>$script</script>
+</body>
+</html>
+"""
 
 
-def render(comparison: Comparison, *, folder: Path, num_pairs: int, max_bytes: int = MAX_BYTES) -> str:
-    """The page.
+class Choice(NamedTuple):
+    """An image to look at: the index of its folder from 1 (0 is the baseline), its own index, and the reason."""
 
-    Args:
-        comparison: what was found.
-        folder: where the page will be, for its links to the images.
-        num_pairs: how many pairs to show; `choose` says which.
-        max_bytes: a pair that would make the page larger is left out, with those after it.
+    method: int
+    image: int
+    reason: str
+
+
+def choose(scores: np.ndarray, rewards: Sequence[str], count: int) -> list[Choice]:
+    """The images to look at, from `[F, N, R]` scores of F folders, the baseline first; NaN = not scored.
+
+    For each folder there are these lists: the images about which the rewards contradict each other most; and for each
+    reward its largest gains, its largest losses, and the images whose difference is closest to the median. The lists
+    of all folders take turns, each with its next image, until `count` pairs are chosen.
     """
-    template = resources.files("iqareward.cli").joinpath("compare.html").read_text(encoding="utf-8")
-    script = template.partition("<script>")[2].partition("</script>")[0]
+    chosen: dict[tuple[int, int], Choice] = {}
+    lists = [_lists(method, scores[method] - scores[0], rewards) for method in range(1, len(scores))]
+    for turn in zip_longest(*chain.from_iterable(zip(*lists, strict=True))):
+        for choice in filter(None, turn):
+            if choice[:2] not in chosen and len(chosen) < count:
+                chosen[choice[:2]] = choice
+        if len(chosen) >= count:
+            break
+    return list(chosen.values())
+
+
+def _lists(method: int, change: np.ndarray, rewards: Sequence[str]) -> Iterator[Iterator[Choice]]:
+    """The lists of one folder, whose differences from the baseline are `[N, R]`."""
+    if len(rewards) > 1:
+        yield _list(method, _contradiction(change), "strongest contradiction between the rewards")
+    for values, reward in zip(change.T, rewards, strict=True):
+        yield _list(method, np.where(values > 0, values, np.nan), f"largest gain by {reward}")
+        yield _list(method, np.where(values < 0, -values, np.nan), f"largest loss by {reward}")
+        finite = values[np.isfinite(values)]
+        yield _list(method, -np.abs(values - (np.median(finite) if len(finite) else 0)), f"typical by {reward}")
+
+
+def _list(method: int, keys: np.ndarray, reason: str) -> Iterator[Choice]:
+    """The images with a key, the largest key first."""
+    for place, image in enumerate(np.argsort(-keys, kind="stable")[: np.isfinite(keys).sum()].tolist()):
+        rank = "" if place == 0 or reason.startswith("typical") else f", rank {place + 1}"
+        yield Choice(method, image, reason + rank)
+
+
+def _contradiction(change: np.ndarray) -> np.ndarray:
+    """Distance between the most and the least favourable reward; NaN unless one says better and one worse.
+
+    Differences are divided by their root mean square per reward, so that rewards in dB and in [0, 1] can be compared.
+    """
+    scored = np.isfinite(change)
+    known = np.where(scored, change, 0.0)
+    scale = np.sqrt((known**2).sum(0) / np.maximum(scored.sum(0), 1))
+    unit = known / np.where(scale > 0, scale, 1.0)
+    best, worst = unit.max(1), unit.min(1)
+    return np.where((best > 0) & (worst < 0), best - worst, np.nan)
+
+
+def render(comparison: Comparison, *, folder: Path, num_pairs: int, max_bytes: int = _MAX_BYTES) -> str:
+    """The page, for a file in `folder`, from which its links start.
+
+    It shows the `num_pairs` pairs that `choose` takes, without those that would make it larger than `max_bytes`.
+    """
     baseline, *methods = map(_text, comparison.titles)
     parts = {
-        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-        "colours": ", ".join(COLOURS),
+        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}",
+        "script": _SCRIPT,
+        "style": _STYLE,
         "title": f"{listed(methods)} against {baseline}",
         "baseline": baseline,
-        "lede": _lede(comparison),
-        "head": "".join(f"<th{_kind(column, column)}>{column}</th>" for column in COLUMNS),
+        "head": "".join(f"<th{_kind(column)}>{column}</th>" for column in COLUMNS),
         "rows": "".join(map(_body, comparison.table())),
         "left_out": _left_out(comparison),
-        "made": f"Made by <code>iqareward compare</code> {iqareward.__version__}.",
+        "version": iqareward.__version__,
     }
     choices, pairs = choose(comparison.scores, comparison.rewards, num_pairs), list[str]()
-    room = max_bytes - sum(len(part.encode()) for part in (template, *parts.values(), parts["title"], _rule(99, 99)))
+    room = max_bytes - len(Template(_PAGE).substitute(parts, shown=_shown(99, 99), pairs="").encode())
     for choice in choices:
         pair = _pair(comparison, choice, folder)
         room -= len(pair.encode())
         if room < 0:
             break
         pairs.append(pair)
-    return Template(template).substitute(parts, rule=_rule(len(pairs), len(choices)), pairs="".join(pairs))
+    return Template(_PAGE).substitute(parts, shown=_shown(len(pairs), len(choices)), pairs="".join(pairs))
 
 
 def _text(text: object) -> str:
     return escape(printable(text))
 
 
-def _lede(comparison: Comparison) -> str:
-    rewards = comparison.rewards
-    counts = {"image": len(comparison.images), "reward": len(rewards)}
-    parts = [", ".join(f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items()) + "."]
-    for index, title in enumerate(comparison.titles[1:]):
-        for verdict in ("better", "worse"):
-            rows = zip(rewards, comparison.differences, strict=True)
-            if agreeing := [_text(reward) for reward, row in rows if row[index].verdict == verdict]:
-                parts.append(f"<b>{_text(title)}</b> is {verdict} by {listed(agreeing)}.")
-    if len(parts) == 1:
-        parts.append("No reward can tell the folders apart with this many images.")
-    return " ".join(parts)
-
-
-def _kind(column: str, text: str) -> str:
-    verdict = f" {text}" if column == "verdict" else ""
-    return f' class="text{verdict}"' if column in TEXT_COLUMNS else ""
+def _kind(column: str, text: str = "") -> str:
+    return f' class="text {text if column == "verdict" else ""}"' if column in TEXT_COLUMNS else ""
 
 
 def _body(group: Sequence[Sequence[str]]) -> str:
     rows = ""
     for row in group:
-        cells = (
-            f"<td{_kind(column, text)}>{_text(text) if column in TEXT_COLUMNS else _minus(text)}</td>"
-            for column, text in zip(COLUMNS, row, strict=True)
-        )
-        rows += f"<tr>{''.join(cells)}</tr>"
+        cells = zip(COLUMNS, row, strict=True)
+        rows += f"<tr>{''.join(f'<td{_kind(column, text)}>{_text(text)}</td>' for column, text in cells)}</tr>"
     return f"<tbody>{rows}</tbody>"
 
 
-def _minus(number: str) -> str:
-    return number.replace("-", "\N{MINUS SIGN}")
-
-
 def _left_out(comparison: Comparison) -> str:
-    if not comparison.problems:
-        return ""
     lines = "".join(f"<li>{_text(line)}</li>" for line in summary(comparison.problems))
-    return f'<details class="note"><summary>What was left out, and why</summary><ul>{lines}</ul></details>'
+    return (
+        f'<details class="note"><summary>Files that were left out</summary><ul>{lines}</ul></details>' if lines else ""
+    )
 
 
-def _rule(shown: int, chosen: int) -> str:
-    fits = f" {chosen - shown} more did not fit into this page." if shown < chosen else ""
-    return f"{shown} pair{'s' * (shown != 1)}.{fits}"
+def _shown(shown: int, chosen: int) -> str:
+    more = f" {chosen - shown} more did not fit into this page." if shown < chosen else ""
+    return f"{shown} pair{'s' * (shown != 1)}.{more}"
 
 
 def _pair(comparison: Comparison, choice: Choice, folder: Path) -> str:
-    """An image of a method beside that of the baseline."""
+    """An image of a folder beside that of the baseline."""
+    path, files = list(comparison.images.items())[choice.image]
     sides = [0, choice.method]
-    names = [comparison.titles[side] for side in sides]
-    files = [comparison.files[choice.image][side] for side in sides]
+    shown = [(comparison.titles[side], files[side]) for side in sides]
     if (reference := comparison.references[choice.image]) is not None:
-        names.append("reference")
-        files.append(reference)
+        shown.append(("reference", reference))
     scores = ""
     for column, reward in enumerate(comparison.rewards):
         digits = max(found.decimals for found in comparison.differences[column])
@@ -129,19 +221,27 @@ def _pair(comparison: Comparison, choice: Choice, folder: Path) -> str:
         if new == new and old == old:
             kind = "better" if new > old else "worse" if new < old else ""
             change = f'{old:.{digits}f} → {new:.{digits}f} <span class="{kind}">({new - old:+.{digits}f})</span>'
-            scores += f"<li>{_text(reward)} {_minus(change)}</li>"
+            scores += f"<li>{_text(reward)} {change}</li>"
     try:
-        views = _views([_View(name, _link(file, folder), _read(file)) for name, file in zip(names, files, strict=True)])
+        views = _views([_View(name, _link(file, folder), _read(file)) for name, file in shown])
     except (OSError, ValueError) as error:  # the file was there when it was scored
         views = f"<p>{_text(error)}</p>"
-    return (
-        f"<article><h3>{_text(comparison.images[choice.image])}</h3>"
-        f'<p class="note">{_text(names[1])}: {_text(choice.reason)}</p><ul>{scores}</ul>{views}</article>'
-    )
+    reason = f"{_text(comparison.titles[choice.method])}: {_text(choice.reason)}"
+    return f'<article><h3>{_text(path)}</h3><p class="note">{reason}</p><ul>{scores}</ul>{views}</article>'
+
+
+def _link(file: Path, folder: Path) -> str:
+    """A relative URL, so that the page can move together with the images."""
+    return escape(quote_from_bytes(os.fsencode(Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix())))
+
+
+def _read(file: Path) -> np.ndarray:
+    """`[H, W, 3]` uint8."""
+    return to_images(file, value_range=(0, 1))[0].clamp_(0, 1).mul_(255).round_().byte().movedim(0, -1).numpy()
 
 
 class _View(NamedTuple):
-    """An image: what to call it, where its file is, `[H, W, 3]` uint8."""
+    """An image `[H, W, 3]` uint8 with its name and the link to its file."""
 
     name: str
     link: str
@@ -150,34 +250,24 @@ class _View(NamedTuple):
     def caption(self) -> str:
         return f'<a href="{self.link}">{_text(self.name)}</a>'
 
-    def crop(self, window: tuple[slice, slice], kind: str = "crop") -> str:
-        return _crop(Image.fromarray(self.image[window]), "WEBP", self.name, kind, lossless=True)
+    def crop(self, window: tuple[slice, slice], kind: str = "") -> str:
+        return _crop(self.image[window], self.name, kind)
 
 
-def _link(file: Path, folder: Path) -> str:
-    """A relative URL, so that the page can move together with the images."""
-    relative = Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
-    return escape(quote_from_bytes(os.fsencode(relative)))
+def _crop(pixels: np.ndarray, name: str, kind: str = "") -> str:
+    """`[H, W]` or `[H, W, 3]` uint8 without loss."""
+    image, stream = Image.fromarray(pixels), io.BytesIO()
+    image.save(stream, "WEBP", lossless=True)
+    source = f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return f'<img class="{kind}" src="{source}" width="{image.width}" height="{image.height}" alt="{_text(name)}">'
 
 
-def _read(file: Path) -> np.ndarray:
-    """`[H, W, 3]` uint8."""
-    return to_images(file, value_range=(0, 1))[0].clamp_(0, 1).mul_(255).round_().byte().movedim(0, -1).numpy()
-
-
-def _data(image: Image.Image, format: str, **options: Any) -> str:
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _crop(image: Image.Image, format: str, alt: str, kind: str = "crop", **options: Any) -> str:
-    size = f'width="{image.width}" height="{image.height}"'
-    return f'<img class="{kind}" src="{_data(image, format, **options)}" {size} alt="{_text(alt)}">'
+def _figure(content: str, caption: str) -> str:
+    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
 
 
 def _views(views: Sequence[_View]) -> str:
-    """The crops of the baseline, a method and perhaps the reference: a slider, the reference, a map, an overview."""
+    """The crops of the baseline, a folder and perhaps the reference: a slider, the reference and a map."""
     first, second, *references = views
     if first.image.shape != second.image.shape:
         figures = [_figure(view.crop(_window(view.image, view.image)), view.caption()) for view in views]
@@ -187,23 +277,25 @@ def _views(views: Sequence[_View]) -> str:
     window = _window(first.image, second.image)
     label = f'aria-label="Share of the width that shows {_text(first.name)}"'
     slider = (
-        f'<div class="slider">{first.crop(window)}{second.crop(window, "crop over")}'
+        f'<div class="slider">{first.crop(window)}{second.crop(window, "over")}'
         f'<input type="range" min="0" max="100" value="50" {label}></div>'
     )
     figures = [_figure(slider, first.caption() + second.caption())]
-    fitting = (view for view in references if view.image.shape == first.image.shape)
-    figures += [_figure(view.crop(window), view.caption()) for view in fitting]
-    figures += [_map(first.image[window], second.image[window]), _overview(second, window)]
-    return f'<div class="views">{"".join(figures)}</div>'
-
-
-def _figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
+    figures += [
+        _figure(view.crop(window), view.caption()) for view in references if view.image.shape == first.image.shape
+    ]
+    figures.append(_map(first.image[window], second.image[window]))
+    rows, columns = window
+    height, width = first.image.shape[:2]
+    note = (
+        f"Columns {columns.start} to {columns.stop} and rows {rows.start} to {rows.stop} of {width} × {height} pixels."
+    )
+    return f'<p class="note">{note}</p><div class="views">{"".join(figures)}</div>'
 
 
 def _window(first: np.ndarray, second: np.ndarray) -> tuple[slice, slice]:
-    """Where two images of one shape differ most, by the sum of absolute differences; the centre if they are equal."""
-    sides = [min(CROP, size) for size in first.shape[:2]]
+    """The window with the largest sum of absolute differences of two images; the centre if they are equal."""
+    sides = [min(_CROP, size) for size in first.shape[:2]]
     sums = np.abs(first.astype(np.int16) - second).sum(2, dtype=np.uint32)
     for side in sides:  # sums over windows of this height; the transpose brings the widths next
         # these totals may pass 2^32, but their differences are exact: unsigned integers wrap around
@@ -217,34 +309,10 @@ def _window(first: np.ndarray, second: np.ndarray) -> tuple[slice, slice]:
 
 
 def _map(first: np.ndarray, second: np.ndarray) -> str:
-    """The largest difference among the channels of each pixel."""
+    """The largest difference among the channels of each pixel, black to white."""
     steps = np.abs(first.astype(np.int16) - second).max(2)
     if not steps.any():
         return _figure("", "The two are equal.")
-    scale = next(scale for scale in SCALES if scale >= np.quantile(steps, 0.995))
-    image = Image.fromarray(np.minimum(steps * 255 // scale, 255).astype(np.uint8))
-    anchors = np.array([[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in COLOURS])
-    positions = np.linspace(0, len(COLOURS) - 1, 256)
-    ramp = [np.interp(positions, range(len(COLOURS)), channel).round() for channel in anchors.T]
-    image.putpalette(np.stack(ramp, 1).astype(np.uint8).tobytes())
-    return _figure(
-        _crop(image, "PNG", "difference", optimize=True),
-        f'<span>difference 0<span class="legend"></span>≥ {scale}</span>',
-    )
-
-
-def _overview(view: _View, window: tuple[slice, slice]) -> str:
-    """The whole image, small, with the window marked."""
-    rows, columns = window
-    height, width = view.image.shape[:2]
-    if view.image[window].shape == view.image.shape:
-        return ""
-    small = Image.fromarray(view.image)
-    small.thumbnail((OVERVIEW, OVERVIEW))
-    crop_width, crop_height = (part.stop - part.start for part in (columns, rows))
-    box = f'<rect x="{columns.start}" y="{rows.start}" width="{crop_width}" height="{crop_height}"/>'
-    whole = f'<image href="{_data(small, "JPEG", quality=85)}" width="{width}" height="{height}"/>'
-    size = f'width="{small.width}" height="{small.height}" viewBox="0 0 {width} {height}"'
-    drawing = f'<svg class="overview" {size} role="img" aria-label="where the crop is">{whole}{box}{box}</svg>'
-    caption = f"<span>{crop_width} × {crop_height} of {width} × {height} pixels</span>"
-    return _figure(f'<a href="{view.link}">{drawing}</a>', caption)
+    scale = next(scale for scale in _SCALES if scale >= np.quantile(steps, 0.995))
+    pixels = np.minimum(steps * 255 // scale, 255).astype(np.uint8)
+    return _figure(_crop(pixels, "difference"), f"difference: black 0, white ≥ {scale}")

@@ -1,4 +1,4 @@
-"""What will work on this machine, what will not, and the command that mends it."""
+"""Find out which packages, devices and rewards work on this machine: `iqareward doctor` and `iqareward list`."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
@@ -23,22 +23,33 @@ from rich.text import Text
 import iqareward
 from iqareward.cli.text import printable
 from iqareward.rewards.backbones import BACKBONES, cached_file
-from iqareward.rewards.catalog import CATALOG, PYIQA_PREFIX, Entry
+from iqareward.rewards.catalog import CATALOG, PYIQA, PYIQA_PREFIX, Entry
 from iqareward.rewards.pyiqa_facts import NEEDS_CUDA
 
-TORCHVISION = "torchvision:"
-COLOURS = {"ok": "green", "missing": "yellow", "old": "yellow", "broken": "red", "note": "blue"}
+LEGEND = """
+here   yes; download: the first call fetches the weights;
+       [vlm]: pip install "iqareward[vlm]"
+refs   it compares with references
+grad   differentiable=True can be asked for
+range  of most photographs; higher is better
+sign   negated: minus the published metric
+
+Sums: "0.7*qalign + 0.3*ssim"; where scores leave [-1, 1], with a range:
+"0.7*ssim + 0.3*psnr[10, 50]". More names: iqareward list --pyiqa"""
+_COLUMNS = ("name", "here", "refs", "grad", "range", "sign", "a score says", "licence")
+_COLOURS = {"ok": "green", "missing": "yellow", "old": "yellow", "broken": "red", "note": "blue"}
+_TORCHVISION = "torchvision:"
 
 
 class Finding(NamedTuple):
     """One line of the report.
 
     Attributes:
-        part: the section.
-        name: what was looked at.
+        part: "core", "extra ...", "devices" or "rewards".
+        name: package, device or reward.
         state: "ok", "missing", "old", "broken" or "note".
-        detail: version, place or reason.
-        fix: the command that mends it, or fetches weights beforehand; "" = nothing to do.
+        detail: version or reason.
+        fix: command that installs what is missing or downloads the weights; "" = nothing to do.
     """
 
     part: str
@@ -49,14 +60,42 @@ class Finding(NamedTuple):
 
 
 def diagnose() -> list[Finding]:
-    """Everything found: packages, extras, devices, and whether each reward can be used. Imports every package."""
+    """Check packages, extras and devices, and whether each reward can be used. Imports every package."""
     packages = list(_packages(_import_problem))
     return [*packages, *_devices(), *_rewards(CATALOG, packages)]
 
 
-def rewards_here(entries: Mapping[str, Entry]) -> dict[str, Finding]:
-    """Whether each reward can be used, judged by the versions of installed packages; nothing is imported or loaded."""
-    return {finding.name: finding for finding in _rewards(entries, list(_packages(lambda name: "")))}
+def list_rewards(*, pyiqa: bool) -> dict[str, dict[str, Any]]:
+    """What is known of each reward of the catalogue, or of pyiqa's, and whether it works here; none is loaded."""
+    entries = PYIQA if pyiqa else CATALOG
+    rows: dict[str, dict[str, Any]] = {}
+    for found in _rewards(entries, list(_packages(lambda name: ""))):
+        row = entries[found.name]._asdict()
+        del row["build"]
+        here = {"works_here": found.state != "missing", "state": found.state, "detail": found.detail, "fix": found.fix}
+        rows[found.name] = row | here
+    return rows
+
+
+def list_lines(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A header and a line per reward, in columns."""
+    cells: list[tuple[str, ...]] = [_COLUMNS]
+    for name, row in rows.items():
+        low, high = row["usual"]
+        missing = f"[{row['extra'] or 'core'}]" if row["fix"] else row["detail"]
+        cells.append((
+            name,
+            {"ok": "yes", "note": "download"}.get(row["state"], missing),
+            "refs" if row["needs_references"] else "-",
+            "grad" if row["differentiable"] else "-",
+            f"{low:g}..{high:g}",
+            "-" if row["higher_is_better"] else "negated",
+            row["summary"],
+            row["licence"],
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for texts in cells:
+        yield "  ".join(f"{text:{width}}" for text, width in zip(texts, widths, strict=True)).rstrip()
 
 
 def _packages(problem: Callable[[str], str]) -> Iterator[Finding]:
@@ -130,18 +169,18 @@ def _rewards(entries: Mapping[str, Entry], packages: Sequence[Finding]) -> Itera
             yield Finding("rewards", name, "missing", f"{lack.name} is {lack.state}", lack.fix)
         elif name.removeprefix(PYIQA_PREFIX) in NEEDS_CUDA and not torch.cuda.is_available():
             yield Finding("rewards", name, "missing", "needs CUDA")
-        elif fetch := fetch_weights(entry.weights):
+        elif fetch := _fetch_weights(entry.weights):
             yield Finding("rewards", name, "note", "weights are downloaded at the first call", fetch)
         else:
             yield Finding("rewards", name, "ok", "weights are here" if entry.weights not in ("", "pyiqa") else "")
 
 
-def fetch_weights(weights: str) -> str:
+def _fetch_weights(weights: str) -> str:
     """The command that downloads weights; "" if they are here, there are none, or pyiqa alone knows which."""
     if weights in ("", "pyiqa"):
         return ""
-    if weights.startswith(TORCHVISION):
-        net = weights.removeprefix(TORCHVISION)
+    if weights.startswith(_TORCHVISION):
+        net = weights.removeprefix(_TORCHVISION)
         file = cached_file(net)
         return "" if file.is_file() else f"curl --create-dirs -Lo {shlex.quote(str(file))} {BACKBONES[net].url}"
     known = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
@@ -151,7 +190,7 @@ def fetch_weights(weights: str) -> str:
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:
-    """A section per part, a line per finding, commands on lines of their own so that they can be copied."""
+    """Print a section per part and a line per finding, with commands on lines of their own to copy."""
 
     def line(*texts: str | tuple[str, str]) -> None:
         console.print(Text.assemble(*texts), soft_wrap=True)
@@ -163,7 +202,7 @@ def show(findings: Sequence[Finding], console: Console) -> None:
         names = [" ".join([*finding.part.split()[1:], finding.name]) for finding in section]
         width = max(map(len, names))
         for index, (finding, name) in enumerate(zip(section, names, strict=True)):
-            colour = COLOURS[finding.state]
+            colour = _COLOURS[finding.state]
             line("  ", (f"{finding.state:8}", colour), printable(f"{name:{width}}  {finding.detail}").rstrip())
             if finding.fix and (index + 1 == len(section) or section[index + 1].fix != finding.fix):
                 line("      ", printable(finding.fix))  # once for neighbours that need the same
@@ -171,6 +210,6 @@ def show(findings: Sequence[Finding], console: Console) -> None:
     line(f"{rewards.count('ok')} of {len(rewards)} rewards work here now.")
     if "note" in rewards:
         line(
-            f"{rewards.count('note')} more download weights at the first call. For a machine without a network, run "
-            f"their commands elsewhere and copy {constants.HF_HUB_CACHE} and {torch.hub.get_dir()}."
+            f"{rewards.count('note')} more download their weights at the first call. For a machine without a network, "
+            f"run their commands elsewhere and copy {constants.HF_HUB_CACHE} and {torch.hub.get_dir()}."
         )

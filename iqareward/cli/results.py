@@ -1,4 +1,4 @@
-"""Write scores row by row, so that a killed run loses nothing, and read them again to go on."""
+"""Result files: rows that are written one by one, so that a killed run loses nothing, and read again to go on."""
 
 import csv
 import io
@@ -8,33 +8,33 @@ import os
 import re
 import statistics
 from collections.abc import Collection, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from iqareward.atomic import atomic_write
+from iqareward.atomic import atomic_write, write_text
 from iqareward.cli.text import plain
 
-FACTS = ("problem", "reference", "inputs")  # columns after the scores
+_FACTS = ("problem", "reference", "inputs")  # columns after the scores
 _UNQUOTED = re.compile(r"[\w ./\\:-]*")  # what no program takes for a separator or quote
 _FORMULA = re.compile("[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")  # how it begins, also in full width
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one picture.
+    """The result of one image.
 
     Attributes:
         path: path of the image, as the command found it.
         scores: one per column; NaN = not scored.
         problem: why scores are missing; empty if none is.
-        reference: path of the picture that it was compared with; empty if there is none.
-        inputs: what else the scores depend on: if it changes, they are out of date.
+        reference: path of its reference; empty if there is none.
+        inputs: sizes and times of the files, and the version; if they change, the scores are out of date.
     """
 
     path: str
@@ -44,46 +44,29 @@ class Row:
     inputs: str = ""
 
 
-class Rows(Protocol):
-    """A file format of rows, one after the other.
-
-    Attributes:
-        columns: names of the scores.
-        head: what a file begins with.
-    """
-
-    @property
-    def columns(self) -> Sequence[str]: ...
-    @property
-    def head(self) -> str: ...
-    def dump(self, row: Row) -> str: ...
-    def load(self, text: str) -> list[Row]:
-        """The rows of a file, without a last one that is not complete; any exception if it is none of this format."""
-        ...
-
-
 class CsvRows:
-    """`path,<reward>,...,problem,reference,inputs` with a header; NaN is an empty cell."""
+    """Rows `path,<reward>,...,problem,reference,inputs` below a header; NaN is an empty cell."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)
-        self.head = csv_line(["path", *columns, *FACTS])
+        self.head = csv_line(["path", *columns, *_FACTS])
 
     def dump(self, row: Row) -> str:
         scores = ("" if math.isnan(score) else repr(score) for score in row.scores)
         return csv_line([no_formula(row.path), *scores, row.problem, no_formula(row.reference), row.inputs])
 
     def load(self, text: str) -> list[Row]:
+        """The rows of a file, without an incomplete last one; raises anything if another program has written it."""
         whole = io.StringIO(text[: _end_of_rows(text)], newline="")
         header, *lines = (line for line in csv.reader(whole, strict=True) if line)
-        _, *names = header[: -len(FACTS)]
-        if header != ["path", *names, *FACTS]:
+        names = header[1 : -len(_FACTS)]
+        if header != ["path", *names, *_FACTS]:
             raise ValueError(header)
         _check_columns(names, self.columns)
         rows: list[Row] = []
-        for path, *scores, problem, reference, inputs in lines:
-            values = [float(scores[place] or "nan") for place in range(len(names))]
-            rows.append(Row(str(Path(path)), values, problem, str(Path(reference)) if reference else "", inputs))
+        for path, *cells, problem, reference, inputs in lines:
+            scores = [float(cell or "nan") for _, cell in zip(names, cells, strict=True)]
+            rows.append(Row(str(Path(path)), scores, problem, str(Path(reference)) if reference else "", inputs))
         return rows
 
 
@@ -106,9 +89,12 @@ class JsonRows:
         for line in filter(str.strip, text[: text.rfind("\n") + 1].split("\n")):
             row = json.loads(line)
             _check_columns(list(row["scores"]), self.columns)
-            values = [math.nan if score is None else float(score) for score in row["scores"].values()]
-            rows.append(Row(row["path"], values, row["problem"], row["reference"], row["inputs"]))
+            scores = [math.nan if score is None else float(score) for score in row["scores"].values()]
+            rows.append(Row(row["path"], scores, row["problem"], row["reference"], row["inputs"]))
         return rows
+
+
+Rows = CsvRows | JsonRows
 
 
 class _OtherColumnsError(Exception):
@@ -122,11 +108,7 @@ def _check_columns(found: list[str], expected: list[str]) -> None:
 
 def csv_line(cells: Iterable[str]) -> str:
     """A line of CSV; text is quoted wherever a program could take part of it for a separator, be it `;` or a tab."""
-    return ",".join(_quoted(cell) for cell in cells) + "\n"
-
-
-def _quoted(cell: str) -> str:
-    return cell if _UNQUOTED.fullmatch(cell) else '"' + cell.replace('"', '""') + '"'
+    return ",".join(cell if _UNQUOTED.fullmatch(cell) else '"' + cell.replace('"', '""') + '"' for cell in cells) + "\n"
 
 
 def no_formula(path: str) -> str:
@@ -135,7 +117,7 @@ def no_formula(path: str) -> str:
 
 
 def _end_of_rows(text: str) -> int:
-    """Where the last complete line ends; a newline within quotes ends none."""
+    """End of the last complete line; a newline within quotes ends none."""
     end, quoted = 0, False
     for match in re.finditer('["\n]', text):
         if match[0] == '"':
@@ -147,24 +129,25 @@ def _end_of_rows(text: str) -> int:
 
 @contextmanager
 def locked(file: Path) -> Generator[None]:
-    """Within it no other run can write to `file`, whose folder is made; a killed run lets go of it.
+    """Keep other runs from writing to `file` within the block; its folder is made if it is missing.
 
     Raises:
-        ValueError: another run writes there, or it is no regular file.
+        ValueError: another run writes there, or it is not a regular file.
     """
     if file.exists() and not file.is_file():
-        raise ValueError(f"{file} is no regular file. Leave out --output to print the scores.")
+        raise ValueError(f"{file} is not a regular file. Leave out --output to print the scores.")
     real = file.resolve()  # runs that reach it by different links share one lock
     real.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(real.with_name(f".{real.name}.lock"), timeout=0)
+    path = real.with_name(f".{real.name}.lock")
     try:
-        lock.acquire()
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows does not remove open files
+                    path.unlink()  # while it is locked, so that a run that has it open already is refused
     except Timeout as error:
         raise ValueError(f"another run writes to {file}. Wait for its end, or choose another --output.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_rows(file: Path, rows: Rows) -> dict[str, Row]:
@@ -174,35 +157,26 @@ def read_rows(file: Path, rows: Rows) -> dict[str, Row]:
         ValueError: it holds other columns, or something else.
     """
     text = file.read_bytes().decode("utf-8", "surrogateescape") if file.exists() else ""
-    if not text:
-        return {}
-    ways_out = "Choose another --output, or pass --overwrite to lose it."
+    ways_out = "Choose another --output, or pass --overwrite to replace it."
     try:
-        return {row.path: row for row in rows.load(text)}
+        return {row.path: row for row in rows.load(text)} if text else {}
     except _OtherColumnsError as error:
-        raise ValueError(f"{file} holds scores of {error}; these are {', '.join(rows.columns)}. {ways_out}") from error
+        raise ValueError(
+            f"{file} holds scores of {error}, not of {', '.join(rows.columns)} as asked for. {ways_out}"
+        ) from error
     except Exception as error:  # whatever the parsers make of a foreign file
-        raise ValueError(f"{file} is no results file of this command. {ways_out}") from error
+        raise ValueError(f"{file} was not written by this command. {ways_out}") from error
 
 
 def write_rows(file: Path, rows: Rows, known: Iterable[Row]) -> None:
-    """Make `file` hold these rows and nothing else, at once."""
+    """Replace the content of `file` by these rows, at once."""
     with atomic_write(file) as stream:
-        stream.write(rows.head.encode("utf-8", "surrogateescape"))
-        for row in known:
-            stream.write(rows.dump(row).encode("utf-8", "surrogateescape"))
+        for text in (rows.head, *map(rows.dump, known)):
+            stream.write(text.encode("utf-8", "surrogateescape"))
 
 
 class Summary(NamedTuple):
-    """One column over all pictures.
-
-    Attributes:
-        name: name of the column.
-        mean: mean score; None if no image has one.
-        std: their standard deviation (divided by n - 1); None for fewer than two.
-        scored: number of scores.
-        pictures: number of pictures.
-    """
+    """Mean and standard deviation (divided by n - 1) of the scores in one column; None where there are too few."""
 
     name: str
     mean: float | None
@@ -212,16 +186,7 @@ class Summary(NamedTuple):
 
 
 def summarize(columns: Sequence[str], rows: Collection[Row]) -> list[Summary]:
-    """Mean, standard deviation and count of each column, without what was not scored.
-
-    Args:
-        columns: their names.
-        rows: rows of all images.
-
-    Example:
-        >>> summarize(["psnr"], [Row("a.png", [30.0]), Row("b.png", [math.nan]), Row("c.png", [32.0])])
-        [Summary(name='psnr', mean=31.0, std=1.4142135623730951, scored=2, pictures=3)]
-    """
+    """The summary of each column, without what was not scored."""
     found: list[Summary] = []
     for place, name in enumerate(columns):
         scores = [row.scores[place] for row in rows if not math.isnan(row.scores[place])]
@@ -233,14 +198,11 @@ def summarize(columns: Sequence[str], rows: Collection[Row]) -> list[Summary]:
 
 def write_summary(summary: Sequence[Summary], file: Path) -> None:
     """Write a summary as CSV, or as JSON if the suffix says so."""
-    lines = [column._asdict() for column in summary]
-    text = json.dumps(lines, indent=2) + "\n"
     if file.suffix.lower() == ".csv":
-        cells = [["" if cell is None else str(cell) for cell in line.values()] for line in lines]
-        text = "".join(map(csv_line, [list(Summary._fields), *cells]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as stream:
-        stream.write(text.encode())
+        cells = [["" if cell is None else str(cell) for cell in column] for column in summary]
+        write_text(file, "".join(map(csv_line, [Summary._fields, *cells])))
+    else:
+        write_text(file, json.dumps([column._asdict() for column in summary], indent=2) + "\n")
 
 
 def show(console: Console, summary: Sequence[Summary], rows: Collection[Row]) -> None:
@@ -260,7 +222,7 @@ def show(console: Console, summary: Sequence[Summary], rows: Collection[Row]) ->
 
 
 def _short_names(rows: Collection[Row]) -> tuple[str, list[str]]:
-    """The folder that holds all pictures, and their paths in it."""
+    """The folder that holds all images, and their paths in it."""
     paths = [Path(row.path) for row in rows]
     try:
         folder = Path(os.path.commonpath([path.parent for path in paths]))

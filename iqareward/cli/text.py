@@ -11,30 +11,15 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 
 
 def printable(text: object) -> str:
-    r"""Text in one line, with escapes for control characters and for bytes of a file name that are not UTF-8.
-
-    Args:
-        text: anything; `str` is applied.
-
-    Example:
-        >>> printable("two\nlines"), printable(b"latin\xe9.png".decode(errors="surrogateescape"))
-        ('two\\nlines', 'latin\\udce9.png')
-    """
+    """Text in one line, with escapes for control characters and for bytes of a file name that are not UTF-8."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def plain(text: object) -> Text:
-    """Text for a cell, title or progress bar of rich, in which `[red]` and `:b:` are no markup."""
+    """Text for a cell or title of rich, in which `[red]` and `:b:` are no markup."""
     return Text(printable(text))
 
 
 def say(console: Console, text: object, *, label: str = "", style: str = "") -> None:
-    """Print one line that rich neither wraps nor interprets.
-
-    Args:
-        console: where to.
-        text: the line.
-        label: words before the text.
-        style: rich style of the label, e.g. "red".
-    """
+    """Print one line that rich neither wraps nor interprets, after a label in a style such as "red"."""
     console.print(Text.assemble((label, style), " " if label else "", printable(text)), soft_wrap=True)
