@@ -37,22 +37,8 @@ UNIT: ValueRange = (0.0, 1.0)
 class Scorer:
     """A reward as an adapter calls it: with the trainer's images, and scores that the trainer can take.
 
-    Args:
-        reward: A name or sum of the catalogue, or any reward.
-        who: The adapter's name, for error messages.
-        sources: The adapter's settings that say where `references`, `inputs` and `prompts` come from, by these names.
-            None means that the user named no source; a column that is missing here is one that the trainer lacks.
-            Prompts count as available unless they are listed.
-        value_range: Range of floating-point images; None refuses them.
-        on_nan: What becomes of images that were not scored.
-        policies: The words that `on_nan` may be here.
-        device: Where the weights of a reward given by name are loaded.
-        moves_images: Whether images are moved to `device` as well.
-        differentiable: Whether scores must carry a graph.
-
-    Raises:
-        ValueError: The reward needs a column that is not there, has no gradient where one is needed, or `on_nan` is
-            unknown.
+    `sources` are the adapter's settings that say where `references`, `inputs` and `prompts` come from, by these names.
+    A column that is missing there is one that the trainer lacks, except for prompts.
     """
 
     def __init__(
@@ -60,7 +46,7 @@ class Scorer:
         reward: str | Reward,
         *,
         who: str,
-        sources: Mapping[str, object] | None = None,
+        sources: Mapping[str, Any] | None = None,
         value_range: ValueRange | None = UNIT,
         on_nan: OnNan = "raise",
         policies: Sequence[str] = ("raise", "mean", "worst"),
@@ -69,44 +55,43 @@ class Scorer:
         differentiable: bool = False,
     ) -> None:
         check_on_nan(on_nan, policies, who=who)
-        self.reward = find_reward(reward, who=who, sources=sources, device=device, differentiable=differentiable)
+        self.reward = load(reward, device=device, differentiable=differentiable) if isinstance(reward, str) else reward
+        self.who, self.sources = who, dict(sources or {})
         self.value_range = value_range
         self.on_nan: OnNan = on_nan
         self._device = ImageDevice(device if moves_images else None, name=who)
+        self._check_reward(differentiable)
 
-    def __call__(
-        self,
-        images: ImageLike,
-        references: ImageLike | None = None,
-        *,
-        inputs: ImageLike | None = None,
-        prompts: Sequence[str] | None = None,
-        no_image: float = torch.nan,
-    ) -> Scores:
-        """`[B]` scores; an image of a sequence may be None, and gets `no_image`, where NaN counts as not scored."""
-        missing = isinstance(images, list | tuple) and any(image is None for image in images)
-        if not missing and len(images):
-            return self.settled(self.call(images, references, inputs=inputs, prompts=prompts).score(self.reward))
+    def __call__(self, images: ImageLike, *, no_image: float = torch.nan, **columns: Any) -> Scores:
+        """`[B]` scores; an image of a sequence may be None and gets `no_image`, where NaN counts as not scored."""
+        rows, call = self.present(images, **columns)
+        if call is not None and len(rows) == len(images):
+            return self.settled(call.score(self.reward))
         scores = torch.full((len(images),), no_image)
-        rows = [row for row, image in enumerate(images) if image is not None]
-        if rows:
-            found, *columns = (
-                column if column is None else [column[row] for row in rows]
-                for column in (images, references, inputs, prompts)
-            )
-            call = self.call(found, columns[0], inputs=columns[1], prompts=columns[2])
+        if call is not None:
             scores[rows] = call.score(self.reward).detach().cpu()
         return self.settled(scores)
+
+    def present(self, images: ImageLike, **columns: Any) -> tuple[Sequence[int], Call | None]:
+        """The rows of the images that are not None, and the call that scores them."""
+        if isinstance(images, list | tuple) and any(image is None for image in images):
+            rows = [row for row, image in enumerate(images) if image is not None]
+            images = [images[row] for row in rows]
+            columns = {
+                name: values if values is None else [values[row] for row in rows] for name, values in columns.items()
+            }
+        else:
+            rows = range(len(images))
+        return rows, self.call(images, **columns) if len(rows) else None
 
     def call(
         self,
         images: ImageLike,
         references: ImageLike | None = None,
-        *,
         inputs: ImageLike | None = None,
         prompts: Sequence[str] | None = None,
     ) -> Call:
-        """Convert what the reward needs; an image without a score gets no gradient."""
+        """Images and what else the reward needs, converted; an image without a score gets no gradient."""
         converted = self.images(images)
         device = converted[0].device
         return Call(
@@ -123,48 +108,32 @@ class Scorer:
             return drop_broken_gradients(converted)
         return [drop_broken_gradients(image) for image in converted]
 
+    def columns(self, metadata: Any, **fields: Any) -> dict[str, Any]:
+        """The columns of one call by name, each from where its source says; see `column`."""
+        return {name: column(source, metadata, who=self.who, **fields) for name, source in self.sources.items()}
+
     def settled(self, scores: Scores) -> Scores:
         """The scores, with what `on_nan` says in place of those that are not finite."""
         return settle(scores, self.on_nan, name=self.reward.name)
 
-
-def find_reward(
-    reward: str | Reward,
-    *,
-    who: str,
-    sources: Mapping[str, object] | None = None,
-    device: torch.device | str | None = None,
-    differentiable: bool = False,
-) -> Reward:
-    """Load a reward by its name, or take the object itself; arguments and errors are those of `Scorer`."""
-    found = load(reward, device=device, differentiable=differentiable) if isinstance(reward, str) else reward
-    sources = {"prompts": True} | dict(sources or {})
-    for column in ("references", "inputs", "prompts"):
-        if not getattr(found, f"needs_{column}", False) or sources.get(column) is not None:
-            continue
-        hint = f"Say where they come from with {column}=..., or choose" if column in sources else "Choose"
-        raise ValueError(
-            f"{who} got reward {found.name!r}, which needs `{column}`, and has none. {hint} another reward "
-            "(`iqareward list`)."
-        )
-    if differentiable and not found.differentiable:
-        raise ValueError(
-            f"{who} expected a differentiable reward, got {found.name!r}, whose gradient to the pixels would be zero. "
-            "Build it with differentiable=True."
-        )
-    return found
+    def _check_reward(self, differentiable: bool) -> None:
+        for name in ("references", "inputs", "prompts"):
+            source = self.sources.get(name, True if name == "prompts" else None)
+            if getattr(self.reward, f"needs_{name}", False) and source is None:
+                hint = f"Say where they come from with {name}=..., or choose" if name in self.sources else "Choose"
+                raise ValueError(
+                    f"{self.who} got reward {self.reward.name!r}, which needs `{name}`, and has none. {hint} another "
+                    "reward (`iqareward list`)."
+                )
+        if differentiable and not self.reward.differentiable:
+            raise ValueError(
+                f"{self.who} expected a differentiable reward, got {self.reward.name!r}, whose gradient to the pixels "
+                "would be zero. Build it with differentiable=True."
+            )
 
 
 def settle(scores: Scores, on_nan: OnNan, *, name: str) -> Scores:
-    """Replace every score that is not finite by what `on_nan` says.
-
-    Raises:
-        ValueError: With "raise", any image without a score; with "mean" and "worst", if no image has one.
-
-    Example:
-        >>> settle(torch.tensor([1.0, float("nan"), 3.0]), "mean", name="niqe")
-        tensor([1., 2., 3.])
-    """
+    """Replace every score that is not finite by what `on_nan` says."""
     if on_nan == "nan":
         return torch.where(scores.isfinite(), scores, torch.nan)
     scored = scores.detach().isfinite()
@@ -193,16 +162,10 @@ def check_on_nan(on_nan: Any, policies: Sequence[str], *, who: str) -> None:
 
 
 def column(source: str | None, metadata: Any, *, who: str, **fields: Any) -> Any:
-    """One value per sample: a field that the trainer has for all of them, or a key of each sample's metadata.
+    """One value per sample: the trainer's own field of that name, or that key of each sample's metadata.
 
-    Args:
-        source: One of `fields`, or a key of the metadata; None gives None.
-        metadata: A mapping for each sample, one mapping of whole columns, or None.
-        who: The adapter's name, for error messages.
-        fields: The trainer's own fields by the name that the user gives them; None if this call has no such field.
-
-    Raises:
-        ValueError: The field or key is missing; the message lists the keys that there are.
+    `fields` are None where this call of the trainer has no such field. Metadata is a mapping for each sample, or one
+    mapping of whole columns.
     """
     if source is None:
         return None

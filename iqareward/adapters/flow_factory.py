@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqareward.adapters._core import Scorer, column, framework
+from iqareward.adapters._core import Scorer, framework
 from iqareward.advantages import rank_advantages
 from iqareward.schedules import check_signal
 from iqareward.types import Scores
@@ -76,20 +76,16 @@ class _Settings:
                 f"{who} expected the keys {', '.join(keys)} in its YAML entry, `reward` at least, got {entry}."
             )
         self.who = who
-        self.sources: dict[str, str | None] = {name: entry.get(name) for name in ("references", "inputs")}
-        self.scorer = Scorer(
-            entry["reward"], who=who, sources=self.sources, on_nan=entry.get("on_nan", "raise"), device=device
-        )
+        sources = {name: entry.get(name) for name in ("references", "inputs")}
+        on_nan = entry.get("on_nan", "raise")
+        self.scorer = Scorer(entry["reward"], who=who, sources=sources, on_nan=on_nan, device=device)
 
     def score(self, prompt: Any, image: Any, condition_images: Any, metadata: Any) -> Scores:
         if image is None:
             raise ValueError(f"{self.who} scores images; these samples have none. Videos are not supported.")
         first = condition_images and [images[0] for images in condition_images]
         rows = metadata and [json.loads(row) if isinstance(row, str) else row for row in metadata]
-        columns = {
-            name: column(source, rows, who=self.who, condition_images=first) for name, source in self.sources.items()
-        }
-        return self.scorer(image, prompts=prompt, **columns)
+        return self.scorer(image, prompts=prompt, **self.scorer.columns(rows, condition_images=first))
 
 
 @cache
@@ -120,7 +116,7 @@ def _classes(rewards: ModuleType) -> dict[str, type]:
             self.settings = _Settings("IQARankRewardModel", config.extra_kwargs, self.device, (*_KEYS, "std_floor"))
             self.std_floor = float(config.extra_kwargs.get("std_floor", 0.0))
             # only these fields are gathered from the other processes
-            named = {source for source in self.settings.sources.values() if source is not None}
+            named = {source for source in self.settings.scorer.sources.values() if source is not None}
             more = {source if source == _CONDITION_IMAGES else "metadata" for source in named}
             self.required_fields = ("image", "prompt", *sorted(more))
 

@@ -57,15 +57,16 @@ def reward_function(
         >>> scores.dtype, scores.shape
         (dtype('float32'), (2,))
     """
-    who, sources = "reward_function", {"references": references, "inputs": inputs}
-    scorer = Scorer(reward, who=who, sources=sources, value_range=value_range, on_nan=on_nan, device=device)
+    sources = {"references": references, "inputs": inputs}
+    scorer = Scorer(
+        reward, who="reward_function", sources=sources, value_range=value_range, on_nan=on_nan, device=device
+    )
     score = _taking_turns(scorer)
 
     def fn(
         images: Any, prompts: Any, metadata: Any, ref_images: Any = None, only_strict: bool = True
     ) -> tuple[Any, dict[str, Any]]:
-        columns = {name: column(source, metadata, who=who, ref_images=ref_images) for name, source in sources.items()}
-        scores = score(images, prompts=prompts, **columns)
+        scores = score(images, prompts=prompts, **scorer.columns(metadata, ref_images=ref_images))
         return (scores if scorer.reward.differentiable else scores.cpu().numpy()), {}
 
     return fn

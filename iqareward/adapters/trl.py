@@ -72,8 +72,8 @@ class TRLReward:
         name: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self._sources = {"references": references, "inputs": inputs, "prompts": prompts}
-        self._scorer = Scorer(reward, who="TRLReward", sources=self._sources, device=device, moves_images=True)
+        sources = {"references": references, "inputs": inputs, "prompts": prompts}
+        self._scorer = Scorer(reward, who="TRLReward", sources=sources, device=device, moves_images=True)
         self.reward = self._scorer.reward
         self.images, self.no_image = images, no_image
         self.__name__ = name or self.reward.name
@@ -84,17 +84,21 @@ class TRLReward:
         """One number or None per completion, from what TRL passes by keyword."""
         columns["completions"] = completions
         source = self.images
-        found = self._rows(source, columns) if isinstance(source, str) else _single_images(source(**columns))
+        found = column(source, columns, who=self.__name__) if isinstance(source, str) else source(**columns)
+        found = _single_images(found)
         if len(found) != len(completions):
             raise ValueError(
                 f"{self.__name__} expected one image or None per completion ({len(completions)}), got {len(found)}. "
                 "Return them in the order of the completions."
             )
-        rows = [row for row, image in enumerate(found) if image is not None]
+        more = self._scorer.columns(columns)
+        for name in ("references", "inputs"):
+            more[name] = None if more[name] is None else _single_images(more[name])
+        rows, call = self._scorer.present(found, **more)
         rewards: list[float | None] = [self.no_image] * len(found)
         parts: dict[str, Scores] = {}
-        if rows:
-            scores, parts = self._score(found, rows, columns)
+        if call is not None:
+            scores, parts = call.score_with_parts(self.reward)
             for row, score in zip(rows, scores.tolist(), strict=True):
                 rewards[row] = score if math.isfinite(score) else None
         if log_metric is not None:
@@ -105,21 +109,6 @@ class TRLReward:
                 if scores.isfinite().any():
                     log_metric(f"{self.__name__}/{name}", scores[scores.isfinite()].mean().item())
         return rewards
-
-    def _score(
-        self, found: Sequence[Any], rows: Sequence[int], columns: dict[str, Any]
-    ) -> tuple[Scores, dict[str, Scores]]:
-        """The scores of the images that there are, and those of each part of a sum by its name."""
-        more = {
-            name: [self._rows(source, columns)[row] for row in rows]
-            for name, source in self._sources.items()
-            if source is not None
-        }
-        call = self._scorer.call([found[row] for row in rows], **more)
-        return call.score_with_parts(self.reward)
-
-    def _rows(self, source: str, columns: dict[str, Any]) -> list[Any]:
-        return _single_images(column(source, columns, who=self.__name__))
 
 
 @final

@@ -18,10 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from iqareward.adapters._core import OnNan, Scorer, column, framework
+from iqareward.adapters._core import OnNan, Scorer, framework
 
 _NAMES = ("IQADifferentiableBackend", "IQARewardBackend", "IQAScorer", "IQASpec")
-_CONDITIONING = "conditioning"
 _POLICIES = ("raise", "mean", "worst", "nan")
 
 
@@ -49,11 +48,10 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
             super().__init__(device=device.resolve_device(config.device, base_device), batch_size=config.batch_size)
 
         def _load_model(self) -> None:
-            self.sources = {"references": self.settings.references, "inputs": self.settings.inputs}
             self.scorer = Scorer(
                 self.settings.reward,
                 who=type(self).__name__,
-                sources=self.sources,
+                sources={"references": self.settings.references, "inputs": self.settings.inputs},
                 on_nan=self.settings.on_nan,
                 policies=_POLICIES,
                 device=self.device,
@@ -67,12 +65,8 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
             # `primitives` until September 2026
             media = getattr(request, "conditioning", None) or getattr(request, "primitives", None) or {}
             condition = None if media.get("image") is None else media["image"].pixels
-            columns = self._columns(request.metadata, conditioning=condition)
+            columns = self.scorer.columns(request.metadata, conditioning=condition)
             return self.scorer(request.generated["image"].pixels.detach(), prompts=prompts, **columns).tolist()
-
-        def _columns(self, metadata: Any, **fields: Any) -> dict[str, Any]:
-            who = type(self).__name__
-            return {name: column(source, metadata, who=who, **fields) for name, source in self.sources.items()}
 
         def offload(self) -> None:
             self._move("offload")
@@ -91,7 +85,7 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
 
         def _load_model(self) -> None:
             super()._load_model()
-            if _CONDITIONING in self.sources.values():
+            if "conditioning" in self.scorer.sources.values():
                 raise ValueError(
                     "IQADifferentiableBackend expected `references` and `inputs` to be keys of the metadata, got "
                     "'conditioning': UniRL passes images, prompts and metadata to differentiable rewards, and nothing "
@@ -102,7 +96,7 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
             self, media_tensor: Tensor, prompts: Sequence[str], records: Sequence[dict[str, Any]] | None = None
         ) -> Tensor:
             """`[B, 3, H, W]` in [0, 1] -> `[B]` with their graph."""
-            return self.scorer(media_tensor, prompts=prompts, **self._columns(records))
+            return self.scorer(media_tensor, prompts=prompts, **self.scorer.columns(records))
 
     return _by_name(IQASpec, IQARewardBackend, IQADifferentiableBackend)
 
@@ -123,11 +117,10 @@ def _service_classes(base: ModuleType) -> dict[str, type]:
             on_nan: OnNan = "nan",
             inputs: str | None = None,
         ) -> None:
-            self.sources = {"references": references, "inputs": inputs}
             self.scorer = Scorer(
                 reward,
                 who="IQAScorer",
-                sources=self.sources,
+                sources={"references": references, "inputs": inputs},
                 value_range=None,
                 on_nan=on_nan,
                 policies=_POLICIES,
@@ -137,10 +130,7 @@ def _service_classes(base: ModuleType) -> dict[str, type]:
         def score(self, items: Sequence[Any]) -> list[dict[str, float]]:
             two_turns = all(len(item.history) > 1 and item.history[0][1] is not None for item in items)
             first = [item.history[0][1] for item in items] if two_turns else None
-            metadata = [item.metadata for item in items]
-            columns = {
-                name: column(source, metadata, who="IQAScorer", history=first) for name, source in self.sources.items()
-            }
+            columns = self.scorer.columns([item.metadata for item in items], history=first)
             prompts, images = ([item.history[-1][part] for item in items] for part in (0, 1))
             return [{"score": score} for score in self.scorer(images, prompts=prompts, **columns).tolist()]
 

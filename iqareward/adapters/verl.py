@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iqareward.adapters._core import UNIT, OnNan, Scorer, column
+from iqareward.adapters._core import OnNan, Scorer
 from iqareward.images import ImageLike
 from iqareward.rewards.batching import MicroBatched
 from iqareward.types import Reward
@@ -68,9 +68,8 @@ async def compute_score(
     """
     scorer, batched = _batched(reward, references, inputs, on_nan, device, max_batch, max_wait_ms)
     image = scorer.images(_one_image(solution_image))
-    columns: dict[str, Any] = {}
-    for name, source in (("references", references), ("inputs", inputs)):
-        found = column(source, extra_info or {}, who="compute_score", ground_truth=ground_truth)
+    columns = scorer.columns(extra_info or {}, ground_truth=ground_truth)
+    for name, found in columns.items():
         if found is not None:  # read in a thread, because a file must not stop the event loop
             columns[name] = await asyncio.to_thread(scorer.images, found, image[0].device)
     prompts = [str(ground_truth)] if batched.needs_prompts else None
@@ -110,18 +109,22 @@ def batch_score_function(
         >>> compute_score(["", ""], ["keep", "nonsense"], ["", ""], [info, info])
         [1.0, -1.0]
     """
-    who, sources = "batch_score_function", {"references": references, "inputs": inputs}
-    scorer = Scorer(reward, who=who, sources=sources, on_nan=on_nan, device=_visible(device), moves_images=True)
+    scorer = Scorer(
+        reward,
+        who="batch_score_function",
+        sources={"references": references, "inputs": inputs},
+        on_nan=on_nan,
+        device=_visible(device),
+        moves_images=True,
+    )
 
     def compute_score(
         data_sources: Any, solution_strs: Any, ground_truths: Any, extra_infos: Any, **ignored: Any
     ) -> list[float]:
-        columns = {
-            name: column(source, extra_infos, who=who, ground_truth=ground_truths) for name, source in sources.items()
-        }
-        prompts = [str(text) for text in ground_truths]
+        columns = scorer.columns(extra_infos, ground_truth=ground_truths)
+        columns["prompts"] = [str(text) for text in ground_truths]
         images = list(decode(solution_strs, extra_infos))
-        return scorer(images, prompts=prompts, no_image=torch.nan if no_image is None else no_image, **columns).tolist()
+        return scorer(images, no_image=torch.nan if no_image is None else no_image, **columns).tolist()
 
     return compute_score
 
@@ -141,7 +144,6 @@ def _batched(
         reward,
         who="compute_score",
         sources={"references": references, "inputs": inputs},
-        value_range=UNIT,
         on_nan=on_nan,
         policies=("raise",),
         device=_visible(device),
