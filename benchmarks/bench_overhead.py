@@ -3,8 +3,8 @@
     python -m benchmarks.bench_overhead             # under a minute
     python -m benchmarks.bench_overhead --quick     # smoke run
 
-The promise is for weighting: the weights of a step and the update after it, with `active`, for 1024 rows. The last line
-of standard output is one JSON document.
+The promise is for weighting: the weights of a step and the update after it, with `has_signal`, for 1024 rows. The last
+line of standard output is one JSON document.
 """
 
 import argparse
@@ -34,26 +34,26 @@ def calls(num_rows: int, device: torch.device) -> dict[str, Callable[[], object]
     difficulty = (torch.rand(num_rows, generator=generator) + 0.01).to(device)
     rewards = torch.randn(num_rows, 3, generator=generator).to(device)
     groups = (torch.arange(num_rows) // ROLLOUTS).to(device)
-    bucket = (torch.arange(num_rows) % 10).to(device)
-    active = (torch.rand(num_rows, generator=generator) > 0.1).to(device)
-    weighter, bucketed = AdaptiveWeighter(), AdaptiveWeighter(num_buckets=10)
+    bins = (torch.arange(num_rows) % 10).to(device)
+    has_signal = (torch.rand(num_rows, generator=generator) > 0.1).to(device)
+    weighter, binned = AdaptiveWeighter(), AdaptiveWeighter(num_bins=10)
     weighter.calibrate(difficulty)
-    bucketed.calibrate(difficulty, bucket)
+    binned.calibrate(difficulty, bins)
     weights, one_reward = weighter(difficulty), rewards[:, 0].contiguous()
     past, history = DifficultyMemory(NUM_INPUTS, half_life=100), RewardMemory(NUM_INPUTS)
 
     def step() -> None:
-        weighter(difficulty, active=active)
+        weighter(difficulty, has_signal=has_signal)
         weighter.update(difficulty)
 
-    def step_with_buckets() -> None:
-        bucketed(difficulty, bucket=bucket, active=active)
-        bucketed.update(difficulty, bucket)
+    def step_with_bins() -> None:
+        binned(difficulty, bins=bins, has_signal=has_signal)
+        binned.update(difficulty, bins)
 
     return {
         "weighter and update": step,
-        "weighter alone": lambda: weighter(difficulty, active=active),
-        "weighter and update, 10 buckets": step_with_buckets,
+        "weighter alone": lambda: weighter(difficulty, has_signal=has_signal),
+        "weighter and update, 10 bins": step_with_bins,
         "group_statistics": lambda: group_statistics(one_reward, groups),
         "group_advantages": lambda: group_advantages(one_reward, groups),
         "rank_advantages": lambda: rank_advantages(one_reward, groups),

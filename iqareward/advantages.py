@@ -1,4 +1,4 @@
-"""How much better a rollout is than others of its input: `[B]`, detached, 0 where nothing can be said."""
+"""Advantages: how much better each rollout is than the others of its input, `[B]` and detached."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,14 +18,23 @@ from iqareward.groups import (
 from iqareward.types import Groups, Scores
 
 # TRL's and DDPO's, added to the standard deviation, outside the root.
-STD_EPSILON, MEMORY_EPSILON = 1e-4, 1e-6
+_STD_EPSILON, _MEMORY_EPSILON = 1e-4, 1e-6
 
 
 class Advantages(NamedTuple):
-    """`values` `[B]`, 0 for rows without a score and groups without spread; `active` `[B]` bool, False for both."""
+    """Advantages, and which of them say anything.
+
+    Attributes:
+        values: `[B]` advantages, 0 where there is no signal.
+        has_signal: `[B]` bool; False for rows without a score and for groups without spread.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1])).has_signal
+        tensor([ True,  True, False, False])
+    """
 
     values: Tensor
-    active: Tensor
+    has_signal: Tensor
 
 
 def group_advantages(
@@ -35,16 +44,16 @@ def group_advantages(
     scale: Literal["group", "batch", "none"] = "batch",
     std_floor: float = 0.0,
 ) -> Advantages:
-    """Reward minus the mean of its input's rollouts, over a standard deviation + 1e-4 (GRPO).
+    """Subtract the mean reward of the input's rollouts, and divide by a standard deviation + 1e-4 (GRPO).
 
     With "group" the sum of squares is the same for every input, so a spread of 0.001 MOS counts as much as one of 1.0:
-    set `std_floor` to the judge's test-retest noise. "batch", the default, keeps the size of the differences.
+    set `std_floor` to the reward's test-retest noise. "batch", the default, keeps the size of the differences.
 
     Args:
         rewards: `[B]`, higher is better; rows that are not finite are left out and get 0.
         groups: `[B]` integer ids of the inputs.
         scale: divide by the standard deviation of the group, of the whole batch, or by nothing.
-        std_floor: groups whose rewards spread no more than this get 0 and are not active.
+        std_floor: groups whose rewards spread no more than this get 0 and have no signal.
 
     Returns:
         `Advantages` of `[B]`. In a distributed run gather the rows first, with `iqareward.groups.gather_rows`.
@@ -67,44 +76,26 @@ def group_advantages(
     statistics = group_statistics(rewards, check_ids("group_advantages", groups, rewards))
     divisor = torch.ones_like(rewards)
     if scale == "group":
-        divisor = statistics.std + STD_EPSILON
+        divisor = statistics.std + _STD_EPSILON
     elif scale == "batch":
-        divisor = batch_statistics(rewards).std + STD_EPSILON
-    active = rewards.isfinite() & (statistics.std > std_floor)
-    return _where_active((rewards - statistics.mean) / divisor, active)
-
-
-def leave_one_out_advantages(rewards: Scores, groups: Groups, *, std_floor: float = 0.0) -> Advantages:
-    """Reward minus the mean of the *other* rollouts of its input (RLOO): an unbiased baseline, in units of the reward.
-
-    Args:
-        rewards: `[B]`, higher is better; rows that are not finite are left out and get 0.
-        groups: `[B]` integer ids of the inputs.
-        std_floor: groups whose rewards spread no more than this get 0 and are not active.
-
-    Example:
-        >>> leave_one_out_advantages(torch.tensor([1.0, 3.0]), torch.tensor([0, 0])).values.tolist()
-        [-2.0, 2.0]
-
-    References:
-        Ahmadian et al., Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
-        LLMs, 2024, https://arxiv.org/abs/2402.14740
-    """
-    rewards = check_rows("leave_one_out_advantages", rewards)
-    num_scored, mean, std = group_statistics(rewards, check_ids("leave_one_out_advantages", groups, rewards))
-    active = rewards.isfinite() & (std > std_floor)
-    return _where_active((rewards - mean) * num_scored / (num_scored - 1), active)
+        divisor = batch_statistics(rewards).std + _STD_EPSILON
+    has_signal = rewards.isfinite() & (statistics.std > std_floor)
+    return _where_finite((rewards - statistics.mean) / divisor, has_signal)
 
 
 def rank_advantages(rewards: Scores, groups: Groups, *, std_floor: float = 0.0) -> Advantages:
-    """Rank of a rollout among those of its input, from -1 (worst) to 1 (best), ties at their mean rank.
+    """Rank each rollout among those of its input, from -1 (worst) to 1 (best), with ties at their mean rank.
 
-    How far a hacked reward is ahead does not matter, only that it is; the spacing of honest rewards is lost too.
+    An outlier, such as the score of a hacked reward, counts no more than any best rollout; the spacing of honest
+    rewards is lost too.
 
     Args:
         rewards: `[B]`, higher is better; rows that are not finite are left out and get 0.
         groups: `[B]` integer ids of the inputs.
-        std_floor: groups whose rewards spread no more than this get 0 and are not active.
+        std_floor: groups whose rewards spread no more than this get 0 and have no signal.
+
+    Returns:
+        `Advantages` of `[B]` in [-1, 1].
 
     Example:
         >>> rank_advantages(torch.tensor([0.1, 99.0, 0.2]), torch.tensor([5, 5, 5])).values.tolist()
@@ -121,7 +112,7 @@ def rank_advantages(rewards: Scores, groups: Groups, *, std_floor: float = 0.0) 
     # Ties share their mean place: they are the groups of (group, distinct reward).
     tie = group_index(index * rewards.shape[0] + group_index(rewards))
     rank = group_sum(place, tie) / group_sum(torch.ones_like(place), tie)
-    return _where_active(2 * rank / (num_scored - 1) - 1, finite & (std > std_floor))
+    return _where_finite(2 * rank / (num_scored - 1) - 1, finite & (std > std_floor))
 
 
 def combine_advantages(
@@ -133,10 +124,10 @@ def combine_advantages(
     scale: Literal["group", "batch", "none"] = "batch",
     std_floor: float = 0.0,
 ) -> Advantages:
-    """One advantage from several rewards, each normalised before they are added (GDPO) or only their sum.
+    """Combine several rewards into one advantage, normalising each before they are added (GDPO) or only their sum.
 
-    Normalising first makes weights mean the same for a 5-point and a 100-point reward. It also gives a nearly constant
-    reward its full say: floor it with `std_floor`.
+    Normalising first makes weights mean the same for a 5-point and a 100-point reward. It also amplifies a nearly
+    constant reward: set `std_floor` for that.
 
     A missing score never helps a rollout. "normalize_then_sum" counts it as the mean of the input's other rollouts.
     A sum without it could not be compared with theirs, so "sum_then_normalize" leaves out a rollout that lacks a score
@@ -145,14 +136,14 @@ def combine_advantages(
     Args:
         rewards: `[B, N]`, one column per reward, higher is better; NaN = not scored by that reward.
         groups: `[B]` integer ids of the inputs.
-        weights: one number per column; columns with weight 0 are not looked at.
+        weights: one number per column; columns with weight 0 are ignored.
         order: "normalize_then_sum": sum of weight * group advantage, then standardised over the batch;
             "sum_then_normalize": `group_advantages` of the weighted sum.
         scale: as in `group_advantages`.
         std_floor: as in `group_advantages`; per reward with "normalize_then_sum".
 
     Returns:
-        `Advantages` of `[B]`; rows without any score, and rows that are left out, get 0 and are not active.
+        `Advantages` of `[B]`; rows without any score, and rows that are left out, get 0 and have no signal.
 
     Raises:
         ValueError: the number of weights is not that of columns, all are 0, one is not finite in float32, or an option
@@ -189,14 +180,15 @@ def combine_advantages(
     parts = [(weight, group_advantages(column, ids, **options)) for weight, column in columns]
     total = torch.stack([weight * part.values for weight, part in parts]).sum(0)
     _, mean, std = batch_statistics(torch.where(scored.any(0), total, torch.nan))
-    return _where_active((total - mean) / (std + STD_EPSILON), torch.stack([p.active for _, p in parts]).any(0))
+    has_signal = torch.stack([part.has_signal for _, part in parts]).any(0)
+    return _where_finite((total - mean) / (std + _STD_EPSILON), has_signal)
 
 
 class RewardMemory:
-    """The last rewards of each input, across epochs: advantages against the input's own history (DDPO).
+    """Remember the last rewards of each input across epochs, for advantages against the input's own history (DDPO).
 
-    Inputs with fewer than `length` rewards so far are measured against the batch. Update first, then ask: the history
-    includes the rewards at hand. In a distributed run give it the rows of `iqareward.groups.gather_rows`.
+    Inputs with fewer than `length` rewards so far are measured against the batch. Call `update` before `advantages`:
+    the history includes the current rewards. In a distributed run give it the rows of `iqareward.groups.gather_rows`.
 
     Args:
         num_inputs: ids are integers in [0, num_inputs), e.g. the index in the dataset.
@@ -240,10 +232,10 @@ class RewardMemory:
         self._counts.index_add_(0, inputs, ones)
 
     def advantages(self, rewards: Scores, groups: Groups) -> Advantages:
-        """`(reward - mean) / (std + 1e-6)` of the input's history, clipped; `Advantages` of `[B]`.
+        """Compute `(reward - mean) / (std + 1e-6)` with the input's history, clipped; returns `Advantages` of `[B]`.
 
         Raises:
-            ValueError: an id is not in [0, num_inputs); on a device its row gets 0 instead and is not active.
+            ValueError: an id is not in [0, num_inputs); on a device its row gets 0 instead and has no signal.
         """
         rewards, ids = self._prepare(rewards, groups)
         first = self._rewards[ids, 0]
@@ -252,12 +244,12 @@ class RewardMemory:
         num_scored, batch_mean, batch_std = batch_statistics(rewards)
         mean = torch.where(full, first + history.mean(1), batch_mean)
         std = torch.where(full, history.std(1, correction=0), batch_std * (1 - 1 / num_scored).sqrt())
-        active = rewards.isfinite() & (std > self.std_floor) & (ids < self.num_inputs)
-        values, active = _where_active((rewards - mean) / (std + MEMORY_EPSILON), active)
-        return Advantages(values.clamp(-self.clip, self.clip), active)
+        has_signal = rewards.isfinite() & (std > self.std_floor) & (ids < self.num_inputs)
+        values, has_signal = _where_finite((rewards - mean) / (std + _MEMORY_EPSILON), has_signal)
+        return Advantages(values.clamp(-self.clip, self.clip), has_signal)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the histories."""
+        """Return a copy of the histories."""
         return {"rewards": self._rewards.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -275,6 +267,6 @@ class RewardMemory:
         return rewards, ids
 
 
-def _where_active(values: Tensor, active: Tensor) -> Advantages:
-    active = active & values.isfinite()  # finite rewards near the end of their range overflow
-    return Advantages(torch.where(active, values, 0.0), active)
+def _where_finite(values: Tensor, has_signal: Tensor) -> Advantages:
+    has_signal = has_signal & values.isfinite()  # finite rewards near the end of their range overflow
+    return Advantages(torch.where(has_signal, values, 0.0), has_signal)

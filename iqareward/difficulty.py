@@ -1,8 +1,8 @@
-"""How hard each input still is for the model: `[B]`, detached, larger = harder, NaN where it cannot be told.
+"""Estimate how hard each input still is for the model: `[B]`, detached, larger = harder, NaN = unknown.
 
 Each estimator gives every row the value of its *input*, the mean over that input's rollouts. A weight that differed
-between rollouts of one input would bend the reward's objective: a rollout far from its reference would count more
-because it is far, not because its input is hard.
+between rollouts of one input would change what is optimised: a rollout far from its reference would count more because
+it is far, not because its input is hard.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,14 @@ from iqareward.types import Groups, Images, Scores
 
 
 def rmse(images: Tensor, references: Tensor) -> Tensor:
-    """Root mean squared error over everything but the batch; `[B]` >= 0, lower is better, gradient 0 at 0.
+    """Compute the root mean squared error of each row; its gradient is 0 where it is 0.
 
     Args:
         images: `[B, ...]` pixels or latents.
-        references: of the same shape.
+        references: ground truth of the same shape.
+
+    Returns:
+        `[B]` >= 0, lower is better.
 
     Raises:
         ValueError: the shapes differ.
@@ -47,23 +50,23 @@ def reference_distance(
     groups: Groups | None = None,
     best: float | None = None,
 ) -> Tensor:
-    """How far an input's rollouts are from their ground truth: mean `|best - metric(images, references)|`.
+    """Measure how far an input's rollouts are from their ground truth, as the mean of `|best - metric|`.
 
-    The training reward should not be the metric: a hacked reward would call hard inputs easy.
+    Do not take the training reward as the metric: a hacked reward would call hard inputs easy.
 
     Args:
         images: `[B, 3, H, W]` rollouts; with the default metric any `[B, ...]`, such as latents.
         references: ground truth, one per row.
-        metric: `metric(images, references) -> [B]`; root mean squared error if not given.
+        metric: `metric(images, references) -> [B]`.
         groups: `[B]` integer ids of the inputs; without it every row is an input of its own.
-        best: the metric's value for `images == references`: 0 for LPIPS or DISTS, 1 for SSIM. Not needed for rewards of
-            this library that are bounded above, nor for the default.
+        best: value of the metric for `images == references`: 0 for LPIPS or DISTS, 1 for SSIM. Not needed for rewards
+            of this library that are bounded above, nor for the default.
 
     Returns:
         `[B]` >= 0, larger = harder; rollouts with a score that is not finite are left out, NaN where none remains.
 
     Raises:
-        TypeError: `metric` is no function; `groups` is passed by name.
+        TypeError: `metric` is not callable, e.g. because `groups` was passed by position.
         ValueError: `best` is missing for a metric that does not declare an upper bound.
 
     Example:
@@ -97,29 +100,8 @@ def _best_value(metric: Callable[..., Tensor]) -> float:
     return float(bounds[1])
 
 
-def reward_gap(rewards: Scores, reference_rewards: Scores, *, groups: Groups | None = None) -> Tensor:
-    """How far an input's rollouts score below its ground truth, `max(0, reward(reference) - mean reward)`.
-
-    Args:
-        rewards: `[B]` scores of the rollouts, higher is better; better not of the training reward (see
-            `reference_distance`).
-        reference_rewards: `[B]` scores of the ground truth of each row by the same judge.
-        groups: `[B]` integer ids of the inputs.
-
-    Returns:
-        `[B]` >= 0, larger = harder; NaN where a score is missing.
-
-    Example:
-        >>> reward_gap(torch.tensor([3.0, 4.5]), torch.tensor([4.0, 4.0])).tolist()
-        [1.0, 0.0]
-    """
-    rewards = check_rows("reward_gap", rewards)
-    reference_rewards = check_rows("reward_gap", reference_rewards)
-    return finite_or_nan((reference_rewards - _per_input(rewards, groups)).clamp(min=0))
-
-
 def pass_rate(rewards: Scores, groups: Groups, *, threshold: float) -> Tensor:
-    """Share of an input's scored rollouts that reach `threshold`; `[B]` in [0, 1], *smaller* = harder.
+    """Compute the share of an input's scored rollouts that reach `threshold`; here *smaller* = harder.
 
     Args:
         rewards: `[B]` scores, higher is better; for a distance pass its negative and the negative threshold.
@@ -127,7 +109,7 @@ def pass_rate(rewards: Scores, groups: Groups, *, threshold: float) -> Tensor:
         threshold: the score that counts as solved.
 
     Returns:
-        `[B]` in [0, 1]; NaN where no rollout was scored.
+        `[B]` in [0, 1], larger = easier; NaN where no rollout was scored.
 
     Example:
         >>> pass_rate(torch.tensor([0.2, 0.9, 0.8]), torch.tensor([0, 0, 1]), threshold=0.5).tolist()
@@ -138,35 +120,18 @@ def pass_rate(rewards: Scores, groups: Groups, *, threshold: float) -> Tensor:
     return group_statistics(passed, groups).mean
 
 
-def group_spread(rewards: Scores, groups: Groups) -> Tensor:
-    """Standard deviation of an input's rewards over its rollouts: what a group-relative method has to learn from.
-
-    Args:
-        rewards: `[B]` scores.
-        groups: `[B]` integer ids of the inputs.
-
-    Returns:
-        `[B]` >= 0, Bessel-corrected; NaN where fewer than two rollouts were scored.
-
-    Example:
-        >>> group_spread(torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1]))
-        tensor([1.4142, 1.4142, 0.0000, 0.0000])
-    """
-    return group_statistics(check_rows("group_spread", rewards), groups).std
-
-
 def blind_difficulty(degraded_scores: Scores, *, best: float, groups: Groups | None = None) -> Tensor:
-    """How bad the degraded input looks, `max(0, best - score)`: a difficulty for data without ground truth.
+    """Measure how bad the degraded input looks, `max(0, best - score)`, for data without ground truth.
 
-    It describes the input, so it stays the same while the model learns: weights made from it do not hand over to SFT.
+    It describes the input and not the model, so weights made from it do not shift to SFT as the model learns.
 
     Args:
         degraded_scores: `[B]` no-reference scores of the *inputs*, higher is better.
-        best: the score of a flawless image by that judge, e.g. 5 for a MOS or 100 for MUSIQ.
+        best: score of a flawless image by that metric, e.g. 5 for a MOS or 100 for MUSIQ.
         groups: `[B]` integer ids of the inputs.
 
     Returns:
-        `[B]` >= 0, larger = harder; NaN where the judge gave no score.
+        `[B]` >= 0, larger = harder; NaN where there is no score.
 
     Example:
         >>> blind_difficulty(torch.tensor([1.5, 4.5]), best=5.0).tolist()
@@ -181,7 +146,7 @@ def _per_input(values: Tensor, groups: Groups | None) -> Tensor:
 
 
 class DifficultyMemory:
-    """A running difficulty per input, across epochs, that trusts an entry less the longer ago it was seen.
+    """Remember a running difficulty per input across epochs, trusting an entry less the longer ago it was seen.
 
     An entry's trust is 0.5^(age / half_life), its age counted in updates. A new value d makes the entry
     k * entry + (1 - k) * d with k = decay * trust; it is recalled as trust * entry + (1 - trust) * m, m being the mean
@@ -190,7 +155,7 @@ class DifficultyMemory:
     Args:
         num_inputs: ids are integers in [0, num_inputs), e.g. the index in the dataset.
         decay: weight of a fresh entry against a new value, in [0, 1).
-        half_life: updates after which an entry counts half; an epoch or two.
+        half_life: number of updates after which an entry counts half, e.g. one or two epochs.
 
     Example:
         >>> memory = DifficultyMemory(100, half_life=50)
@@ -210,7 +175,7 @@ class DifficultyMemory:
         self._seen = torch.zeros(num_inputs + 1, dtype=torch.int64, device="cpu")
 
     def update(self, difficulty: Tensor, groups: Groups) -> None:
-        """Take in the difficulties `[B]` of the inputs `groups` `[B]`; rows that are not finite change nothing.
+        """Remember the difficulties `[B]` of the inputs `groups` `[B]`; rows that are not finite change nothing.
 
         Raises:
             ValueError: an id is not in [0, num_inputs); on a device its row is left out instead.
@@ -226,7 +191,7 @@ class DifficultyMemory:
         self._seen[ids] = torch.where(usable, self._step, self._seen[ids])
 
     def recall(self, groups: Groups) -> Tensor:
-        """The difficulty `[B]` of the inputs `groups` `[B]`, stale ones drawn to the mean; NaN if never seen.
+        """Return the difficulty `[B]` of the inputs `groups` `[B]`, old entries drawn to the mean; NaN if never seen.
 
         Raises:
             ValueError: an id is not in [0, num_inputs); on a device its row is NaN instead.
@@ -237,7 +202,7 @@ class DifficultyMemory:
         return torch.lerp(typical.expand(ids.shape), self._values[ids], trust[ids])
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all entries and their ages."""
+        """Return a copy of all entries and their ages."""
         return {"values": self._values[:-1].clone(), "seen": self._seen[:-1].clone(), "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

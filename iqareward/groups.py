@@ -1,7 +1,7 @@
-"""Statistics per input id: rows with one id are rollouts of one input, whatever their order and number.
+"""Statistics per input: rows with the same id are rollouts of one input, in any order and number.
 
-Ids identify inputs, never prompts: in restoration every input often has the same prompt, and grouping by it would merge
-them all. Nothing here waits for a device, except the functions that talk to other processes.
+Ids identify inputs, never prompts: in restoration all inputs often share one prompt, and grouping by it would merge
+them. Only the functions that communicate with other processes wait for the device.
 """
 
 from typing import Any, NamedTuple
@@ -17,17 +17,12 @@ _NOT_SENT = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
 
 
 def finite_or_nan(scores: Tensor) -> Tensor:
-    """`scores` with NaN, "not scored", in the place of infinity.
-
-    Example:
-        >>> finite_or_nan(torch.tensor([0.5, torch.inf]))
-        tensor([0.5000,    nan])
-    """
+    """Replace infinity by NaN, "not scored"."""
     return torch.where(scores.isfinite(), scores, torch.nan)
 
 
 class GroupStatistics(NamedTuple):
-    """What each row's input looks like over all its rollouts; every field is `[B]`, one value per row.
+    """Statistics of each row's input over all its rollouts; every field is `[B]`.
 
     Attributes:
         num_scored: number of finite values of the input.
@@ -41,12 +36,7 @@ class GroupStatistics(NamedTuple):
 
 
 def check_rows(caller: str, values: Tensor) -> Tensor:
-    """Return `values` as detached fp32 (fp64 stays fp64), or say why they are not one value per row.
-
-    Example:
-        >>> check_rows("demo", torch.tensor([1, 2])).dtype
-        torch.float32
-    """
+    """Return `values` `[B]` as detached fp32 (fp64 stays fp64), or raise a ValueError in the name of `caller`."""
     if not isinstance(values, Tensor) or values.ndim != 1:
         got, advice = type(values).__name__, "Make a tensor of it with torch.as_tensor."
         if isinstance(values, Tensor):
@@ -57,25 +47,10 @@ def check_rows(caller: str, values: Tensor) -> Tensor:
 
 
 def check_ids(caller: str, ids: Groups, rows: Tensor | None = None, *, size: int | None = None) -> Tensor:
-    """Return ids as int64, or say why they are not integers, one per row, in their range.
+    """Return ids `[B]` as int64 on the device of `rows`, or raise a ValueError or TypeError in the name of `caller`.
 
-    Args:
-        caller: named in messages.
-        ids: `[B]` integers of inputs or buckets: a tensor of any integer dtype, an array or a list.
-        rows: `[B]` values that the ids belong to; the result is on their device.
-        size: ids lie in [0, size). An id outside is an error on the CPU. On another device, where looking at the ids
-            would wait for it, it becomes `size`, so that no other entry is touched.
-
-    Returns:
-        `[B]` int64.
-
-    Raises:
-        TypeError: `ids` is neither a tensor nor an array nor a list of numbers.
-        ValueError: they are not integers, not of the shape of `rows`, or out of range.
-
-    Example:
-        >>> check_ids("demo", [7, 8], torch.tensor([0.1, 0.2]), size=9)
-        tensor([7, 8])
+    With `size` they must lie in [0, size). An id outside is an error on the CPU; on other devices, where checking would
+    wait, it becomes `size`, so that no other entry is touched.
     """
     found = _tensor(caller, ids, None if rows is None else rows.device)
     shape = found.shape if rows is None else rows.shape
@@ -83,8 +58,8 @@ def check_ids(caller: str, ids: Groups, rows: Tensor | None = None, *, size: int
     if found.ndim != 1 or found.shape != shape or (other and found.numel() > 0):
         wanted = "[B]" if rows is None else list(shape)
         raise ValueError(
-            f"{caller} expected ids (`groups` or `bucket`) as integers of shape {wanted}, got {found.dtype} "
-            f"{list(found.shape)}. Give every row one integer: that of its input or of its bucket."
+            f"{caller} expected ids (`groups` or `bins`) as integers of shape {wanted}, got {found.dtype} "
+            f"{list(found.shape)}. Give every row one integer: that of its input or of its bin."
         )
     found = found.long()
     if size is None:
@@ -109,19 +84,9 @@ def _tensor(caller: str, rows: Any, device: torch.device | None) -> Tensor:
 
 
 def group_index(groups: Tensor) -> Tensor:
-    """Each row's group as a number in [0, B), so that a buffer of length B holds every group without counting them.
+    """Number the groups from 0 in the order of their ids; `[B]` int64.
 
-    `torch.unique` would do the same and wait for the device to learn how many groups there are.
-
-    Args:
-        groups: `[B]` integer ids.
-
-    Returns:
-        `[B]` int64; equal where the ids are equal, numbered in the order of the ids.
-
-    Example:
-        >>> group_index(torch.tensor([70, 7, 70, 9])).tolist()
-        [2, 0, 2, 1]
+    `torch.unique` would wait for the device to learn how many groups there are; a buffer of length B holds any number.
     """
     ordered, order = torch.sort(groups, stable=True)
     starts = torch.zeros_like(ordered, dtype=torch.int64)
@@ -130,27 +95,12 @@ def group_index(groups: Tensor) -> Tensor:
 
 
 def group_sum(values: Tensor, index: Tensor) -> Tensor:
-    """The sum over each row's group, given to every row of it; `[B]`, with `index` from `group_index`."""
+    """Give every row the sum over its group, `[B]`; `index` is from `group_index`."""
     return torch.zeros_like(values).scatter_add_(0, index, values).gather(0, index)
 
 
-def group_min(values: Tensor, index: Tensor) -> Tensor:
-    """The smallest value of each row's group, given to every row of it; `[B]`, with `index` from `group_index`."""
-    high = torch.full_like(values, torch.inf)
-    return high.scatter_reduce(0, index, values, "amin").gather(0, index)
-
-
 def place_in_group(index: Tensor, order: Tensor | None = None) -> Tensor:
-    """Each row's place among the rows of its group, counted along `order`; `[B]` int64, 0 for the first.
-
-    Args:
-        index: `[B]` from `group_index`.
-        order: `[B]` permutation that lists the rows; in their own order if not given.
-
-    Example:
-        >>> place_in_group(group_index(torch.tensor([70, 7, 70, 70]))).tolist()
-        [0, 0, 1, 2]
-    """
+    """Count each row's place within its group, from 0, along the permutation `order` of the rows or their own order."""
     counter = torch.arange(index.shape[0], dtype=torch.int64, device=index.device)
     order = counter if order is None else order
     order = order[torch.argsort(index[order], stable=True)]
@@ -160,7 +110,7 @@ def place_in_group(index: Tensor, order: Tensor | None = None) -> Tensor:
 
 
 def group_statistics(values: Tensor, groups: Groups) -> GroupStatistics:
-    """Count, mean and standard deviation of each row's input over its rollouts; rows that are not finite do not count.
+    """Compute count, mean and standard deviation of each row's input over its rollouts that are finite.
 
     Args:
         values: `[B]`, any real dtype; NaN = not scored.
@@ -180,7 +130,8 @@ def group_statistics(values: Tensor, groups: Groups) -> GroupStatistics:
     index = group_index(check_ids("group_statistics", groups, values))
     finite = values.isfinite()
     # Measured from the group's smallest value, equal values have a spread of exactly 0: a mean of three 0.1 is not 0.1.
-    low = group_min(torch.where(finite, values, torch.inf), index)
+    low = torch.full_like(values, torch.inf).scatter_reduce(0, index, torch.where(finite, values, torch.inf), "amin")
+    low = low.gather(0, index)
     offset = torch.where(finite, values - low, 0.0)
     count = group_sum(finite.to(values.dtype), index)
     mean_offset = group_sum(offset, index) / count
@@ -193,15 +144,7 @@ def group_statistics(values: Tensor, groups: Groups) -> GroupStatistics:
 
 
 def batch_statistics(values: Tensor) -> GroupStatistics:
-    """`group_statistics` with all rows in one group: scalars, and no sorting of ids.
-
-    Args:
-        values: `[B]` floating point; NaN = not scored.
-
-    Example:
-        >>> batch_statistics(torch.tensor([1.0, 3.0, float("nan")])).mean
-        tensor(2.)
-    """
+    """`group_statistics` with all rows in one group: scalars, without sorting ids."""
     if values.shape[0] == 0:
         nan = values.new_full((), torch.nan)
         return GroupStatistics(torch.zeros_like(nan, dtype=torch.int64), nan, nan)
@@ -215,14 +158,14 @@ def batch_statistics(values: Tensor) -> GroupStatistics:
 
 
 def is_distributed() -> bool:
-    """Whether this process talks to others through `torch.distributed`."""
+    """Whether `torch.distributed` is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def gather_rows(*rows: Tensor | Groups) -> tuple[tuple[Tensor, ...], slice]:
-    """The rows of all processes, in the order of their ranks, and the slice of them that is ours.
+    """Gather the rows of all processes in the order of their ranks, and the slice that holds this process's rows.
 
-    Every process must call it, with the same number of tensors; the number of rows may differ between processes. It
+    Every process must call it with the same number of tensors; the number of rows may differ between processes. It
     waits for the device once, to learn that number. Without a process group it returns its input.
 
     Args:
@@ -267,7 +210,7 @@ def _gather_one(rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def distributed_group_statistics(values: Tensor, groups: Groups) -> GroupStatistics:
-    """`group_statistics` over the rows of all processes, for this process's rows; every process must call it.
+    """Compute `group_statistics` of this process's rows over the rollouts of all processes, which must all call it.
 
     Args:
         values: `[B]` values of this process; NaN = not scored.

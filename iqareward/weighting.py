@@ -1,14 +1,9 @@
-"""How much of each sample's training is RL and how much is SFT, from how hard its input still is.
-
-Implements the stated mechanism of arXiv 2511.01645 (RL where samples are far from the ground truth, SFT as they come
-near, an automatic weight per sample in between); the formula is ours, because the paper's is not publicly readable.
-"""
+"""Combine RL and SFT losses with per-sample weights, which can follow from how hard each input still is."""
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,18 +12,22 @@ from torch import Tensor
 from iqareward.groups import check_ids, check_rows, is_distributed
 from iqareward.types import Groups
 
-HISTORY_LENGTH = 4096
+Direction: TypeAlias = Literal["hard_to_rl", "hard_to_sft"]
+"""Whether hard inputs get more RL, or more SFT as in recipes for language models."""
+
+_SMALLEST_DIFFICULTY = 1e-6  # so that every logarithm exists
+_SMALLEST_SPREAD = 0.05  # so that noise does not tell equally hard inputs apart
 
 
 class LossWeights(NamedTuple):
-    """What each row's two losses are multiplied with.
+    """The RL weight and the SFT weight of each row.
 
-    A row whose two weights are 0 should not even be computed: a NaN in its forward pass reaches the gradient of the
-    model (0 * NaN is NaN), whatever is done to its loss. Take the rows of `taking_part` before the forward pass.
+    Leave rows whose two weights are 0 out of the forward pass, with `taking_part`. A NaN in their forward pass reaches
+    the gradient of the model whatever the weight of their loss is, because 0 * NaN is NaN.
 
     Attributes:
         rl: `[B]` >= 0, detached, never NaN.
-        sft: likewise.
+        sft: `[B]` >= 0, detached, never NaN.
 
     Example:
         >>> weights = LossWeights(rl=torch.tensor([1.0, 0.0]), sft=torch.tensor([0.5, 0.0]))
@@ -43,36 +42,22 @@ class LossWeights(NamedTuple):
 
     @property
     def taking_part(self) -> Tensor:
-        """`[B]` bool: which rows weigh anything."""
+        """`[B]` bool: whether a row has any weight."""
         return self.rl + self.sft > 0
 
     def rows(self, index: Tensor | slice) -> "LossWeights":
-        """The weights of these rows."""
+        """Select rows."""
         return LossWeights(self.rl[index], self.sft[index])
 
 
 def mix(
-    share: Tensor, *, active: Tensor | None = None, valid: Tensor | None = None, additive: bool = False
+    share: Tensor, *, has_signal: Tensor | None = None, valid: Tensor | None = None, additive: bool = False
 ) -> LossWeights:
-    """Turn an RL share w into two weights, `rl = w` and `sft = 1 - w`, with SFT only where RL has no signal.
-
-    Args:
-        share: `[B]` in [0, 1].
-        active: `[B]` bool; False where the input's rewards have no spread.
-        valid: `[B]` bool; False where a row takes no part in the loss at all, e.g. padding.
-        additive: `rl = 1` and `sft = 1 - w` instead.
-
-    Returns:
-        `LossWeights`; rows that are not valid have both weights 0.
-
-    Example:
-        >>> mix(torch.tensor([0.75, 0.75]), active=torch.tensor([True, False])).sft
-        tensor([0.2500, 1.0000])
-    """
-    share = share if active is None else share * active
+    """Turn an RL share w into `rl = w` and `sft = 1 - w`, or into `rl = 1` and `sft = 1 - w` if `additive`."""
+    share = share if has_signal is None else share * has_signal
     rl, sft = share, 1 - share
     if additive:
-        rl = torch.ones_like(share) if active is None else active.to(share.dtype)
+        rl = torch.ones_like(share) if has_signal is None else has_signal.to(share.dtype)
     return LossWeights(rl, sft) if valid is None else LossWeights(rl * valid, sft * valid)
 
 
@@ -85,19 +70,19 @@ def mixed_loss(
     beta: float = 0.0,
     sft_scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """`mean_i(rl_i * rl_loss_i + sft_scale * sft_i * sft_loss_i + beta * kl_i)`, over the rows that weigh anything.
+    """Average `rl_i * rl_loss_i + sft_scale * sft_i * sft_loss_i + beta * kl_i` over the rows that have any weight.
 
     Args:
         rl_loss: `[B]` policy loss of each row.
         sft_loss: `[B]` supervised (diffusion) loss of each row's input against its ground truth.
-        weights: from a weighter.
+        weights: RL and SFT weight of each row, from a weighter.
         kl: `[B]` divergence from the reference model.
         beta: weight of `kl`.
         sft_scale: brings the two losses to one scale, e.g. from `GradientBalance`.
 
     Returns:
-        A scalar to minimise. A NaN loss with weight 0 does not reach its value. It does reach the gradient of the
-        weights that computed it: leave such rows out of the forward pass, see `LossWeights.taking_part`.
+        A scalar to minimise. A NaN loss with weight 0 does not reach its value, but does reach the gradient of the
+        model that computed it: see `LossWeights`.
 
     Raises:
         ValueError: the shapes differ, or `beta` is given without `kl`.
@@ -127,17 +112,17 @@ def _weighted(weight: Tensor, loss: Tensor) -> Tensor:
 
 
 def weighted_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
-    """Multiply each row's advantages with its RL weight, for trainers that have no supervised loss.
+    """Multiply each row's advantages by its RL weight, for trainers that have no supervised loss.
 
     Args:
         advantages: `[B]` or `[B, ...]`, e.g. one per timestep.
-        weights: From a weighter, for the same B rows in the same order.
+        weights: from a weighter, for the same rows in the same order.
 
     Returns:
-        The product in the shape, dtype and device of `advantages`.
+        The product, with the shape, dtype and device of `advantages`.
 
     Raises:
-        ValueError: The number of rows differs.
+        ValueError: the number of rows differs.
 
     Example:
         >>> weights = LossWeights(rl=torch.tensor([1.0, 0.5]), sft=torch.tensor([0.0, 0.5]))
@@ -154,7 +139,7 @@ def weighted_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
 
 
 def mixed_advantages(quality: Tensor, fidelity: Tensor, weights: LossWeights) -> Tensor:
-    """`rl * quality + sft * fidelity`: the mixture for trainers that take advantages only, both halves learnt by RL.
+    """Compute `rl * quality + sft * fidelity`, for trainers that take advantages only and learn both parts by RL.
 
     Args:
         quality: `[B]` advantages of the reward.
@@ -173,14 +158,17 @@ def mixed_advantages(quality: Tensor, fidelity: Tensor, weights: LossWeights) ->
 
 
 def optimality_probability(advantages: Tensor, weights: LossWeights | None = None, *, clip: float = 5.0) -> Tensor:
-    """DiffusionNFT's r in [0, 1]: `0.5 + 0.5 * rl * clamp(advantage / clip, -1, 1)`; 0.5 pulls nowhere.
+    """Turn advantages into DiffusionNFT's r in [0, 1]: `0.5 + 0.5 * rl * clamp(advantage / clip, -1, 1)`.
 
-    The ground truth of an input takes part as one more sample with r = 1, its loss multiplied with the SFT weight.
+    The ground truth of an input takes part as one more sample with r = 1, its loss multiplied by the SFT weight.
 
     Args:
-        advantages: `[B]`, higher is better; one that is not finite gives 0.5.
-        weights: from a weighter; without them RL is whole.
+        advantages: `[B]`, higher is better; one that is not finite gives 0.5, which pulls in neither direction.
+        weights: from a weighter; every RL weight is 1 without them.
         clip: the advantage that counts as certain.
+
+    Returns:
+        `[B]` in [0, 1], detached, higher = better.
 
     Example:
         >>> optimality_probability(torch.tensor([-9.0, 0.0, 2.5]))
@@ -196,29 +184,23 @@ def optimality_probability(advantages: Tensor, weights: LossWeights | None = Non
 
 @dataclass(eq=False)
 class AdaptiveWeighter:
-    """RL for inputs that are hard and SFT for those near their ground truth, in units of the SFT model's own spread.
+    """Weigh RL and SFT by difficulty: RL for inputs that are still hard, SFT for those near their ground truth.
 
-    For a difficulty d, l = log max(d, floor), and the share of RL is
+    With l = log(difficulty), the RL share of a sample is
 
-        w = w_min + (w_max - w_min) * sigmoid(+-kappa * (l - tau) / sig)
-        tau = rho * m0 + (1 - rho) * m        sig = max(rho * s0 + (1 - rho) * s, s_min)
+        w = low + (high - low) * sigmoid(steepness * (l - m0) / s0)
 
-    (m0, s0) are mean and standard deviation of l before RL, frozen by `calibrate`; (m, s) follow training. With rho = 1
-    a sample's weight depends on its own difficulty only and falls as the model improves; with rho = 0 half of the
-    samples are "hard" for ever. Implements the stated mechanism of arXiv 2511.01645; the formula is ours.
+    The anchor, mean m0 and standard deviation s0 of l before RL, is frozen by `calibrate`. A sample's weight therefore
+    depends on its own difficulty only, and falls as the model improves. This is the mechanism that arXiv 2511.01645
+    states; the formula is ours, because the paper's is not publicly readable.
 
     Args:
-        kappa: steepness; 0 gives all rows the same weight, a large one a hard gate at tau.
-        rho: share of the frozen anchor in centre and scale, in [0, 1].
-        w_min: RL share of the easiest rows, and of rows whose difficulty is NaN, infinite or negative.
-        w_max: RL share of the hardest rows.
-        direction: "hard_to_rl", or "hard_to_sft", the habit of recipes for language models.
+        steepness: slope of the sigmoid; 0 gives every row the same weight, a large value a hard gate at m0.
+        output_range: (low, high) of w, within [0, 1]; rows whose difficulty is NaN, infinite or negative get `low`.
+        direction: "hard_to_rl", or "hard_to_sft" (the sigmoid falls), which is common for language models.
         mode: "additive" (rl = 1, sft = 1 - w: SFT joins RL as samples come near) or "convex" (rl = w, sft = 1 - w).
-        floor: smallest difficulty told apart, so that its logarithm exists.
-        s_min: smallest scale, so that noise does not tell equally hard rows apart.
-        ema: decay of (m, s) per optimiser step.
-        num_buckets: number of separate statistics, e.g. bins of the timestep; each row then names its `bucket`.
-        calibrate_on_first: calibrate on the first batch seen instead of raising; always so if rho = 0.
+        num_bins: number of anchors, e.g. one per bin of timesteps; each row then names its bin.
+        calibrate_on_first: calibrate on the first batch instead of raising.
 
     Raises:
         ValueError: an option is out of its range.
@@ -234,38 +216,26 @@ class AdaptiveWeighter:
         Reward, 2025, https://arxiv.org/abs/2511.01645 (mechanism, not formula)
     """
 
-    kappa: float = 2.0
-    rho: float = 1.0
-    w_min: float = 0.0
-    w_max: float = 1.0
-    direction: Literal["hard_to_rl", "hard_to_sft"] = "hard_to_rl"
+    steepness: float = 2.0
+    output_range: tuple[float, float] = (0.0, 1.0)
+    direction: Direction = "hard_to_rl"
     mode: Literal["additive", "convex"] = "additive"
-    floor: float = 1e-6
-    s_min: float = 0.05
-    ema: float = 0.98
-    num_buckets: int = 1
+    num_bins: int = 1
     calibrate_on_first: bool = False
 
     signal: Literal["difficulty"] = field(default="difficulty", init=False, repr=False)
 
-    # m0, s0^2, m, s^2, each [num_buckets] and fp32, whoever calls first; replaced, never written into.
-    _statistics: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False)
-    # Centre and slope of the sigmoid per bucket; follows from the statistics.
-    _line: tuple[Tensor, Tensor] = field(init=False, repr=False)
-    _history: deque[tuple[Tensor, Tensor]] = field(
-        default_factory=lambda: deque(maxlen=HISTORY_LENGTH), init=False, repr=False
-    )
+    # Centre m0 and slope +-steepness / s0 of the sigmoid, each [num_bins] in fp32; replaced, never written into.
+    _anchor: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        low, high = self.output_range
         requirements = {
-            "kappa in [0, inf)": 0 <= self.kappa < float("inf"),
-            "rho in [0, 1]": 0 <= self.rho <= 1,
-            "0 <= w_min <= w_max <= 1": 0 <= self.w_min <= self.w_max <= 1,
+            "steepness in [0, inf)": 0 <= self.steepness < float("inf"),
+            "output_range (low, high) with 0 <= low <= high <= 1": 0 <= low <= high <= 1,
             "direction 'hard_to_rl' or 'hard_to_sft'": self.direction in ("hard_to_rl", "hard_to_sft"),
             "mode 'convex' or 'additive'": self.mode in ("convex", "additive"),
-            "floor > 0 and s_min > 0": self.floor > 0 and self.s_min > 0,
-            "ema in [0, 1)": 0 <= self.ema < 1,
-            "num_buckets >= 1": self.num_buckets >= 1,
+            "num_bins >= 1": self.num_bins >= 1,
         }
         for requirement, met in requirements.items():
             if not met:
@@ -275,90 +245,75 @@ class AdaptiveWeighter:
         self,
         difficulty: Tensor,
         *,
-        bucket: Groups | None = None,
-        active: Tensor | None = None,
+        bins: Groups | None = None,
+        has_signal: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> LossWeights:
-        """The two weights of each row; waits for no device and learns nothing from the rows.
+        """Compute the two weights of each row, without waiting for the device.
 
         Args:
             difficulty: `[B]` >= 0, larger = harder, the same for all rollouts of an input (see `iqareward.difficulty`).
-            bucket: `[B]` integers in [0, num_buckets). On a device, where a check would wait for it, a row out of range
-                counts as one whose difficulty is NaN.
-            active: `[B]` bool; False (the input's rewards have no spread) gives SFT only.
-            valid: `[B]` bool; False gives 0 for both.
+            bins: `[B]` integers in [0, num_bins). On a device, where checking them would wait for it, a row out of
+                range counts as one whose difficulty is NaN.
+            has_signal: `[B]` bool; False (the rewards of the input have no spread) gives SFT only.
+            valid: `[B]` bool; False gives weight 0 to both losses, e.g. for padding.
 
         Returns:
-            `LossWeights` of `[B]`, fp32 whatever the difficulty is; in convex mode they sum to 1 in every valid row.
+            `LossWeights` of `[B]` in fp32. In convex mode they sum to 1 in every valid row.
 
         Raises:
             RuntimeError: `calibrate` was not called.
-            ValueError: a bucket on the CPU is out of range.
+            ValueError: a bin on the CPU is out of range.
         """
-        share = self._share(*self._start(difficulty, bucket)).nan_to_num(nan=self.w_min)
-        return mix(share, active=active, valid=valid, additive=self.mode == "additive")
+        if self._anchor is None:
+            if not self.calibrate_on_first:
+                raise RuntimeError(
+                    "AdaptiveWeighter expected calibrate(difficulty) before its first use, because it measures against "
+                    "the model before RL. Call it once with difficulties of that model, or build the weighter with "
+                    "calibrate_on_first=True to take the first batch."
+                )
+            self.calibrate(difficulty, bins)
+        logs, place = self._log(difficulty, bins)
+        share = self._share(logs, place).nan_to_num(nan=self.output_range[0])
+        return mix(share, has_signal=has_signal, valid=valid, additive=self.mode == "additive")
 
-    def calibrate(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
-        """Take the difficulties of the model before RL, over as many inputs as you can afford, as the anchor.
+    def calibrate(self, difficulty: Tensor, bins: Groups | None = None) -> None:
+        """Take the difficulties of the model before RL as the anchor; the more inputs, the better.
 
         In a distributed run every process calls it with its own rows, and all get the same anchor.
 
         Args:
             difficulty: `[N]` >= 0; rows that are not finite are left out.
-            bucket: `[N]` integers in [0, num_buckets).
+            bins: `[N]` integers in [0, num_bins).
 
         Raises:
-            ValueError: difficulties are negative, or a bucket has fewer than two of them.
+            ValueError: difficulties are negative, or a bin has fewer than two of them.
         """
-        log_difficulty, place = self._log(difficulty, bucket)
-        negative = (difficulty < 0).to(log_difficulty.dtype)
-        zero = log_difficulty.new_zeros(self.num_buckets)
-        count, first, _, negatives = self._sums(log_difficulty, place, zero, negative)
-        if negatives.max().item() > 0:
+        logs, place = self._log(difficulty, bins)
+        ones = logs * 0 + 1  # NaN where the logarithm is
+        count, total, negative = self._sums(torch.stack([ones, logs, (difficulty < 0).to(logs.dtype)]), place)
+        if negative.max().item() > 0:
             raise ValueError(
                 "AdaptiveWeighter.calibrate expected `difficulty` >= 0 with larger = harder, got negative values. "
-                "Turn a score around first, e.g. with iqareward.difficulty.reference_distance(..., best=1.0)."
+                "Make a distance of a score first, e.g. with iqareward.difficulty.reference_distance(..., best=1.0)."
             )
         if count.min().item() < 2:
             got = [int(n) for n in count.tolist()]
             raise ValueError(
-                f"AdaptiveWeighter.calibrate expected two finite difficulties per bucket, got {got}. Pass more rows."
+                f"AdaptiveWeighter.calibrate expected two finite difficulties per bin, got {got}. Pass more rows."
             )
-        mean = first / count
-        var = self._sums(log_difficulty, place, mean, negative)[2] / (count - 1)
-        self._follow((mean, var, mean, var))
-        self._history.clear()
+        mean = total / count
+        offset = logs - (mean if place is None else mean[place])  # squares of the logarithms would drown the variance
+        std = (self._sums(offset.square()[None], place)[0] / (count - 1)).sqrt().clamp(min=_SMALLEST_SPREAD)
+        self._anchor = mean, (self.steepness if self.direction == "hard_to_rl" else -self.steepness) / std
 
-    def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
-        """Let the running statistics follow; once per optimiser step, by every process, after the step's weights."""
-        log_difficulty, place = self._start(difficulty, bucket)
-        assert self._statistics is not None, "_start calibrates or raises"
-        mean0, var0, mean, var = self._statistics
-        sums = self._sums(log_difficulty, place, mean, self._share(log_difficulty, place))
-        # The variance of a mixture of old and new, so that batches of one row are as good as large ones.
-        seen, shift, square, _ = (sums / sums[0].clamp(min=1)).unbind()
-        gain = (1 - self.ema) * seen  # 0 in buckets without a row
-        step = gain * shift
-        new_var = torch.lerp(var, square, gain).addcmul(step, step, value=-1).clamp(min=0)  # rounding, if ema is 0
-        self._statistics = (mean0, var0, mean + step, new_var)
-        if self.rho < 1:  # otherwise the line depends on the frozen half only
-            self._follow(self._statistics)
-        self._history.append((mean, sums))
-
-    @property
-    def history(self) -> dict[str, list[float]]:
-        """Per update (the last 4096): geometric mean of the difficulty and mean share w, of rows with a difficulty."""
-        if not self._history:
-            return {"difficulty": [], "rl_share": []}
-        mean, sums = (torch.stack(rows) for rows in zip(*self._history, strict=True))
-        count = sums[:, 0].sum(-1)
-        difficulty = ((mean * sums[:, 0] + sums[:, 1]).sum(-1) / count).exp()
-        return {"difficulty": difficulty.tolist(), "rl_share": (sums[:, 3].sum(-1) / count).tolist()}
+    def update(self, difficulty: Tensor, bins: Groups | None = None) -> None:
+        """Do nothing, because the anchor is frozen; trainers call it after each step, and other weighters learn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Configuration and statistics; without `history`, which only shows."""
+        """Return the options and the anchor `[2, num_bins]`: centre (in log-difficulty) and slope of the sigmoid."""
         config = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
-        return {"config": config, "statistics": self._statistics and torch.stack(self._statistics)}
+        return {"config": config, "anchor": self._anchor and torch.stack(self._anchor)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict()` was taken; ValueError if that weighter had other options."""
@@ -368,70 +323,56 @@ class AdaptiveWeighter:
                 f"AdaptiveWeighter expected the state of a weighter with options {own}, got {state['config']}. "
                 "Build one with AdaptiveWeighter(**state['config']) first."
             )
-        self._statistics = None
-        if state["statistics"] is not None:
-            self._follow(state["statistics"].float().unbind())
+        anchor = state["anchor"]
+        self._anchor = None if anchor is None else (anchor[0].float(), anchor[1].float())
 
-    def _log(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor | None]:
-        """Log-difficulty in fp32, NaN where the difficulty is NaN, infinite or negative; and the buckets, checked."""
+    def _log(self, difficulty: Tensor, bins: Groups | None) -> tuple[Tensor, Tensor | None]:
+        """Log-difficulty in fp32, NaN where the difficulty is NaN, infinite or negative; and the bins, checked."""
         difficulty = check_rows("AdaptiveWeighter", difficulty)
-        if bucket is None and self.num_buckets > 1:
+        if bins is None and self.num_bins > 1:
             raise ValueError(
-                f"AdaptiveWeighter expected `bucket`, integers [B] in [0, {self.num_buckets}), got None. "
-                "Name each row's bucket, or build the weighter with num_buckets=1."
+                f"AdaptiveWeighter expected `bins`, integers [B] in [0, {self.num_bins}), got None. "
+                "Name each row's bin, or build the weighter with num_bins=1."
             )
         # The logarithm before fp32, where 1e300 would be infinite.
-        logs = difficulty.log().clamp(min=math.log(self.floor)).nan_to_num(nan=torch.nan, posinf=torch.nan).float()
-        if bucket is None:
+        smallest = math.log(_SMALLEST_DIFFICULTY)
+        logs = difficulty.log().clamp(min=smallest).nan_to_num(nan=torch.nan, posinf=torch.nan).float()
+        if bins is None:
             return logs, None
-        place = check_ids("AdaptiveWeighter", bucket, difficulty, size=self.num_buckets)
-        outside = place == self.num_buckets
+        place = check_ids("AdaptiveWeighter", bins, difficulty, size=self.num_bins)
+        outside = place == self.num_bins
         return torch.where(outside, torch.nan, logs), torch.where(outside, 0, place)
 
-    def _start(self, difficulty: Tensor, bucket: Groups | None) -> tuple[Tensor, Tensor | None]:
-        """`_log`, with the statistics ready and on its device."""
-        if self._statistics is None:
-            if self.rho > 0 and not self.calibrate_on_first:
-                raise RuntimeError(
-                    "AdaptiveWeighter expected calibrate(difficulty) before its first use, because rho > 0 measures "
-                    "against the model before RL. Call it once with difficulties of that model, or build the weighter "
-                    "with calibrate_on_first=True to take the first batch."
-                )
-            self.calibrate(difficulty, bucket)
-        if self._statistics is not None and self._statistics[0].device != difficulty.device:
-            self._follow(tuple(rows.to(difficulty.device) for rows in self._statistics))
-        return self._log(difficulty, bucket)
+    def _share(self, logs: Tensor, place: Tensor | None) -> Tensor:
+        assert self._anchor is not None, "calibrated before"
+        if self._anchor[0].device != logs.device:
+            self._anchor = self._anchor[0].to(logs.device), self._anchor[1].to(logs.device)
+        centre, slope = self._anchor if place is None else (values[place] for values in self._anchor)
+        low, high = self.output_range
+        share = torch.sigmoid((logs - centre) * slope)
+        return share if (low, high) == (0, 1) else low + (high - low) * share
 
-    def _follow(self, statistics: tuple[Tensor, ...]) -> None:
-        mean0, var0, mean, var = statistics
-        centre = self.rho * mean0 + (1 - self.rho) * mean
-        scale = (self.rho * var0.sqrt() + (1 - self.rho) * var.sqrt()).clamp(min=self.s_min)
-        slope = (self.kappa if self.direction == "hard_to_rl" else -self.kappa) / scale
-        self._statistics, self._line = statistics, (centre, slope)
-
-    def _share(self, log_difficulty: Tensor, bucket: Tensor | None) -> Tensor:
-        centre, slope = self._line if bucket is None else (row[bucket] for row in self._line)
-        share = torch.sigmoid((log_difficulty - centre) * slope)
-        return share if (self.w_min, self.w_max) == (0, 1) else self.w_min + (self.w_max - self.w_min) * share
-
-    def _sums(self, log_difficulty: Tensor, bucket: Tensor | None, pivot: Tensor, extra: Tensor) -> Tensor:
-        """Per bucket, over all processes: number, sum and squares of `log - pivot`, and sum of `extra`, without NaN.
-
-        Differences to a pivot near the mean, because squares of large logarithms would drown a small variance.
-        """
-        offset = log_difficulty - (pivot if bucket is None else pivot[bucket])
-        columns = torch.stack([offset * 0 + 1, offset, offset.square(), extra]).nan_to_num(nan=0.0)
-        if bucket is None:
+    def _sums(self, columns: Tensor, place: Tensor | None) -> Tensor:
+        """Sums `[columns, num_bins]` of the rows that are not NaN, over all processes."""
+        columns = columns.nan_to_num(nan=0.0)
+        if place is None:
             sums = columns.sum(1, keepdim=True)
         else:
-            sums = columns.new_zeros(4, self.num_buckets).index_add_(1, bucket, columns)
+            sums = columns.new_zeros(len(columns), self.num_bins).index_add_(1, place, columns)
         if is_distributed():
             dist.all_reduce(sums)
         return sums
 
 
 def gradient_norm(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of the gradient of a scalar over all `parameters`; the graph stays alive for the backward pass.
+    """Measure the Euclidean norm of a loss's gradient, for `GradientBalance`; the graph stays usable.
+
+    Args:
+        loss: scalar with a graph.
+        parameters: tensors that the gradient is taken of; those of the last layers are enough for a balance.
+
+    Returns:
+        A scalar >= 0 in fp32.
 
     Example:
         >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
@@ -445,7 +386,7 @@ def gradient_norm(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class GradientBalance:
-    """`sft_scale` that makes SFT pull as hard as RL: a ratio of running gradient norms, clipped.
+    """Scale the SFT loss so that its gradient is as large as that of RL, from a ratio of running gradient norms.
 
     Losses cannot be balanced by their values: a policy loss is near 0 whatever its gradient is. In a distributed run
     average the two norms over the processes before `update`, or the scale differs between them.
@@ -477,39 +418,19 @@ class GradientBalance:
         return torch.where(measured, self.rl_norm / self.sft_norm, 1.0).clamp(self.low, self.high)
 
     def update(self, *, rl_norm: Tensor, sft_norm: Tensor) -> None:
-        """Take in the norms of one step's gradients, scalars from `gradient_norm`; those not finite are left out."""
+        """Average in the norms of one step's gradients, scalars from `gradient_norm`; those not finite are ignored."""
         self.rl_norm = self._blend(self.rl_norm, rl_norm.detach().float())
         self.sft_norm = self._blend(self.sft_norm, sft_norm.detach().float())
 
-    def _blend(self, old: Tensor | None, new: Tensor) -> Tensor:
-        old = torch.zeros_like(new) if old is None else old  # 0: nothing measured yet
-        blended = torch.where(old > 0, self.ema * old + (1 - self.ema) * new, new)
-        return torch.where(new.isfinite(), blended, old)
-
     def state_dict(self) -> dict[str, Any]:
-        """The two running norms."""
+        """Return the two running norms."""
         return {"rl_norm": self.rl_norm, "sft_norm": self.sft_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict()` was taken."""
         self.rl_norm, self.sft_norm = state["rl_norm"], state["sft_norm"]
 
-
-def balance_gradients(
-    balance: GradientBalance, rl_loss: Tensor, sft_loss: Tensor, parameters: Sequence[Tensor]
-) -> Tensor | float:
-    """Measure both gradients, update `balance` with them, and return its `sft_scale`; two extra backward passes.
-
-    Args:
-        balance: the running norms.
-        rl_loss: scalar.
-        sft_loss: scalar.
-        parameters: what the gradients are taken of; those of the last layers are enough.
-
-    Example:
-        >>> w = torch.tensor([1.0], requires_grad=True)
-        >>> balance_gradients(GradientBalance(), 6 * w.sum(), 2 * w.sum(), [w])
-        tensor(3.)
-    """
-    balance.update(rl_norm=gradient_norm(rl_loss, parameters), sft_norm=gradient_norm(sft_loss, parameters))
-    return balance.sft_scale
+    def _blend(self, old: Tensor | None, new: Tensor) -> Tensor:
+        old = torch.zeros_like(new) if old is None else old  # 0: nothing measured yet
+        blended = torch.where(old > 0, self.ema * old + (1 - self.ema) * new, new)
+        return torch.where(new.isfinite(), blended, old)

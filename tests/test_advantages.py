@@ -16,7 +16,6 @@ from iqareward.advantages import (
     RewardMemory,
     combine_advantages,
     group_advantages,
-    leave_one_out_advantages,
     rank_advantages,
 )
 from tests.tolerances import EXACT, FORMULA_FP32, OTHER_PACKAGE
@@ -84,38 +83,37 @@ def test_combined_advantages_are_those_of_trl(order, seed):
     weights = [0.5, 2.0, 1.0]
     expected = trl_advantages(rewards, weights, 4, scale_rewards="group", multi_objective_aggregation=order)
     result = combine_advantages(rewards, groups, weights=weights, order=order, scale="group")
-    torch.testing.assert_close(result.values[result.active], expected[result.active], **OTHER_PACKAGE)
+    torch.testing.assert_close(result.values[result.has_signal], expected[result.has_signal], **OTHER_PACKAGE)
 
 
 @properties
-@given(seed=seeds, name=st.sampled_from(["group", "batch", "none", "loo", "rank"]))
+@given(seed=seeds, name=st.sampled_from(["group", "batch", "none", "rank"]))
 def test_advantages_follow_their_rows_and_sum_to_zero(seed, name):
     """Every kind is permutation-equivariant and has mean 0 over each group's scored rollouts."""
     rewards, groups = rewards_with_gaps(seed)
-    kinds = {"loo": leave_one_out_advantages, "rank": rank_advantages}
 
     def kind(values, ids):
-        return kinds[name](values, ids) if name in kinds else group_advantages(values, ids, scale=name)
+        return rank_advantages(values, ids) if name == "rank" else group_advantages(values, ids, scale=name)
 
-    values, active = kind(rewards[:, 0], groups)
+    values, has_signal = kind(rewards[:, 0], groups)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
     permuted = kind(rewards[order, 0], groups[order])
     torch.testing.assert_close(permuted.values, values[order], **FORMULA_FP32)
-    assert (permuted.active == active[order]).all()
+    assert (permuted.has_signal == has_signal[order]).all()
     sums = torch.zeros(6, dtype=torch.float64).index_add_(0, groups, values)
     torch.testing.assert_close(sums, torch.zeros_like(sums), **FORMULA_FP32)
     assert (values[rewards[:, 0].isnan()] == 0).all()
 
 
-@pytest.mark.parametrize("kind", [group_advantages, leave_one_out_advantages, rank_advantages])
+@pytest.mark.parametrize("kind", [group_advantages, rank_advantages])
 def test_group_without_spread_has_no_signal(kind):
-    """Equal rewards, one scored rollout, and spreads below the floor give exactly 0 and active=False."""
+    """Equal rewards, one scored rollout, and spreads below the floor give exactly 0 and has_signal=False."""
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.7, torch.nan, torch.nan, 5.0, 5.001, 4.999, 0.0, 1.0, 2.0])
     groups = torch.arange(4).repeat_interleave(3)
-    values, active = kind(rewards, groups, std_floor=0.01)
-    assert active.tolist() == [False] * 9 + [True] * 3
+    values, has_signal = kind(rewards, groups, std_floor=0.01)
+    assert has_signal.tolist() == [False] * 9 + [True] * 3
     torch.testing.assert_close(values[:9], torch.zeros(9), **EXACT)
-    assert kind(rewards, groups).active.tolist() == [False] * 6 + [True] * 6
+    assert kind(rewards, groups).has_signal.tolist() == [False] * 6 + [True] * 6
 
 
 def test_group_scale_amplifies_noise_and_batch_scale_does_not():
@@ -125,12 +123,6 @@ def test_group_scale_amplifies_noise_and_batch_scale_does_not():
     by_group, by_batch = (group_advantages(rewards, groups, scale=scale).values for scale in ("group", "batch"))
     assert by_group[3] > 0.8 * by_group[1]
     assert by_batch[3] == pytest.approx(1e-3 * by_batch[1].item(), rel=1e-3)
-
-
-def test_leave_one_out_by_hand():
-    """Reward minus the mean of the others."""
-    result = leave_one_out_advantages(torch.tensor([1.0, 2.0, 6.0, torch.nan]), torch.zeros(4, dtype=torch.int64))
-    torch.testing.assert_close(result.values, torch.tensor([-3.0, -1.5, 4.5, 0.0]), **FORMULA_FP32)
 
 
 def test_ranks_share_ties_and_ignore_size():
@@ -156,8 +148,8 @@ def test_a_missing_score_never_wins(order, scale):
     """Rewards that are never above 0: the rollout that lacks one is not better than those that have it."""
     rewards = torch.tensor([[5.0, -40.0], [5.0, torch.nan], [5.0, -40.0], [5.0, -41.0]])
     groups = torch.zeros(4, dtype=torch.int64)
-    values, active = combine_advantages(rewards, groups, weights=[1.0, 1.0], order=order, scale=scale)
-    assert active.tolist() == [True, False, True, True]
+    values, has_signal = combine_advantages(rewards, groups, weights=[1.0, 1.0], order=order, scale=scale)
+    assert has_signal.tolist() == [True, False, True, True]
     assert values[1] == 0
     alone = combine_advantages(rewards[[0, 2, 3]], groups[:3], weights=[1.0, 1.0], order=order, scale=scale).values
     if order == "sum_then_normalize":
@@ -171,9 +163,9 @@ def test_a_sum_is_compared_within_the_rewards_of_its_input():
     rewards = torch.tensor([[1.0, nan, nan], [3.0, nan, 0.0], [1.0, -40.0, nan], [3.0, nan, nan], [3.0, -41.0, nan]])
     groups = torch.tensor([0, 0, 1, 1, 1])
     options = {"weights": [1.0, 1.0, 0.0], "order": "sum_then_normalize", "scale": "none"}
-    values, active = combine_advantages(rewards, groups, **options)
+    values, has_signal = combine_advantages(rewards, groups, **options)
     torch.testing.assert_close(values, torch.tensor([-1.0, 1.0, -0.5, 0.0, 0.5]), **FORMULA_FP32)
-    assert active.tolist() == [True, True, True, False, True]
+    assert has_signal.tolist() == [True, True, True, False, True]
 
 
 def test_both_functions_scale_alike_by_default():
@@ -188,7 +180,7 @@ def test_advantages_are_finite_whatever_the_rewards_are(value):
     """Infinite rewards are not scored; finite ones whose spread overflows say nothing; the memory forgets both."""
     groups, ids = torch.tensor([0, 0, 1, 1]), torch.arange(2)
     rewards = torch.tensor([value, -value, 1.0, 2.0], dtype=torch.float64).float()
-    for kind in (group_advantages, leave_one_out_advantages, rank_advantages):
+    for kind in (group_advantages, rank_advantages):
         assert kind(rewards, groups).values.isfinite().all()
     for order in ("normalize_then_sum", "sum_then_normalize"):
         assert combine_advantages(rewards[:, None], groups, weights=[1.0], order=order).values.isfinite().all()
@@ -245,12 +237,12 @@ def test_memory_falls_back_to_the_batch_until_filled():
 
 
 def test_memory_clips_and_knows_when_there_is_no_signal():
-    """Outliers stop at the clip; a history of equal rewards is not active; NaN is not remembered."""
+    """Outliers stop at the clip; a history of equal rewards has no signal; NaN is not remembered."""
     memory, input_0 = RewardMemory(1, length=3), torch.zeros(1, dtype=torch.int64)
     for _ in range(3):
         memory.update(torch.tensor([0.1, torch.nan]), torch.zeros(2, dtype=torch.int64))
     result = memory.advantages(torch.tensor([0.1]), input_0)
-    assert result.active.tolist() == [False]
+    assert result.has_signal.tolist() == [False]
     memory.update(torch.tensor([0.2]), input_0)
     assert memory.advantages(torch.tensor([99.0]), input_0).values.item() == 5.0
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from iqareward.groups import distributed_group_statistics, gather_rows, group_statistics
-from iqareward.schedules import TargetTracking
 from iqareward.weighting import AdaptiveWeighter
 from tests.tolerances import EXACT, FORMULA_FP32
 
@@ -18,7 +17,7 @@ CUTS = (0, 5, 16)
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Difficulties, ids whose groups cross the processes, and buckets."""
+    """Difficulties, ids whose groups cross the processes, and bins."""
     difficulty = torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.05
     difficulty[3] = torch.nan
     return difficulty, torch.arange(16) % 3, torch.arange(16) % 2
@@ -30,22 +29,16 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         own = slice(CUTS[rank], CUTS[rank + 1])
-        difficulty, groups, bucket = (tensor[own] for tensor in rows())
+        difficulty, groups, bins = (tensor[own] for tensor in rows())
         (everything,), mine = gather_rows(difficulty)
-        weighter, tracker = AdaptiveWeighter(rho=0.5, num_buckets=2, mode="convex"), TargetTracking(centre=-1.0)
-        weighter.calibrate(difficulty, bucket)
-        before = weighter(difficulty, bucket=bucket).rl
-        weighter.update(2 * difficulty, bucket)
-        tracker.update(difficulty)
+        weighter = AdaptiveWeighter(num_bins=2, mode="convex")
+        weighter.calibrate(difficulty, bins)
         result = {
             "statistics": tuple(distributed_group_statistics(difficulty, groups)),
             "gathered": everything,
             "mine": everything[mine],
-            "before": before,
-            "after": weighter(difficulty, bucket=bucket).rl,
-            "history": weighter.history,
-            "state": weighter.state_dict()["statistics"],
-            "centre": tracker.centre,
+            "rl": weighter(difficulty, bins=bins).rl,
+            "anchor": weighter.state_dict()["anchor"],
         }
         torch.save(result, Path(folder) / f"{rank}.pt")
     finally:
@@ -80,25 +73,10 @@ def test_gathered_rows_are_all_rows_in_order(results):
 
 @pytest.mark.slow
 def test_weights_do_not_depend_on_the_number_of_processes(results):
-    """Calibration, weights, update and history of two processes are those of one; both hold the same state."""
-    difficulty, _, bucket = rows()
-    alone = AdaptiveWeighter(rho=0.5, num_buckets=2, mode="convex")
-    alone.calibrate(difficulty, bucket)
-    before = alone(difficulty, bucket=bucket).rl
-    alone.update(2 * difficulty, bucket)
-    after = alone(difficulty, bucket=bucket).rl
-    torch.testing.assert_close(torch.cat([r["before"] for r in results]), before, **FORMULA_FP32)
-    torch.testing.assert_close(torch.cat([r["after"] for r in results]), after, **FORMULA_FP32)
-    torch.testing.assert_close(results[0]["state"], results[1]["state"], **EXACT)
-    for result in results:
-        assert result["history"]["difficulty"] == pytest.approx(alone.history["difficulty"], rel=1e-5)
-        assert result["history"]["rl_share"] == pytest.approx(alone.history["rl_share"], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_target_tracking_moves_alike_everywhere(results):
-    """Both processes move the centre by the mean share of all rows."""
-    alone = TargetTracking(centre=-1.0)
-    alone.update(rows()[0])
-    for result in results:
-        torch.testing.assert_close(result["centre"], alone.centre, **FORMULA_FP32)
+    """Calibration and weights of two processes are those of one; both hold the same anchor."""
+    difficulty, _, bins = rows()
+    alone = AdaptiveWeighter(num_bins=2, mode="convex")
+    alone.calibrate(difficulty, bins)
+    expected = alone(difficulty, bins=bins).rl
+    torch.testing.assert_close(torch.cat([result["rl"] for result in results]), expected, **FORMULA_FP32)
+    torch.testing.assert_close(results[0]["anchor"], results[1]["anchor"], **EXACT)

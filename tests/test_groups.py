@@ -10,16 +10,13 @@ from iqareward.advantages import (
     RewardMemory,
     combine_advantages,
     group_advantages,
-    leave_one_out_advantages,
     rank_advantages,
 )
 from iqareward.difficulty import (
     DifficultyMemory,
     blind_difficulty,
-    group_spread,
     pass_rate,
     reference_distance,
-    reward_gap,
 )
 from iqareward.groups import (
     check_ids,
@@ -145,26 +142,22 @@ def test_everything_with_ids_takes_any_integers(spelling):
         memory, difficulty = RewardMemory(2, length=2), DifficultyMemory(2, half_life=5.0)
         memory.update(rows, groups)
         difficulty.update(rows, groups)
-        weighter = AdaptiveWeighter(num_buckets=2, mode="convex")
+        weighter = AdaptiveWeighter(num_bins=2, mode="convex")
         weighter.calibrate(rows, groups)
-        weighter.update(rows, groups)
         (gathered_rows, gathered_groups), _ = gather_rows(rows, groups)
         return [
             check_ids("test", groups, rows, size=2),
             memory.advantages(rows, groups).values,
             difficulty.recall(groups),
-            weighter(rows, bucket=groups).rl,
+            weighter(rows, bins=groups).rl,
             group_statistics(rows, groups).mean,
             distributed_group_statistics(rows, groups).mean,
             group_statistics(gathered_rows, gathered_groups).mean,
             group_advantages(rows, groups).values,
-            leave_one_out_advantages(rows, groups).values,
             rank_advantages(rows, groups).values,
             combine_advantages(rows[:, None], groups, weights=[1.0]).values,
             reference_distance(rows[:, None], torch.zeros(4, 1), groups=groups),
-            reward_gap(rows, rows, groups=groups),
             pass_rate(rows, groups, threshold=2.0),
-            group_spread(rows, groups),
             blind_difficulty(rows, best=5.0, groups=groups),
         ]
 
@@ -221,7 +214,7 @@ def test_ids_out_of_range_on_a_device_touch_no_other_input():
             one.update(others, wrong)
         advantages, recalled = memory.advantages(others, wrong), difficulty.recall(wrong)
     assert memory.state_dict()["rewards"][:3, 0].tolist() == [4.0, 2.0, 4.0]
-    assert advantages.active.tolist() == [False] * 3  # a history of length 1 has no spread
+    assert advantages.has_signal.tolist() == [False] * 3  # a history of length 1 has no spread
     assert difficulty.state_dict()["values"][1:].tolist() == [2.0, 4.0]
     assert recalled.isnan().tolist() == [True, True, False]
 

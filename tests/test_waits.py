@@ -108,7 +108,7 @@ class Rows(NamedTuple):
     images: Tensor
     scores: Tensor
     groups: Tensor
-    active: Tensor
+    has_signal: Tensor
     weights: LossWeights
 
 
@@ -127,13 +127,11 @@ def weighter(make: Callable[[], Any]) -> Callable[[Rows], Callable[[], object]]:
         one = make()
         if hasattr(one, "calibrate"):
             one.calibrate(torch.rand(8) + 0.1)
-        if hasattr(one, "observe"):
-            one.update = lambda scores: one.observe(weightings.gradient_noise(x.images.flatten(1), x.images.flatten(1)))
 
         def call() -> None:
-            weights = one(x.scores, active=x.active, valid=~x.active)
+            weights = one(**{one.signal: x.scores}, has_signal=x.has_signal, valid=~x.has_signal)
             weighting.mixed_loss(x.scores, x.scores, weights, x.scores, beta=0.1)
-            one.update(x.scores)
+            one.update(**{one.signal: x.scores})
 
         return call
 
@@ -162,7 +160,13 @@ def pure(function: Callable[[Rows], object]) -> Callable[[Rows], Callable[[], ob
 def balance(x: Rows) -> Callable[[], object]:
     one, parameter = weighting.GradientBalance(), x.scores.clone().requires_grad_()
     two = [(parameter * x.scores).sum(), parameter.square().sum()]
-    return lambda: weighting.balance_gradients(one, *two, [parameter])
+
+    def call() -> object:
+        norms = [weighting.gradient_norm(loss, [parameter]) for loss in two]
+        one.update(rl_norm=norms[0], sft_norm=norms[1])
+        return one.sft_scale
+
+    return call
 
 
 def broken_gradients(x: Rows) -> object:
@@ -177,7 +181,7 @@ FORMULA_OPTIONS = {
 SCHEDULES = [
     name
     for name in weightings.__all__
-    if name.islower() and {"active", "step"} <= {*inspect.signature(getattr(weightings, name)).parameters}
+    if name.islower() and "has_signal" in inspect.signature(getattr(weightings, name)).parameters
 ]
 
 
@@ -205,23 +209,18 @@ def of_scores(score_map: Callable[[Tensor], Tensor], x: Rows) -> object:
 CALLS: dict[str, Callable[[Rows], Callable[[], object]]] = {
     **{name: weighter(schedule(name)) for name in SCHEDULES},
     "AdaptiveWeighter": weighter(AdaptiveWeighter),
-    "TargetTracking": weighter(partial(weightings.TargetTracking, centre=0.0)),
-    "NoiseAware": weighter(weightings.NoiseAware),
     "RewardMemory": memory(partial(RewardMemory, 8)),
     "DifficultyMemory": memory(partial(DifficultyMemory, 8, half_life=4)),
     **{f"group_advantages {scale}": pure(partial(grouped, scale)) for scale in ("group", "batch", "none")},
-    "leave_one_out_advantages": pure(lambda x: advantages.leave_one_out_advantages(x.scores, x.groups)),
     "rank_advantages": pure(lambda x: advantages.rank_advantages(x.scores, x.groups)),
     **{order: pure(partial(combined, order)) for order in ("normalize_then_sum", "sum_then_normalize")},
     "weighted_advantages": pure(lambda x: weighting.weighted_advantages(x.scores, x.weights)),
     "mixed_advantages": pure(lambda x: weighting.mixed_advantages(x.scores, x.scores, x.weights)),
     "optimality_probability": pure(lambda x: weighting.optimality_probability(x.scores, x.weights)),
     "drop_broken_gradients": pure(broken_gradients),
-    "balance_gradients": balance,
+    "GradientBalance": balance,
     "reference_distance": pure(lambda x: difficulty.reference_distance(x.images, x.images, groups=x.groups)),
-    "reward_gap": pure(lambda x: difficulty.reward_gap(x.scores, x.scores, groups=x.groups)),
     "pass_rate": pure(lambda x: difficulty.pass_rate(x.scores, x.groups, threshold=0.5)),
-    "group_spread": pure(lambda x: difficulty.group_spread(x.scores, x.groups)),
     "blind_difficulty": pure(lambda x: difficulty.blind_difficulty(x.scores, best=1.0)),
     **{name: pure(partial(of_images, statistic)) for name, statistic in STATISTICS.items()},
     "preprocess": pure(lambda x: preprocess(x.images, 28)),

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from iqareward.schedules import Schedule, TargetTracking, constant, cosine, gate, logistic_success, soft_gate
+from benchmarks.toy.controllers import TargetTracking
+from iqareward.schedules import Schedule, Weighter, constant, cosine, gate, logistic_success, soft_gate
 from iqareward.schedules import softmax_batch as softmax
-from iqareward.schedules.schedule import Weighter
-from iqareward.types import Groups
 from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 FIXED = (0.25, 0.5, 0.75, 0.9)
@@ -28,15 +27,15 @@ class ByPassing:
 
     def __call__(self, difficulty: Tensor, **options: Any) -> LossWeights:
         """The formula's weights."""
-        return self.schedule((difficulty < self.threshold).float(), **options)
+        return self.schedule(pass_rate=(difficulty < self.threshold).float(), **options)
 
-    def calibrate(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
+    def calibrate(self, difficulty: Tensor) -> None:
         """The median before RL counts as passing."""
         self.threshold = float(difficulty.nanmedian())
 
-    def update(self, difficulty: Tensor, bucket: Groups | None = None) -> None:
+    def update(self, difficulty: Tensor) -> None:
         """Count the step."""
-        self.schedule.update(difficulty)
+        self.schedule.update()
 
     def state_dict(self) -> dict[str, Any]:
         """Threshold and step."""
@@ -67,8 +66,7 @@ class InverseError(AdaptiveWeighter):
     def __call__(self, difficulty: Tensor, **options: Any) -> LossWeights:
         """The two weights; SFT alone where the rewards have no spread, as everywhere."""
         rl = super().__call__(difficulty, **options).rl
-        assert self._statistics is not None, "the trainer calibrates"
-        sft = 0.5 * (self._statistics[0] - difficulty.log()).exp()
+        sft = 0.5 * (self.state_dict()["anchor"][0] - difficulty.log()).exp()
         return LossWeights(rl, sft.nan_to_num(nan=1.0).clamp(max=2.0))
 
 

@@ -37,8 +37,7 @@ def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[f
     raw = [sample.get_reward_value(args) for sample in samples]
     advantages = iqareward.group_advantages(torch.tensor(raw), groups, scale="batch")
     difficulty = iqareward.reference_distance(_images(samples), _ground_truth(samples), groups=groups)
-    weights = weighter(difficulty, active=advantages.active)
-    weighter.update(difficulty)
+    weights = weighter(difficulty, has_signal=advantages.has_signal)
     for sample, sft in zip(samples, weights.sft.tolist(), strict=True):
         sample.train_metadata = {**(sample.train_metadata or {}), "sft_weight": sft}
     return raw, weighted_advantages(advantages.values, weights).tolist()

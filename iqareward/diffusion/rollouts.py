@@ -368,7 +368,7 @@ def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: Reward
         memory.update(all_rewards[:, -1], all_groups)
         parts[-1] = memory.advantages(all_rewards[:, -1], all_groups)
     values = torch.stack([part.values for part in parts])
-    return values[:, mine], parts[-1].active[mine]
+    return values[:, mine], parts[-1].has_signal[mine]
 
 
 def _submit(

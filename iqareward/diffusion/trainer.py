@@ -35,7 +35,7 @@ from iqareward.diffusion.rollouts import Experience, RolloutConfig, collect, com
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.groups import finite_or_nan
 from iqareward.rewards.batching import Overlapped
-from iqareward.schedules.schedule import Weighter, check_signal
+from iqareward.schedules import Weighter, check_signal
 from iqareward.seeds import sub_seed
 from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter, LossWeights
@@ -76,7 +76,7 @@ class DifficultyAdaptiveTrainer:
     Raises:
         TypeError: With `overlap`, a reward that lacks an attribute of `Reward`.
         ValueError: `inputs_per_update` does not divide by the number of processes, or exceeds the number of pairs; or
-            the weighter takes a signal that is not measured here, such as `NoiseAware`; or `memory` has fewer inputs.
+            the weighter names no signal, or takes pass rates without a `pass_distance`; or `memory` has fewer inputs.
 
     Example:
         >>> import tempfile, iqareward
@@ -246,7 +246,7 @@ class DifficultyAdaptiveTrainer:
         anchor = getattr(self.weighter, "calibrate", None)
         if anchor is not None:
             batches = range(min(CALIBRATION_UPDATES, len(self.pairs) // self.train_config.inputs_per_update))
-            anchor(torch.cat([self._signal(self.experience(batch, CALIBRATION)) for batch in batches]))
+            anchor(torch.cat([self.experience(batch, CALIBRATION).difficulty for batch in batches]))
 
     def update(self) -> dict[str, Any]:
         """One optimiser step: restore and score, weigh, learn. Returns the numbers to log.
@@ -257,10 +257,10 @@ class DifficultyAdaptiveTrainer:
         experience = self.experience(self.updates, ROLLOUT)
         active = experience.active if self.learner.objective.relative else None
         signal = self._signal(experience)
-        weights = self.weighter(signal, active=active, valid=experience.usable)
+        weights = self.weighter(**signal, has_signal=active, valid=experience.usable)
         seed = sub_seed(self.seed, LEARNING, self.updates)
         record = self.learner.step(experience, weights, update=self.updates, seed=seed)
-        self.weighter.update(signal)
+        self.weighter.update(**signal)
         self.updates += 1
         record = {"update": self.updates} | record | self._figures(experience, weights)
         return record | {"alarms": self._alarms(record, experience)}
@@ -300,12 +300,12 @@ class DifficultyAdaptiveTrainer:
             f"that trained without failure: mend the cause and move it over {self.checkpoint.name} to go on from there."
         )
 
-    def _signal(self, experience: Experience) -> Tensor:
-        """What the weighter goes by, `[B]`."""
+    def _signal(self, experience: Experience) -> dict[str, Tensor]:
+        """The argument that the weighter takes, `[B]`, by name."""
         if self.weighter.signal == "difficulty":
-            return experience.difficulty
+            return {"difficulty": experience.difficulty}
         weighter: Any = self.weighter
-        return experience.pass_rate(weighter.pass_distance)
+        return {"pass_rate": experience.pass_rate(weighter.pass_distance)}
 
     def experience(self, update: int, purpose: int) -> Experience:
         """The inputs of update number `update`, restored by this process, scored and compared with each other."""

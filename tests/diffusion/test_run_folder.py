@@ -21,8 +21,7 @@ from iqareward.diffusion import (
 )
 from iqareward.diffusion.checkpoint import load_state, previous, save_state, trained_weights
 from iqareward.rewards.metric import NoReference
-from iqareward.schedules import Schedule
-from iqareward.schedules.formulas import constant
+from iqareward.schedules import Schedule, constant
 from iqareward.weighting import AdaptiveWeighter
 from tests.diffusion.tiny import SIZE, pixel_policy, unet
 from tests.diffusion.train_tiny import contrast, trainer
@@ -104,7 +103,7 @@ CHANGES = {
     "train_config.ema_decay": {"train_config": TrainConfig(**SLOWER | {"ema_decay": 0.5})},
     "rollout_config.num_steps": {"rollout_config": RolloutConfig(group_size=2, num_steps=4, inputs_at_once=2)},
     "objective": {"objective": DiffusionNFT()},
-    "weighter.kappa": {"weighter": AdaptiveWeighter(kappa=3.0)},
+    "weighter.steepness": {"weighter": AdaptiveWeighter(steepness=3.0)},
     "weighter": {"weighter": Schedule(partial(constant, share=0.5))},
     "memory": {"memory": None},
     "memory.length": {"memory": RewardMemory(16, length=5)},
@@ -159,7 +158,7 @@ def test_a_part_that_cannot_be_loaded_leaves_the_trainer_as_it_was(begun, tmp_pa
     run = trainer(begun, policy=policy)
     if part == "weighter":
         plain = run.weighter.load_state_dict
-        run.weighter.load_state_dict = lambda state: plain(state) if state["statistics"] is None else refuse()
+        run.weighter.load_state_dict = lambda state: plain(state) if state["anchor"] is None else refuse()
     before = run.learner.state_dict()
     with pytest.raises(ValueError, match="expected"):
         run.train(3, resume=True)

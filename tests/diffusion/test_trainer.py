@@ -23,8 +23,7 @@ from iqareward.diffusion.checkpoint import load_state, trained_weights
 from iqareward.diffusion.pairs import InputOrder
 from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.rewards.metric import NoReference
-from iqareward.schedules import Schedule
-from iqareward.schedules.formulas import constant
+from iqareward.schedules import Schedule, constant
 from tests.diffusion.tiny import pixel_policy
 from tests.diffusion.train_tiny import contrast, overflow, trainer
 from tests.gpu import on_devices

@@ -9,9 +9,7 @@ from iqareward.advantages import RewardMemory
 from iqareward.diffusion import DifficultyAdaptiveTrainer, RolloutConfig, TrainConfig
 from iqareward.rewards.metric import FullReference
 from iqareward.schedules import (
-    NoiseAware,
     Schedule,
-    TargetTracking,
     constant,
     cosine,
     gate,
@@ -29,7 +27,6 @@ passing = partial(Schedule, pass_distance=PASSES)
 WEIGHTINGS = {
     "adaptive": (partial(AdaptiveWeighter), 0, -1),
     "adaptive, convex": (partial(AdaptiveWeighter, mode="convex"), 1, -1),
-    "adaptive, running": (partial(AdaptiveWeighter, mode="convex", rho=0.0), 1, -1),
     "adaptive, reversed": (partial(AdaptiveWeighter, mode="convex", direction="hard_to_sft"), -1, 1),
     "constant": (partial(Schedule, partial(constant, share=0.25)), 0, 0),
     "cosine": (partial(Schedule, partial(cosine, peak=0.8, valley=0.2, warmup_steps=1, decay_steps=4)), 0, 0),
@@ -39,7 +36,6 @@ WEIGHTINGS = {
     "soft_gate, hard to RL": (partial(passing, partial(soft_gate, direction="hard_to_rl")), 1, -1),
     "logistic_success": (partial(passing, partial(logistic_success, sft=0.5)), 1, 0),
     "softmax_batch": (partial(Schedule, partial(softmax_batch, sft=0.5)), 1, 0),
-    "target_tracking": (partial(TargetTracking, centre=-2.0), 1, -1),
 }
 
 
@@ -70,9 +66,9 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.weighter, name)
 
-    def __call__(self, rows, **options):
-        weights = self.weighter(rows, **options)
-        self.seen.append((rows, weights))
+    def __call__(self, **given):
+        weights = self.weighter(**given)
+        self.seen.append((given[self.weighter.signal], weights))
         return weights
 
 
@@ -129,7 +125,6 @@ def test_schedules_count_the_updates(tmp_path):
         (Schedule(gate), "pass_distance"),
         (Schedule(soft_gate), "pass_distance"),
         (Schedule(logistic_success), "pass_distance"),
-        (NoiseAware(), "observe"),
         (contrast, "attribute `signal`"),
     ],
 )

@@ -1,6 +1,6 @@
 """The two figures of the toy experiment.
 
-python benchmarks/_toy_figures.py result.json figure.png   # the front again, from a saved result
+python -m benchmarks.toy.figures result.json figure.png   # the front again, from a saved result
 """
 
 import json

@@ -2,7 +2,7 @@
 
 A sample is x [4, 2]; every point comes from one of the modes (+-1, +-1), spread by 0.1. The model sees y = x + sigma n
 with sigma in [0.1, 1.5] and proposes a ~ N(mu(y, sigma), s^2). SFT regresses mu to x, down to the posterior mean; the
-no-reference reward is the smoothed log-density of the modes, an ideal judge. All tensors carry leading dimensions
+no-reference reward is the smoothed log-density of the modes, an ideal reward. All tensors carry leading dimensions
 [arm, seed], so that every arm of a seed sees the same data and the same exploration noise.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 POINTS, WIDTH = 4, 48
 MODE_SPREAD, REWARD_BANDWIDTH, EXPLORATION = 0.1, 0.5, 0.1
-# A judge with a taste: 0 is ideal, 0.5 pays for contrast, which a policy can exploit.
+# 0 is an ideal reward; 0.5 also rewards contrast, which a policy can exploit.
 REWARD_BIAS = 0.0
 MODES = ((-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0))
 ROLLOUTS, BATCH, TEST = 8, 32, 1024

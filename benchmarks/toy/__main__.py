@@ -1,8 +1,8 @@
-"""Which weighting of RL and SFT wins, where? Hundreds of tiny restorers, every arm on the same data and noise.
+"""The toy experiment: hundreds of tiny restorers compare weightings of RL and SFT on the same data and noise.
 
-    python -m benchmarks.toy_weighting                     # the experiment: 24 seeds
-    python -m benchmarks.toy_weighting --search --first-seed 1000 --seeds 8
-    python -m benchmarks.toy_weighting --quick             # does it run?
+    python -m benchmarks.toy                     # the experiment: 24 seeds
+    python -m benchmarks.toy --search --first-seed 1000 --seeds 8
+    python -m benchmarks.toy --quick             # smoke run
 
 The last line of standard output is one JSON document; `--out folder --figures folder` writes table and figures.
 """
@@ -12,26 +12,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import _toy_figures as figures
-from benchmarks import _toy_report as report
-from benchmarks import _toy_world as world
-from iqareward.schedules import (
-    GradientNoise,
-    NoiseAware,
-    Schedule,
-    TargetTracking,
-    constant,
-    cosine,
-    gate,
-    gradient_noise,
-    logistic_success,
-    soft_gate,
-    softmax_batch,
-)
+from benchmarks.toy import figures, report, world
+from benchmarks.toy.controllers import GradientNoise, NoiseAware, RunningAnchor, TargetTracking, gradient_noise
+from iqareward.schedules import Schedule, constant, cosine, gate, logistic_success, soft_gate, softmax_batch
 from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 # Dense, because a chord under a concave front would flatter whatever is compared with it.
@@ -44,34 +32,45 @@ ADVANTAGES = ("batch", "group")
 class Arm:
     """A weighting with one state per seed, fed with rows `[seed, B]`."""
 
-    def __init__(self, build: Callable[[], object], *, signal: str = "difficulty", per_seed: bool = False) -> None:
-        self.build, self.signal, self.per_seed = build, signal, per_seed
+    def __init__(self, build: Callable[[], Any], *, per_seed: bool = False) -> None:
+        self.build, self.per_seed = build, per_seed
 
     def begin(self, anchor: Tensor) -> None:
         """Build the weighter(s), and calibrate them on `anchor` `[seed, N]` if they want it."""
         self.weighters = [self.build() for _ in range(len(anchor) if self.per_seed else 1)]
-        if isinstance(self.weighters[0], AdaptiveWeighter):
-            bucket = torch.arange(len(anchor)).repeat_interleave(anchor.shape[1])
-            self.weighters[0].calibrate(anchor.flatten(), bucket)
+        if self.per_seed:
+            for weighter, rows in zip(self.weighters, anchor, strict=True):
+                if isinstance(weighter, RunningAnchor):
+                    weighter.calibrate(rows)
+        elif isinstance(self.weighters[0], AdaptiveWeighter):
+            self.weighters[0].calibrate(anchor.flatten(), _bins(anchor))
 
     def step(self, rollouts: world.Rollouts, arm: int, noise: Callable[[int], GradientNoise]) -> LossWeights:
         """Weights `[seed, B]` of this step, and the update after it."""
-        rows = rollouts.distances[arm]
-        rows = (rows < PASS_DISTANCE).float().mean(-1) if self.signal == "pass_rate" else rows.mean(-1)
-        if not self.per_seed:
-            return self._one(self.weighters[0], rows)
-        for seed, weighter in enumerate(self.weighters):
-            if isinstance(weighter, NoiseAware):
-                weighter.observe(noise(seed))
-        parts = [self._one(weighter, row[None]) for weighter, row in zip(self.weighters, rows, strict=True)]
-        return LossWeights(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        distances = rollouts.distances[arm]
+        difficulty = distances.mean(-1)
+        if self.per_seed:
+            parts = []
+            for seed, (weighter, rows) in enumerate(zip(self.weighters, difficulty, strict=True)):
+                if isinstance(weighter, NoiseAware):
+                    weighter.observe(noise(seed))
+                parts.append(weighter(rows))
+                weighter.update(rows)
+            return LossWeights(*(torch.stack(field) for field in zip(*parts, strict=True)))
+        weighter = self.weighters[0]
+        if isinstance(weighter, AdaptiveWeighter):
+            weights = weighter(difficulty.flatten(), bins=_bins(difficulty))
+        elif weighter.signal == "pass_rate":
+            weights = weighter(pass_rate=(distances < PASS_DISTANCE).float().mean(-1).flatten())
+        else:
+            weights = weighter(difficulty.flatten())
+        weighter.update(difficulty)
+        return LossWeights(weights.rl.view_as(difficulty), weights.sft.view_as(difficulty))
 
-    def _one(self, weighter: object, rows: Tensor) -> LossWeights:
-        bucketed = isinstance(weighter, AdaptiveWeighter)
-        bucket = torch.arange(len(rows)).repeat_interleave(rows.shape[1]) if bucketed else None
-        weights = weighter(rows.flatten(), bucket=bucket)
-        weighter.update(rows.flatten(), bucket)
-        return LossWeights(weights.rl.view_as(rows), weights.sft.view_as(rows))
+
+def _bins(rows: Tensor) -> Tensor:
+    """The seed of each of the flattened rows `[seed, B]`."""
+    return torch.arange(len(rows)).repeat_interleave(rows.shape[1])
 
 
 def fixed_arms() -> dict[str, Arm]:
@@ -83,16 +82,16 @@ def shipped_arms(seeds: int) -> dict[str, Arm]:
     """The adaptive weighter, its reverse, and every schedule of the library."""
     time_decay = partial(cosine, peak=0.9, valley=0.1, warmup_steps=0, decay_steps=world.RL_STEPS)
     return {
-        "adaptive": Arm(partial(AdaptiveWeighter, num_buckets=seeds, mode="additive")),
-        "adaptive, convex": Arm(partial(AdaptiveWeighter, num_buckets=seeds, mode="convex")),
-        "adaptive, convex, kappa 0.5": Arm(partial(AdaptiveWeighter, num_buckets=seeds, mode="convex", kappa=0.5)),
-        "reversed": Arm(partial(AdaptiveWeighter, num_buckets=seeds, mode="additive", direction="hard_to_sft")),
-        "reversed, convex": Arm(partial(AdaptiveWeighter, num_buckets=seeds, mode="convex", direction="hard_to_sft")),
+        "adaptive": Arm(partial(AdaptiveWeighter, num_bins=seeds, mode="additive")),
+        "adaptive, convex": Arm(partial(AdaptiveWeighter, num_bins=seeds, mode="convex")),
+        "adaptive, convex, steepness 0.5": Arm(partial(AdaptiveWeighter, num_bins=seeds, mode="convex", steepness=0.5)),
+        "reversed": Arm(partial(AdaptiveWeighter, num_bins=seeds, mode="additive", direction="hard_to_sft")),
+        "reversed, convex": Arm(partial(AdaptiveWeighter, num_bins=seeds, mode="convex", direction="hard_to_sft")),
         "cosine": Arm(lambda: Schedule(time_decay)),
-        "gate": Arm(lambda: Schedule(gate), signal="pass_rate"),
-        "gate, hard to RL": Arm(lambda: Schedule(partial(gate, direction="hard_to_rl")), signal="pass_rate"),
-        "soft_gate": Arm(lambda: Schedule(soft_gate), signal="pass_rate"),
-        "logistic_success": Arm(lambda: Schedule(partial(logistic_success, sft=0.25)), signal="pass_rate"),
+        "gate": Arm(lambda: Schedule(gate)),
+        "gate, hard to RL": Arm(lambda: Schedule(partial(gate, direction="hard_to_rl"))),
+        "soft_gate": Arm(lambda: Schedule(soft_gate)),
+        "logistic_success": Arm(lambda: Schedule(partial(logistic_success, sft=0.25))),
         "softmax_batch": Arm(lambda: Schedule(partial(softmax_batch, sft=0.25)), per_seed=True),
         "target_tracking": Arm(partial(TargetTracking, centre=-1.0, target=0.75), per_seed=True),
         "noise_aware": Arm(NoiseAware, per_seed=True),
@@ -101,14 +100,12 @@ def shipped_arms(seeds: int) -> dict[str, Arm]:
 
 def search_arms(seeds: int) -> dict[str, Arm]:
     """Variants of the adaptive formula, for the tuning seeds."""
-    variants: dict[str, dict] = {
-        "convex, rho 0": {"rho": 0.0, "mode": "convex"},
-        "convex, w_min 0.5": {"w_min": 0.5, "mode": "convex"},
-    }
-    for kappa in (0.5, 1.0, 1.5, 2.0, 3.0):
-        variants[f"convex, kappa {kappa:g}"] = {"kappa": kappa, "mode": "convex"}
-        variants[f"additive, kappa {kappa:g}"] = {"kappa": kappa, "mode": "additive"}
-    return {name: Arm(partial(AdaptiveWeighter, num_buckets=seeds, **options)) for name, options in variants.items()}
+    variants: dict[str, dict] = {"convex, output_range 0.5 to 1": {"output_range": (0.5, 1.0), "mode": "convex"}}
+    for steepness in (0.5, 1.0, 1.5, 2.0, 3.0):
+        variants[f"convex, steepness {steepness:g}"] = {"steepness": steepness, "mode": "convex"}
+        variants[f"additive, steepness {steepness:g}"] = {"steepness": steepness, "mode": "additive"}
+    found = {name: Arm(partial(AdaptiveWeighter, num_bins=seeds, **options)) for name, options in variants.items()}
+    return {"convex, rho 0": Arm(partial(RunningAnchor, mode="convex"), per_seed=True)} | found
 
 
 def policy_direction(rollouts: world.Rollouts, advantages: str) -> Tensor:
@@ -154,7 +151,8 @@ def train(
 
 def handover(seeds: range, advantages: str, sft_scale: float) -> Tensor:
     """SFT weights `[step, (rho 1, rho 0), third of sigma]` when RL begins on a model that SFT left unfinished."""
-    arms = {f"rho {rho}": Arm(partial(AdaptiveWeighter, num_buckets=len(seeds), rho=rho)) for rho in (1.0, 0.0)}
+    frozen = Arm(partial(AdaptiveWeighter, num_bins=len(seeds)))
+    arms = {"rho 1": frozen, "rho 0": Arm(RunningAnchor, per_seed=True)}
     return train(world.pretrain(seeds, world.SFT_STEPS // 10), seeds, arms, advantages, sft_scale)[1]
 
 
@@ -168,7 +166,7 @@ def main() -> None:
         "--search", action="store_true", help="variants of the adaptive formula instead of all schedules"
     )
     parser.add_argument("--sft-scale", type=float, default=3.0, help="of every arm; 3 spreads shares of .25 to .9 best")
-    parser.add_argument("--reward-bias", type=float, default=0.0, help="a judge that pays for contrast")
+    parser.add_argument("--reward-bias", type=float, default=0.0, help="how much the reward also pays for contrast")
     parser.add_argument("--sft-steps", type=int, default=world.SFT_STEPS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
