@@ -28,12 +28,10 @@ from benchmarks._qalign_work import matmul_ceiling
 from benchmarks._vlm_models import qwen_config, random_pair
 from benchmarks._vlm_published import published_texts
 from benchmarks._vlm_work import tflop_per_image
-from iqareward.rewards.vlm.branches import DigitReadout
-from iqareward.rewards.vlm.chat import digit_ids, render, tokenize
-from iqareward.rewards.vlm.level import LevelReward
-from iqareward.rewards.vlm.presets import VISUALQUALITY_R1, RatingPreset
-from iqareward.rewards.vlm.rating import RatingReward
-from iqareward.rewards.vlm.ratings import Ratings
+from iqareward.rewards.vlm.answers import DigitReadout
+from iqareward.rewards.vlm.inputs import digit_ids, render, tokenize
+from iqareward.rewards.vlm.presets import VISUALQUALITY_R1, RatingPreset, Ratings
+from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
 
 ANSWER_TOKENS = 11  # <answer>4.25</answer> is 10 tokens of Qwen's vocabulary, and the end
 TARGET = 5.0

@@ -21,8 +21,7 @@ from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
-from iqareward.rewards.vlm.level import LevelReward
-from iqareward.rewards.vlm.rating import RatingReward
+from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
 from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
 from tests.gpu import no_waits, on_devices

@@ -13,3 +13,5 @@ from .vlm.presets import VISUALQUALITY_R1 as VISUALQUALITY_R1
 from .vlm.presets import ZERO_SHOT_LEVELS as ZERO_SHOT_LEVELS
 from .vlm.presets import LevelPreset as LevelPreset
 from .vlm.presets import RatingPreset as RatingPreset
+from .vlm.presets import Ratings as Ratings
+from .vlm.presets import Sampling as Sampling

@@ -25,7 +25,7 @@ from iqareward.rewards.piq_metrics import PIQReward
 from iqareward.rewards.pyiqa import PyIQAReward
 from iqareward.rewards.pyiqa_facts import METRICS, NO_GRADIENT, REFUSED, bounds_of
 from iqareward.rewards.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
-from iqareward.rewards.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
+from iqareward.rewards.vlm.rewards import QInsightReward, QReAlignReward, VisualQualityR1Reward
 from iqareward.types import Bounds, Reward
 
 

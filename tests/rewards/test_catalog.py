@@ -12,7 +12,7 @@ from iqareward import WeightedSum, check_reward, evaluate, functional, load
 from iqareward.rewards.catalog import CATALOG, published
 from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
 from iqareward.rewards.pyiqa_facts import METRICS, NEEDS_CUDA
-from iqareward.rewards.vlm.published import QInsightReward, VisualQualityR1Reward
+from iqareward.rewards.vlm.rewards import QInsightReward, VisualQualityR1Reward
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.weights]

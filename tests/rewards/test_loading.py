@@ -22,9 +22,8 @@ from iqareward.rewards.loading import HostCopy, LazyModel, as_current
 from iqareward.rewards.owl2 import checkpoints
 from iqareward.rewards.owl2.preprocess import preprocess
 from iqareward.rewards.owl2.rewards import QAlignReward
-from iqareward.rewards.vlm import scorer
-from iqareward.rewards.vlm.level import LevelReward
-from iqareward.rewards.vlm.network import Network
+from iqareward.rewards.vlm import checkpoints as vlm_checkpoints
+from iqareward.rewards.vlm.rewards import LevelReward
 from tests.gpu import needs_cuda, no_waits, on_devices
 from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.rewards.counting import Brightness, flat
@@ -155,14 +154,14 @@ def test_multimodal_judges_too(device: str | None, monkeypatch: pytest.MonkeyPat
         BUILDS.append(str(device))
         return seeded_model(SMALL)
 
-    def load_vlm(*_: Any, device: torch.device, **__: Any) -> Network:
+    def load_vlm(*_: Any, device: torch.device, **__: Any) -> Any:
         BUILDS.append(str(device))
-        return Network(*tiny.pair("qwen2_5_vl"))
+        return tiny.pair("qwen2_5_vl")
 
     images = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     LevelReward(tiny.pair("qwen2_5_vl"))(images)  # imports that look for GPUs
     monkeypatch.setattr(checkpoints, "load_owl2", load)
-    monkeypatch.setattr(scorer, "load_network", load_vlm)
+    monkeypatch.setattr(vlm_checkpoints, "load_model", load_vlm)
     Machine(monkeypatch)
     for reward in (QAlignReward("a/b", device=device), LevelReward("a/b", device=device)):
         assert isinstance(in_a_thread(lambda reward=reward: reward.model), nn.Module)

@@ -40,7 +40,7 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def _vlm(family: str) -> Reward:
-    from iqareward.rewards.vlm.level import LevelReward
+    from iqareward.rewards.vlm.rewards import LevelReward
     from tests.vlm import tiny
 
     return LevelReward(tiny.pair(family), differentiable=True)
@@ -48,7 +48,7 @@ def _vlm(family: str) -> Reward:
 
 def _rating() -> Reward:
     from iqareward.rewards.vlm.presets import VISUALQUALITY_R1
-    from iqareward.rewards.vlm.rating import RatingReward
+    from iqareward.rewards.vlm.rewards import RatingReward
     from tests.vlm import tiny
 
     words = tiny.processor("qwen2_5_vl")

@@ -18,8 +18,8 @@ from iqareward.rewards.vlm.presets import (
     ZERO_SHOT_LEVELS,
     LevelPreset,
     RatingPreset,
+    Ratings,
 )
-from iqareward.rewards.vlm.ratings import Ratings
 from iqareward.testing import check_reward
 from tests.tolerances import EXACT, FORMULA_FP32
 from tests.vlm.chat_double import LEVELS, next_token, of_brightness

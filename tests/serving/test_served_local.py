@@ -10,10 +10,8 @@ pytest.importorskip("transformers", reason="needs the extra vlm")
 
 from PIL import Image
 
-from iqareward.rewards.vlm.level import LevelReward
-from iqareward.rewards.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, LevelPreset
-from iqareward.rewards.vlm.rating import RatingReward
-from iqareward.rewards.vlm.ratings import Ratings
+from iqareward.rewards.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, LevelPreset, Ratings
+from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
 from iqareward.serving import judges
 from tests.tolerances import NETWORK_BATCH
 from tests.vlm import chat_double, tiny

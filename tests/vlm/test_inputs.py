@@ -13,12 +13,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from iqareward.rewards.vlm.chat import digit_ids, next_ids, render, tokenize
-from iqareward.rewards.vlm.families import family_of
-from iqareward.rewards.vlm.network import Network
-from iqareward.rewards.vlm.patches import patchify, smart_size
+from iqareward.rewards.vlm.inputs import digit_ids, family_of, next_ids, patchify, render, smart_size, tokenize
+from iqareward.rewards.vlm.network import Network, geometry_of, run_tower
 from iqareward.rewards.vlm.presets import Q_INSIGHT, Q_REALIGN, VISUALQUALITY_R1, ZERO_SHOT_LEVELS
-from iqareward.rewards.vlm.towers import geometry_of, run_tower
 from tests.gpu import needs_cuda
 from tests.tolerances import EXACT, FORMULA_FP32, NETWORK_BATCH
 from tests.vlm import tiny

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from benchmarks.meter import Meter
 from iqareward.rewards import core
-from iqareward.rewards.vlm import patches, tiles
-from iqareward.rewards.vlm.level import LevelReward
+from iqareward.rewards.vlm import inputs
 from iqareward.rewards.vlm.network import Network
 from iqareward.rewards.vlm.presets import Q_REALIGN, ZERO_SHOT_LEVELS
-from iqareward.rewards.vlm.published import QReAlignReward, zero_shot_level_reward
+from iqareward.rewards.vlm.rewards import LevelReward, QReAlignReward, zero_shot_level_reward
 from iqareward.testing import check_reward
 from tests.tolerances import EXACT, FORMULA_FP32, HALF_NETWORK, NETWORK_BATCH
 from tests.vlm import tiny
@@ -86,9 +85,8 @@ def test_gradient_is_that_of_finite_differences(family, size, monkeypatch) -> No
         weights = [torch.tensor(bicubic_coefficients(n, m) / 2.0**22) for n, m in zip(levels.shape[-2:], target)]
         return weights[0].T @ levels @ weights[1]
 
-    for module in (patches, tiles):
-        monkeypatch.setattr(module, "to_levels", lambda images: images * 255)
-        monkeypatch.setattr(module, "resize_levels", smooth)
+    monkeypatch.setattr(inputs, "to_levels", lambda images: images * 255)
+    monkeypatch.setattr(inputs, "resize_levels", smooth)
     monkeypatch.setattr(core, "clean", lambda batches, *_: (batches, torch.ones(1, 2, dtype=torch.bool)))
     made(images).sum().backward()
     assert images.grad is not None
@@ -224,7 +222,7 @@ def test_presets_choose_question_words_and_worth() -> None:
     assert made.name == "halves"
     assert made.logits(tiny.images(2)).shape == (2, 2)
     aesthetics = QReAlignReward("mini", "aesthetics", model=tiny.pair("qwen3_5"))
-    assert aesthetics.name == "qrealign_mini_aesthetics"
+    assert aesthetics.name == "qrealign_aesthetics"
     assert aesthetics.prompt.endswith("</think>\n\nThe aesthetics of the image is")
     quality = QReAlignReward("mini", model=tiny.pair("qwen3_5"))
     assert (quality(tiny.images(2)) != aesthetics(tiny.images(2))).all()

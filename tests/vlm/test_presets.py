@@ -14,8 +14,9 @@ from iqareward.rewards.vlm.presets import (
     VISUALQUALITY_R1,
     ZERO_SHOT_LEVELS,
     LevelPreset,
+    Ratings,
+    parse_rating,
 )
-from iqareward.rewards.vlm.ratings import Ratings, parse_rating
 
 RANGES = [Ratings(low, high, decimals) for low, high in ((0, 9), (1, 5), (0, 1), (3, 8)) for decimals in (1, 2)]
 

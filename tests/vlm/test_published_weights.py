@@ -6,9 +6,13 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
-from iqareward.rewards.vlm.level import LevelReward
-from iqareward.rewards.vlm.published import QInsightReward, QReAlignReward, VisualQualityR1Reward
-from iqareward.rewards.vlm.rating import RatingReward
+from iqareward.rewards.vlm.rewards import (
+    LevelReward,
+    QInsightReward,
+    QReAlignReward,
+    RatingReward,
+    VisualQualityR1Reward,
+)
 
 pytestmark = [
     pytest.mark.hub,

@@ -1,19 +1,21 @@
-"""What each vision-language scorer is asked, character for character as its authors ask it, and how it is read.
+"""Questions for vision-language models, character for character as the scorers' authors ask them.
 
-A preset says nothing about where the network runs: the same one serves a model in this process and one on a server.
-Texts are as published in the scorers' repositories (November 2026). Replace single fields with `dataclasses.replace`.
+Texts are as published in the scorers' repositories (November 2026). The same preset serves a model in this process and
+one on a server. Replace single fields with `dataclasses.replace`.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
-
-from iqareward.rewards.vlm.ratings import Ratings
 
 Task = Literal["quality", "aesthetics"]
 Size = Literal["mini", "lite", "pro"]
 
 _NO_THINKING = {"enable_thinking": False}
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -21,18 +23,18 @@ class LevelPreset:
     """A question whose answer is a level word: the score is the expected worth of that word.
 
     Args:
-        question: what the user says beside the image.
-        stem: how the assistant's answer begins.
-        levels: how the answer may go on after `stem`, best first, with the space that separates them if `stem` has
-            none; each must be one token of the model.
-        worth: of each level, highest first, in [0, 1].
-        image_first: whether the image stands before the question.
-        system: system prompt; None = what the model's chat template puts there.
-        template: options of the chat template.
-        licence: of the weights that it was published with; "" = not made for particular weights.
+        question: What the user says beside the image.
+        stem: How the assistant's answer begins.
+        levels: How the answer may go on after `stem`, best first. Each must be one token of the model, with the space
+            that separates it if `stem` does not end in one.
+        worth: The worth of each level in [0, 1], highest first.
+        image_first: Whether the image stands before the question.
+        system: The system prompt; None = what the model's chat template puts there.
+        template: Options of the chat template.
+        licence: Licence of the weights that it was published with; "" = not made for particular weights.
 
     Raises:
-        ValueError: fewer than two levels, repeated ones, or not one worth in [0, 1] for each.
+        ValueError: there are fewer than two levels, repeated ones, or not one worth in [0, 1] for each.
 
     Example:
         >>> preset = LevelPreset(question="Is this photo sharp?", stem="", levels=("Yes", "No"), worth=(1.0, 0.0))
@@ -59,6 +61,96 @@ class LevelPreset:
 
 
 @dataclass(frozen=True)
+class Ratings:
+    """All decimal ratings from `low` to `high`, such as 1.00, 1.01, ..., 5.00: the answers that a model may give.
+
+    A rating is read digit by digit, so its beginnings matter: `""`, `"4"`, `"4."`, `"4.2"`, `"4.25"`.
+
+    Args:
+        low: The lowest rating, one digit.
+        high: The highest rating, one digit.
+        decimals: Digits after the point.
+
+    Raises:
+        ValueError: not 0 <= low < high <= 9, or no decimals.
+
+    Example:
+        >>> ratings = Ratings(1, 5, decimals=2)
+        >>> ratings.digits_after(""), ratings.digits_after("5.")
+        ((1, 2, 3, 4, 5), (0,))
+        >>> ratings.mean("4.2"), ratings.mean("5")  # of 4.20 ... 4.29, and of 5.00 alone
+        (4.245, 5.0)
+    """
+
+    low: int
+    high: int
+    decimals: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 9:
+            raise ValueError(f"Ratings expected 0 <= low < high <= 9 (one digit each), got {self.low} and {self.high}.")
+        if not self.decimals >= 1:
+            raise ValueError(f"Ratings expected `decimals` >= 1, got {self.decimals}.")
+
+    def digits_after(self, start: str) -> tuple[int, ...]:
+        """Digits that may follow a beginning; after the highest whole number these are zeros only.
+
+        Raises:
+            ValueError: no rating begins like this, or no digit comes next.
+        """
+        following = {text[len(start)] for text, _ in self._beginning(start) if len(text) > len(start)} - {"."}
+        if not following:
+            raise ValueError(f"no digit follows {start!r} in a rating of {self}.")
+        return tuple(sorted(map(int, following)))
+
+    def mean(self, start: str) -> float:
+        """Mean of all ratings that begin like this: the worth of a beginning whose further digits were not read.
+
+        Raises:
+            ValueError: no rating begins like this.
+        """
+        units = [unit for _, unit in self._beginning(start)]
+        return sum(units) / (len(units) * 10**self.decimals)
+
+    def _beginning(self, start: str) -> list[tuple[str, int]]:
+        """Ratings that begin like this, as text and in units of the last decimal."""
+        found = [(text, unit) for text, unit in _written(self) if text.startswith(start)]
+        if not found:
+            raise ValueError(f"no rating of {self} begins with {start!r}, so no digit follows it.")
+        return found
+
+
+@cache
+def _written(ratings: Ratings) -> list[tuple[str, int]]:
+    scale = 10**ratings.decimals
+    units = range(ratings.low * scale, ratings.high * scale + 1)
+    return [(f"{unit // scale}.{unit % scale:0{ratings.decimals}d}", unit) for unit in units]
+
+
+def parse_rating(text: str, pattern: str, ratings: Ratings) -> float:
+    """The rating in the last `<answer>` of a text; NaN if there is none, or none in the range.
+
+    Args:
+        text: What a model wrote.
+        pattern: A regular expression whose first group is the number, searched for in the answer.
+        ratings: The range; its number of decimals is not enforced.
+
+    Example:
+        >>> parse_rating("<think>4 flaws</think><answer>3.5</answer>", r"(\\d+(?:\\.\\d+)?)", Ratings(1, 5, 2))
+        3.5
+    """
+    answers = _ANSWER.findall(text)
+    match = re.search(pattern, answers[-1]) if answers else None
+    if match is None:
+        return math.nan
+    try:
+        rating = float(match[1])
+    except ValueError:  # such as "4.2.5"
+        return math.nan
+    return rating if ratings.low <= rating <= ratings.high else math.nan
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How the authors let the model write its answer."""
 
@@ -73,17 +165,17 @@ class RatingPreset:
     """A question whose answer is a number: the score is its expectation over the digits.
 
     Args:
-        question: what the user says beside the image, for an answer without thinking.
-        thinking_question: the same for an answer after thinking, as `mode="generate"` may ask.
-        answer_prefix: how an answer begins, up to the first digit. vLLM loses a space at its end where the chat
+        question: What the user says beside the image, for an answer without thinking.
+        thinking_question: The same for an answer after thinking, as `mode="generate"` may ask.
+        answer_prefix: How an answer begins, up to the first digit. vLLM loses a space at its end where the chat
             template trims messages (Qwen3.5, Gemma 3); the digits then have too little mass, and there is no score.
-        answer_pattern: regular expression whose first group is the number in the text between `<answer>` tags.
-        ratings: range and published number of decimals.
-        sampling: of the published protocol.
-        image_first: whether the image stands before the question.
-        system: system prompt; None = what the model's chat template puts there.
-        template: options of the chat template.
-        licence: of the weights that it was published with; "" = not made for particular weights.
+        answer_pattern: A regular expression whose first group is the number in the text between `<answer>` tags.
+        ratings: Range and published number of decimals.
+        sampling: How the published protocol samples.
+        image_first: Whether the image stands before the question.
+        system: The system prompt; None = what the model's chat template puts there.
+        template: Options of the chat template.
+        licence: Licence of the weights that it was published with; "" = not made for particular weights.
 
     Example:
         >>> VISUALQUALITY_R1.answer_prefix, VISUALQUALITY_R1.ratings.digits_after("")

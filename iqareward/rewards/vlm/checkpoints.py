@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from iqareward.optional import require
-from iqareward.rewards.vlm.families import check_family
-from iqareward.rewards.vlm.network import Network
+from iqareward.rewards.vlm.inputs import check_family
 from iqareward.weight_files import FLOATS, Shape, check_values, checkpoint_folder, listed, open_weights, read_json
 
 # Found by running the tests under older versions. In 5.6 the recurrent layers of Qwen3.5 forget their state when
@@ -22,11 +21,7 @@ _PROCESSOR_FILES = ("*.txt", "*.jinja", "*.model")
 
 
 def require_transformers(name: str) -> ModuleType:
-    """The library, recent enough.
-
-    Raises:
-        ImportError: it is not installed, or too old.
-    """
+    """The library, recent enough; an ImportError says what to install."""
     transformers = require("transformers", extra="vlm", purpose=name)
     from transformers.utils.versions import require_version
 
@@ -34,20 +29,20 @@ def require_transformers(name: str) -> ModuleType:
     return transformers
 
 
-def load_network(
+def load_model(
     name: str, source: str | Path, *, device: torch.device, dtype: torch.dtype, checkpointing: bool
-) -> Network:
-    """A frozen model in eval mode with its processor.
+) -> tuple[Any, Any]:
+    """A frozen model in eval mode, and its processor.
 
     Args:
         name: The reward's name, for error messages.
-        source: a folder as `save_pretrained` writes it, or a hub id `owner/name`, or `owner/name/folder`.
-        device: where the weights go.
-        dtype: their dtype.
-        checkpointing: recompute layers in the backward pass instead of keeping their activations.
+        source: A folder as `save_pretrained` writes it, or a hub id `owner/name`, or `owner/name/folder`.
+        device: Where the weights go.
+        dtype: The dtype of the weights.
+        checkpointing: Whether to recompute layers in the backward pass instead of keeping their activations.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or too old.
         OSError: a file is missing, or cannot be downloaded.
         ValueError: the model's family is not supported, a file is damaged, or the weights are not those of the model
             that config.json describes.
@@ -85,7 +80,7 @@ def load_network(
     _fuse_norms(model)
     if checkpointing:
         _recompute_layers(model)
-    return Network(model, processor)
+    return model, processor
 
 
 def _folder(source: str | Path) -> Path:
@@ -97,10 +92,9 @@ def _folder(source: str | Path) -> Path:
 
 
 def _check_stored(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
-    """Refuse quantised weights, and sizes that the weights cannot have: building those could take minutes.
+    """The file of each tensor; quantised weights are refused, and sizes that the weights cannot have.
 
-    Returns:
-        The file of each tensor.
+    Building a network of such sizes could take minutes.
     """
     path, owners, headers = folder / "config.json", dict[str, Path](), dict[str, tuple[Shape, torch.dtype]]()
     for file in open_weights(folder):
