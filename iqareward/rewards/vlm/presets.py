@@ -152,7 +152,18 @@ def parse_rating(text: str, pattern: str, ratings: Ratings) -> float:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the authors let the model write its answer."""
+    """How the authors let the model write its answer.
+
+    Args:
+        temperature: Divisor of the logits.
+        top_k: Number of most probable tokens that may be drawn; 0 = all.
+        top_p: Probability of the most probable tokens that may be drawn.
+        max_new_tokens: The longest answer.
+
+    Example:
+        >>> Sampling(temperature=1.0, top_k=50, top_p=0.95, max_new_tokens=1024).top_k
+        50
+    """
 
     temperature: float
     top_k: int
