@@ -11,20 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import iqareward
-from iqareward.diffusion import (
-    Degradation,
-    DifficultyAdaptiveTrainer,
-    DiffusionNFT,
-    RolloutConfig,
-    StoredPairs,
-    SyntheticPairs,
-    TrainConfig,
-    Validation,
-    build_restorer,
-    supervised,
-)
+from iqareward import diffusion
 
-DEGRADATION = Degradation(("blur", "noise"), max_sigma=2.0, max_noise=40.0)
+DEGRADATION = diffusion.Degradation(("blur", "noise"), max_sigma=2.0, max_noise=40.0)
 THIRDS = ("easy", "middle", "hard")
 BATCH = 64  # comparisons in an update of the learned reward
 
@@ -82,7 +71,9 @@ class Ranker(nn.Module):
         return self.head(pooled)[:, 0]
 
 
-def learn_reward(pairs: StoredPairs, restored: Tensor, severity: Tensor, settings: Settings) -> iqareward.NoReference:
+def learn_reward(
+    pairs: diffusion.StoredPairs, restored: Tensor, severity: Tensor, settings: Settings
+) -> iqareward.NoReference:
     """Train a reward without references to rank images by their damage.
 
     The loss is logistic in the difference of two scores, weighted with the difference of their damage. A restoration
@@ -114,33 +105,35 @@ def learn_reward(pairs: StoredPairs, restored: Tensor, severity: Tensor, setting
 
 def train(settings: Settings, progress: Callable[[str], None]) -> Trained:
     """Train and evaluate; `progress` is called with a line of text before each stage."""
-    seed = settings.seed
-    scenes = SyntheticPairs(settings.num_scenes, size=settings.size, degradation=DEGRADATION, seed=seed)
-    held_out = SyntheticPairs(settings.num_held_out, size=settings.size, degradation=DEGRADATION, seed=seed + 1)
-    pairs, (degraded, references) = StoredPairs.of(scenes), held_out.batch(range(len(held_out)))
-    policy = build_restorer(settings.channels, seed=seed)
+    seed, kind = settings.seed, {"size": settings.size, "degradation": DEGRADATION}
+    scenes = diffusion.SyntheticPairs(settings.num_scenes, **kind, seed=seed)
+    held_out = diffusion.SyntheticPairs(settings.num_held_out, **kind, seed=seed + 1)
+    pairs, (degraded, references) = diffusion.StoredPairs.of(scenes), held_out.batch(range(len(held_out)))
+    policy = diffusion.build_restorer(settings.channels, seed=seed)
     progress(f"Training a restorer by SFT on {len(pairs)} scenes")
     common: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "seed": seed}
     sft = {"num_updates": settings.sft_updates, "batch_size": 32, "learning_rate": 2e-3, "ema_decay": 0.99}
-    supervised(policy, pairs, **sft, **common)
+    diffusion.supervised(policy, pairs, **sft, **common)
     progress(f"Training a reward that ranks damage, {settings.reward_updates} updates")
-    seen = Validation(pairs.degraded, pairs.references, {}, num_steps=settings.num_steps, inputs_at_once=64)
+    seen = diffusion.Validation(pairs.degraded, pairs.references, {}, num_steps=settings.num_steps, inputs_at_once=64)
     severity = scenes.severities(range(len(scenes)))
     reward = learn_reward(pairs, seen.restore(policy, seed=seed), severity, settings)
     progress(f"Training on by RL, {settings.group_size} restorations of each of {settings.inputs} scenes per update")
     watched = {name: iqareward.load(name) for name in ("ssim", "gmsd")}
     monitor = iqareward.HackingMonitor(watched)
-    validation = Validation(degraded, references, watched, num_steps=settings.num_steps, monitor=monitor)
+    validation = diffusion.Validation(degraded, references, watched, num_steps=settings.num_steps, monitor=monitor)
     before = validation.restore(policy, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DifficultyAdaptiveTrainer(
+        trainer = diffusion.DifficultyAdaptiveTrainer(
             policy,
             reward,
             pairs,
             output_dir=folder,
-            objective=DiffusionNFT(),
-            rollout_config=RolloutConfig(group_size=settings.group_size, num_steps=settings.num_steps),
-            train_config=TrainConfig(learning_rate=2e-4, inputs_per_update=settings.inputs, sft_scale="balanced"),
+            objective=diffusion.DiffusionNFT(),
+            rollout_config=diffusion.RolloutConfig(group_size=settings.group_size, num_steps=settings.num_steps),
+            train_config=diffusion.TrainConfig(
+                learning_rate=2e-4, inputs_per_update=settings.inputs, sft_scale="balanced"
+            ),
             validation=validation,
             **common,
         )
