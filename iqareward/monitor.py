@@ -1,7 +1,8 @@
-"""Watching for a hacked reward: what rises, what falls, and what drifts, on images that the policy never trains on."""
+"""Watch for reward hacking: compare what rises, falls and drifts on held-out images with the model before RL."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,134 +15,81 @@ from iqareward.functional.color import luma
 from iqareward.functional.filters import mean_of_map
 from iqareward.groups import finite_or_nan
 
-DARK = 0.1
-CLIPPED = 1 / 255  # nearer to 0 or 1 than this is saturated
+_DARK = 0.1
+_CLIPPED = 1 / 255  # a channel nearer to 0 or 1 than this is saturated
+_FEWEST_IMAGES = 4  # with fewer a standard error says nothing
 
 
-def saturation_share(images: Tensor) -> Tensor:
-    """Share of pixels with a channel at 0 or 1: burnt highlights, crushed shadows.
-
-    Args:
-        images: `[B, 3, H, W]` in [0, 1].
-
-    Returns:
-        `[B]` fp32 in [0, 1]; NaN for images with non-finite pixels.
-
-    Example:
-        >>> saturation_share(torch.ones(1, 3, 8, 8))
-        tensor([1.])
-    """
-
-    def share(rows: Tensor) -> Tensor:
-        return ((rows <= CLIPPED) | (rows >= 1 - CLIPPED)).any(1).float().flatten(1).mean(1)
-
-    return _statistic("saturation_share", share, images)
+def _saturation_share(images: Tensor) -> Tensor:
+    return ((images <= _CLIPPED) | (images >= 1 - _CLIPPED)).any(1).float().flatten(1).mean(1)
 
 
-def colorfulness(images: Tensor) -> Tensor:
-    """Mean difference between the largest and the smallest channel: 0 for grey.
-
-    Args:
-        images: `[B, 3, H, W]` in [0, 1].
-
-    Example:
-        >>> colorfulness(torch.full((1, 3, 8, 8), 0.3))
-        tensor([0.])
-    """
-    return _statistic("colorfulness", lambda rows: mean_of_map(rows.amax(1) - rows.amin(1)), images)
+def _colorfulness(images: Tensor) -> Tensor:
+    return mean_of_map(images.amax(1) - images.amin(1))
 
 
-def dark_fraction(images: Tensor) -> Tensor:
-    """Share of pixels with luma below 0.1.
-
-    Args:
-        images: `[B, 3, H, W]` in [0, 1].
-
-    Example:
-        >>> dark_fraction(torch.zeros(1, 3, 8, 8))
-        tensor([1.])
-    """
-    return _statistic("dark_fraction", lambda rows: (luma(rows) < DARK).float().flatten(1).mean(1), images)
+def _dark_fraction(images: Tensor) -> Tensor:
+    return (luma(images) < _DARK).float().flatten(1).mean(1)
 
 
-def edge_density(images: Tensor) -> Tensor:
-    """Mean length of the luma gradient (Sobel), in grey levels per pixel: rises with sharpening, ringing and noise.
-
-    Args:
-        images: `[B, 3, H, W]` in [0, 1], sides at least 3.
-
-    Example:
-        >>> ramp = torch.linspace(0, 0.7, 8).expand(1, 3, 8, 8)
-        >>> edge_density(ramp)
-        tensor([0.1000])
-    """
-
-    def density(rows: Tensor) -> Tensor:
-        planes, across, along = luma(rows), (-0.5, 0.0, 0.5), (0.25, 0.5, 0.25)
-        slopes = [
-            correlate(correlate(planes, across, is_vertical=is_vertical), along, is_vertical=not is_vertical)
-            for is_vertical in (False, True)
-        ]
-        return mean_of_map(torch.stack(slopes).norm(dim=0))
-
-    return _statistic("edge_density", density, images, min_side=3)
+def _edge_density(images: Tensor) -> Tensor:
+    planes, across, along = luma(images), (-0.5, 0.0, 0.5), (0.25, 0.5, 0.25)  # Sobel
+    slopes = [
+        correlate(correlate(planes, across, is_vertical=is_vertical), along, is_vertical=not is_vertical)
+        for is_vertical in (False, True)
+    ]
+    return mean_of_map(torch.stack(slopes).norm(dim=0))
 
 
-def high_frequency_share(images: Tensor) -> Tensor:
-    """Share of the luma's variance above half the Nyquist frequency: rises with added noise and invented texture.
-
-    Args:
-        images: `[B, 3, H, W]` in [0, 1].
-
-    Returns:
-        `[B]` fp32 in [0, 1]; 0 for flat images, NaN for images with non-finite pixels.
-
-    Example:
-        >>> checkerboard = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(4, 4).expand(1, 3, 8, 8)
-        >>> high_frequency_share(checkerboard)
-        tensor([1.])
-    """
-
-    def share(rows: Tensor) -> Tensor:
-        planes = luma(rows)
-        planes = torch.where(planes.isfinite(), planes, 0.0)
-        power = torch.fft.fft2(planes - mean_of_map(planes)[:, None, None]).abs().square()
-        vertical, horizontal = (torch.fft.fftfreq(side, device=rows.device).abs() for side in rows.shape[2:])
-        high = torch.maximum(vertical[:, None], horizontal[None]) > 0.25
-        shown, total = mean_of_map(power * high), mean_of_map(power)
-        # A flat image leaves rounding noise only, whose share says nothing.
-        return torch.where(total < 1e-10 * planes.shape[1:].numel(), 0.0, shown / total)
-
-    return _statistic("high_frequency_share", share, images)
+def _high_frequency_share(images: Tensor) -> Tensor:
+    planes = luma(images)
+    planes = torch.where(planes.isfinite(), planes, 0.0)
+    power = torch.fft.fft2(planes - mean_of_map(planes)[:, None, None]).abs().square()
+    vertical, horizontal = (torch.fft.fftfreq(side, device=images.device).abs() for side in images.shape[2:])
+    high = torch.maximum(vertical[:, None], horizontal[None]) > 0.25
+    shown, total = mean_of_map(power * high), mean_of_map(power)
+    # A flat image leaves rounding noise only, whose share says nothing.
+    return torch.where(total < 1e-10 * planes.shape[1:].numel(), 0.0, shown / total)
 
 
-def _statistic(name: str, formula: Callable[[Tensor], Tensor], images: Tensor, *, min_side: int = 1) -> Tensor:
-    """A formula of each image in pieces; NaN for images with non-finite pixels."""
+def _statistic(name: str, formula: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Apply a formula to the images in pieces; NaN for images with non-finite pixels."""
 
     def unless_broken(rows: Tensor) -> Tensor:
         return torch.where(rows.isfinite().flatten(1).all(1), formula(rows), torch.nan)
 
-    return map_chunks(unless_broken, check_images(name, images, min_side=min_side))
+    return map_chunks(unless_broken, check_images(name, images, min_side=3))
 
 
 STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "saturation_share": saturation_share,
-    "colorfulness": colorfulness,
-    "dark_fraction": dark_fraction,
-    "edge_density": edge_density,
-    "high_frequency_share": high_frequency_share,
+    name: partial(_statistic, name, formula)
+    for name, formula in {
+        "saturation_share": _saturation_share,
+        "colorfulness": _colorfulness,
+        "dark_fraction": _dark_fraction,
+        "edge_density": _edge_density,
+        "high_frequency_share": _high_frequency_share,
+    }.items()
 }
-FEWEST_IMAGES = 4  # below it a standard error says nothing
+"""Image statistics by name; each maps images `[B, 3, H, W]` in [0, 1] with sides of at least 3 to `[B]` in fp32.
+
+- `saturation_share`: share of pixels with a channel at 0 or 1 (burnt highlights, crushed shadows).
+- `colorfulness`: mean difference between the largest and the smallest channel.
+- `dark_fraction`: share of pixels with luma below 0.1.
+- `edge_density`: mean length of the luma gradient, in grey levels per pixel; rises with sharpening, ringing and noise.
+- `high_frequency_share`: share of the luma's variance above half the Nyquist frequency; rises with added noise and
+  invented texture, 0 for flat images.
+"""
 
 
 @dataclass(frozen=True)
 class MonitorReport:
-    """What one look found.
+    """What one comparison with the model before RL found.
 
     Attributes:
-        means: by name, the mean over the images; the training reward is "reward".
-        changes: by name, the mean paired change since before RL, in standard deviations of the images before RL.
-        alarms: one sentence for each thing that moved while the reward rose; empty if nothing did.
+        means: mean over the images of each measure by name; the training reward is "reward".
+        changes: mean paired change of each measure since before RL, in standard deviations over the images before RL.
+        alarms: one sentence for each measure that is suspicious while the reward rose; empty if none is.
     """
 
     means: dict[str, float]
@@ -150,19 +98,20 @@ class MonitorReport:
 
 
 class HackingMonitor:
-    """Alarms when the training reward rises while judges that are not in it fall, or while the images drift.
+    """Raise an alarm when the training reward rises while held-out judges fall, or while the images drift.
 
-    It looks at the same held-out inputs every time and compares each with itself before RL. A change counts if it is
-    more than `z` standard errors from 0 and more than `effect` standard deviations of the images. Judges alarm when
-    they fall, image statistics when they move either way *away from those of the ground truth*: restorations that get
-    sharper as the ground truth is sharp are what was asked for.
+    Every call compares the same held-out inputs with themselves before RL. A change counts if it is more than `z`
+    standard errors from 0 and more than `effect` standard deviations over the images. Judges alarm when they fall.
+    Image statistics alarm when they move *away from those of the ground truth*, in either direction: restorations that
+    get as sharp as the ground truth are what was asked for.
 
     Args:
-        judges: by name, `judge(images, references=...) -> [V]`, higher is better; held-out judges and fidelity metrics.
-        statistics: by name, `statistic(images) -> [V]`; those of this module if not given.
-        z: standard errors that count as significant.
+        judges: `judge(images, references=...) -> [V]` by name, higher is better: rewards and fidelity metrics that are
+            not part of the training reward.
+        statistics: `statistic(images) -> [V]` by name.
+        z: number of standard errors that count as significant.
         effect: smallest change that matters, in standard deviations over the images before RL.
-        patience: looks in a row that must find the same before it is an alarm.
+        patience: number of calls in a row that must find the same change before it is an alarm.
 
     Raises:
         ValueError: an option is not positive.
@@ -196,12 +145,12 @@ class HackingMonitor:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it knows the model before RL."""
+        """Whether `calibrate` was called."""
         return bool(self._before)
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, references: Tensor, rewards: Tensor) -> None:
-        """Remember how the model before RL restores the held-out inputs.
+        """Measure how the model before RL restores the held-out inputs.
 
         Args:
             images: `[V, 3, H, W]` restorations in [0, 1].
@@ -223,12 +172,12 @@ class HackingMonitor:
             rewards: `[V]` training rewards of `images`.
 
         Returns:
-            A `MonitorReport`, also kept in `history`. Inputs that a judge did not score take no part in its change;
-            fewer than four scored inputs never alarm.
+            A `MonitorReport`, also kept in `history`. Inputs without a score are left out of a comparison; with fewer
+            than four scored inputs there is no alarm.
 
         Raises:
             RuntimeError: `calibrate` was not called.
-            ValueError: the number of images is another one.
+            ValueError: the number of images differs from that of `calibrate`.
         """
         if not self.calibrated:
             raise RuntimeError(
@@ -237,7 +186,7 @@ class HackingMonitor:
         if len(images) != len(self._before["reward"]):
             raise ValueError(
                 f"HackingMonitor expected the {len(self._before['reward'])} inputs of calibrate, got {len(images)}. "
-                "Show it the same held-out inputs every time."
+                "Pass the same held-out inputs every time."
             )
         now = self._measure(images, references, rewards)
         moved = {name: self._moved(now[name] - self._before[name], self._before[name]) for name in now}
@@ -256,9 +205,9 @@ class HackingMonitor:
         return {name: finite_or_nan(values.detach().float().cpu()) for name, values in found.items()}
 
     def _moved(self, difference: Tensor, before: Tensor) -> tuple[float, int]:
-        """(change in standard deviations of `before`, its sign if it counts, else 0)."""
+        """Mean change in standard deviations of `before`, and its sign, or 0 if it does not count."""
         scored = difference[difference.isfinite()]
-        if len(scored) < FEWEST_IMAGES:
+        if len(scored) < _FEWEST_IMAGES:
             return 0.0, 0
         mean, spread = scored.mean(), before[before.isfinite()].std()
         change = float(mean / spread.clamp(min=1e-6 + 1e-3 * before.nanmean().abs()))
@@ -280,13 +229,14 @@ class HackingMonitor:
         return f"{name} {verb} {step(name)} while the reward rose {step('reward')}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later looks depend on; without `history`."""
-        copies = ({name: values.clone() for name, values in part.items()} for part in (self._before, self._truth))
-        before, truth = copies
+        """Return everything that later calls depend on; without `history`."""
+        before, truth = (
+            {name: values.clone() for name, values in part.items()} for part in (self._before, self._truth)
+        )
         return {"before": before, "truth": truth, "in_a_row": dict(self._in_a_row)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict()` was taken; ValueError if that monitor watched other things."""
+        """Continue where `state_dict()` was taken; ValueError if that monitor had other measures."""
         watched = {"reward", *self.judges, *self.statistics}
         if state["before"] and set(state["before"]) != watched:
             raise ValueError(

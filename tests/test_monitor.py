@@ -1,4 +1,7 @@
-"""The monitor is silent while all is well and speaks when a reward is hacked."""
+"""The monitor is silent while all is well and alarms when a reward is hacked; each statistic does what it says."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -6,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iqareward.diffusion import synthetic_images
+from iqareward.functional.filters import blur_valid, gaussian_taps
 from iqareward.functional.psnr import psnr
 from iqareward.functional.ssim import ssim
-from iqareward.monitor import HackingMonitor
+from iqareward.monitor import STATISTICS, HackingMonitor
+from tests.tolerances import EXACT
 
 JUDGES = {"psnr": psnr, "ssim": ssim}
 TRUTH = synthetic_images(range(16), size=24)
@@ -108,3 +113,87 @@ def test_misuse_is_explained():
         monitor().update(BLURRED[:3], TRUTH[:3], LOW[:3])
     with pytest.raises(ValueError, match="patience"):
         HackingMonitor(JUDGES, patience=0)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Eight synthetic scenes."""
+    return synthetic_images(range(8), size=32)
+
+
+def noisy(images):
+    """With noise of 10 % added."""
+    return (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+
+
+CHANGES = {
+    "saturation_share": lambda images: (3 * images - 1).clamp(0, 1),
+    "colorfulness": lambda images: (images + 0.5 * (images - images.mean(1, keepdim=True))).clamp(0, 1),
+    "dark_fraction": lambda images: images**4,
+    "edge_density": noisy,
+    "high_frequency_share": noisy,
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_each_statistic_rises_with_what_it_describes(name, scenes):
+    """For every scene; and it is one finite fp32 number per image."""
+    before, after = STATISTICS[name](scenes), STATISTICS[name](CHANGES[name](scenes))
+    assert before.shape == (8,)
+    assert before.dtype == torch.float32
+    assert (after >= before).all()
+    assert (after > before).sum() >= 6
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [
+        ("saturation_share", torch.ones(8, 8), 1.0),
+        ("colorfulness", torch.full((8, 8), 0.3), 0.0),
+        ("dark_fraction", torch.zeros(8, 8), 1.0),
+        ("edge_density", torch.linspace(0, 0.7, 8).expand(8, 8), 0.1),
+        ("high_frequency_share", torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(4, 4), 1.0),
+        ("high_frequency_share", torch.full((8, 8), 0.3), 0.0),
+    ],
+)
+def test_statistics_by_hand(name, image, expected):
+    """Grey images whose value can be checked on paper."""
+    found = STATISTICS[name](image.expand(1, 3, 8, 8))
+    torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_images_do_not_touch_each_other(name, scenes):
+    """A broken image is NaN alone; every other one has the value it has alone."""
+    broken = scenes.clone()
+    broken[3, 1, 4, 5] = torch.nan
+    values = STATISTICS[name](broken)
+    assert values[3].isnan()
+    for row in (0, 7):
+        torch.testing.assert_close(values[row], STATISTICS[name](scenes[row : row + 1])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_digits_do_not_depend_on_threads(monkeypatch):
+    """A crowded machine leaves fewer of torch's threads from call to call, and a log repeats bit for bit."""
+    images = torch.rand(1, 3, 1024, 1030, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(time, "thread_time", time.perf_counter)  # cores are free, even if they are not
+
+    def values(count):
+        torch.set_num_threads(count)
+        return torch.stack([statistic(images) for statistic in STATISTICS.values()])
+
+    try:
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:  # which have learnt nothing else before
+            expected = one.submit(values, 1).result()
+            for count in (2, 3, 4):
+                torch.testing.assert_close(other.submit(values, count).result(), expected, **EXACT)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_blur_lowers_edges_and_high_frequencies(scenes):
+    """The two that noise raises."""
+    blurred = blur_valid(scenes, gaussian_taps(5, 1.0))
+    for name in ("edge_density", "high_frequency_share"):
+        assert (STATISTICS[name](blurred) < STATISTICS[name](scenes[..., 2:-2, 2:-2])).all()

@@ -17,7 +17,7 @@ from benchmarks.meter import Meter
 from iqareward.functional import ssim
 from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps, halve
-from iqareward.monitor import edge_density
+from iqareward.monitor import STATISTICS
 from iqareward.rewards.scoring import RANGE_SLACK, sanitize
 from tests.gpu import no_waits
 from tests.tolerances import EXACT, FORMULA_FP32
@@ -167,7 +167,7 @@ def test_edge_density():
     planes = luma(images).double()[:, None]
     sobel = torch.tensor([[[[-0.125, 0, 0.125], [-0.25, 0, 0.25], [-0.125, 0, 0.125]]]], dtype=torch.float64)
     expected = torch.hypot(F.conv2d(planes, sobel), F.conv2d(planes, sobel.mT)).mean((1, 2, 3)).float()
-    torch.testing.assert_close(edge_density(images.to(DEVICE)).cpu(), expected, **FORMULA_FP32)
+    torch.testing.assert_close(STATISTICS["edge_density"](images.to(DEVICE)).cpu(), expected, **FORMULA_FP32)
 
 
 @kernels
