@@ -89,6 +89,8 @@ LOADING = threading.RLock()
 fork_waits_for(LOADING)
 
 _ALIGNMENT = 256  # bytes, of the tensors of a `HostCopy`
+# How often the weights of a network have moved. Several rewards may share one, and CUDA graphs hold their addresses.
+_MOVES = weakref.WeakKeyDictionary[nn.Module, int]()
 
 T = TypeVar("T")
 
@@ -140,6 +142,7 @@ class LazyModel:
         self._offloaded = False
         self._order = StreamOrder(torch.device("cpu"))
         self._derived: dict[Hashable, tuple[Any, StreamOrder]] = {}
+        self._moves = 0
         self.lock = ProcessLock()
 
     def get(self, images: Tensor | None = None) -> nn.Module:
@@ -170,6 +173,8 @@ class LazyModel:
         """The cached result of `make(network)`, computed again when the network has moved; for this thread's stream."""
         with self.lock, torch.inference_mode(False), torch.no_grad():
             network = self.ready()
+            if self._moves != _MOVES.get(network, 0):
+                self._drop_derived(network)
             if key not in self._derived:
                 value = make(network)
                 self._derived[key] = value, StreamOrder(self.device)
@@ -191,7 +196,7 @@ class LazyModel:
                 if self._offloaded and target == self.device:
                     self.onload()
                 else:
-                    self._release()
+                    self._release(self._network)
                     self._network.to(target)
                     self._host, self._offloaded, self._order = None, False, StreamOrder(target)
             self._asked, self._device = device, target
@@ -204,7 +209,7 @@ class LazyModel:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             if self._network is None or self._offloaded:
                 return
-            self._release()
+            self._release(self._network)
             if self.device.type != "cpu":
                 if self._host is None or not self._host.is_current(self._network):
                     self._host = None  # two copies need not fit
@@ -220,12 +225,18 @@ class LazyModel:
                     self._host.onload()
                 self._offloaded, self._order = False, StreamOrder(self.device)
 
-    def _release(self) -> None:
+    def _release(self, network: nn.Module) -> None:
         """Drop derived values; the memory of the weights is reused only after all streams that read it are done."""
         self._order.read()
-        for order in (self._order, *(order for _, order in self._derived.values())):
+        self._order.drop()
+        _MOVES[network] = _MOVES.get(network, 0) + 1
+        self._drop_derived(network)
+
+    def _drop_derived(self, network: nn.Module) -> None:
+        for _, order in self._derived.values():
             order.drop()
         self._derived.clear()
+        self._moves = _MOVES.get(network, 0)
 
     def _where_to_build(self, images: Tensor | None) -> torch.device | None:
         near = images.device if images is not None and images.device.type == "cuda" else None

@@ -183,6 +183,24 @@ def test_the_first_images_tell_if_nothing_else_does(machine: Machine) -> None:
     assert BUILDS == ["cuda:0", "cuda:5", "cuda:3"]
 
 
+def test_what_is_derived_follows_a_network_that_another_reward_moves() -> None:
+    """Two rewards share a network; what one computed from weights that the other has moved is computed again."""
+    network, made = nn.Linear(2, 2), list[str]()
+    mover, other = (LazyModel(lambda _: network, is_built=True) for _ in range(2))
+
+    def derive(found: nn.Module) -> int:
+        made.append("derived")
+        return id(found)
+
+    mover.get()
+    assert other.derived("graph", derive) == other.derived("graph", derive) == id(network)
+    assert len(made) == 1
+    for move in (mover.offload, mover.onload, lambda: mover.to("cpu")):
+        move()
+    assert other.derived("graph", derive) == other.derived("graph", derive) == id(network)
+    assert len(made) == 2
+
+
 def test_cuda_after_pickling_and_moving(machine: Machine) -> None:
     """A copy goes by the thread that unpickles it, `to` by the one that calls it; a given index always stays."""
     in_a_thread(lambda: pickle.loads(pickle.dumps(LazyModel(build, "cuda")))).get()
