@@ -230,9 +230,8 @@ class HackingMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later calls depend on; without `history`."""
-        before, truth = (
-            {name: values.clone() for name, values in part.items()} for part in (self._before, self._truth)
-        )
+        before = {name: values.clone() for name, values in self._before.items()}
+        truth = {name: values.clone() for name, values in self._truth.items()}
         return {"before": before, "truth": truth, "in_a_row": dict(self._in_a_row)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
