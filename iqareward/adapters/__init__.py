@@ -1,1 +1,1 @@
-"""One reward in other people's trainers: a file per framework, each with that framework's call, range and traps."""
+"""Rewards for other people's trainers, one module per trainer or family of trainers."""
