@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from iqareward.diffusion.data.textures import dead_leaves
+from iqareward.diffusion.textures import dead_leaves
 from iqareward.image_files import References, find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import PYIQA_PREFIX, load
