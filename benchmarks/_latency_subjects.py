@@ -12,9 +12,8 @@ from torch import Tensor
 
 from benchmarks._classical_peers import PEERS, Peer, function, rgb
 from iqareward import load
-from iqareward.rewards.backbones import BACKBONES
 from iqareward.rewards.catalog import CATALOG
-from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
+from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward
 
 Score = Callable[[Tensor, Tensor], object]
 

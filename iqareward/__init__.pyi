@@ -22,13 +22,13 @@ from .rewards.combine import evaluate as evaluate
 from .rewards.combine import load_map as load_map
 from .rewards.combine import save_map as save_map
 from .rewards.core import ImageReward as ImageReward
-from .rewards.lpips_dists import DISTSReward as DISTSReward
-from .rewards.lpips_dists import LPIPSReward as LPIPSReward
 from .rewards.metric import FullReference as FullReference
 from .rewards.metric import NoReference as NoReference
 from .rewards.owl2.rewards import DeQAReward as DeQAReward
 from .rewards.owl2.rewards import QAlignReward as QAlignReward
-from .rewards.piq_metrics import PIQReward as PIQReward
+from .rewards.perceptual import DISTSReward as DISTSReward
+from .rewards.perceptual import LPIPSReward as LPIPSReward
+from .rewards.perceptual import PIQReward as PIQReward
 from .rewards.pyiqa import PyIQAReward as PyIQAReward
 from .rewards.vlm.rewards import LevelReward as LevelReward
 from .rewards.vlm.rewards import QInsightReward as QInsightReward

@@ -18,7 +18,7 @@ from iqareward.diffusion import ClippedPolicyGradient, DirectRewardGradient
 from iqareward.diffusion.checkpoint import trained_weights
 from iqareward.functional import gmsd
 from iqareward.rewards.catalog import CATALOG
-from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
+from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
 from iqareward.rewards.vlm.rewards import LevelReward, RatingReward

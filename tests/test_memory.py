@@ -11,9 +11,8 @@ from iqareward.diffusion import Autoencoder, Degradation
 from iqareward.functional import haarpsi
 from iqareward.functional.resize import pillow_resize
 from iqareward.monitor import STATISTICS
-from iqareward.rewards.backbones import BACKBONES
-from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.owl2.rewards import QAlignReward
+from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward
 from tests.diffusion.tiny import seeded
 from tests.owl2 import owl2_tiny
 from tests.tolerances import EXACT, NETWORK_BATCH

@@ -17,7 +17,7 @@ from benchmarks._latency_subjects import _seeded_backbone
 from benchmarks.gpu.device import DEVICE, Row, equal, gap, patched, waits
 from benchmarks.gpu.run import Clock
 from iqareward.rewards.catalog import CATALOG
-from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
+from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
 from tests.owl2.owl2_tiny import SMALL, seeded_model
 
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights and not entry.extra]

@@ -22,9 +22,9 @@ from rich.text import Text
 
 import iqareward
 from iqareward.cli.text import printable
-from iqareward.rewards.backbones import BACKBONES, cached_file
-from iqareward.rewards.catalog import CATALOG, PYIQA, PYIQA_PREFIX, Entry
-from iqareward.rewards.pyiqa_facts import NEEDS_CUDA
+from iqareward.rewards.catalog import CATALOG, PYIQA_PREFIX, Entry, pyiqa_entries
+from iqareward.rewards.perceptual import BACKBONES, cached_file
+from iqareward.rewards.pyiqa import NEEDS_CUDA
 
 LEGEND = """
 here   yes; download: the first call fetches the weights;
@@ -67,7 +67,7 @@ def diagnose() -> list[Finding]:
 
 def list_rewards(*, pyiqa: bool) -> dict[str, dict[str, Any]]:
     """What is known of each reward of the catalogue, or of pyiqa's, and whether it works here; none is loaded."""
-    entries = PYIQA if pyiqa else CATALOG
+    entries = pyiqa_entries() if pyiqa else CATALOG
     rows: dict[str, dict[str, Any]] = {}
     for found in _rewards(entries, list(_packages(lambda name: ""))):
         row = entries[found.name]._asdict()
@@ -81,14 +81,14 @@ def list_lines(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """A header and a line per reward, in columns."""
     cells: list[tuple[str, ...]] = [_COLUMNS]
     for name, row in rows.items():
-        low, high = row["usual"]
+        usual = "" if row["usual"] is None else "{:g}..{:g}".format(*row["usual"])
         missing = f"[{row['extra'] or 'core'}]" if row["fix"] else row["detail"]
         cells.append((
             name,
             {"ok": "yes", "note": "download"}.get(row["state"], missing),
             "refs" if row["needs_references"] else "-",
             "grad" if row["differentiable"] else "-",
-            f"{low:g}..{high:g}",
+            usual,
             "-" if row["higher_is_better"] else "negated",
             row["summary"],
             row["licence"],

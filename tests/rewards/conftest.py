@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iqareward.rewards.backbones import BACKBONES
+from iqareward.rewards.perceptual import BACKBONES
 
 
 @pytest.fixture(scope="session")

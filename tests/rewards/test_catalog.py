@@ -10,9 +10,7 @@ from torch import Tensor
 
 from iqareward import WeightedSum, check_reward, evaluate, functional, load
 from iqareward.rewards.catalog import CATALOG, published
-from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
-from iqareward.rewards.pyiqa_facts import METRICS, NEEDS_CUDA
-from iqareward.rewards.vlm.rewards import QInsightReward, VisualQualityR1Reward
+from iqareward.rewards.pyiqa import NEEDS_CUDA, REFUSED, pyiqa_configs
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and not entry.weights]
@@ -70,8 +68,8 @@ def test_published_range_of_every_reward(name: str) -> None:
     scale, offset = published(name)
     if not entry.higher_is_better:
         assert (scale, offset) == (-1, 0)
-    elif entry.build in (QAlignReward, DeQAReward, VisualQualityR1Reward, QInsightReward):
-        assert entry.build(scale="mos").bounds == (offset, scale + offset)
+    elif entry.published_range == (1.0, 5.0):
+        assert load(f"{name}(scale=mos)").bounds == (offset, scale + offset)
     else:
         assert (scale, offset) == (1, 0)
 
@@ -192,8 +190,8 @@ def test_rewards_that_differ_have_names_that_differ(spec: str, other: str) -> No
 def test_names_of_pyiqa() -> None:
     """Each of pyiqa's names is found as it stands and in capitals with other hyphens, none for another."""
     pytest.importorskip("pyiqa")
-    for metric in METRICS:
-        if metric not in NEEDS_CUDA:
+    for metric in pyiqa_configs():
+        if metric not in NEEDS_CUDA | REFUSED.keys():
             assert load(f"pyiqa:{metric}").name == f"pyiqa:{metric}"
             assert load(f"pyiqa:{metric.upper().replace('_', '-')}").name == f"pyiqa:{metric}"
 
@@ -307,6 +305,9 @@ def test_one_scale_moves_alike(photographs: Tensor) -> None:
         ("ssim+", "could not read ''"),
         ("0.7 niqe", "could not read"),
         ("psnr[10 50]", "could not read"),
+        ("lpips(vgg)", r"expected options such as 'lpips\(net=vgg, batch_size=4\)', got 'vgg'"),
+        ("ssim(nett=vgg)", r"'ssim\(nett=vgg\)' has an option that ssim does not have: .*nett"),
+        ("haarpsi(color=y)", "has an option that haarpsi does not have: .*color"),
         ("ssim + psnr[50, 10]", "low < high"),
         ("ssim + ssim", "unique names"),
         ("0.5*ssim + 0.5*wrong", "unknown reward 'wrong'"),
@@ -316,3 +317,47 @@ def test_what_cannot_be_loaded(spec: str, message: str) -> None:
     """A name that does not exist lists near ones; a sum that cannot be read says how to write it."""
     with pytest.raises(ValueError, match=message):
         load(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("lpips(net=vgg)", "lpips_vgg"),
+        ("LPIPS( net = squeeze , batch_size=4 )", "lpips_squeeze"),
+        ("fsim(batch_size=1)[0, 1]", "fsim[0, 1]"),
+    ],
+)
+def test_options_of_a_reward(spec: str, name: str) -> None:
+    """Options in parentheses reach the reward's constructor."""
+    pytest.importorskip("piq")
+    reward = load(spec)
+    assert reward.name == name
+    assert getattr(reward, "batch_size", None) == (4 if "4" in spec else None)
+
+
+def test_options_of_a_formula(photographs: Tensor) -> None:
+    """The colour that a formula compares can be named, and is part of the reward's name."""
+    reward = load("ssim(color=y)")
+    assert reward.name == load(reward.name).name == "ssim(color=y)"
+    pair = photographs[:2, :, :64, :64], photographs[2:, :, :64, :64]
+    torch.testing.assert_close(reward(pair[0], references=pair[1]), functional.ssim(*pair, color="y"), **EXACT)
+    assert load("ssim(differentiable=true)").differentiable
+    assert not load("ssim(differentiable=false)", differentiable=True).differentiable
+
+
+def test_mapping_of_names_to_weights() -> None:
+    """A mapping, as a configuration in YAML gives it, is the sum of its items."""
+    reward = load({"haarpsi": 0.7, "psnr(color=y)[10, 50]": 0.3, "ssim": -1})
+    assert reward.name == load("0.7*haarpsi + 0.3*psnr(color=y)[10, 50] - ssim").name
+    assert load({"ssim": -0.5}).name == load("-0.5*ssim").name == "-0.5*ssim"
+    with pytest.raises(ValueError, match=r"Write '0\.7\*psnr\[10, 50\] \+ 0\.3\*ssim'"):
+        load({"psnr": 0.7, "ssim": 0.3})
+    with pytest.raises(ValueError, match="the name of one reward for each weight, got 'ssim \\+ haarpsi'"):
+        load({"ssim + haarpsi": 0.5})
+
+
+@pytest.mark.parametrize("spec", [3, None, ["ssim"], load("ssim"), {"ssim": "0.5"}, {"ssim": True}])
+def test_what_is_no_spec(spec: object) -> None:
+    """Anything but text and a mapping of weights is a TypeError that says what was expected."""
+    with pytest.raises(TypeError, match=r"load expected .*mapping of names to weights, got "):
+        load(spec)  # pyright: ignore[reportArgumentType]

@@ -15,12 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from iqareward import to_images
-from iqareward.rewards.backbones import BACKBONES, FeatureTrunk, packaged_weights
 from iqareward.rewards.loading import LazyModel
-from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
-from iqareward.rewards.piq_metrics import PIQReward
+from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward, PIQReward, packaged_weights
 from iqareward.testing import check_reward
-from iqareward.weight_files import WeightFile
 from tests.rewards.pictures import TRAPS, noisy, textures, traps
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
@@ -326,7 +323,7 @@ class Bomb:
         return (Path.touch, (self.target,))
 
 
-def testweight_files(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
+def test_weight_files(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
     """Safetensors work; another network's file, code in a pickle, and a missing file are errors in words."""
     images = textures(1, 40)
     save_file(torch.load(backbone_files["alex"]), tmp_path / "alex.safetensors")
@@ -399,19 +396,6 @@ def test_refusals() -> None:
         DISTSReward(weights="vgg.pth", model=Difference())
     with pytest.raises(ImportError, match=r"iqareward\[perceptual\]"):
         packaged_weights("a_package_that_is_not_there", "weights.pt", purpose="this test")
-
-
-def test_trunk_reads_the_compared_layers(backbone_files: dict[str, Path]) -> None:
-    """Compared activations come from rectified layers and shrink with depth."""
-    trunk = FeatureTrunk("squeeze", WeightFile(backbone_files["squeeze"]))
-    images = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    pairs = list(trunk.pairs(images, images.clone()))
-    assert len(pairs) == len(BACKBONES["squeeze"].taps)
-    assert all(torch.equal(*pair) for pair in pairs)
-    activations = [activation for activation, _ in pairs]
-    assert all(bool((activation >= 0).all()) for activation in activations)
-    sides = [activation.shape[-1] for activation in activations]
-    assert sides == sorted(sides, reverse=True)
 
 
 # ---- loading

@@ -18,10 +18,9 @@ from iqareward.functional import ssim
 from iqareward.functional.resize import pillow_resize
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.combine import AffineMap, LogisticMap
-from iqareward.rewards.lpips_dists import DISTSReward, LPIPSReward
 from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
-from iqareward.rewards.pyiqa import PyIQAReward
-from iqareward.rewards.pyiqa_facts import MIN_SIDE
+from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
+from iqareward.rewards.pyiqa import MIN_SIDE, PyIQAReward
 from iqareward.rewards.scoring import sanitize
 from iqareward.types import Reward
 from tests.owl2.owl2_tiny import SMALL, seeded_model

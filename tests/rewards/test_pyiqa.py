@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from iqareward import to_images
+from iqareward import load, to_images
 from iqareward.functional import piqe
-from iqareward.rewards import pyiqa_build
-from iqareward.rewards.pyiqa import PyIQAReward
-from iqareward.rewards.pyiqa_facts import METRICS, MIN_SIDE, NO_GRADIENT, REFUSED
+from iqareward.rewards import pyiqa as module
+from iqareward.rewards.pyiqa import MIN_SIDE, NO_GRADIENT, REFUSED, PyIQAReward, pyiqa_configs, pyiqa_facts
 from iqareward.testing import check_reward
 from tests.rewards.pictures import TRAPS, traps
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
@@ -32,6 +31,7 @@ pytestmark = [
     ),
 ]
 
+METRICS = [name for name in pyiqa_configs() if name not in REFUSED] if importlib.util.find_spec("pyiqa") else []
 QUICK = ["psnr", "psnry", "ssim", "gmsd", "fsim", "nlpd", "piqe", "entropy"]
 # MAD, the fourteenth metric that needs no weights, takes seconds per image
 TAKES_LONGER = ["ssimc", "ms_ssim", "cw_ssim", "vif", "vsi"]
@@ -68,8 +68,8 @@ class Metric(nn.Module):
     def __init__(self, network: Callable[..., Any], metric: str) -> None:
         super().__init__()
         self.net = Network(network)
-        self.metric_mode = "FR" if METRICS[metric].needs_references else "NR"
-        self.lower_better = not METRICS[metric].higher_is_better
+        self.metric_mode = "FR" if pyiqa_facts(metric).needs_references else "NR"
+        self.lower_better = not pyiqa_facts(metric).higher_is_better
 
 
 class Network(nn.Module):
@@ -87,7 +87,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PyIQAReward]:
 
     def build(network: Callable[..., Any], metric: str = "cnniqa", **options: Any) -> PyIQAReward:
         package = SimpleNamespace(create_metric=lambda name, **_: Metric(network, name))
-        monkeypatch.setattr(pyiqa_build, "require", lambda *_, **__: package)
+        monkeypatch.setattr(module, "require", lambda *_, **__: package)
         return PyIQAReward(metric, **options)
 
     return build
@@ -107,9 +107,9 @@ def test_figures(metric: str) -> None:
 
     references = textures(2, 176 if metric == "ms_ssim" else 80)
     images = noisy(references)
-    arguments = (images, references) if METRICS[metric].needs_references else (images,)
+    arguments = (images, references) if pyiqa_facts(metric).needs_references else (images,)
     values = pyiqa.create_metric(metric, device="cpu")(*arguments).float().flatten()
-    expected = values if METRICS[metric].higher_is_better else -values
+    expected = values if pyiqa_facts(metric).higher_is_better else -values
     torch.testing.assert_close(PyIQAReward(metric)(images, references=references), expected, **OTHER_PACKAGE)
 
 
@@ -145,21 +145,66 @@ def test_learned_figures(tmp_path: Path) -> None:
     torch.testing.assert_close(scores, ((expected + 1) / 1.1).clamp(0, 1), **NETWORK_BATCH)
 
 
-def test_facts_of_all_metrics() -> None:
-    """The literal table covers every metric of the installed pyiqa and agrees on mode and direction."""
+def test_every_metric_that_pyiqa_names() -> None:
+    """Each of them is a reward with the mode and direction of pyiqa's configuration, or refused with the reason."""
     import pyiqa
-    from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
-    assert set(METRICS) | set(REFUSED) == set(pyiqa.list_models())
-    for name, facts in METRICS.items():
-        assert facts.needs_references == (DEFAULT_CONFIGS[name]["metric_mode"] == "FR"), name
-        assert facts.higher_is_better != bool(DEFAULT_CONFIGS[name].get("lower_better")), name
+    assert set(pyiqa_configs()) == set(pyiqa.list_models())
+    for name in METRICS:
+        reward = PyIQAReward(name)
+        assert reward.needs_references == (pyiqa_configs()[name]["metric_mode"] == "FR"), name
+        low, high = pyiqa_facts(name).usual
+        assert low < high
+
+
+@pytest.mark.parametrize(
+    ("config", "usual"),
+    [
+        ({"metric_mode": "NR", "score_range": "~0, ~50"}, (0.0, 50.0)),
+        ({"metric_mode": "FR", "lower_better": True, "score_range": "0, ~1"}, (-1.0, 0.0)),
+        ({"metric_mode": "NR", "score_range": "0, ~"}, (0.0, 2.0)),
+        ({"metric_mode": "NR", "score_range": "good: 1, bad: 0"}, None),
+        ({"metric_mode": "NR"}, None),
+    ],
+)
+def test_a_metric_of_a_later_version(
+    config: dict[str, Any], usual: tuple | None, monkeypatch: pytest.MonkeyPatch, pretend: Callable[..., PyIQAReward]
+) -> None:
+    """A metric that is new in pyiqa is a reward as its configuration says, by its class and in the catalogue."""
+    monkeypatch.setitem(pyiqa_configs(), "brand_new", config)
+    reward = pretend(lambda *batch: brightness(batch[0]), "brand_new")
+    images = textures(2, 48)
+    sign = -1 if config.get("lower_better") else 1
+    assert reward.needs_references == (config["metric_mode"] == "FR")
+    torch.testing.assert_close(reward(images, references=images), sign * brightness(images), **EXACT)
+    assert load("pyiqa:brand-new").name == "pyiqa:brand_new"
+    assert pyiqa_facts("brand_new").usual == usual
+    ends = "low, high" if usual is None else f"{usual[0]:g}, {usual[1]:g}"
+    with pytest.raises(ValueError, match=rf"Write 'pyiqa:brand_new\[{ends}\] \+ ssim'"):
+        load("pyiqa:brand_new + ssim")
+    if usual is None:
+        with pytest.raises(ValueError, match="states no range"):
+            PyIQAReward("brand_new", normalize=True)
+
+
+def test_a_metric_of_another_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that takes neither one image nor a pair is refused."""
+    monkeypatch.setitem(pyiqa_configs(), "of_sets", {"metric_mode": "SET"})
+    with pytest.raises(ValueError, match="mode FR or NR, got 'of_sets' of mode 'SET'"):
+        PyIQAReward("of_sets")
+
+
+def test_a_gradient_that_is_cut_inside(pretend: Callable[..., PyIQAReward]) -> None:
+    """A metric whose scores carry no graph is refused where a gradient was asked for."""
+    reward = pretend(lambda images: brightness(images.detach()), differentiable=True)
+    with pytest.raises(ValueError, match="pyiqa cuts the graph inside"):
+        reward(textures(2, 48).requires_grad_())
 
 
 def test_another_version_cannot_turn_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pyiqa that disagrees about the direction of a metric is an error, not a reward for damage."""
     turned = SimpleNamespace(create_metric=lambda *_, **__: Metric(brightness, "cnniqa"))
-    monkeypatch.setattr(pyiqa_build, "require", lambda *_, **__: turned)
+    monkeypatch.setattr(module, "require", lambda *_, **__: turned)
     with pytest.raises(RuntimeError, match=r"Install pyiqa==0\.1\.16"):
         PyIQAReward("niqe")(textures(1, 96))
 
@@ -167,7 +212,7 @@ def test_another_version_cannot_turn_the_sign(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("metric", METRICS)
 def test_normalized(metric: str) -> None:
     """Normalising is monotone in the metric's direction, stays in [0, 1] and keeps NaN."""
-    facts = METRICS[metric]
+    facts = pyiqa_facts(metric)
     values = torch.tensor([-1e6, -50.0, -3.0, -1.0, 0.0, 0.05, 0.3, 0.9, 1.5, 4.0, 9.0, 60.0, 90.0, 1e6])
     unit = facts.normalized(values)
     assert bool(((unit >= 0) & (unit <= 1)).all())
@@ -179,7 +224,7 @@ def test_normalized(metric: str) -> None:
 
 def test_normalized_distance() -> None:
     """A metric without an upper limit is at 1/2 where the table says, and at 1 for identical images."""
-    torch.testing.assert_close(METRICS["mad"].normalized(torch.tensor([0.0, 50.0])), torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(pyiqa_facts("mad").normalized(torch.tensor([0.0, 50.0])), torch.tensor([1.0, 0.5]))
     reward = PyIQAReward("gmsd", normalize=True)
     images = noisy(textures(1, 48))
     assert reward.bounds == (0.0, 1.0)
@@ -269,9 +314,9 @@ def test_traps(metric: str, kind: str) -> None:
         assert ((together <= 1) | together.isnan()).all()
         return
     network = reward.model.net.double()  # pyright: ignore
-    pair = (images, references) if METRICS[metric].needs_references else (images,)
+    pair = (images, references) if pyiqa_facts(metric).needs_references else (images,)
     values = torch.as_tensor(network(*(side.double() for side in pair))).double().flatten()
-    expected = values if METRICS[metric].higher_is_better else -values
+    expected = values if pyiqa_facts(metric).higher_is_better else -values
     # pyiqa's PIQE thresholds float32 variances: 0.01 of its 100 points on nearly flat pictures
     atol = 2e-2 if metric == "piqe" else 2e-5
     torch.testing.assert_close(together.double(), expected, rtol=1e-5, atol=atol)
@@ -556,7 +601,7 @@ def test_undeclared_requirement(metric: str, module: str, package: str, monkeypa
     def create_metric(*_: Any, **__: Any) -> None:
         raise ModuleNotFoundError(f"No module named '{module}'", name=module)
 
-    monkeypatch.setattr(pyiqa_build, "require", lambda *_, **__: SimpleNamespace(create_metric=create_metric))
+    monkeypatch.setattr(module, "require", lambda *_, **__: SimpleNamespace(create_metric=create_metric))
     with pytest.raises(ImportError, match=f"needs `{module}`.*pip install .?{package}"):
         PyIQAReward(metric)(textures(1, 48))
 
@@ -694,7 +739,7 @@ def test_files_of_a_part(
     """A file may hold heads without a backbone or the reverse, under either name, but no layer of a series alone."""
     metric = Metric(brightness, "cnniqa")
     metric.net = Parts()
-    monkeypatch.setattr(pyiqa_build, "require", lambda *_, **__: SimpleNamespace(create_metric=lambda *_, **__: metric))
+    monkeypatch.setattr(module, "require", lambda *_, **__: SimpleNamespace(create_metric=lambda *_, **__: metric))
     state = {name: value for name, value in metric.net.state_dict().items() if not name.startswith(dropped)}
     torch.save({"params": state}, tmp_path / "part.pth")
     reward = PyIQAReward("cnniqa", weights=tmp_path / "part.pth")
@@ -707,7 +752,7 @@ def test_files_of_a_part(
 
 def test_licence_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """The first use in a process logs the licence, and later ones do not repeat it."""
-    pyiqa_build._say_licence.cache_clear()
+    module._say_licence.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             PyIQAReward("psnr")(textures(1, 48), references=textures(1, 48))
