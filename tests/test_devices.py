@@ -18,9 +18,9 @@ from iqareward.diffusion import ClippedPolicyGradient, DirectRewardGradient
 from iqareward.diffusion.checkpoint import trained_weights
 from iqareward.functional import gmsd
 from iqareward.rewards.catalog import CATALOG
-from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
+from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
 from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
 from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
