@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from iqareward import load, to_images
 from iqareward.functional import piqe
-from iqareward.rewards import pyiqa as module
+from iqareward.rewards import pyiqa as ours
 from iqareward.rewards.pyiqa import MIN_SIDE, NO_GRADIENT, REFUSED, PyIQAReward, pyiqa_configs, pyiqa_facts
 from iqareward.testing import check_reward
 from tests.rewards.pictures import TRAPS, traps
@@ -87,7 +87,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PyIQAReward]:
 
     def build(network: Callable[..., Any], metric: str = "cnniqa", **options: Any) -> PyIQAReward:
         package = SimpleNamespace(create_metric=lambda name, **_: Metric(network, name))
-        monkeypatch.setattr(module, "require", lambda *_, **__: package)
+        monkeypatch.setattr(ours, "require", lambda *_, **__: package)
         return PyIQAReward(metric, **options)
 
     return build
@@ -204,7 +204,7 @@ def test_a_gradient_that_is_cut_inside(pretend: Callable[..., PyIQAReward]) -> N
 def test_another_version_cannot_turn_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pyiqa that disagrees about the direction of a metric is an error, not a reward for damage."""
     turned = SimpleNamespace(create_metric=lambda *_, **__: Metric(brightness, "cnniqa"))
-    monkeypatch.setattr(module, "require", lambda *_, **__: turned)
+    monkeypatch.setattr(ours, "require", lambda *_, **__: turned)
     with pytest.raises(RuntimeError, match=r"Install pyiqa==0\.1\.16"):
         PyIQAReward("niqe")(textures(1, 96))
 
@@ -601,7 +601,7 @@ def test_undeclared_requirement(metric: str, module: str, package: str, monkeypa
     def create_metric(*_: Any, **__: Any) -> None:
         raise ModuleNotFoundError(f"No module named '{module}'", name=module)
 
-    monkeypatch.setattr(module, "require", lambda *_, **__: SimpleNamespace(create_metric=create_metric))
+    monkeypatch.setattr(ours, "require", lambda *_, **__: SimpleNamespace(create_metric=create_metric))
     with pytest.raises(ImportError, match=f"needs `{module}`.*pip install .?{package}"):
         PyIQAReward(metric)(textures(1, 48))
 
@@ -739,7 +739,7 @@ def test_files_of_a_part(
     """A file may hold heads without a backbone or the reverse, under either name, but no layer of a series alone."""
     metric = Metric(brightness, "cnniqa")
     metric.net = Parts()
-    monkeypatch.setattr(module, "require", lambda *_, **__: SimpleNamespace(create_metric=lambda *_, **__: metric))
+    monkeypatch.setattr(ours, "require", lambda *_, **__: SimpleNamespace(create_metric=lambda *_, **__: metric))
     state = {name: value for name, value in metric.net.state_dict().items() if not name.startswith(dropped)}
     torch.save({"params": state}, tmp_path / "part.pth")
     reward = PyIQAReward("cnniqa", weights=tmp_path / "part.pth")
@@ -752,7 +752,7 @@ def test_files_of_a_part(
 
 def test_licence_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """The first use in a process logs the licence, and later ones do not repeat it."""
-    module._say_licence.cache_clear()
+    ours._say_licence.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             PyIQAReward("psnr")(textures(1, 48), references=textures(1, 48))
