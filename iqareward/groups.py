@@ -207,23 +207,3 @@ def _gather_one(rows: Tensor, counts: list[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def distributed_group_statistics(values: Tensor, groups: Groups) -> GroupStatistics:
-    """Compute `group_statistics` of this process's rows over the rollouts of all processes, which must all call it.
-
-    Args:
-        values: `[B]` values of this process; NaN = not scored.
-        groups: `[B]` integer ids that mean the same input on every process.
-
-    Returns:
-        `GroupStatistics` of `[B]` tensors for the rows given here, over the rollouts of all processes.
-
-    Example:
-        >>> distributed_group_statistics(torch.tensor([1.0, 3.0]), torch.tensor([0, 0])).mean.tolist()
-        [2.0, 2.0]
-    """
-    values = check_rows("distributed_group_statistics", values)
-    ids = check_ids("distributed_group_statistics", groups, values)
-    (all_values, all_groups), mine = gather_rows(values, ids)
-    return GroupStatistics(*(field[mine] for field in group_statistics(all_values, all_groups)))

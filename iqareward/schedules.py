@@ -111,9 +111,9 @@ class Schedule:
     """Make a weighter of a formula, and count the optimiser steps for formulas that depend on them.
 
     Args:
-        formula: function from `difficulty` or `pass_rate`, `has_signal` and `valid` to `LossWeights`, its options bound
-            by `partial`. The name of its first parameter says which signal it takes; one that has a parameter `step`
-            is given the number of optimiser steps.
+        formula: function from `difficulty` or `pass_rate` `[B]` to `LossWeights`, its options bound by `partial`. The
+            name of its first parameter says which signal it takes; rows without a signal are NaN. A formula that has a
+            parameter `step` is given the number of optimiser steps.
         step: number of `update` calls so far.
         pass_distance: largest distance to the ground truth at which a rollout passes, for loops that measure distances
             and make pass rates of them, such as `DifficultyAdaptiveTrainer`. Only with formulas of pass rates.
@@ -171,15 +171,19 @@ class Schedule:
             TypeError: the formula takes the other signal, or both or none are given.
         """
         signals = {"difficulty": difficulty, "pass_rate": pass_rate}
-        rows = signals.pop(self.signal)
-        if rows is None or any(other is not None for other in signals.values()):
-            got = [name for name, given in (("difficulty", difficulty), ("pass_rate", pass_rate)) if given is not None]
+        rows = signals[self.signal]
+        if rows is None or (difficulty is not None and pass_rate is not None):
+            got = [name for name, given in signals.items() if given is not None]
             raise TypeError(
                 f"This Schedule expected `{self.signal}=`, because its formula takes that, got {got}. "
                 "iqareward.difficulty.pass_rate makes pass rates."
             )
+        rows = check_rows("Schedule", rows)
+        for mask in (has_signal, valid):
+            rows = rows if mask is None else torch.where(mask, rows, torch.nan)
         options = {"step": self.step} if self._takes_step else {}
-        return self.formula(**{self.signal: rows}, has_signal=has_signal, valid=valid, **options)
+        rl, sft = self.formula(**{self.signal: rows}, **options)
+        return LossWeights(rl, sft) if valid is None else LossWeights(rl * valid, sft * valid)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Count one optimiser step."""
@@ -194,16 +198,12 @@ class Schedule:
         self.step = state["step"]
 
 
-def constant(
-    difficulty: Tensor, *, share: float, has_signal: Tensor | None = None, valid: Tensor | None = None
-) -> LossWeights:
+def constant(difficulty: Tensor, *, share: float) -> LossWeights:
     """Give every row the same RL share: `rl = share`, `sft = 1 - share`.
 
     Args:
-        difficulty: `[B]`, only for its shape.
+        difficulty: `[B]`; only its NaN matter, which get SFT.
         share: in [0, 1]; 0 is SFT, 1 is pure RL.
-        has_signal: `[B]` bool; False gives SFT only.
-        valid: `[B]` bool; False gives weight 0 to both losses.
 
     Returns:
         `LossWeights` of `[B]`.
@@ -212,19 +212,12 @@ def constant(
         >>> constant(torch.tensor([0.1, 9.0]), share=0.75).rl
         tensor([0.7500, 0.7500])
     """
-    return mix(torch.full_like(check_rows("constant", difficulty), share), has_signal=has_signal, valid=valid)
+    rows = check_rows("constant", difficulty)
+    return mix(torch.where(rows.isnan(), 0.0, torch.full_like(rows, share)))
 
 
 def cosine(
-    difficulty: Tensor,
-    *,
-    step: int,
-    peak: float,
-    valley: float,
-    warmup_steps: int,
-    decay_steps: int,
-    has_signal: Tensor | None = None,
-    valid: Tensor | None = None,
+    difficulty: Tensor, *, step: int, peak: float, valley: float, warmup_steps: int, decay_steps: int
 ) -> LossWeights:
     """Let the SFT share mu follow time (CHORD-mu): up to `peak`, then down to `valley` along a half cosine.
 
@@ -232,14 +225,12 @@ def cosine(
     valley + (peak - valley) * (1 + cos(pi * (t - warmup_steps) / decay_steps)) / 2 for decay_steps, then valley.
 
     Args:
-        difficulty: `[B]`, only for its shape.
+        difficulty: `[B]`; only its NaN matter, which get SFT.
         step: t, the number of optimiser steps so far.
         peak: largest SFT share.
         valley: last SFT share.
         warmup_steps: steps up to the peak.
         decay_steps: steps from there to the valley.
-        has_signal: `[B]` bool; False gives SFT only.
-        valid: `[B]` bool; False gives weight 0 to both losses.
 
     Returns:
         `LossWeights` of `[B]`.
@@ -258,25 +249,16 @@ def cosine(
     else:
         progress = min(1.0, (step - warmup_steps) / max(1, decay_steps))
         sft = valley + (peak - valley) * (1 + math.cos(math.pi * progress)) / 2
-    return constant(difficulty, share=1 - sft, has_signal=has_signal, valid=valid)
+    return constant(difficulty, share=1 - sft)
 
 
-def gate(
-    *,
-    pass_rate: Tensor,
-    threshold: float = 0.0,
-    direction: Direction = "hard_to_sft",
-    has_signal: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> LossWeights:
+def gate(*, pass_rate: Tensor, threshold: float = 0.0, direction: Direction = "hard_to_sft") -> LossWeights:
     """Give each row either RL or SFT (HPT, SuperRL): `rl = 1[P > threshold]`, or `1[P <= threshold]` for "hard_to_rl".
 
     Args:
         pass_rate: `[B]` share P of an input's rollouts that pass, see `iqareward.difficulty.pass_rate`; NaN gets SFT.
         threshold: largest P that counts as hard; 0 for "none passes". HPT also uses 2/8.
         direction: "hard_to_sft" as published, or "hard_to_rl" as `AdaptiveWeighter`.
-        has_signal: `[B]` bool; False gives SFT only.
-        valid: `[B]` bool; False gives weight 0 to both losses.
 
     Returns:
         `LossWeights` of `[B]`.
@@ -293,9 +275,8 @@ def gate(
         SuperRL, 2025, https://arxiv.org/abs/2506.01096
     """
     rows = _pass_rates("gate", pass_rate)
-    passed = rows > threshold if direction == "hard_to_sft" else rows <= threshold
-    passed = passed & rows.isfinite()
-    return mix(passed.to(rows.dtype), has_signal=has_signal, valid=valid)
+    passed = rows > threshold if direction == "hard_to_sft" else rows <= threshold  # both false for NaN
+    return mix(passed.to(rows.dtype))
 
 
 def soft_gate(
@@ -303,8 +284,6 @@ def soft_gate(
     pass_rate: Tensor,
     table: Sequence[tuple[float, float]] = _HPT_TABLE,
     direction: Direction = "hard_to_sft",
-    has_signal: Tensor | None = None,
-    valid: Tensor | None = None,
 ) -> LossWeights:
     """Read the weights from a table over the pass rate (HPT's soft form); an entry need not sum to 1.
 
@@ -312,8 +291,6 @@ def soft_gate(
         pass_rate: `[B]` in [0, 1]; the nearest entry of the table counts, NaN gets SFT.
         table: (rl, sft) for pass rates from 0 to 1 in equal steps.
         direction: "hard_to_sft" as published; "hard_to_rl", as `AdaptiveWeighter`, reads the table from its end.
-        has_signal: `[B]` bool; False gives SFT only.
-        valid: `[B]` bool; False gives weight 0 to both losses.
 
     Returns:
         `LossWeights` of `[B]`.
@@ -329,14 +306,11 @@ def soft_gate(
         Lv et al., Towards a Unified View of Large Language Model Post-Training, 2025, https://arxiv.org/abs/2509.04419
     """
     rows = _pass_rates("soft_gate", pass_rate)
-    place = ((rows if direction == "hard_to_sft" else 1 - rows) * (len(table) - 1)).round()
-    place = place.nan_to_num(nan=0.0).clamp(0, len(table) - 1)
-    rl, sft = torch.zeros_like(rows), torch.zeros_like(rows)
+    place = ((rows if direction == "hard_to_sft" else 1 - rows) * (len(table) - 1)).round().clamp(0, len(table) - 1)
+    rl, sft = torch.zeros_like(rows), torch.ones_like(rows)  # for NaN, which is no entry
     for entry, (rl_weight, sft_weight) in enumerate(table):  # a tensor of the table would make the host wait
         rl, sft = torch.where(place == entry, rl_weight, rl), torch.where(place == entry, sft_weight, sft)
-    trainable = rows.isfinite() if has_signal is None else rows.isfinite() & has_signal
-    rl, sft = torch.where(trainable, rl, 0.0), torch.where(trainable, sft, 1.0)
-    return LossWeights(rl, sft) if valid is None else LossWeights(rl * valid, sft * valid)
+    return LossWeights(rl, sft)
 
 
 def logistic_success(
@@ -346,8 +320,6 @@ def logistic_success(
     centre: float = 0.75,
     steepness: float = 10.0,
     sft: float = 0.0,
-    has_signal: Tensor | None = None,
-    valid: Tensor | None = None,
 ) -> LossWeights:
     """Give more RL to inputs of which less succeeds (GRPO-LEAD), beside a constant SFT weight.
 
@@ -360,8 +332,6 @@ def logistic_success(
         centre: pass rate in the middle of the slope.
         steepness: slope of the sigmoid.
         sft: SFT weight of every row; 0 as published.
-        has_signal: `[B]` bool; False gives rl = 0.
-        valid: `[B]` bool; False gives weight 0 to both losses.
 
     Returns:
         `LossWeights` of `[B]`.
@@ -379,29 +349,20 @@ def logistic_success(
     """
     rows = _pass_rates("logistic_success", pass_rate)
     low, high = output_range
-    factor = low + (high - low) * torch.sigmoid(-steepness * (rows - centre))
-    return _beside_sft(torch.where(rows.isfinite(), factor, 0.0), sft, has_signal, valid)
+    rl = low + (high - low) * torch.sigmoid(-steepness * (rows - centre))
+    return LossWeights(rl.nan_to_num(nan=0.0), torch.full_like(rl, sft))
 
 
-def softmax_batch(
-    difficulty: Tensor,
-    *,
-    temperature: float = 2.0,
-    sft: float = 0.0,
-    has_signal: Tensor | None = None,
-    valid: Tensor | None = None,
-) -> LossWeights:
+def softmax_batch(difficulty: Tensor, *, temperature: float = 2.0, sft: float = 0.0) -> LossWeights:
     """Give more RL to rows that are harder than the rest of their batch (as DGPO), beside a constant SFT weight.
 
-    rl = N * softmax(log d / temperature) over the N rows that have a signal, are valid and have a difficulty, so that
-    their mean is 1; 0 in the others. DGPO takes the softmax of the negative mean reward instead of log d.
+    rl = N * softmax(log d / temperature) over the N rows that have a difficulty, so that their mean is 1. DGPO takes
+    the softmax of the negative mean reward instead of log d.
 
     Args:
-        difficulty: `[B]` >= 0.
+        difficulty: `[B]` >= 0; NaN gets rl = 0 and is not counted.
         temperature: larger values make the weights more alike.
         sft: SFT weight of every row; 0 as published.
-        has_signal: `[B]` bool; False gives rl = 0.
-        valid: `[B]` bool; False gives weight 0 to both losses.
 
     Returns:
         `LossWeights` of `[B]`.
@@ -414,13 +375,10 @@ def softmax_batch(
         Dai et al., Harder Is Better: Boosting Mathematical Reasoning via Difficulty-Aware GRPO and Multi-Aspect
         Question Reformulation, 2026, https://arxiv.org/abs/2601.20614
     """
-    rows = check_rows("softmax_batch", difficulty)
-    logits = rows.log() / temperature
+    logits = check_rows("softmax_batch", difficulty).log() / temperature
     counted = logits.isfinite()
-    for mask in (has_signal, valid):
-        counted = counted if mask is None else counted & mask
-    share = torch.softmax(torch.where(counted, logits, -torch.inf), dim=0).nan_to_num(nan=0.0)
-    return _beside_sft(share * counted.sum(), sft, has_signal, valid)
+    rl = torch.softmax(torch.where(counted, logits, -torch.inf), dim=0).nan_to_num(nan=0.0) * counted.sum()
+    return LossWeights(rl, torch.full_like(rl, sft))
 
 
 def _pass_rates(caller: str, pass_rate: Tensor) -> Tensor:
@@ -433,9 +391,3 @@ def _pass_rates(caller: str, pass_rate: Tensor) -> Tensor:
             "of distances with iqareward.difficulty.pass_rate(-distances, groups, threshold=-pass_distance)."
         )
     return rows
-
-
-def _beside_sft(rl: Tensor, sft: float, has_signal: Tensor | None, valid: Tensor | None) -> LossWeights:
-    rl = rl if has_signal is None else rl * has_signal
-    weights = LossWeights(rl, torch.full_like(rl, sft))
-    return weights if valid is None else LossWeights(rl * valid, weights.sft * valid)

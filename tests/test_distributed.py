@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from iqareward.groups import distributed_group_statistics, gather_rows, group_statistics
+from iqareward.groups import gather_rows, group_statistics
 from iqareward.weighting import AdaptiveWeighter
 from tests.tolerances import EXACT, FORMULA_FP32
 
@@ -30,11 +30,11 @@ def work(rank: int, folder: str) -> None:
     try:
         own = slice(CUTS[rank], CUTS[rank + 1])
         difficulty, groups, bins = (tensor[own] for tensor in rows())
-        (everything,), mine = gather_rows(difficulty)
+        (everything, all_groups), mine = gather_rows(difficulty, groups)
         weighter = AdaptiveWeighter(num_bins=2, mode="convex")
         weighter.calibrate(difficulty, bins)
         result = {
-            "statistics": tuple(distributed_group_statistics(difficulty, groups)),
+            "statistics": [field[mine] for field in group_statistics(everything, all_groups)],
             "gathered": everything,
             "mine": everything[mine],
             "rl": weighter(difficulty, bins=bins).rl,

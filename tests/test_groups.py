@@ -21,7 +21,6 @@ from iqareward.difficulty import (
 from iqareward.groups import (
     check_ids,
     check_rows,
-    distributed_group_statistics,
     gather_rows,
     group_index,
     group_statistics,
@@ -151,7 +150,6 @@ def test_everything_with_ids_takes_any_integers(spelling):
             difficulty.recall(groups),
             weighter(rows, bins=groups).rl,
             group_statistics(rows, groups).mean,
-            distributed_group_statistics(rows, groups).mean,
             group_statistics(gathered_rows, gathered_groups).mean,
             group_advantages(rows, groups).values,
             rank_advantages(rows, groups).values,

@@ -151,6 +151,6 @@ def test_softmax_has_mean_one_over_what_counts(seed, temperature):
     """Weights have mean 1 over the counted rows, follow d^(1/T), and hopeless rows change nothing."""
     difficulty = torch.exp(torch.randn(12, generator=torch.Generator().manual_seed(seed)))
     has_signal = torch.arange(12) % 4 > 0
-    rl = softmax_batch(difficulty, temperature=temperature, has_signal=has_signal).rl
+    rl = Schedule(partial(softmax_batch, temperature=temperature))(difficulty, has_signal=has_signal).rl
     powers = torch.where(has_signal, difficulty.double() ** (1 / temperature), 0.0)
     torch.testing.assert_close(rl.double(), 9 * powers / powers.sum(), **FORMULA_FP32)

@@ -178,7 +178,7 @@ FORMULA_OPTIONS = {
 SCHEDULES = [
     name
     for name in weightings.__all__
-    if name.islower() and "has_signal" in inspect.signature(getattr(weightings, name)).parameters
+    if name.islower() and {"difficulty", "pass_rate"} & {*inspect.signature(getattr(weightings, name)).parameters}
 ]
 
 
