@@ -25,7 +25,7 @@ def test_every_paper_in_the_code_is_on_the_page() -> None:
 def test_files_exist_and_citations_are_complete() -> None:
     """Every file named on the page is there; every citation of a paper has a title and a year."""
     named = set(re.findall(r"`([^`]+\.py)` \|$", PAGE.read_text(), re.M))
-    assert len(named) > 30
+    assert len(named) > 10
     assert all((PACKAGE / file).is_file() for file in named)
     for citation in citations():
         assert len(citation.text) > 10, citation
