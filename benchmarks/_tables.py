@@ -1,9 +1,11 @@
-"""Tables of results in Markdown; the classical ones are in `_classical_tables`."""
+"""Tables of results in Markdown."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks._results import newest
+from benchmarks._harness import newest
+from benchmarks.gpu.targets import FORMULAS, QALIGN, SETTINGS, fastest_peer, finding
+from benchmarks.gpu.targets import targets as gpu_promises
 from iqareward.rewards.catalog import CATALOG, load
 from iqareward.types import Reward
 
@@ -110,7 +112,11 @@ def meter(document: Document) -> str:
 
     def waits(row: Row) -> int:
         """Without those that the benchmark adds to a peer: it makes the weights of luma for it."""
-        return sum(count for place, count in row["places"].items() if "_classical_peers" not in place)
+        return sum(
+            count
+            for place, count in row["places"].items()
+            if not any(file in place for file in ("_classical_peers", "bench_classical"))
+        )
 
     columns: list[Callable[[Row], str]] = [
         lambda row: f"{row['kernels']:,}",
@@ -200,3 +206,138 @@ def _range(reward: Reward) -> str:
     if low is None:
         return "" if high is None else f"≤ {high:g}"
     return f"≥ {low:g}" if high is None else f"{low:g} to {high:g}"
+
+
+def classical_ratios(document: Document) -> str:
+    """Ours against the fastest peer of the same definition, settings across."""
+    rows = [row for row in document["rows"] if "ratio" in row]
+    settings = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
+    cells = []
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        found = {(row["size"], row["batch"]): row for row in rows if row["metric"] == metric}
+        cells.append((f"`{metric}`", *(f"{found[key]['ratio']:.1f}x {found[key]['fastest_peer']}" for key in settings)))
+    return table(("metric", *_titles(settings)), cells)
+
+
+def _titles(settings: Sequence[tuple[int, int]]) -> list[str]:
+    return [f"{size}² b{batch}" for size, batch in settings]
+
+
+def classical_speeds(document: Document) -> str:
+    """Images per second of every library, and its largest difference from ours."""
+    rows = [row for row in document["rows"] if "images_per_second" in row]
+    settings = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
+    cells = []
+    for metric, library in dict.fromkeys((row["metric"], row["library"]) for row in rows):
+        here = [row for row in rows if (row["metric"], row["library"]) == (metric, library)]
+        gaps = [row["max_difference"] for row in here if row["max_difference"] is not None]
+        gap = f"{max(gaps):.0e}" if gaps and not library.startswith("iqareward") else ""
+        label = library if here[0]["same"] else f"{library} (other definition)"
+        found = {(row["size"], row["batch"]): f"{row['images_per_second']:.4g}" for row in here}
+        cells.append((f"`{metric}`", label, *(found.get(setting, "too slow") for setting in settings), gap))
+    return table(("metric", "library", *_titles(settings), "difference"), cells, text_columns=2)
+
+
+def classical_peaks(document: Document) -> str:
+    """Peak memory of one call."""
+    rows = [row for row in document["rows"] if row.get("peak_mb") is not None]
+    libraries = list(dict.fromkeys(row["library"] for row in rows))
+    cells = []
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        found = {row["library"]: f"{row['peak_mb']:.0f}" for row in rows if row["metric"] == metric}
+        cells.append((f"`{metric}`", *(found.get(library, "") for library in libraries)))
+    return table(("metric", *libraries), cells)
+
+
+def classical_busy(document: Document) -> str:
+    """Images per second beside busy processes, by number of threads."""
+    rows = document["rows"]
+    numbers = sorted({row["threads"] for row in rows}, reverse=True)
+    speed = {(row["metric"], row["library"], row["threads"]): row["images_per_second"] for row in rows}
+    cells = [
+        (f"`{metric}`", library, *(f"{speed[metric, library, number]:.3g}" for number in numbers))
+        for metric, library in dict.fromkeys((row["metric"], row["library"]) for row in rows)
+    ]
+    return table(("metric", "library", *(f"threads: {number}" for number in numbers)), cells, text_columns=2)
+
+
+def gpu_qalign(document: Document) -> str:
+    """Every mode and batch size of Q-Align."""
+    found = [
+        (mode, batch, finding(document, steps, batch))
+        for mode, steps in QALIGN.items()
+        for batch in ((1, 8, 32, 64) if "{}" in steps[0] else (4 if "protocol" in mode else 32,))
+    ]
+    return _speeds(found, ("share_of_ceiling", "first_call_s", "peak_gib"))
+
+
+def gpu_vlm(document: Document) -> str:
+    """Both models and the published protocol."""
+    names = {"7b level": "Qwen2.5-VL-7B, levels", "7b rating": "Qwen2.5-VL-7B, expected rating",
+             "qwen3-vl-2b level": "Qwen3-VL-2B, levels"}  # fmt: skip
+    found = [
+        (name, batch, finding(document, (f"vlm/{step} b{batch}",)))
+        for step, name in names.items()
+        for batch in (1, 8, 32)
+    ]
+    for step, tokens in (("published, 11 tokens, warm", 11), ("published, 150 tokens", 150)):
+        if row := finding(document, (f"vlm/{step}",)):
+            speed = {"images_per_s": row["images"] / row["seconds"], "wall_ms": 1e3 * row["seconds"]}
+            found.append((f"Qwen2.5-VL-7B, published protocol, {tokens} tokens", row["images"], speed))
+    return _speeds(found, ("peak_gib",))
+
+
+def _speeds(found: list[tuple[str, int, Row]], others: tuple[str, ...]) -> str:
+    columns = ("images_per_s", "wall_ms", *others)
+    titles = {"images_per_s": "images per s", "wall_ms": "ms", "share_of_ceiling": "share of ceiling",
+              "first_call_s": "first call, s", "peak_gib": "memory, GiB"}  # fmt: skip
+    rows = [[mode, str(batch), *(number(row.get(key)) for key in columns)] for mode, batch, row in found if row]
+    return table(("mode", "batch", *(titles[key] for key in columns)), rows)
+
+
+def gpu_classical(document: Document) -> str:
+    """Images per second of each formula, and in brackets how many times that is of the fastest peer."""
+
+    def cell(name: str, setting: str) -> str:
+        row = finding(document, (f"classical/{name} {setting}",))
+        if not row:
+            return ""
+        speed, peer = 1e3 * int(setting.split(" b")[1]) / row["iqareward"], fastest_peer(row)
+        ratio = peer[1] / row["iqareward"] if peer else 0.0
+        shown = f"{ratio:.2g}" if ratio >= 1 else f"**{ratio:.2g}**"
+        return number(float(f"{speed:.3g}")) + (f" ({shown} {peer[0]})" if peer else "")
+
+    rows = [(f"`{name}`", *(cell(name, setting) for setting in SETTINGS)) for name in FORMULAS]
+    return table(("metric", *(setting.replace(" ", "² ") for setting in SETTINGS)), rows)
+
+
+def gpu_features(document: Document) -> str:
+    """Time and memory of LPIPS and DISTS, and of gradients of the formulas."""
+    rows = []
+    for name in ("lpips alex", "lpips vgg", "dists", *(f"{name} gradient" for name in FORMULAS)):
+        for batch in (32, 128):
+            if row := finding(document, (f"classical/{name} 512 b{batch}",)):
+                rows.append((f"`{name}`", str(batch), number(row["ms"]), number(row["peak_gib"])))
+    return table(("512²", "batch", "ms", "memory, GiB"), rows)
+
+
+def gpu_trainer(document: Document) -> str:
+    """Seconds of an update of the reference loop, where they go, and its memory."""
+    names = {"calibrate_s": "calibrating", "update_s": "updates", "collect_s": "one taken apart: restoring and scoring",
+             "decode_s": "of which decoding", "reward_s": "of which the reward", "learn_s": "learning",
+             "peak_gib": "memory at the peak, GiB"}  # fmt: skip
+    whole, overlapped = (document["train"].get(f"sd1.5 controlnet{way}", {}) for way in ("", ", overlap"))
+    rows = [
+        (name, *(_listed(run.get(key)) for run in (whole, overlapped)))
+        for key, name in names.items()
+    ]  # fmt: skip
+    return table(("seconds", "plain", "`overlap=True`"), rows)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(number(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def gpu_targets(document: Document) -> str:
+    """What was promised for one GPU, and what was measured; a missed one is marked."""
+    return targets({"targets": gpu_promises(document)})

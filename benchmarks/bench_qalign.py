@@ -18,6 +18,8 @@ CPU time are given beside wall time: on a CPU that others use too, only they can
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,13 +28,121 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._harness import document, finish, target
-from benchmarks._qalign_reference import pyiqa_status, reference_scores
-from benchmarks._qalign_work import matmul_ceiling, tflop_per_image, timed
 from iqareward.rewards.owl2.checkpoints import quantize_decoder
-from iqareward.rewards.owl2.network import Owl2, Owl2Config
+from iqareward.rewards.owl2.network import Layout, Owl2, Owl2Config
+from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, LEVEL_IDS, PAD_LEVELS, PROMPTS
 from iqareward.rewards.owl2.rewards import QAlignReward
+
+# In a process of its own: importing pyiqa's scorer replaces classes of transformers. Two patches make it run at all on
+# transformers 5: a stand-in for the undeclared dependency icecream, and the method that transformers removed.
+_PYIQA = """
+import sys, time, types
+try:
+    import icecream
+except ModuleNotFoundError:
+    sys.modules["icecream"] = types.SimpleNamespace(ic=lambda *values: None)
+import torch
+from pyiqa.archs.q_align import visual_encoder
+visual_encoder.MplugOwlVisualAbstractorModel.invert_attention_mask = (
+    lambda self, mask: (1.0 - mask[:, None, None, :].to(self.dtype)) * torch.finfo(self.dtype).min
+)
+import pyiqa
+metric = pyiqa.create_metric("qalign", device="cuda" if torch.cuda.is_available() else "cpu")
+image = torch.rand(1, 3, 512, 512)
+metric(image)
+start = time.perf_counter()
+for _ in range(3):
+    metric(image)
+print("images_per_s", 3 / (time.perf_counter() - start))
+"""
+
+
+def reference_scores(model: Owl2, images: list[Image.Image]) -> Tensor:
+    """The published protocol: see the module's docstring."""
+    weight = model.lm_head.weight
+    prompt = PROMPTS["quality"]
+    embed, scores = model.model.embed_tokens, []
+    worth = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0], device=weight.device)
+    for image in images:
+        pixels = torch.from_numpy(pillow_pixels(image, model.config.image_size))[None].to(weight.device, weight.dtype)
+        with sdpa_kernel(SDPBackend.MATH):
+            rows = model.encode_images(pixels)
+            before, after = (embed(torch.tensor(ids, device=weight.device))[:, None] for ids in prompt)
+            start = before.shape[0]
+            image_rows = (start, start + rows.shape[1])
+            rows = torch.cat([before, rows.transpose(0, 1), after])
+            layout = Layout.build(model.config, rows, image=image_rows, past=0)
+            for layer in model.model.layers:
+                rows = layer(rows, layout)
+        logits = model.lm_head(model.model.norm(rows))[-1][:, LEVEL_IDS]
+        scores.append(logits.float().softmax(-1) @ worth)
+    return torch.cat(scores)
+
+
+def pillow_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Pad with the mean colour, resize, normalise, on the CPU."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(level) for level in PAD_LEVELS))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    levels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+    scaled = (levels / 255 - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def pyiqa_status(timeout: float = 240.0) -> str:
+    """Images per second of pyiqa's qalign with its own weights, or why it could not be measured."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PYIQA], capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"not measured: no result within {timeout:.0f} s (it downloads 16 GB of weights first)"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return f"not measured: {lines[-1][:200]}"
+    return done.stdout.strip().splitlines()[-1]
+
+
+def tflop_per_image(config: Owl2Config) -> float:
+    """What ours computes for one image and one prompt, multiply and add counted apart, matmuls and attention only."""
+    tokens, width = config.num_patches + 1, config.vision_hidden
+    vision_layer = 2 * tokens * (4 * width**2 + 2 * width * config.vision_ffn) + 4 * tokens**2 * width
+    patches = 2 * config.num_patches * 3 * config.patch_size**2 * width
+    queries, keys = config.num_queries, config.num_queries + tokens
+    abstractor_layer = 2 * width**2 * (2 * queries + 2 * keys) + 4 * queries * keys * width
+    abstractor_layer += 6 * queries * width * config.abstractor_ffn
+    prompt = PROMPTS["quality"]
+    rows, hidden = queries + 1 + len(prompt.suffix), config.hidden
+    kv_width = config.kv_heads * hidden // config.heads
+    row_flops = 4 * hidden**2 + 6 * hidden * config.ffn
+    decoder = (config.layers - 1) * rows * row_flops + row_flops + config.layers * rows * 4 * hidden * kv_width
+    decoder += 4 * (config.layers - 1) * rows * (rows + len(prompt.prefix)) * hidden
+    fully = config.vision_layers * vision_layer + patches + config.abstractor_layers * abstractor_layer + decoder
+    return (fully + 2 * queries * width * hidden) / 1e12
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of one large square matmul, the best that this device does in this run."""
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = min(timed(lambda: left @ right, device) for _ in range(20))
+    return 2 * side**3 / best / 1e12
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, including the wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
 
 # A quarter of the width and of the depth, with the same head sizes, tokens and vocabulary: the parts keep their shares.
 MEDIUM = Owl2Config(

@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._harness import document, finish
-from benchmarks._serving_judge import Idle
-from benchmarks.bench_serving import clients, our_server
+from benchmarks.bench_serving import Idle, clients, our_server
 
 
 def processor_seconds() -> dict[str, float]:

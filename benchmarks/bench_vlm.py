@@ -14,6 +14,7 @@ All modes are timed in the same run, in turn; figures are medians. The last line
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +22,153 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
+from tokenizers import ByteLevelBPETokenizer
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from benchmarks._harness import document, finish, medians, target
-from benchmarks._qalign_work import matmul_ceiling
-from benchmarks._vlm_models import qwen_config, random_pair
-from benchmarks._vlm_published import published_texts
-from benchmarks._vlm_work import tflop_per_image
+from benchmarks.bench_qalign import matmul_ceiling
 from iqareward.rewards.vlm.answers import DigitReadout
 from iqareward.rewards.vlm.inputs import digit_ids, render, tokenize
-from iqareward.rewards.vlm.presets import VISUALQUALITY_R1, RatingPreset, Ratings
+from iqareward.rewards.vlm.presets import VISUALQUALITY_R1, ZERO_SHOT_LEVELS, RatingPreset, Ratings
 from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
+
+_SPECIAL = {
+    "image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}  # fmt: skip
+_OTHER_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{% for part in message.content %}{% if part.type == 'image' %}"
+    "{% if add_vision_id %}Picture 1: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# All texts that are tokenised, so that a learned vocabulary holds their words whole, as the real one does.
+_TEXTS = [
+    VISUALQUALITY_R1.question,
+    VISUALQUALITY_R1.thinking_question,
+    f"{ZERO_SHOT_LEVELS.question} {ZERO_SHOT_LEVELS.stem}",
+    *(f"is{level}" for level in ZERO_SHOT_LEVELS.levels),
+    "system You are a helpful assistant. user Picture assistant",
+]
+
+
+def random_pair(config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A frozen model in eval mode, made where it will run, and its processor."""
+    processor = make_processor()
+    for name, token in _SPECIAL.items():
+        setattr(config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(token))
+    torch.manual_seed(0)
+    with device:
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.generation_config = transformers.GenerationConfig(pad_token_id=processor.tokenizer.pad_token_id)
+    return model.requires_grad_(False).eval(), processor
+
+
+def make_processor() -> Any:
+    """The family's image processor, and a byte-level tokenizer that was trained on the prompts."""
+    learned = ByteLevelBPETokenizer()
+    spaced = " ".join(" ".join(text) if text.isdigit() else text for text in _TEXTS)
+    learned.train_from_iterator([spaced] * 4, vocab_size=4096, min_frequency=2, show_progress=False)
+    vocabulary, merges = learned.get_vocab(), _merges(learned)
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*_SPECIAL.values(), *_OTHER_SPECIAL]})
+    tokenizer.pad_token = tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.padding_side = "left"
+    images = Qwen2VLImageProcessor(patch_size=14, size={"shortest_edge": 4 * 28**2, "longest_edge": 16384 * 28**2})
+    return transformers.Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=_TEMPLATE)
+
+
+def _merges(learned: ByteLevelBPETokenizer) -> Any:
+    return [tuple(pair) for pair in json.loads(learned._tokenizer.to_str())["model"]["merges"]]
+
+
+def qwen_config(*, share: int = 1, layers: int = 28, depth: int = 32, vocabulary: int = 152064) -> Any:
+    """Qwen2.5-VL-7B's configuration, or one with `1 / share` of its widths and heads of the same size."""
+    full = sorted({depth * quarter // 4 - 1 for quarter in range(1, 5)})
+    text = {
+        "hidden_size": 3584 // share, "intermediate_size": 18944 // share, "num_hidden_layers": layers,
+        "num_attention_heads": 28 // share, "num_key_value_heads": max(1, 4 // share), "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 128000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1280 // share, "intermediate_size": 3420 // share // 4 * 4, "depth": depth,
+        "num_heads": 16 // share, "out_hidden_size": 3584 // share, "patch_size": 14, "window_size": 112,
+        "fullatt_block_indexes": full,
+    }  # fmt: skip
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def published_texts(model: Any, processor: Any, pictures: list[Image.Image], question: str, tokens: int) -> list[str]:
+    """What the model writes about a batch of pictures, each answer `tokens` long.
+
+    Random weights would never end an answer, and a trained model ends it after a length of its own; so the length is
+    set, and everything else is as in the authors' README.
+    """
+    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+    resized = []
+    for picture in pictures:
+        height, width = smart_resize(picture.height, picture.width, factor)
+        resized.append(picture.resize((width, height)))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, add_vision_id=True)
+    inputs = processor(text=[text] * len(resized), images=resized, padding=True, return_tensors="pt").to(model.device)
+    sampling = VISUALQUALITY_R1.sampling
+    with torch.no_grad():
+        written = model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            use_cache=True,
+        )
+    return processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def image_tokens(config: Any, side: int) -> int:
+    """Tokens of a square image after the vision tower."""
+    vision = config.vision_config
+    factor = vision.patch_size * vision.spatial_merge_size
+    return round(side / factor) ** 2
+
+
+def tflop_per_image(config: Any, side: int, *, text_tokens: int, read: int) -> tuple[float, float, float]:
+    """Multiply and add counted apart, matmuls and attention only: vision tower, decoder, head.
+
+    Args:
+        config: of a Qwen2.5-VL.
+        side: of a square image in pixels.
+        text_tokens: of the prompt and of the branches of the answer.
+        read: positions whose logits are computed.
+    """
+    vision, text = config.vision_config, config.text_config
+    merged = image_tokens(config, side)
+    merge = vision.spatial_merge_size**2
+    patches, width = merged * merge, vision.hidden_size
+    window = (vision.window_size // vision.patch_size) ** 2
+    whole = len(vision.fullatt_block_indexes)
+    layer = 2 * patches * (4 * width**2 + 3 * width * vision.intermediate_size)
+    attention = 4 * patches * width * (whole * patches + (vision.depth - whole) * window)
+    embed = 2 * patches * 2 * 3 * vision.patch_size**2 * width
+    merger = 2 * merged * (merge * width) * (merge * width + vision.out_hidden_size)
+    tower = vision.depth * layer + attention + embed + merger
+
+    tokens, hidden = merged + text_tokens, text.hidden_size
+    keys = hidden * text.num_key_value_heads // text.num_attention_heads
+    row = 2 * (2 * hidden**2 + 2 * hidden * keys + 3 * hidden * text.intermediate_size)
+    decoder = text.num_hidden_layers * (tokens * row + 2 * tokens**2 * hidden)  # half of the square is visible
+    head = 2 * read * hidden * text.vocab_size
+    return tower / 1e12, decoder / 1e12, head / 1e12
+
 
 ANSWER_TOKENS = 11  # <answer>4.25</answer> is 10 tokens of Qwen's vocabulary, and the end
 TARGET = 5.0

@@ -13,11 +13,12 @@ line of standard output is one JSON document.
 """
 
 import argparse
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -27,7 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks._harness import document, finish
-from benchmarks._iqa_datasets import DATASETS, Rated
 from benchmarks.fit_niqe import fit_photos
 from examples.demo.experiment import DAMAGES, PHOTOGRAPHS, damaged, load_photograph, score, spearman
 from iqareward.functional.niqe import fit_natural_model, niqe
@@ -35,6 +35,59 @@ from iqareward.image_files import find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load
 from iqareward.types import Reward
+
+
+class Rated(NamedTuple):
+    """A rated image.
+
+    Attributes:
+        image: its file.
+        reference: that of its original; None = the set has none.
+        opinion: mean opinion score, higher is better.
+    """
+
+    image: Path
+    reference: Path | None
+    opinion: float
+
+
+def kadid10k(folder: Path) -> Iterator[Rated]:
+    """KADID-10k (`dmos.csv`, `images/`); its DMOS grows with quality.
+
+    https://database.mmsp-kn.de/kadid-10k-database.html
+    """
+    with (folder / "dmos.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            images = folder / "images"
+            yield Rated(images / row["dist_img"], images / row["ref_img"], float(row["dmos"]))
+
+
+def tid2013(folder: Path) -> Iterator[Rated]:
+    """TID2013 (`mos_with_names.txt`, `distorted_images/`, `reference_images/`).
+
+    http://www.ponomarenko.info/tid2013.htm
+    """
+    references = {file.stem.lower(): file for file in (folder / "reference_images").iterdir()}
+    images = {
+        file.name.lower(): file for file in (folder / "distorted_images").iterdir()
+    }  # i01_01_1.bmp or I01_01_1.bmp
+    for line in (folder / "mos_with_names.txt").read_text().splitlines():
+        opinion, name = line.split()
+        yield Rated(images[name.lower()], references[name.lower().partition("_")[0]], float(opinion))
+
+
+def koniq10k(folder: Path) -> Iterator[Rated]:
+    """KonIQ-10k (`koniq10k_scores_and_distributions.csv`, `1024x768/`).
+
+    https://database.mmsp-kn.de/koniq-10k-database.html
+    """
+    with (folder / "koniq10k_scores_and_distributions.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            yield Rated(folder / "1024x768" / row["image_name"], None, float(row["MOS"]))
+
+
+DATASETS = {"kadid10k": kadid10k, "tid2013": tid2013, "koniq10k": koniq10k}
+
 
 PACKAGES = ["scikit-image", "piq", "torchvision", "diffusers"]
 NOISE = (0, 1, 2, 3, 4, 6, 8, 12)  # standard deviations, of 255

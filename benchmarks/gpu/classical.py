@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks._classical_peers import PEERS
-from benchmarks.bench_classical import NO_REFERENCE, OURS
+from benchmarks.bench_classical import NO_REFERENCE, OURS, PEERS
 from benchmarks.gpu.device import DEVICE, Row, gap, ms, peak_gib, waits
 from benchmarks.gpu.parity import features
 from benchmarks.gpu.run import Clock

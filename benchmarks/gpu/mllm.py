@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks._qalign_reference import reference_scores
-from benchmarks._qalign_work import tflop_per_image
-from benchmarks.bench_qalign import random_model
+from benchmarks.bench_qalign import random_model, reference_scores, tflop_per_image
 from benchmarks.gpu.device import (
     CUDA,
     DEVICE,
@@ -189,7 +187,7 @@ def rewarded(clock: Clock, name: str, make: Callable[..., Any], images: Tensor, 
 
 
 def published(pair: Any, x: Tensor, question: str, tokens: int) -> Row:
-    from benchmarks._vlm_published import published_texts
+    from benchmarks.bench_vlm import published_texts
 
     spent = seconds(lambda: published_texts(*pair, photographs(x), question, tokens))
     return {"seconds": round(spent, 2), "images": len(x)}
@@ -197,7 +195,7 @@ def published(pair: Any, x: Tensor, question: str, tokens: int) -> Row:
 
 def seven_billion(tiny: bool) -> Any:
     """A Qwen2.5-VL of the 7B's sizes."""
-    from benchmarks._vlm_models import qwen_config, random_pair
+    from benchmarks.bench_vlm import qwen_config, random_pair
 
     config = qwen_config(share=4, layers=2, depth=4, vocabulary=4864) if tiny else qwen_config()
     return random_pair(config, DEVICE, HALF)

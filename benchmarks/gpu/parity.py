@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import iqareward
-from benchmarks._latency_subjects import _seeded_backbone
 from benchmarks.gpu.device import DEVICE, Row, equal, gap, patched, waits
 from benchmarks.gpu.run import Clock
+from benchmarks.latency import seeded_backbone
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
 from tests.owl2.owl2_tiny import SMALL, seeded_model
@@ -123,7 +123,7 @@ def owl(cls: str = "QAlignReward", **options: Any) -> Any:
 
 @cache
 def backbone(net: str) -> Path:
-    return _seeded_backbone(net, Path(tempfile.gettempdir()))
+    return seeded_backbone(net, Path(tempfile.gettempdir()))
 
 
 def features(name: str, **options: Any) -> Any:

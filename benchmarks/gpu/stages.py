@@ -1,6 +1,6 @@
 """The stages of a run in order of value: seconds of 530 on an H100, and the function that measures."""
 
-from benchmarks._gpu_targets import targets
+from benchmarks.gpu.targets import targets
 
 STAGES = {
     "canary": (20, "benchmarks.gpu.device:canary"), "tests": (130, "benchmarks.gpu.suite:run"),

@@ -21,8 +21,7 @@ def test_smoke_run_ends_in_json() -> None:
 
 def test_work_of_the_full_network() -> None:
     """At 512 x 512 with 104 text tokens: 1.71, 5.62 and, for all positions, .47 TFLOP, as counted independently."""
-    from benchmarks._vlm_models import qwen_config
-    from benchmarks._vlm_work import image_tokens, tflop_per_image
+    from benchmarks.bench_vlm import image_tokens, qwen_config, tflop_per_image
 
     config = qwen_config()
     assert image_tokens(config, 512) == 324

@@ -10,8 +10,7 @@ from rich.console import Console
 
 import iqareward
 from benchmarks import correlation
-from benchmarks._iqa_datasets import DATASETS
-from benchmarks.correlation import NOISE, buildable, on_clean, on_rated, on_round_trip
+from benchmarks.correlation import DATASETS, NOISE, buildable, on_clean, on_rated, on_round_trip
 from tests.benchmarks.quick import quick_run
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import iqareward
-from benchmarks._gpu_targets import targets
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.suite import gpu_tests, pytest_on
+from benchmarks.gpu.targets import targets
 
 ROOT = Path(iqareward.__file__).parents[1]
 

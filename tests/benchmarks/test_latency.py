@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from benchmarks import latency
-from benchmarks._latency_subjects import subjects
-from benchmarks.latency import build, measure, seconds_of
+from benchmarks.latency import build, measure, seconds_of, subjects
 from tests.benchmarks.quick import quick_run
 
 

@@ -1,4 +1,4 @@
-"""Documentation and results agree; a new result makes the pages stale, and the regression check sees a slow-down."""
+"""Documentation and results agree, and a new result makes the pages stale."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import _results, regression, report
-from benchmarks._result_figures import FIGURES, is_current
+from benchmarks import _harness, report
 from benchmarks._tables import number, table
+from benchmarks.report import FIGURES, is_current
 
 
 @pytest.mark.parametrize(
@@ -30,17 +30,17 @@ def test_figures_show_the_newest_result(file: Path) -> None:
 
 def test_changed_result_makes_page_and_figure_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another number in a newer file changes the page and disowns the figure."""
-    newer = _results.newest("classical")
+    newer = _harness.newest("classical")
     next(row for row in newer["rows"] if "ratio" in row)["ratio"] = 98.7
     (tmp_path / "classical_x_2027-01-01.json").write_text(json.dumps(newer))
-    monkeypatch.setattr("benchmarks.report.newest", lambda theme: _results.newest(theme, tmp_path))
-    monkeypatch.setattr("benchmarks._result_figures.newest_file", lambda theme: _results.newest_file(theme, tmp_path))
+    monkeypatch.setattr("benchmarks.report.newest", lambda theme: _harness.newest(theme, tmp_path))
+    monkeypatch.setattr("benchmarks.report.newest_file", lambda theme: _harness.newest_file(theme, tmp_path))
     page = "<!-- results: classical ratios -->\n<!-- /results -->"
     assert "98.7x" in report.rendered(page)
     file, (theme, draw) = next(iter(FIGURES.items()))
     assert not is_current(file, theme)
     with pytest.raises(FileNotFoundError, match="run the benchmark"):
-        _results.newest("nothing", tmp_path)
+        _harness.newest("nothing", tmp_path)
     draw(tmp_path / "new.png", theme)
     assert is_current(tmp_path / "new.png", theme)
     with Image.open(tmp_path / "new.png") as figure:
@@ -51,7 +51,7 @@ def test_newest_goes_by_date_then_name(tmp_path: Path) -> None:
     """The date in the name decides; a theme that begins alike is another theme."""
     for name, theme in (("a_x_2026-01-02", "a"), ("a_z_2026-01-01", "a"), ("a_b_y_2027-01-01", "a_b")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"theme": theme, "name": name}))
-    assert _results.newest("a", tmp_path)["name"] == "a_x_2026-01-02"
+    assert _harness.newest("a", tmp_path)["name"] == "a_x_2026-01-02"
 
 
 def test_newest_of_a_part_has_measured_it(tmp_path: Path) -> None:
@@ -62,27 +62,10 @@ def test_newest_of_a_part_has_measured_it(tmp_path: Path) -> None:
         ("g_x_2026-01-02", "2026-01-02T09:00+00:00", {"train": {}, "vlm": {"a": 3}}),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({"theme": "g", "date": date, **stages}))
-    assert _results.newest("g/train", tmp_path)["train"] == {"a": 2}
-    assert _results.newest("g", tmp_path)["vlm"] == {"a": 3}
+    assert _harness.newest("g/train", tmp_path)["train"] == {"a": 2}
+    assert _harness.newest("g", tmp_path)["vlm"] == {"a": 3}
     with pytest.raises(FileNotFoundError):
-        _results.newest("g/qalign", tmp_path)
-
-
-def test_regression_sees_what_became_worse() -> None:
-    """A ratio that fell by a fifth and a latency that rose are named; what became better or is new is not."""
-
-    def result(ratio: float, latency: float, extra: float) -> dict:
-        row = {"metric": "ssim", "size": 256, "batch": 8, "ratio": ratio}
-        goals = [
-            {"name": "p50", "value": latency, "better": "lower"},
-            {"name": "gain", "value": extra, "better": "higher"},
-        ]
-        return {"rows": [row, {"metric": "new", "images_per_second": 1.0}], "targets": goals}
-
-    lines, compared = regression.worse(result(2.0, 13.0, 9.0), result(2.5, 10.0, 3.0), 0.1)
-    assert compared == 3
-    assert lines == ["ratio ssim 256 8: 2.5 -> 2 (higher is better)", "p50: 10 -> 13 (lower is better)"]
-    assert regression.worse(result(2.4, 10.5, 9.0), result(2.5, 10.0, 3.0), 0.1)[0] == []
+        _harness.newest("g/qalign", tmp_path)
 
 
 def test_markdown() -> None:

@@ -18,6 +18,6 @@ def test_smoke_run_ends_in_json() -> None:
 
 def test_work_of_the_full_network() -> None:
     """The estimate agrees with the count that the design started from, 1.74 TFLOP per image."""
-    from benchmarks._qalign_work import tflop_per_image
+    from benchmarks.bench_qalign import tflop_per_image
 
     assert abs(tflop_per_image(Owl2Config()) - 1.74) < 0.01

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import iqareward
 from benchmarks import bench_serving
-from benchmarks._serving_judge import Judge, pictures
-from benchmarks._serving_load import flask_client, load
+from benchmarks.bench_serving import Judge, flask_client, load, pictures
 from tests.serving.picture_files import encoded
 from tests.tolerances import NETWORK_BATCH
 
