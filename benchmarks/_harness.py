@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved medians, a record of the machine, and one JSON document at the end."""
+"""Shared by all benchmarks: interleaved medians, the record of a run, and the committed results."""
 
 import datetime
 import json
@@ -81,10 +81,10 @@ def medians(
     """Median seconds of each call, taken in turns so that a busy moment hits all of them.
 
     Args:
-        calls: by name; each is called once to warm up.
-        rounds: timed calls of each.
+        calls: calls by name; each is called once to warm up.
+        rounds: number of timed calls of each.
         slow: a call whose warm-up takes longer than this many seconds is timed once more only.
-        device: where they compute; a GPU's own clock times its work.
+        device: device of the calls; a GPU's own clock times its work.
     """
     warm_up = {name: elapsed(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,7 +130,7 @@ def finish(record: Mapping[str, Any], path: Path | None) -> None:
 
 
 def elapsed(call: Callable[[], object], device: torch.device = CPU) -> float:
-    """What a call takes on a device, from its first kernel to its last on a GPU."""
+    """Seconds of one call; on a GPU, from its first kernel to its last."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)

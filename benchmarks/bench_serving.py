@@ -234,7 +234,7 @@ BATCH, THREADS = 32, 8
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -398,7 +398,7 @@ def main() -> None:
     """Measure, print a table, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=CONFIGS, default="wide")
-    parser.add_argument("--side", type=int, default=512, help="of the images")
+    parser.add_argument("--side", type=int, default=512, help="side of the square images")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=8, help="per arm and round")
     parser.add_argument("--rounds", type=int, default=5)

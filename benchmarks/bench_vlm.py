@@ -106,7 +106,7 @@ def qwen_config(*, share: int = 1, layers: int = 28, depth: int = 32, vocabulary
 
 
 def published_texts(model: Any, processor: Any, pictures: list[Image.Image], question: str, tokens: int) -> list[str]:
-    """What the model writes about a batch of pictures, each answer `tokens` long.
+    """Generate answers of `tokens` tokens about a batch of images.
 
     Random weights would never end an answer, and a trained model ends it after a length of its own; so the length is
     set, and everything else is as in the authors' README.
@@ -145,10 +145,10 @@ def tflop_per_image(config: Any, side: int, *, text_tokens: int, read: int) -> t
     """Multiply and add counted apart, matmuls and attention only: vision tower, decoder, head.
 
     Args:
-        config: of a Qwen2.5-VL.
-        side: of a square image in pixels.
-        text_tokens: of the prompt and of the branches of the answer.
-        read: positions whose logits are computed.
+        config: configuration of a Qwen2.5-VL.
+        side: side of a square image in pixels.
+        text_tokens: number of tokens of the prompt and of the branches of the answer.
+        read: number of positions whose logits are computed.
     """
     vision, text = config.vision_config, config.text_config
     merged = image_tokens(config, side)
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "7b"), default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+")
-    parser.add_argument("--side", type=int, default=512, help="of the square images")
+    parser.add_argument("--side", type=int, default=512, help="side of the square images")
     parser.add_argument("--thinking-tokens", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="tiny network, small images, one round")

@@ -41,10 +41,10 @@ class Subject(NamedTuple):
     """A reward and its peers, all called as `score(images, references)`; `make` is called once, in a quiet moment.
 
     Attributes:
-        name: of the reward.
+        name: name of the reward.
         make: builds the call.
-        peers: other libraries' calls that compute the same.
-        batches: sizes of batches that are worth their time.
+        peers: builders of the calls of other libraries that compute the same.
+        batches: batch sizes to measure.
         sizes: sides of the square images.
     """
 

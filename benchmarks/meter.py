@@ -43,7 +43,7 @@ from benchmarks.bench_classical import NO_REFERENCE, OURS, PEERS, Peer
 from iqareward.rewards.catalog import CATALOG, load
 
 aten = torch.ops.aten
-# of an H100, measured (benchmarks/results/gpu_h100_2026-11-26.md); float64 is from its data sheet
+# an H100, measured (benchmarks/results/gpu_h100_2026-11-26.md); float64 is from its data sheet
 BYTES_PER_S = 2.97e12
 S_PER_LAUNCH = 10.2e-6
 FLOP_PER_S = {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 51.5e12, torch.float64: 34e12}
@@ -86,11 +86,11 @@ class Meter(TorchDispatchMode):
     Attributes:
         kernels: launches.
         bytes: read and written.
-        flops: of matrix products, convolutions and attention, a multiplication and an addition counted apart.
+        flops: number of operations of matrix products, convolutions and attention, a multiplication and an addition counted apart.
         copies: places that copy between host and device.
         waits: places where the host waits for the device: blocking copies, and reads of what the device computed.
         host_constants: places where a tensor of the host is an operand beside tensors of the device.
-        peak_bytes: of the storages made within.
+        peak_bytes: largest total size of the storages made within.
         launch_ms: that the host needs for all launches.
         device_ms: that the kernels need, each by its bytes or its FLOPs, whichever takes longer.
         by_operator: kernels, bytes and milliseconds of each operator.
@@ -405,7 +405,7 @@ def run_backward(
 
 
 class _Generator(torch.Generator):
-    """Of the host, whatever device it says it is for: one for a GPU needs a GPU, and fake numbers need neither."""
+    """A generator of the host for any device: one for a GPU needs a GPU, and fake numbers need neither."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
         made = super().__new__(cls)
@@ -537,11 +537,11 @@ class Subject(NamedTuple):
     """One row: `begin()` makes, within a meter, the call that is metered warm.
 
     Attributes:
-        name: of the metric or network.
-        mode: whose, and how it is called.
-        batch: images.
-        begin: gives the call.
-        selected: what a boolean mask selects, if not everything.
+        name: name of the metric or network.
+        mode: implementation, and how it is called.
+        batch: number of images.
+        begin: returns the call.
+        selected: number of elements that a boolean mask selects; None = all.
     """
 
     name: str
@@ -552,7 +552,7 @@ class Subject(NamedTuple):
 
 
 def subjects() -> Iterator[Subject]:
-    """All of them, the quick ones first."""
+    """Formulas, rewards, their peers, and networks at full size; the quick ones first."""
     for name, function in OURS.items():
         yield Subject(name, "formula", BATCH, partial(_function, lambda f=function: f, name))
         if name in CATALOG:

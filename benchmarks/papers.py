@@ -35,7 +35,7 @@ class Citation(NamedTuple):
 
     Attributes:
         file: relative to the repository.
-        name: of the function or class.
+        name: name of the function or class.
         text: authors, title, year, as written.
         url: where to read it.
     """

@@ -29,7 +29,7 @@ KEY = "Result"  # of the PNG's text chunk
 
 
 def digest(theme: str) -> str:
-    """Of the newest result of a theme."""
+    """Hash of the newest result of a theme."""
     return hashlib.sha256(newest_file(theme).read_bytes()).hexdigest()[:16]
 
 

@@ -95,6 +95,7 @@ class Comparison:
 
     Attributes:
         folders: F folders, the baseline first.
+        titles: names of the folders, or their paths where names repeat.
         rewards: R names.
         images: N paths relative to the baseline, each with its F files.
         references: for each image its reference, if there is one.
@@ -104,17 +105,13 @@ class Comparison:
     """
 
     folders: tuple[Path, ...]
+    titles: tuple[str, ...]
     rewards: tuple[str, ...]
     images: dict[Path, tuple[Path, ...]]
     references: tuple[Path | None, ...]
     scores: np.ndarray
     differences: tuple[tuple[Difference, ...], ...]
     problems: tuple[Problem, ...]
-
-    @property
-    def titles(self) -> tuple[str, ...]:
-        """The names of the folders, or their paths where names repeat."""
-        return _titles(self.folders)
 
     def table(self) -> list[list[tuple[str, ...]]]:
         """The differences as text under `COLUMNS`: for each reward a row for every folder, the baseline first."""
@@ -132,13 +129,14 @@ def compare(folders: Sequence[Path], scorer: Scorer, messages: Console) -> Compa
     """
     if len(folders) < 2:
         raise ValueError(f"compare expected at least two folders, the baseline first, got {len(folders)}.")
-    problems: list[Problem] = []
-    images = _matched(folders, problems)
+    names, problems = [folder.resolve().name for folder in folders], list[Problem]()
+    titles = names if len(set(names)) == len(names) else list(map(str, folders))
+    images = _matched(folders, titles, problems)
     if not images:
         raise ValueError(f"{listed(folders)} have no image in common. Pairs need the same path in all folders.")
     scores = np.full((len(folders), len(images), len(scorer.rewards)), np.nan)
     with progress_bar(messages) as progress:
-        for index, title in enumerate(_titles(folders)):
+        for index, title in enumerate(titles):
             task = progress.add_task(printable(title), total=len(images))
             rows = iter(scores[index])
             for scored in scorer.score({files[index]: image for image, files in images.items()}):
@@ -150,6 +148,7 @@ def compare(folders: Sequence[Path], scorer: Scorer, messages: Console) -> Compa
     baseline, *methods = np.where(np.isfinite(scores).all(0), scores, np.nan)
     return Comparison(
         folders=tuple(folders),
+        titles=tuple(titles),
         rewards=tuple(scorer.names),
         images=images,
         references=tuple(map(scorer.reference_to_show, images)),
@@ -162,18 +161,13 @@ def compare(folders: Sequence[Path], scorer: Scorer, messages: Console) -> Compa
     )
 
 
-def _titles(folders: Sequence[Path]) -> tuple[str, ...]:
-    names = [folder.resolve().name for folder in folders]
-    return tuple(names if len(set(names)) == len(names) else map(str, folders))
-
-
 def listed(words: Iterable[object]) -> str:
     """Words as in a sentence: a, b and c."""
     *most, last = map(str, words)
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _matched(folders: Sequence[Path], problems: list[Problem]) -> dict[Path, tuple[Path, ...]]:
+def _matched(folders: Sequence[Path], titles: Sequence[str], problems: list[Problem]) -> dict[Path, tuple[Path, ...]]:
     """Path relative to the baseline -> its file in each folder, for the images that all folders hold."""
     groups: list[dict[str, dict[Path, Path]]] = []  # for each folder: path without suffix -> relative path -> file
     for folder in folders:
@@ -184,7 +178,7 @@ def _matched(folders: Sequence[Path], problems: list[Problem]) -> dict[Path, tup
             groups[-1].setdefault(str(relative.with_suffix("")), {})[relative] = file
     matches: dict[Path, tuple[Path, ...]] = {}
     for stem in dict.fromkeys(stem for group in groups for stem in group):
-        lacking = [name for name, group in zip(_titles(folders), groups, strict=True) if stem not in group]
+        lacking = [name for name, group in zip(titles, groups, strict=True) if stem not in group]
         found = [group[stem] for group in groups if stem in group]
         if lacking:
             problems += (Problem(file, f"not in {listed(lacking)}") for files in found for file in files.values())

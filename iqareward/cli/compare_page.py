@@ -6,9 +6,9 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
-from itertools import chain, zip_longest
+from itertools import product
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -109,33 +109,27 @@ def choose(scores: np.ndarray, rewards: Sequence[str], count: int) -> list[Choic
     reward its largest gains, its largest losses, and the images whose difference is closest to the median. The lists
     of all folders take turns, each with its next image, until `count` pairs are chosen.
     """
-    chosen: dict[tuple[int, int], Choice] = {}
-    lists = [_lists(method, scores[method] - scores[0], rewards) for method in range(1, len(scores))]
-    for turn in zip_longest(*chain.from_iterable(zip(*lists, strict=True))):
-        for choice in filter(None, turn):
-            if choice[:2] not in chosen and len(chosen) < count:
-                chosen[choice[:2]] = choice
-        if len(chosen) >= count:
-            break
-    return list(chosen.values())
-
-
-def _lists(method: int, change: np.ndarray, rewards: Sequence[str]) -> Iterator[Iterator[Choice]]:
-    """The lists of one folder, whose differences from the baseline are `[N, R]`."""
+    change = scores[1:] - scores[0]
+    keys: dict[str, np.ndarray] = {}  # reason -> `[F - 1, N]`, the largest come first, NaN never
     if len(rewards) > 1:
-        yield _list(method, _contradiction(change), "strongest contradiction between the rewards")
-    for values, reward in zip(change.T, rewards, strict=True):
-        yield _list(method, np.where(values > 0, values, np.nan), f"largest gain by {reward}")
-        yield _list(method, np.where(values < 0, -values, np.nan), f"largest loss by {reward}")
-        finite = values[np.isfinite(values)]
-        yield _list(method, -np.abs(values - (np.median(finite) if len(finite) else 0)), f"typical by {reward}")
-
-
-def _list(method: int, keys: np.ndarray, reason: str) -> Iterator[Choice]:
-    """The images with a key, the largest key first."""
-    for place, image in enumerate(np.argsort(-keys, kind="stable")[: np.isfinite(keys).sum()].tolist()):
-        rank = "" if place == 0 or reason.startswith("typical") else f", rank {place + 1}"
-        yield Choice(method, image, reason + rank)
+        keys["strongest contradiction between the rewards"] = _contradiction(change)
+    for column, reward in enumerate(rewards):
+        values = change[..., column]
+        keys[f"largest gain by {reward}"] = np.where(values > 0, values, np.nan)
+        keys[f"largest loss by {reward}"] = np.where(values < 0, -values, np.nan)
+        known = np.where(np.isfinite(values).any(1, keepdims=True), values, 0.0)
+        keys[f"typical by {reward}"] = -np.abs(values - np.nanmedian(known, 1, keepdims=True))
+    lists = [
+        (reason, method, np.argsort(-row, kind="stable")[: np.isfinite(row).sum()].tolist())
+        for reason, rows in keys.items()
+        for method, row in enumerate(rows, start=1)
+    ]
+    chosen: dict[tuple[int, int], Choice] = {}
+    for place, (reason, method, images) in product(range(scores.shape[1]), lists):
+        if place < len(images) and len(chosen) < count:
+            rank = "" if place == 0 or reason.startswith("typical") else f", rank {place + 1}"
+            chosen.setdefault((method, images[place]), Choice(method, images[place], reason + rank))
+    return list(chosen.values())
 
 
 def _contradiction(change: np.ndarray) -> np.ndarray:
@@ -145,9 +139,9 @@ def _contradiction(change: np.ndarray) -> np.ndarray:
     """
     scored = np.isfinite(change)
     known = np.where(scored, change, 0.0)
-    scale = np.sqrt((known**2).sum(0) / np.maximum(scored.sum(0), 1))
+    scale = np.sqrt((known**2).sum(1, keepdims=True) / np.maximum(scored.sum(1, keepdims=True), 1))
     unit = known / np.where(scale > 0, scale, 1.0)
-    best, worst = unit.max(1), unit.min(1)
+    best, worst = unit.max(2), unit.min(2)
     return np.where((best > 0) & (worst < 0), best - worst, np.nan)
 
 
