@@ -127,7 +127,6 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "jpeg": ("jpeg-transport", tables.jpeg, "python -m benchmarks.jpeg_transport"),
     "preprocessing": ("preprocessing", tables.preprocessing, "python -m benchmarks.preprocessing"),
     "latency": ("latency", tables.latency, "python -m benchmarks.latency"),
-    "rewards": ("latency", tables.rewards, "python -m benchmarks.latency"),
     "meter": ("meter", tables.meter, "python -m benchmarks.meter"),
     "qalign": ("qalign", tables.qalign, "python -m benchmarks.bench_qalign --threads 1"),
     "qalign targets": ("qalign", tables.targets, "python -m benchmarks.bench_qalign --threads 1"),

@@ -23,9 +23,8 @@ def test_pages_say_what_the_results_say(page: Path) -> None:
 
 @pytest.mark.parametrize("file", FIGURES, ids=lambda file: file.name)
 def test_figures_show_the_newest_result(file: Path) -> None:
-    """Every figure drawn from results carries the digest of the newest one, and a page shows it."""
+    """Every figure drawn from results carries the digest of the newest one."""
     assert is_current(file, FIGURES[file][0])
-    assert any(file.name in page.read_text() for page in report.PAGES)
 
 
 def test_changed_result_makes_page_and_figure_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
