@@ -10,7 +10,6 @@ import pytest
 from iqareward.rewards.vlm.presets import (
     Q_INSIGHT,
     Q_REALIGN,
-    Q_REALIGN_MODELS,
     VISUALQUALITY_R1,
     ZERO_SHOT_LEVELS,
     LevelPreset,
@@ -90,39 +89,6 @@ def test_impossible_ranges_are_refused() -> None:
 def test_ratings_are_parsed_from_answers_and_never_guessed(preset, text, rating) -> None:
     """The last answer counts; without a number in the range there is none, and numbers in the thinking do not count."""
     assert parse_rating(text, preset.answer_pattern, preset.ratings) == pytest.approx(rating, nan_ok=True)
-
-
-def test_texts_are_the_published_ones() -> None:
-    """Spelled out here once more from the papers' repositories, so that an edit cannot slip in."""
-    rate = (
-        "What is your overall rating on the quality of this picture? The rating should be a float between 1 and 5, "
-        "rounded to two decimal places, with 1 representing very poor quality and 5 representing excellent quality."
-    )
-    task = "You are doing the image quality assessment task. Here is the question: "
-    assert VISUALQUALITY_R1.question == (
-        task + rate + " Please only output the final answer with only one score in <answer> </answer> tags."
-    )
-    assert VISUALQUALITY_R1.thinking_question == (
-        task + rate + " First output the thinking process in <think> </think> tags and then output the final answer "
-        "with only one score in <answer> </answer> tags."
-    )
-    assert (
-        Q_INSIGHT.question
-        == Q_INSIGHT.thinking_question
-        == (rate + ' Return the final answer in JSON format with the following keys: "rating": The score.')
-    )
-    assert Q_INSIGHT.system == (
-        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
-        "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
-        "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
-        "respectively, i.e., <think> reasoning process here </think><answer> answer here </answer>"
-    )
-    for word, preset in Q_REALIGN.items():
-        assert (preset.question, preset.stem) == (
-            f"How would you rate the {word} of this image?",
-            f"The {word} of the image is",
-        )
-    assert set(Q_REALIGN_MODELS) == {"mini", "lite", "pro"}
 
 
 def test_thinking_is_closed_explicitly() -> None:

@@ -1,5 +1,7 @@
 """RatingReward is the mean of all answers that may be written, and the published protocol is at hand."""
 
+import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -9,12 +11,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.meter import Meter
+from iqareward.rewards import CATALOG, ImageReward
 from iqareward.rewards.vlm import rewards
 from iqareward.rewards.vlm.answers import DigitReadout, GumbelNoise
 from iqareward.rewards.vlm.inputs import tokenize
 from iqareward.rewards.vlm.network import Network
 from iqareward.rewards.vlm.presets import Q_INSIGHT, VISUALQUALITY_R1, Ratings
-from iqareward.rewards.vlm.rewards import LevelReward, QInsightReward, RatingReward, VisualQualityR1Reward
+from iqareward.rewards.vlm.rewards import (
+    LevelReward,
+    QInsightReward,
+    QReAlignReward,
+    RatingReward,
+    VisualQualityR1Reward,
+)
 from iqareward.testing import check_reward
 from tests.tolerances import EXACT, FORMULA_FP32, NETWORK_BATCH
 from tests.vlm import tiny
@@ -274,6 +283,16 @@ def test_written_ratings_are_parsed_and_keep_their_order(monkeypatch) -> None:
     assert empty.shape == (0,)
 
 
+@pytest.mark.parametrize("kind", [QReAlignReward, VisualQualityR1Reward, QInsightReward])
+def test_published_scorers_are_classes(kind) -> None:
+    """They can be recognised, and pickled before their weights are loaded."""
+    made = kind(scale="mos")
+    assert type(pickle.loads(pickle.dumps(made))) is kind
+    assert isinstance(made, ImageReward)
+    assert made.bounds == (1.0, 5.0)
+    assert made.name in CATALOG
+
+
 def test_published_scorers() -> None:
     """Names, prompts and bounds; the prefix of an answer ends where the first digit is read."""
     quality = VisualQualityR1Reward(model=tiny.pair("qwen2_5_vl"))
@@ -302,3 +321,14 @@ def test_bad_options_are_refused() -> None:
         reward("qwen2_5_vl", mode="generate", differentiable=True)
     with pytest.raises(ValueError, match="overwrite their state"):
         reward(RECURRENT, differentiable=True)(tiny.images(1))
+
+
+@pytest.mark.hub
+@pytest.mark.skipif("IQAREWARD_VLM_WEIGHTS" not in os.environ, reason="set IQAREWARD_VLM_WEIGHTS=1 (36 GB)")
+@pytest.mark.parametrize("kind", [QReAlignReward, VisualQualityR1Reward, QInsightReward])
+def test_published_weights(kind, photographs, degraded_photographs) -> None:
+    """The models mean to answer as they are read, and find degraded photographs worse."""
+    made = kind(scale="mos")
+    mass = made.mass(photographs) if kind is QReAlignReward else made.reading(photographs).digit_mass
+    assert (mass > 0.5).all(), f"{made.name} goes on with a legal token with probability {mass.tolist()} only"
+    assert (made(photographs) > made(degraded_photographs)).all()
