@@ -86,7 +86,7 @@ class Meter(TorchDispatchMode):
     Attributes:
         kernels: launches.
         bytes: read and written.
-        flops: number of operations of matrix products, convolutions and attention, a multiplication and an addition counted apart.
+        flops: operations of matrix products, convolutions and attention; a multiplication and an addition are two.
         copies: places that copy between host and device.
         waits: places where the host waits for the device: blocking copies, and reads of what the device computed.
         host_constants: places where a tensor of the host is an operand beside tensors of the device.
