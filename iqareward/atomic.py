@@ -1,4 +1,4 @@
-"""Write files so that a reader finds the old content or the new, whatever kills the writer."""
+"""Write files and folders atomically: a reader finds the old content or the new, even if the writer is killed."""
 
 import os
 import secrets
@@ -8,29 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-PART = ".part"  # suffix of what is not whole yet
+PART = ".part"  # suffix of unfinished files and folders
 
 
 @contextmanager
 def atomic_write(path: Path | str) -> Generator[BinaryIO]:
-    """Open a new file that replaces `path` when the block ends, after it has reached the disk.
+    """Open a binary file, for writing and reading, that replaces `path` when the block ends.
 
-    If the block raises or the process dies, `path` is what it was. A link is followed; a device or pipe, such as
+    If the block raises or the process dies, `path` stays what it was. A link is followed; a device or pipe, such as
     /dev/stdout, is written to directly.
-
-    Args:
-        path: the file; its folder must exist.
-
-    Yields:
-        A binary file, open for writing and reading.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_write(f"{folder}/figures.txt") as file:
-        ...         _ = file.write(b"1 2 3")
-        ...     Path(folder, "figures.txt").read_text()
-        '1 2 3'
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -51,21 +37,14 @@ def atomic_write(path: Path | str) -> Generator[BinaryIO]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` in UTF-8 by `atomic_write`."""
+    """Write `text` in UTF-8 with `atomic_write`."""
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Generator[Path]:
-    """Make a new folder that takes the name `path` when the block ends; one that is there is removed after that.
-
-    Args:
-        path: the folder; the one that holds it must exist.
-
-    Yields:
-        The empty folder to write into.
-    """
+    """Make an empty folder that replaces `path` when the block ends."""
     path = Path(os.path.realpath(path))
     part, old = _beside(path), _beside(path)
     part.mkdir()
@@ -86,7 +65,7 @@ def atomic_folder(path: Path | str) -> Generator[Path]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; only while nobody else writes there."""
+    """Remove the unfinished files of killed writers from `folder`, while nobody else writes there."""
     for part in folder.glob(f"*{PART}"):
         if part.is_dir():
             shutil.rmtree(part)
@@ -99,7 +78,7 @@ def _beside(path: Path) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last; where folders cannot be opened, such as on Windows, the system does it by itself."""
+    """Flush the new name to the disk; where folders cannot be opened, as on Windows, the system does it by itself."""
     if hasattr(os, "O_DIRECTORY"):
         _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
