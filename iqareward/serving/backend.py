@@ -44,37 +44,22 @@ class ServedFacts(RemoteFacts):
 
 @dataclass(frozen=True)
 class Served:
-    """A reward as the HTTP routes see it.
-
-    Args:
-        facts: what clients must know.
-        score: sends a call to a process that holds the reward; raises `ServiceError`.
-        rest: puts every process of the reward to sleep, or wakes it; raises `ServiceError`.
-        max_images: images of one call; longer requests, and those above 64 MiB, are split, and the pieces may be scored
-            by different processes.
-    """
+    """A reward as the HTTP routes see it."""
 
     facts: ServedFacts
-    score: Callable[[Call], Awaitable[Scored]]
-    rest: Callable[[bool], Awaitable[None]]
-    max_images: int = 32
+    score: Callable[[Call], Awaitable[Scored]]  # by a process that holds the reward
+    rest: Callable[[bool], Awaitable[None]]  # puts every process of the reward to sleep, or wakes it
+    max_images: int = 32  # of a call; longer requests are split, and different processes may score the pieces
 
 
 @dataclass(frozen=True)
 class Service:
-    """Everything behind the HTTP routes.
-
-    Args:
-        rewards: rewards by the name that clients use.
-        health: reward -> `"ok"`, `"asleep"`, or what is wrong with it.
-        asleep: the rewards that sleep.
-        metrics: figures in Prometheus's text format.
-    """
+    """Everything behind the HTTP routes; rewards have the names that clients use."""
 
     rewards: Mapping[str, Served]
-    health: Callable[[], Awaitable[dict[str, str]]]
+    health: Callable[[], Awaitable[dict[str, str]]]  # "ok", "asleep", or what is wrong
     asleep: Callable[[], Awaitable[set[str]]]
-    metrics: Callable[[], Awaitable[str]]
+    metrics: Callable[[], Awaitable[str]]  # Prometheus's text format
 
     def find(self, name: str) -> Served:
         """The reward of that name, or error 404."""
@@ -94,11 +79,7 @@ def facts_of(reward: Reward) -> ServedFacts:
 
 
 async def answer(service: Service, request: ScoreRequest) -> ScoreAnswer:
-    """Score a request with every reward that it names, all at once.
-
-    Raises:
-        ServiceError: an unknown reward, something that it needs is missing, or it failed; nothing is answered in part.
-    """
+    """Score a request with every reward that it names, all at once; nothing is answered in part."""
     started = time.perf_counter()
     chosen = {name: _checked(service, name, request) for name in request.rewards}
     under_way = ByteSemaphore(_MAX_SENT_BYTES)
@@ -157,12 +138,7 @@ class RayBackend:
         self._serve = require("ray.serve.exceptions", extra="serve", purpose="the reward server")
 
     async def __call__(self, call: Call) -> Scored:
-        """Scores of the call.
-
-        Raises:
-            ServiceError: the reward failed, its queue is full (429), no process of it answers (503), or the call is
-                larger than a message between processes may be (413).
-        """
+        """Scores of the call, made again elsewhere if its process dies; every failure is a `ServiceError`."""
         arguments = pack(call)
         why = ""
         for attempt in range(_ATTEMPTS):
@@ -190,9 +166,8 @@ class RayBackend:
     async def rest(self, asleep: bool) -> None:
         """Put every process of the deployment to sleep, or wake it, after the calls that came before.
 
-        Raises:
-            ServiceError: 503, a process could not be told, or has no room on its device. It tries again by itself, and
-                the same request says later whether it has succeeded.
+        A process that could not be told, or has no room on its device, is error 503. It tries again by itself, and the
+        same request says later whether it has succeeded.
         """
         await asyncio.to_thread(set_asleep, self._deployment, asleep)
         try:

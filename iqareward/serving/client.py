@@ -1,13 +1,10 @@
 """The client of `iqareward serve`, and the HTTP connections that rewards over a network share."""
 
 import asyncio
-import email.utils
 import itertools
-import math
 import os
 import random
 import threading
-import time
 import warnings
 import weakref
 from abc import abstractmethod
@@ -178,23 +175,12 @@ def _pause(num_servers: int, state: tenacity.RetryCallState) -> float:
 
 
 def _retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0 if it asks for nothing readable."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER) if math.isfinite(seconds) else 0.0
+    """The seconds that a Retry-After header asks for; 0 for a date, which only proxies send."""
+    return min(float(header), _LONGEST_RETRY_AFTER) if header.isdecimal() else 0.0
 
 
 def checked_token(text: str, source: str) -> str:
-    """A token without the white space around it, with which files and secrets often end.
-
-    Raises:
-        ValueError: nothing is left of it, or something that a header cannot carry.
-    """
+    """A token without the white space around it, with which files and secrets often end; a ValueError if it is none."""
     token = text.strip()
     if not token or not (token.isascii() and token.isprintable()):
         raise ValueError(
@@ -205,11 +191,7 @@ def checked_token(text: str, source: str) -> str:
 
 
 def token_in(variable: str) -> str | None:
-    """The token in an environment variable; None if it is not set.
-
-    Raises:
-        ValueError: it is set to what is no token.
-    """
+    """The token in an environment variable; None if it is not set, a ValueError if it is set to what is no token."""
     text = os.environ.get(variable)
     return None if text is None else checked_token(text, f"${variable}")
 
@@ -322,11 +304,7 @@ class HttpReward(BaseReward):
         content_type: str | None = None,
         server: int | None = None,
     ) -> bytes:
-        """The body of a 200 answer by the deadline, a time on the clock of the loop of the connections.
-
-        Raises:
-            RemoteError: there is none.
-        """
+        """The body of a 200 answer by the deadline, a time on the clock of the loop, or a `RemoteError`."""
         here, failed = self._connections.get(), list[tenacity.RetryCallState]()
         headers = {} if content_type is None else {"Content-Type": content_type}
         try:

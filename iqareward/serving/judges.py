@@ -225,16 +225,9 @@ async def _read_rating(ask: _Ask, preset: RatingPreset, min_mass: float) -> _Ans
 
 
 def shares(logprobs: Mapping[str, float], texts: Sequence[str], min_mass: float) -> tuple[list[float], float]:
-    """How the probability of some tokens is shared among them.
+    """How the probability of the tokens that count is shared among them, and the probability that they hold together.
 
-    Args:
-        logprobs: log-probabilities of the most probable tokens, by text.
-        texts: the tokens that count.
-        min_mass: probability that they must hold together.
-
-    Returns:
-        One share per text, summing to 1, all NaN if the tokens hold too little or if what the list leaves out could
-        matter; and the probability that they hold together.
+    The shares are NaN if the tokens hold less than `min_mass`, or if what the server's list leaves out could matter.
     """
     found = [math.exp(logprobs[text]) if text in logprobs else 0.0 for text in texts]
     mass = math.fsum(found)
@@ -245,11 +238,7 @@ def shares(logprobs: Mapping[str, float], texts: Sequence[str], min_mass: float)
 
 
 def written_tokens(body: bytes) -> _Tokens:
-    """The tokens in a server's answer.
-
-    Raises:
-        RemoteError: not JSON, no choice, or no log-probabilities in it.
-    """
+    """The tokens in a server's answer, or a `RemoteError` if it has no log-probabilities."""
     try:
         positions = json.loads(body)["choices"][0]["logprobs"]["content"]
         tokens = [(_text(position), _alternatives(position["top_logprobs"])) for position in positions]

@@ -36,11 +36,7 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def bind(self) -> socket.socket:
-        """A listening socket.
-
-        Raises:
-            OSError: the port is taken, or the address is not of this machine.
-        """
+        """A listening socket, or an OSError if the port is taken or the address is not of this machine."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         place, shared = (self.host, self.port), self.processes > 1
         try:
@@ -53,10 +49,7 @@ class Address:
 class Listener:
     """An ASGI application behind a socket, as a deployment of Ray Serve that nobody calls.
 
-    Args:
-        build: makes the application, here where it runs.
-        address: where it listens.
-        parts: deployments that must run before this one.
+    `build` makes the application here where it runs; `parts` are deployments that must run before this one.
     """
 
     async def __init__(  # pyright: ignore  # Ray Serve awaits it

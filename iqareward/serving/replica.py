@@ -97,15 +97,8 @@ class BatchMetrics:
 class RewardReplica:
     """One reward, loaded when this is built, and scoring in batches of concurrent calls.
 
-    Args:
-        reward: the reward; its weights are loaded here, and an image is scored to see that they can be.
-        device: where images are moved to before they are scored.
-        max_batch: images per call of the reward.
-        max_wait_ms: how long a free process waits for more requests, or a fifth of its last batch's time if longer.
-        observer: makes what is called after each batch with the reward's name, the number of images and the seconds;
-            made here because it may belong to this process.
-        told_to_sleep: whether the reward is to be asleep now; default: never. A process that starts asleep loads
-            nothing until it is woken.
+    After each batch, what `observer` makes in this process is called with the reward's name, the number of images and
+    the seconds. A process that starts while it is `told_to_sleep` loads nothing until it is woken.
     """
 
     def __init__(

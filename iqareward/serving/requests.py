@@ -29,14 +29,9 @@ _JOINED_AT_ONCE = 2**20  # bytes; above it, Python lets other threads run while 
 
 
 class ServiceError(Exception):
-    """A request that is answered with an error; the message goes to the client.
+    """A request that is answered with an error: HTTP status, code, and a message for the client.
 
-    Args:
-        status: HTTP status of the response.
-        code: machine-readable reason, e.g. `"unknown_reward"`.
-        message: what was expected, what came, what to do.
-        index: position of the image at fault, if there is one.
-        retry_after: seconds after which the same request may succeed; None = it will not.
+    `index` is the position of the image at fault; after `retry_after` seconds the same request may succeed.
     """
 
     def __init__(
@@ -165,11 +160,7 @@ class ScoreForm(pydantic.BaseModel):
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request, without a copy of it in the request and without holding other requests up.
-
-    Raises:
-        ClientDisconnect: the client hung up first.
-    """
+    """The body of a request, without a copy of it in the request and without holding other requests up."""
     chunks = [chunk async for chunk in request.stream()]
     if sum(map(len, chunks)) <= _JOINED_AT_ONCE:
         return b"".join(chunks)
@@ -177,12 +168,7 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_request(request: Request, settings: Settings) -> ScoreRequest:
-    """The request in either of its two forms, safetensors or a multipart form.
-
-    Raises:
-        ServiceError: another content type, or a form that is not as it should be.
-        WireError: not a request within the limits.
-    """
+    """The request in either of its two forms, safetensors or a multipart form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == CONTENT_TYPE:
         body = await read_body(request)
@@ -222,21 +208,14 @@ async def _read_form(request: Request, settings: Settings) -> ScoreRequest:
 def decode_files(
     files: Mapping[str, Sequence[bytes]], limits: Limits, memory: Reservation, *, allow_lossy: bool
 ) -> dict[str, list[Tensor]]:
-    """PNG and lossless WebP files (JPEG too if allowed) as `[3, H, W]`.
+    """The columns of PNG and lossless WebP files (JPEG too if allowed), each file as `[3, H, W]`.
 
-    Args:
-        files: contents of files for `images`, and for `references` and `inputs` if there are any.
-        limits: number of images, `max_pixels` of each, and `max_bytes` of all of them decoded. Sizes are read from the
-            files' headers, so a small file cannot become a large image.
-        memory: grows by what the images take, before they are decoded.
-        allow_lossy: whether JPEG and lossy WebP are taken; their artefacts are part of what a reward then scores.
-
-    Returns:
-        The same columns: uint8, but float32 in [0, 1] of files with transparency or 16 bits; `as_floats` of it is what
-        `iqareward.to_images` makes of the file.
+    Sizes are read from the files' headers and counted before anything is decoded, so a small file cannot become a large
+    image. Images are uint8, but float32 in [0, 1] of files with transparency or 16 bits; `as_floats` of them is what
+    `iqareward.to_images` makes of the file.
 
     Raises:
-        ServiceError: something else (415), too much of it (413), too much at the moment (429), broken, or references of
+        ServiceError: another format (415), too large (413), too much at the moment (429), broken, or references of
             other sizes (422); `index` says which image.
     """
     if len(files["images"]) > limits.max_images:

@@ -115,12 +115,8 @@ def application(
 ) -> Any:
     """The application, ready for `ray.serve.run(..., name="iqareward")`: one deployment per reward, and one for HTTP.
 
-    Args:
-        rewards: rewards by the name that clients use; picklable, not differentiable.
-        deployment: how each of them runs.
-        settings: limits and deadline; the token is read from `deployment.token_env` where the HTTP processes run, so
-            that it is in no message between processes.
-        address: where the HTTP processes listen; None = they do not, and get their requests from Ray's proxies.
+    Rewards have the names that clients use. Without an address, requests come from Ray's proxies. The token is read
+    where the HTTP processes run, so that it is in no message between processes.
     """
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     limits = settings.limits
@@ -225,13 +221,7 @@ def deploy(
 ) -> None:
     """Put the rewards on the Ray cluster that this process is connected to; returns when all of them can be scored.
 
-    Args:
-        rewards: rewards by the name that clients use.
-        deployment: how each of them runs.
-        settings: what a request may be.
-        host: address to listen at.
-        port: port to listen at.
-        everywhere: a cluster: Ray's proxies listen, on every node. Otherwise our processes do, on this machine only.
+    If `everywhere`, Ray's proxies listen on every node; otherwise our own processes do, on this machine only.
 
     Raises:
         RuntimeError: a reward cannot be built, for example because its weights are missing.
@@ -257,11 +247,7 @@ def deploy(
 
 
 def most_replicas(num_rewards: int, deployment: Deployment, available: Mapping[str, float]) -> int:
-    """How many processes of each reward a machine has room for.
-
-    Raises:
-        ValueError: not even for those that were asked for.
-    """
+    """How many processes of each reward a machine has room for; a ValueError if not for those that were asked for."""
     most = deployment.max_replicas
     wanted = num_rewards * (1 if deployment.replicas == "auto" else deployment.replicas)
     for kind, share, option in (("GPU", deployment.num_gpus, "num-gpus"), ("CPU", deployment.num_cpus, "num-cpus")):

@@ -45,15 +45,9 @@ _STATUS = {
 
 
 class WireError(ValueError):
-    """A body that is not a request (or an answer); the only exception that decoding raises.
+    """A body that is not a request (or an answer): a code, what was expected and came, and the image at fault.
 
-    Args:
-        code: machine-readable reason, e.g. `"too_many_images"`.
-        message: what was expected, what came.
-        index: position of the image at fault, if there is one.
-
-    Attributes:
-        status: the HTTP status that a server answers with.
+    It is the only exception that decoding raises; `status` is the HTTP status that a server answers with.
     """
 
     def __init__(self, code: str, message: str, index: int | None = None) -> None:
@@ -176,18 +170,8 @@ def encode_request(
 ) -> bytes:
     """One request body; scores of what is decoded from it are bit-identical to scores of what went in.
 
-    Float images that are exactly v / 255, such as decoded files, travel as uint8: a quarter of the bytes.
-
-    Args:
-        images: `[B, 3, H, W]` or a sequence of `[3, H, W]`; uint8 meaning v / 255, or floating-point in [0, 1].
-        references: images of the same shapes, or None.
-        prompts: one per image, or None.
-        rewards: names of the rewards that the server shall compute.
-        inputs: one degraded image per image, or None.
-        deadline: seconds the client will wait, or None.
-
-    Raises:
-        TypeError: the images are neither uint8 nor floating-point.
+    Images are uint8 or floating-point. Floats that are exactly v / 255, such as decoded files, travel as uint8: a
+    quarter of the bytes.
 
     Example:
         >>> images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -215,15 +199,7 @@ def encode_request(
 
 
 def decode_request(body: bytes, limits: Limits = _USUAL_LIMITS) -> ScoreRequest:
-    """A request from foreign bytes; nothing is ever unpickled.
-
-    Args:
-        body: the bytes of the request.
-        limits: what to accept.
-
-    Raises:
-        WireError: for any body that is not a request within the limits; it has a `code` and an HTTP `status`.
-    """
+    """A request from foreign bytes, or a `WireError` for any body that is not a request within the limits."""
     if len(body) > limits.max_bytes:
         raise WireError("body_too_large", f"expected at most {limits.max_bytes} bytes, got {len(body)}.")
     header_bytes = int.from_bytes(body[:8], "little")
@@ -272,11 +248,7 @@ def encode_answer(answer: ScoreAnswer) -> bytes:
 
 
 def decode_answer(body: bytes) -> ScoreAnswer:
-    """An answer from a server's bytes, with null as NaN.
-
-    Raises:
-        WireError: `malformed_answer`, for anything else than an answer.
-    """
+    """An answer from a server's bytes with null as NaN, or the `WireError` `malformed_answer`."""
     try:
         document = AnswerBody.model_validate_json(body)
     except pydantic.ValidationError as error:
