@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iqareward.rewards.scoring import UnscoredWarning, collect_reasons, why_unscored
+from iqareward.rewards.core import UnscoredWarning, collect_reasons, why_unscored
 from iqareward.types import Images, Reward
 
 MIN_IMAGES = 3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from iqareward import FullReference, NoReference, WeightedSum, check_reward
-from iqareward.rewards.scoring import UnscoredWarning
+from iqareward.rewards.core import UnscoredWarning
 from iqareward.testing import RewardContractError
 from tests.tolerances import EXACT
 

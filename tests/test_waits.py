@@ -30,7 +30,7 @@ __all__ = ["build"]  # the fixture
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU"),
     # fake scores are what the meter says they are
-    pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning"),
+    pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning"),
 ]
 # Largest memory of a score and of its gradient, in bytes per pixel of a batch; a pixel of an image and its reference
 # are 24 themselves. Of networks it is the size of the maps, so that tiny ones say nothing.

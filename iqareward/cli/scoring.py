@@ -15,7 +15,7 @@ from iqareward.cli.text import printable
 from iqareward.image_files import References, UnreadableImageError, open_image
 from iqareward.images import to_images
 from iqareward.rewards.catalog import load
-from iqareward.rewards.scoring import collect_reasons
+from iqareward.rewards.core import collect_reasons
 from iqareward.types import Reward
 
 _READERS = 4  # threads that decode files; decoding releases the interpreter lock

@@ -11,7 +11,7 @@ from iqareward.cli.train_config import PRESETS, RunConfig
 from iqareward.diffusion import FolderPairs, Subset
 from iqareward.diffusion.pairs import READERS
 from iqareward.diffusion.progress import progress_bar
-from iqareward.rewards.scoring import UnscoredWarning
+from iqareward.rewards.core import UnscoredWarning
 from iqareward.seeds import generator
 from iqareward.types import Reward
 

@@ -3,10 +3,10 @@
 from .catalog import CATALOG as CATALOG
 from .core import Combined as Combined
 from .core import ImageReward as ImageReward
+from .core import UnscoredWarning as UnscoredWarning
 from .core import Wrapper as Wrapper
+from .core import collect_reasons as collect_reasons
 from .loading import LazyModel as LazyModel
-from .scoring import UnscoredWarning as UnscoredWarning
-from .scoring import collect_reasons as collect_reasons
 from .vlm.presets import Q_INSIGHT as Q_INSIGHT
 from .vlm.presets import Q_REALIGN as Q_REALIGN
 from .vlm.presets import VISUALQUALITY_R1 as VISUALQUALITY_R1

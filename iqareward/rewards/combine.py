@@ -14,8 +14,7 @@ from iqareward._gradients import clamp
 from iqareward.atomic import write_text
 from iqareward.functional._chunks import constant
 from iqareward.rewards.calls import Call
-from iqareward.rewards.core import Combined, Wrapper, check_names
-from iqareward.rewards.scoring import reward_mode
+from iqareward.rewards.core import Combined, Wrapper, check_names, reward_mode
 from iqareward.types import Bounds, Images, Reward, Scores
 
 

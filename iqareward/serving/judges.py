@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from iqareward.rewards.calls import Call
-from iqareward.rewards.scoring import reward_mode, sanitize
+from iqareward.rewards.core import reward_mode, sanitize
 from iqareward.rewards.vlm.presets import LevelPreset, RatingPreset
 from iqareward.serving.client import HttpReward, RemoteError, together
 from iqareward.types import Images, Scores

@@ -160,7 +160,7 @@ def test_last_call_counts() -> None:
     assert steps.scores.shape == (STEPS, 3)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_what_cannot_be_scored_is_nan() -> None:
     """An image too small for the reward is NaN in the table, and sampling goes on."""
     pipeline = img2img(diffusers.DDIMScheduler(**DDIM))

@@ -138,7 +138,7 @@ def test_miles_leaves_unscored_samples_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert rows[0].train_metadata["sft_weight"] == 1.0  # nothing to compare with: SFT only
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_cosmos_takes_one_image_and_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function answers a float or a list, as it was asked; an image without a score stops the training."""
     monkeypatch.setattr(cosmos_rl, "REWARD", iqareward.load("ssim"))
@@ -169,7 +169,7 @@ def test_mixgrpo_knows_models_by_their_class_name() -> None:
         PickScoreRewardModel("ssim")
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_mixgrpo_stops_where_it_would_go_on_with_zeros() -> None:
     """An image that cannot be scored ends the process, through two handlers that swallow every exception."""
     tiny = [as_pil(image[:, :8, :8]) for image in IMAGES]

@@ -215,7 +215,7 @@ def test_ddpo() -> None:
     assert (double.DDPOStatTracker().update(batches[0][1], integers)[1:3] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_bfr() -> None:
     """BFR_RL hands over [-1, 1] and one mapping with the ground truth; taken for [0, 1] nothing can be scored."""
     images, truth = photos(3), photos(3, seed=1)

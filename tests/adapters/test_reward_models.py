@@ -142,7 +142,7 @@ def test_an_image_without_a_score_spoils_no_weights(on_nan) -> None:
         assert images.grad[1].lt(0).all()
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_vader_converts_its_range() -> None:
     """Frames in [-1, 1] and half precision are scored as images in [0, 1]; both results are scalars."""
     frames = (2 * FRAMES - 1).requires_grad_()

@@ -68,7 +68,7 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_difficulty_over_two_processes(tmp_path) -> None:
     """The weights follow means over groups of two, four and eight rows, half of which the other process has."""
     pytest.importorskip("accelerate")

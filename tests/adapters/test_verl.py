@@ -106,7 +106,7 @@ def test_references_from_paths(tmp_path) -> None:
         asyncio.run(compute_score(solution_image=images[0], reward="ssim"))
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_unscored_images() -> None:
     """The managers pass NaN on; ours stops, which the sum of rewards turns into 0 unless the reward is required."""
     small = pixels(1, side=8)[0]

@@ -9,7 +9,7 @@ from tests.benchmarks.quick import quick_run
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")  # of random weights
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")  # of random weights
 def test_smoke_run_ends_in_json() -> None:
     """Every mode of a tiny network appears, with a positive speed."""
     document = quick_run(bench_vlm, "--device", "cpu", "--threads", "1")

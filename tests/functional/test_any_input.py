@@ -71,7 +71,7 @@ def test_functions(metric, images: Tensor) -> None:
     assert scores[broken].isnan().all()
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("name", CLASSICAL)
 @settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(images=batches())

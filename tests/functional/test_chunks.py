@@ -9,7 +9,7 @@ import torch
 
 from iqareward import functional as F
 from iqareward.functional._chunks import CPU_PIXELS_PER_CHUNK, map_chunks, rows_at_once
-from iqareward.rewards.scoring import sanitize
+from iqareward.rewards.core import sanitize
 from tests.functional.pairs import METRIC, METRICS, textured
 from tests.tolerances import FORMULA_FP32
 

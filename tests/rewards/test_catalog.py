@@ -115,7 +115,7 @@ def test_special_pictures(name: str, picture: str, photographs: Tensor) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("side", [1, 2, 5, 10, 11, 15, 16, 33, 64, 97, 161, 193])
 @pytest.mark.parametrize("name", CLASSICAL)
 def test_every_size(name: str, side: int) -> None:
@@ -127,7 +127,7 @@ def test_every_size(name: str, side: int) -> None:
     assert not scores.isinf().any()
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_a_long_strip() -> None:
     """4096 pixels on a side, one on the other: not scored or scored, but never an error."""
     for name in CLASSICAL:

@@ -79,7 +79,7 @@ FORMS: dict[str, Callable[[Reward], Reward]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")  # of a part with one image
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")  # of a part with one image
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_reach_the_reward(form: str) -> None:
     """Of other sizes than the images, whole or as rows; a broken one costs its image alone its score."""

@@ -56,7 +56,7 @@ def test_piq_identical(metric: str) -> None:
     assert scores.tolist() == [0.0 if metric == "mdsi" else 1.0] * 2
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("metric", MIN_SIDE)
 def test_piq_flat_reference(metric: str) -> None:
     """A flat reference costs its image the score, also where piq raises for the batch, and no other image."""
@@ -71,7 +71,7 @@ def test_piq_flat_reference(metric: str) -> None:
         torch.testing.assert_close(scores[[0, 2]], alone[[0, 2]], **NETWORK_BATCH)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("metric", MIN_SIDE)
 def test_piq_black_image(metric: str) -> None:
     """A black image gets a low score or none, never an infinite one."""
@@ -81,7 +81,7 @@ def test_piq_black_image(metric: str) -> None:
     assert scores.isnan() or scores < good
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("metric", MIN_SIDE)
 def test_piq_small_images(metric: str) -> None:
     """Below the smallest side the score is NaN; at it there is one."""
@@ -93,7 +93,7 @@ def test_piq_small_images(metric: str) -> None:
     assert PIQReward(metric)(images[..., 1:], references=references[..., 1:]).isnan()
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("kind", TRAPS)
 @pytest.mark.parametrize("metric", MIN_SIDE)
 def test_piq_on_traps(metric: str, kind: str) -> None:
@@ -254,7 +254,7 @@ def test_identical(backbone_files: dict[str, Path]) -> None:
         torch.testing.assert_close(scores, torch.zeros(3), **OTHER_PACKAGE)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("net", BACKBONES)
 def test_small_images(net: str, backbone_files: dict[str, Path]) -> None:
     """Below the smallest side the score is NaN; at it there is one."""

@@ -18,10 +18,10 @@ from iqareward.functional import ssim
 from iqareward.functional.resize import pillow_resize
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.combine import AffineMap, LogisticMap
+from iqareward.rewards.core import sanitize
 from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
 from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
 from iqareward.rewards.pyiqa import MIN_SIDE, PyIQAReward
-from iqareward.rewards.scoring import sanitize
 from iqareward.types import Reward
 from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.tolerances import EXACT
@@ -166,7 +166,7 @@ def test_an_overshoot_gets_the_gradient_through_a_straight_through_clamp(name: s
 
 
 @EVERY
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")  # some have no score on some pairs
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")  # some have no score on some pairs
 @pytest.mark.parametrize("kind", ["identical", "black", "white", "flat", "black image", "white reference"])
 def test_gradients_are_finite(name: str, kind: str, reward: Reward) -> None:
     """Identical, black, white and flat pairs have finite gradients, also where the score is missing."""

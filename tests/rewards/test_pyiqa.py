@@ -296,7 +296,7 @@ def test_flat_reference(metric: str) -> None:
 BEST = {"psnr": 80.0, "psnry": 80.0, "gmsd": 0.0, "nlpd": 0.0, **dict.fromkeys(("ssim", "fsim", "cw_ssim", "vif"), 1.0)}
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("kind", TRAPS)
 @pytest.mark.parametrize("metric", [*QUICK, "cw_ssim", "vif"])
 def test_traps(metric: str, kind: str) -> None:
@@ -322,7 +322,7 @@ def test_traps(metric: str, kind: str) -> None:
     torch.testing.assert_close(together.double(), expected, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("metric", ["psnr", "ssim", "fsim", "gmsd", "nlpd", "piqe", "entropy"])
 def test_black_and_white(metric: str) -> None:
     """Black and white images get a finite score or NaN, and never a better one than an ordinary image."""

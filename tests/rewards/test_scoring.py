@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import iqareward
 from iqareward import FullReference, NoReference
-from iqareward.rewards.scoring import RANGE_SLACK, UnscoredWarning, collect_reasons, sanitize
+from iqareward.rewards.core import RANGE_SLACK, UnscoredWarning, collect_reasons, sanitize
 from tests.gpu import needs_cuda, no_waits
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
@@ -216,7 +216,7 @@ def test_metric_that_reduces_over_the_batch() -> None:
         NoReference(torch.mean, higher_is_better=True, name="mean")(GOOD)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=6),

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import iqareward
-from iqareward.rewards.core import ImageReward
-from iqareward.rewards.scoring import UnscoredWarning
+from iqareward.rewards.core import ImageReward, UnscoredWarning
 from iqareward.serving import wire
 from iqareward.serving.client import TOKEN_VARIABLE, RemoteError, RemoteFacts, RemoteReward
 from tests.rewards.counting import Brightness, Together, flat

@@ -179,7 +179,7 @@ def test_broken_images_are_not_sent(double, make) -> None:
     assert len(double.requests) == 2
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_too_little_mass_is_nan_not_an_error(make) -> None:
     """A model that wants to say something else is not scored; the mass says so."""
     preset = replace(ZERO_SHOT_LEVELS, levels=(" excellent", " good"), worth=(1.0, 0.0))
@@ -202,7 +202,7 @@ def test_mass_is_the_probability_of_what_counts(make) -> None:
     torch.testing.assert_close(mass, expected, **FORMULA_FP32)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_levels_outside_the_list_of_the_server_are_nan(double, make) -> None:
     """If what the list leaves out could move the score, there is none, though the mass may be large."""
 

@@ -134,7 +134,7 @@ def test_branches_see_their_ancestors_only() -> None:
     assert isinstance(hash(branches), int)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_a_model_that_would_not_write_a_digit_is_not_scored() -> None:
     """Below the threshold the score is NaN, image by image, while the reading stays to be looked at."""
     images = tiny.images(4)
@@ -207,7 +207,7 @@ def test_offload_and_onload() -> None:
 BRIEF = replace(SHORT, sampling=replace(SHORT.sampling, max_new_tokens=6))
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_generation_is_what_the_model_writes(family) -> None:
     """Greedy: each token is the most probable one of a plain call on the text so far; garbage is NaN and is kept."""
@@ -232,7 +232,7 @@ def test_generation_is_what_the_model_writes(family) -> None:
     assert made.bounds == (0.0, 1.0)
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.scoring.UnscoredWarning")
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_written_ratings_are_ordinary_tensors_in_inference_mode() -> None:
     """As the scores of every reward are, so that a loss may use them."""
     made, images = reward("internvl", BRIEF, mode="generate"), tiny.images(1)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.calls import Bucket
-from iqareward.rewards.core import ImageReward, masked
+from iqareward.rewards.core import ImageReward, masked, reward_mode, sanitize
 from iqareward.rewards.loading import LazyModel
 from iqareward.rewards.owl2.network import Owl2, PromptState, StaticForward
 from iqareward.rewards.owl2.preprocess import LEVEL_IDS, PROMPTS, Prompt, Task, preprocess
 from iqareward.rewards.readout import SCALES, LevelDistribution, expected_value, level_distribution
-from iqareward.rewards.scoring import reward_mode, sanitize
 from iqareward.types import Images
 
 _DEFAULT_BATCH = 32

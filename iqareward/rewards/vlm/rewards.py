@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.calls import Call
-from iqareward.rewards.core import ImageReward, masked
+from iqareward.rewards.core import ImageReward, masked, reward_mode
 from iqareward.rewards.loading import LazyModel
 from iqareward.rewards.readout import LevelDistribution, expected_value, level_distribution, token_logits
-from iqareward.rewards.scoring import reward_mode
 from iqareward.rewards.vlm.answers import Answers, prepare_rating, write
 from iqareward.rewards.vlm.inputs import next_ids, render, tokenize
 from iqareward.rewards.vlm.network import Features, Network
