@@ -20,7 +20,7 @@ pytest.importorskip("accelerate", reason="training needs the extra diffusers")
 
 from iqareward.cli import app
 from iqareward.cli.train import EXAMPLE
-from iqareward.cli.train_config import HeldOut, RunConfig, Supervised, read_config
+from iqareward.cli.train_config import RunConfig, SFTConfig, ValidationConfig, read_config
 from iqareward.cli.train_data import folder_pairs, split
 from iqareward.diffusion import Degradation, RolloutConfig, TrainConfig, load_restorer, synthetic_images
 from iqareward.diffusion.checkpoint import load_state
@@ -41,7 +41,7 @@ rollout.group_size = 2
 rollout.num_steps = 2
 train.inputs_per_update = 4
 validation.images = 2
-validation.judges = ["psnr"]
+validation.rewards = ["psnr"]
 validation.every = 2
 """
 
@@ -170,7 +170,7 @@ def stop(*arguments: object, **options: object) -> None:
 
 
 def test_a_model_from_a_folder_is_trained_on(folder: Path) -> None:
-    """The model of one run starts another, without SFT; the best one by a judge is kept; policy gradient works too."""
+    """The model of one run starts another, without SFT; the best one by a reward is kept; policy gradient works too."""
     train(settings())
     more = """
 validation.stop_on = "psnr"
@@ -186,19 +186,20 @@ trackers = ["tensorboard"]
 
 
 MISTAKES = {
-    "no TOML": ("folder =", "no TOML"),
-    "too deep": (f"folder = {'[' * 5000}", "no TOML"),
+    "no TOML": ("folder =", "is not TOML"),
+    "too deep": (f"folder = {'[' * 5000}", "is not TOML"),
     "unknown key": ("foldr = 'x'", "unknown key `foldr`; did you mean `folder`?"),
     "unknown key in a table": ("rollout.groupsize = 3", "did you mean `rollout.group_size`?"),
-    "type": ("seed = 'one'", "`seed` expected an integer, got 'one'"),
-    "type in a table": ("train.max_grad_norm = true", "`train.max_grad_norm` expected a number"),
-    "list": ("degradation.tasks = 'blur'", "`degradation.tasks` expected a list of strings"),
+    "type": ("seed = 'one'", "`seed` expected a valid integer, got 'one'"),
+    "type in a table": ("train.max_grad_norm = true", "`train.max_grad_norm` expected a valid number"),
+    "list": ("degradation.tasks = 'blur'", "`degradation.tasks` expected a valid list"),
     "window": ("rollout.window = [1]", "`rollout.window` expected [first, end]"),
     "table": ("degradation = 1", "`degradation` expected a table"),
     "value in a table": ("degradation.max_noise = 0", "table `degradation`: Degradation expected max_noise >= 2"),
     "word": ("train.sft_scale = 'auto'", "table `train`"),
-    "objective": ("objective = 'ppo'", "expected objective as one of"),
-    "judge": ("validation.stop_on = 'ssim'", "expected stop_on among the judges ['psnr']"),
+    "objective": ("objective = 'ppo'", "`objective` expected 'diffusion_nft' or 'clipped_policy_gradient', got 'ppo'"),
+    "two types": ("train.sft_scale = true", "`train.sft_scale` expected a valid number or a valid string"),
+    "stop on": ("validation.stop_on = 'ssim'", "expected stop_on among the rewards ['psnr']"),
     "tracker": ("trackers = ['paper']", "`trackers` expected names out of"),
     "both damages": ("degraded_folder = 'photos'\ndegradation.max_sigma = 1", "Remove one"),
 }
@@ -375,10 +376,10 @@ def test_the_example_has_every_key() -> None:
     found = tomllib.loads(uncommented)
     tables = {
         "degradation": Degradation,
-        "sft": Supervised,
+        "sft": SFTConfig,
         "rollout": RolloutConfig,
         "train": TrainConfig,
-        "validation": HeldOut,
+        "validation": ValidationConfig,
     }
     for name, table in tables.items():
         assert found.pop(name).keys() == {item.name for item in fields(table)}, name

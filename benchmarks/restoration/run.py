@@ -128,7 +128,7 @@ def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -
     history = trainer.train(updates, save_every=updates, validate_every=max(1, updates // LOOKS), resume=True)
     assert trainer.learner.ema is not None, "AVERAGE > 0"
     trainer.learner.ema.copy_to(trainer.learner.weights)
-    kept = ("update", "reward", "difficulty", "rl_share", "sft_share", "active", "alarms")
+    kept = ("update", "reward", "difficulty", "rl_share", "sft_share", "has_signal", "alarms")
     lines = [{name: value for name, value in line.items() if name in kept or "/" in name} for line in history]
     return lines if arm.watched else lines[1:]
 

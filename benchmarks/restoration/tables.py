@@ -67,7 +67,7 @@ def cost(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Row
             round(float(np.mean([line[key] for line in mine])), 1) for key in ("processor_seconds", "seconds")
         )
         lines = [[line for line in row["history"] if "rl_share" in line] for row in mine]
-        for name in ("rl_share", "sft_share", "active") if lines[0] else ():
+        for name in ("rl_share", "sft_share", "has_signal") if lines[0] else ():
             values = np.array([[line[name] for line in history] for history in lines])
             quarter = max(1, values.shape[1] // 4)
             first, last = float(values[:, :quarter].mean()), float(values[:, -quarter:].mean())

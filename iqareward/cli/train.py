@@ -52,7 +52,7 @@ NOT_IN_SFT = (
     "objective",
     "rollout",
     "train",
-    "validation.judges",
+    "validation.rewards",
     "validation.every",
     "validation.stop_on",
     "validation.patience",
@@ -95,8 +95,8 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
 
     data = _data(config, accelerator, tell)
     reward = load(config.reward, device=accelerator.device)
-    judges = {name: load(name, device=accelerator.device) for name in config.validation.judges}
-    check_rewards({"reward": reward, **{f"validation.judges {name}": judge for name, judge in judges.items()}}, data)
+    held_out = {name: load(name, device=accelerator.device) for name in config.validation.rewards}
+    check_rewards({"reward": reward, **{f"validation.rewards {name}": each for name, each in held_out.items()}}, data)
     with _folder(config.output, accelerator):
         _open_output(config, file, accelerator, resume=resume)
         tell(f"{len(data.train)} crops to train on, {len(data.held_out)} held out; everything goes to {config.output}/")
@@ -109,7 +109,7 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
             objective=DiffusionNFT() if config.objective == "diffusion_nft" else ClippedPolicyGradient(),
             rollout_config=config.rollout,
             train_config=config.train,
-            validation=_validation(config, data, judges),
+            validation=_validation(config, data, held_out),
             accelerator=accelerator,
             sft_updates=config.sft.updates if config.model in PRESETS else 0,
             seed=config.seed,
@@ -266,13 +266,13 @@ def _starting_policy(config: RunConfig, data: Data, accelerator: Any) -> PixelPo
     return policy
 
 
-def _validation(config: RunConfig, data: Data, judges: Mapping[str, Reward]) -> Validation:
+def _validation(config: RunConfig, data: Data, rewards: Mapping[str, Reward]) -> Validation:
     held_out = config.validation
     return Validation(
         *data.held_out.batch(range(len(data.held_out))),
-        judges,
+        rewards,
         num_steps=config.rollout.num_steps,
-        monitor=HackingMonitor(judges),
+        monitor=HackingMonitor(rewards),
         stop_on=held_out.stop_on,
         patience=held_out.patience,
     )
@@ -289,7 +289,7 @@ def _finish(
         if trainer.accelerator.is_main_process:
             save_restorer(policy, model)
     looks = [line for line in trainer.history if "validation/reward" in line]
-    for name in ("reward", *config.validation.judges):
+    for name in ("reward", *config.validation.rewards):
         first, last = (looks[place][f"validation/{name}"] for place in (0, -1))
         tell(f"  {name}, held-out images: {first:.4g} before RL, {last:.4g} after {looks[-1]['update']} updates")
     if looks[-1]["alarms"]:

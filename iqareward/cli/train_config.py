@@ -1,23 +1,22 @@
-"""The file that `iqareward train` reads: what may be in it, and errors that name the key at fault."""
+"""The settings file of `iqareward train`: its keys, and errors that name the key at fault."""
 
 import difflib
+import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from iqareward.diffusion import Degradation, RolloutConfig, TrainConfig
+from iqareward.optional import require
 
-Table = TypeVar("Table")
 PRESETS = {"tiny": ((16, 32, 32), 1), "small": ((32, 64, 128), 1), "base": ((64, 128, 256), 2)}
-OBJECTIVES = ("diffusion_nft", "clipped_policy_gradient")
 
 
 @dataclass(frozen=True)
-class Supervised:
-    """Table `[sft]`: how a preset is trained before RL; see `supervised`."""
+class SFTConfig:
+    """Table `[sft]`: how a preset is trained before RL."""
 
     updates: int = 2000
     batch_size: int = 16
@@ -29,11 +28,11 @@ class Supervised:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Table `[validation]`: images that are never trained on, and who judges their restorations."""
+class ValidationConfig:
+    """Table `[validation]`: images that are never trained on, and the rewards that score their restorations."""
 
     images: int = 8
-    judges: tuple[str, ...] = ("psnr", "ssim")
+    rewards: tuple[str, ...] = ("psnr", "ssim")
     every: int = 25
     stop_on: str | None = None
     patience: int | None = None
@@ -41,13 +40,15 @@ class HeldOut:
     def __post_init__(self) -> None:
         if self.images < 1 or self.every < 1 or (self.patience is not None and self.patience < 1):
             raise ValueError(f"expected images, every and patience >= 1, got {self}.")
-        if (self.patience is not None and self.stop_on is None) or self.stop_on not in (None, *self.judges):
-            raise ValueError(f"expected stop_on among the judges {list(self.judges)}, got {self.stop_on!r}.")
+        if (self.patience is not None and self.stop_on is None) or self.stop_on not in (None, *self.rewards):
+            raise ValueError(f"expected stop_on among the rewards {list(self.rewards)}, got {self.stop_on!r}.")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The whole file; `iqareward train --example` prints it with a comment on every key."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}  # noqa: RUF012
 
     folder: Path
     reward: str
@@ -58,21 +59,19 @@ class RunConfig:
     degraded_folder: Path | None = None
     updates: int = 200
     save_every: int = 25
-    objective: str = "diffusion_nft"
+    objective: Literal["diffusion_nft", "clipped_policy_gradient"] = "diffusion_nft"
     seed: int = 0
     resume: bool = False
     trackers: tuple[str, ...] = ()
     degradation: Degradation = field(default_factory=Degradation)
-    sft: Supervised = field(default_factory=Supervised)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    validation: HeldOut = field(default_factory=HeldOut)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         if self.model not in PRESETS and not Path(self.model).is_dir():
             raise ValueError(f"expected model as one of {list(PRESETS)} or as a folder, got {self.model!r}.")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"expected objective as one of {list(OBJECTIVES)}, got {self.objective!r}.")
         if min(self.size, self.crops, self.updates, self.save_every) < 1 or self.seed < 0:
             raise ValueError("expected size, crops, updates and save_every >= 1 and seed >= 0.")
 
@@ -84,69 +83,45 @@ def read_config(path: Path) -> RunConfig:
         path: The file; paths inside are relative to where the command runs.
 
     Raises:
-        ValueError: No TOML, or an unknown, missing or wrong key; the key is named.
+        ValueError: The file is not TOML, or a key is unknown, missing or wrong; the key is named.
         OSError: The file cannot be read.
     """
+    pydantic: Any = require("pydantic", extra="diffusers", purpose="iqareward train")
     content = path.read_bytes()
     try:
         table = tomllib.loads(content.decode())
     except Exception as error:  # also of other encodings, or nested too deep
-        raise ValueError(f"{path} is no TOML: {error}") from error
-    try:
-        config = _build(RunConfig, table, "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if config.degraded_folder is not None and "degradation" in table:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    if "degraded_folder" in table and "degradation" in table:
         raise ValueError(f"{path}: expected `degraded_folder` or the table `degradation`, got both. Remove one.")
-    return config
-
-
-def _build(cls: type[Table], table: Mapping[str, Any], prefix: str) -> Table:
-    """The dataclass `cls` from a table of the file; keys left out keep the default of the field."""
-    known, kinds = {item.name: item for item in fields(cls)}, get_type_hints(cls)  # pyright: ignore[reportArgumentType]
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known are {', '.join(known)}."
-            raise ValueError(f"unknown key `{prefix}{key}`; {hint}")
-    for key, item in known.items():
-        if key not in table and item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"missing key `{prefix}{key}`; `iqareward train --example` shows every key.")
-    values = {key: _convert(value, kinds[key], f"{prefix}{key}") for key, value in table.items()}
+    rollouts = table.get("rollout")
+    window: Any = rollouts.pop("window", None) if isinstance(rollouts, dict) else None
+    if window is not None and not (isinstance(window, list) and [type(step) for step in window] == [int, int]):
+        raise ValueError(f"{path}: key `rollout.window` expected [first, end] of the steps, got {window!r}.")
     try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"table `{prefix[:-1]}`: {error}" if prefix else str(error)) from error
+        # As JSON, because strict types accept lists as tuples and strings as paths there only.
+        config: RunConfig = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(table, default=str))
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{path}: {_explained(error.errors())}") from None
+    return config if window is None else replace(config, rollout=replace(config.rollout, window=range(*window)))
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """A value of the file as what the field takes."""
-    union = isinstance(kind, UnionType)
-    choices: list[Any] = [choice for choice in get_args(kind) if choice is not NoneType] if union else [kind]
-    for choice in choices:
-        if choice is float and type(value) is int:
-            return float(value)
-        if choice is Path and isinstance(value, str):
-            return Path(value)
-        if choice is range and _is_list_of(value, int) and len(value) == 2:
-            return range(*value)
-        if get_origin(choice) is tuple and _is_list_of(value, get_args(choice)[0]):
-            return tuple(value)
-        if isinstance(value, dict) and is_dataclass(choice):
-            return _build(choice, value, f"{key}.")
-        if type(value) is choice:
-            return value
-    expected = " or ".join(_spelled(choice) for choice in choices)
-    raise ValueError(f"key `{key}` expected {expected}, got {value!r}.")
-
-
-def _is_list_of(value: Any, kind: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def _spelled(kind: Any) -> str:
-    """A type in the words of TOML."""
-    if get_origin(kind) is tuple:
-        return f"a list of {_spelled(get_args(kind)[0]).split()[-1]}s"
-    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false", Path: "a path in quotes"}
-    return words.get(kind, "[first, end] of the steps" if kind is range else "a table")
+def _explained(errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first error in one sentence, with its key as the file spells it."""
+    tables = {name: kind for name, kind in get_type_hints(RunConfig).items() if is_dataclass(kind)}
+    known = [item.name for item in fields(RunConfig)]
+    known += [f"{name}.{item.name}" for name, kind in tables.items() for item in fields(kind)]
+    location, kind = errors[0]["loc"], errors[0]["type"]
+    key = ".".join(location[: 2 if location and location[0] in tables else 1])
+    if kind == "missing":
+        return f"missing key `{key}`; `iqareward train --example` shows every key."
+    if kind == "unexpected_keyword_argument":
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"unknown key `{key}`; " + (f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}.")
+    if kind == "value_error":
+        reason = str(errors[0]["ctx"]["error"])
+        return f"table `{key}`: {reason}" if key else reason
+    same = [error["msg"] for error in errors if error["loc"][:2] == location[:2]]  # one for each type of a union
+    expected = " or ".join(message.removeprefix("Input should be ") for message in same)
+    expected = expected.replace("array", "list").replace("an object", "a table")
+    return f"key `{key}` expected {expected}, got {errors[0]['input']!r}."

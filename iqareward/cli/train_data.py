@@ -1,4 +1,4 @@
-"""The images that `iqareward train` learns from and those that it is judged by."""
+"""The training and held-out images of `iqareward train`."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence

@@ -24,21 +24,12 @@ MARK, DIGEST_BYTES = b"iqareward sha256", 32
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that train, by name, on the CPU: adapters only for a LoRA model.
-
-    Example:
-        >>> list(trained_weights(nn.Linear(1, 1, bias=False)))
-        ['weight']
-    """
+    """The weights that train, by name, on the CPU; only the adapters of a LoRA model."""
     return {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put weights of `trained_weights` back.
-
-    Raises:
-        ValueError: The names or shapes are not those of the weights that train; nothing is loaded.
-    """
+    """Restore weights of `trained_weights`; a ValueError if names or shapes differ, and then nothing is loaded."""
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     shapes, saved = ({name: list(weight.shape) for name, weight in part.items()} for part in (own, weights))
     differing = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
@@ -55,12 +46,7 @@ def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Non
 
 
 def previous(path: Path) -> Path:
-    """Where `save_state` leaves the checkpoint that was at `path` before; if that is a link, where the link leads.
-
-    Example:
-        >>> previous(Path("run/checkpoint.pt")).name
-        'checkpoint-previous.pt'
-    """
+    """Where `save_state` keeps the checkpoint that was at `path` before; links are followed."""
     path = Path(os.path.realpath(path))
     return path.with_name(f"{path.stem}-previous{path.suffix}")
 
@@ -68,11 +54,7 @@ def previous(path: Path) -> Path:
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them with a checksum, and keep the file from before.
 
-    At every moment `path` holds the old or the new file, never a part; the old one goes on as `previous(path)`.
-
-    Args:
-        path: The file; its folder is made. A link is followed.
-        state: What `load_state` will return.
+    At every moment `path` holds the old or the new file, never a part; the old one is kept as `previous(path)`.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +83,7 @@ def save_lines(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a record to the file of `save_lines`, for a reader who looks at once."""
+    """Add a record to the file of `save_lines`."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_line(record))
 
@@ -114,12 +96,11 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote; never runs code from the file.
+    """Read what `save_state` wrote, without ever running code from the file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint or is damaged, e.g. truncated; if the one before it is whole, the message
-            says how to go on from that.
+        ValueError: The file is not a checkpoint or is damaged; if the previous one is intact, the message says so.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}. Give the folder that a run wrote, or start anew.")
@@ -172,12 +153,10 @@ LOCK = ".lock"  # stays in the folder; what counts is whether a process holds it
 
 @contextmanager
 def exclusive(folder: Path, accelerator: Any) -> Generator[None]:
-    """Within it no other run can use `folder`, which is made; the main process locks for all of its own.
+    """Within this context no other run can use `folder`, which is created; a ValueError if another run uses it.
 
-    The system drops the lock with the process, however it ends. In one process it may be entered again.
-
-    Raises:
-        ValueError: Another run uses the folder.
+    The main process locks for all processes of its run. The system drops the lock with the process, however it ends.
+    The same process may enter again.
     """
     from accelerate.utils import broadcast_object_list
     from filelock import FileLock, Timeout
@@ -204,19 +183,11 @@ def exclusive(folder: Path, accelerator: Any) -> Generator[None]:
 
 
 def described(value: Any, *, without: Sequence[str] = ()) -> Any:
-    """How `value` was built, in numbers, strings and containers of them that can be saved and compared.
+    """How `value` was built, as numbers, strings and containers of them that can be saved and compared.
 
-    Rewards are described by their name and facts, functions by their name, schedulers of diffusers by
-    their type and configuration, networks by their type, other objects by their type and options.
-
-    Args:
-        value: Any object.
-        without: Options that are left out, because they change as the run goes on.
-
-    Example:
-        >>> from iqareward.diffusion import RolloutConfig
-        >>> described(RolloutConfig(window=range(1, 3)))["window"]
-        [1, 2]
+    A reward becomes its name and facts, a function its name, a scheduler of diffusers its type and configuration, a
+    network its type, any other object its type and options. Options in `without` are left out, because they change
+    during a run.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -252,12 +223,7 @@ def described(value: Any, *, without: Sequence[str] = ()) -> Any:
 
 
 def differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
-    """What differs between two descriptions: the name of each difference and a few words on it.
-
-    Example:
-        >>> differences({"rate": 0.1, "memory": None}, {"rate": 0.2, "memory": None})
-        {'rate': 'was 0.1, is 0.2'}
-    """
+    """What differs between two descriptions: maps the name of each difference to a few words about it."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         found: dict[str, str] = {}

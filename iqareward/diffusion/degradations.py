@@ -24,7 +24,7 @@ TAPS_PER_SIGMA = 3  # beyond it a Gaussian is below 1 % of its peak
 
 @dataclass(frozen=True)
 class Degradation:
-    """Damages images, one task after the other, each image as much as its severity says.
+    """Degrade images, one task after the other, each image as much as its severity says.
 
     At severity u in [0, 1] every task has the share u of its way from mild to strong: blur of 0.5 to `max_sigma`
     pixels, resolution lost 1 to `max_factor` times, noise of 2 to `max_noise` steps of 1/255, JPEG quality 95 down to
@@ -68,19 +68,16 @@ class Degradation:
                 raise ValueError(f"Degradation expected {requirement}, got {self}. Change that option.")
 
     def __call__(self, images: Tensor, severity: Tensor, ids: Sequence[int] | Tensor, *, seed: int = 0) -> Tensor:
-        """The damaged images; a row depends on its own image, severity and id, never on its batch.
+        """Degrade each image; the result depends on its own image, severity and id, never on its batch.
 
         Args:
             images: `[B, 3, H, W]` in [0, 1].
             severity: `[B]`; clamped to [0, 1].
             ids: `[B]` integers >= 0; an id has the same noise pattern at every severity.
-            seed: Integer >= 0, of the noise.
+            seed: Seed of the noise, >= 0.
 
         Returns:
             `[B, 3, H, W]` float32 in [0, 1], on the device of the images.
-
-        Raises:
-            ValueError: A shape does not fit.
         """
         images, ids = check_images("Degradation", images).detach().float(), id_list("Degradation", ids)
         if severity.shape != images.shape[:1] or len(ids) != len(images):
@@ -106,20 +103,7 @@ class Degradation:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with a width of its own for each image; the border is repeated outwards.
-
-    Args:
-        images: `[B, 3, H, W]`.
-        sigma: `[B]` in pixels, > 0.
-
-    Returns:
-        `[B, 3, H, W]`.
-
-    Example:
-        >>> step = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(1, 3, 4, 4)
-        >>> blur(step, torch.tensor([0.5]))[0, 0, 0].mul(100).round()
-        tensor([  0.,  11.,  89., 100.])
-    """
+    """Gaussian blur with its own `sigma` `[B]` in pixels for each image; borders are repeated."""
     radius = math.ceil(TAPS_PER_SIGMA * float(sigma.max()))
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device=sigma.device)
     sigma = sigma.double()[:, None]
@@ -139,20 +123,7 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def lower_resolution(images: Tensor, factor: Tensor) -> Tensor:
-    """Shrink each image by a factor of its own and enlarge it again, bicubic in 8 bits, as Pillow resizes files.
-
-    Args:
-        images: `[B, 3, H, W]` in [0, 1]; rounded to 8 bits.
-        factor: `[B]` >= 1; the small image has round(H / factor) x round(W / factor) pixels.
-
-    Returns:
-        `[B, 3, H, W]` in [0, 1], multiples of 1/255.
-
-    Example:
-        >>> fine = torch.tensor([0.0, 1.0]).repeat(4).expand(1, 3, 8, 8)
-        >>> lower_resolution(fine, torch.tensor([4.0])).std() < 0.1 * fine.std()
-        tensor(True)
-    """
+    """Shrink each image by its own `factor` `[B]` and enlarge it again, bicubic in 8 bits, as Pillow does."""
     height, width = images.shape[2:]
     rows_of: dict[tuple[int, int], list[int]] = {}
     for row, by in enumerate(factor.tolist()):
@@ -165,41 +136,13 @@ def lower_resolution(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def add_noise(images: Tensor, sigma: Tensor, ids: Sequence[int], *, seed: int = 0) -> Tensor:
-    """Add white Gaussian noise, independent per colour, of a strength of its own for each image; not clamped.
-
-    Args:
-        images: `[B, 3, H, W]`.
-        sigma: `[B]` standard deviations in steps of 1/255.
-        ids: `[B]` integers >= 0, which choose the pattern.
-        seed: Integer >= 0, which chooses it too.
-
-    Returns:
-        `[B, 3, H, W]`.
-
-    Example:
-        >>> grey = torch.full((1, 3, 64, 64), 0.5)
-        >>> (add_noise(grey, torch.tensor([5.0]), [7]) - grey).std().mul(255).round()
-        tensor(5.)
-    """
+    """Add white Gaussian noise, independent per colour, with `sigma` `[B]` in steps of 1/255; not clamped."""
     pattern = normal(ids, *images.shape[1:], seed=seed, purpose="noise").to(images.device)
     return images + pattern * (sigma / 255)[:, None, None, None]
 
 
 def jpeg(images: Tensor, quality: Tensor) -> Tensor:
-    """Write each image as a JPEG file with halved chroma (4:2:0) and a quality of its own, and read it, with Pillow.
-
-    Args:
-        images: `[B, 3, H, W]`; clamped to [0, 1] and rounded to 8 bits.
-        quality: `[B]` quality as Pillow counts, rounded and clamped to 1..100.
-
-    Returns:
-        `[B, 3, H, W]` float32 in [0, 1], multiples of 1/255, on the device of the images.
-
-    Example:
-        >>> grey = torch.full((2, 3, 20, 30), 0.2)
-        >>> jpeg(grey, torch.tensor([10, 90])).mul(255).amax((1, 2, 3))
-        tensor([48., 51.])
-    """
+    """Write each image as a JPEG file with its own `quality` `[B]` and chroma 4:2:0, and read it again, with Pillow."""
     pixels = (images.clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
     files = [_jpeg(image, each) for image, each in zip(pixels, quality.round().clamp(1, 100).tolist(), strict=True)]
     return torch.from_numpy(np.stack(files)).movedim(-1, 1).to(images.device, torch.float32) / 255

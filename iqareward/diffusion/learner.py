@@ -12,10 +12,10 @@ from torch import Tensor
 
 from iqareward.diffusion.checkpoint import load_trained_weights, trained_weights
 from iqareward.diffusion.finite import is_count, require_options, require_usable_weights, step_if_finite
-from iqareward.diffusion.objectives import Objective, RLTerm, draw_times
+from iqareward.diffusion.objectives import Objective, RLTerm, sft_loss
 from iqareward.diffusion.policies import Policy, unwrapped
 from iqareward.diffusion.rollouts import Experience
-from iqareward.seeds import noise_per_input, sub_seed
+from iqareward.seeds import sub_seed
 from iqareward.weighting import GradientBalance, LossWeights, gradient_norm, mixed_loss
 
 OBJECTIVE, SFT = 1, 2  # purposes of random numbers
@@ -26,8 +26,8 @@ class TrainConfig:
     """How the weights of the model follow the losses.
 
     Args:
-        learning_rate: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
         max_grad_norm: Longer gradients are shortened to this.
         inputs_per_update: Inputs of one optimiser step, over all processes.
         micro_batch: Inputs per backward pass; fewer take less memory and give the same step.
@@ -35,10 +35,11 @@ class TrainConfig:
         sft_scale: Factor of the SFT loss; "balanced" makes both gradients equally long (`GradientBalance`), measured on
             the first part of the update, so it depends on `micro_batch` and the number of processes.
         balance_every: Updates between two measurements of the gradients.
-        std_floor: Rewards of an input that spread no more than this say nothing: the judge's test-retest noise.
+        std_floor: If the rewards of an input spread no more than this, it has no RL signal; set it to the noise of the
+            reward.
         ema_decay: Decay of the averaged weights that validation uses; 0 uses the weights themselves.
-        max_failed_updates: Updates in a row whose gradient is not finite, or of which the reward scores nothing, before
-            the run stops. The former are skipped.
+        max_failed_updates: Failed updates in a row before the run stops. An update fails if its gradient is not finite,
+            and is then skipped, or if the reward scores no image.
 
     Raises:
         ValueError: An option is out of its range.
@@ -82,14 +83,7 @@ class TrainConfig:
 
 
 class Learner:
-    """One optimiser step from an experience and its weights.
-
-    Args:
-        policy: The model; its module is replaced by the one that accelerate prepares.
-        objective: How rewards become a loss.
-        config: How the weights follow the losses.
-        accelerator: Of accelerate.
-    """
+    """Takes optimiser steps; the policy's module is replaced by the one that accelerate prepares."""
 
     def __init__(self, policy: Policy, objective: Objective, config: TrainConfig, accelerator: Any) -> None:
         self.policy, self.objective, self.options, self.accelerator = policy, objective, config, accelerator
@@ -107,23 +101,20 @@ class Learner:
         self.ema = _average(self.weights, config.ema_decay) if config.ema_decay else None
 
     def step(self, experience: Experience, weights: LossWeights, *, update: int, seed: int) -> dict[str, Any]:
-        """Go through the terms of the loss part by part, then move the weights once, if the gradient is finite.
+        """Compute the terms of the loss part by part, then move the weights once, if the gradient is finite.
 
         Otherwise weights, averages and the optimiser stay as they are, in all processes alike.
 
         Args:
             experience: The inputs of this process.
-            weights: `[B]` each.
+            weights: `[B]` RL and SFT weights.
             update: Number of the optimiser step.
-            seed: Of the noise of both losses.
+            seed: Seed of the noise of both losses.
 
         Returns:
-            Means over the inputs of all processes that weigh anything: `rl_loss`, `sft_loss`, `kl`; `grad_norm` before
-            clipping; `skipped`, 1 if the gradient was not finite; and `problem`, what to tell of that. While a scaler
-            of fp16 looks for its scale, it skips steps without a problem.
-
-        Raises:
-            TrainingError: The gradient was finite, and the step made weights that are not.
+            Means over the inputs of all processes that have a weight: `rl_loss`, `sft_loss`, `kl`; `grad_norm` before
+            clipping; `skipped`, 1 if the gradient was not finite; and `problem`, the reason in words. While a scaler
+            of fp16 searches its scale, steps are skipped without a problem.
         """
         terms, size = list(self.objective.terms(experience)), self.options.micro_batch or len(experience)
         parts = [slice(start, min(start + size, len(experience))) for start in range(0, len(experience), size)]
@@ -133,11 +124,11 @@ class Learner:
         for number, (part, term) in enumerate(work):
             whole = number == len(work) - 1
             with nullcontext() if whole else self.accelerator.no_sync(self.policy.model):
-                rows = experience.rows(part)
-                rl, sft = self._losses(rows, term, seed)
+                inputs = experience.select(part)
+                rl, sft = self._losses(inputs, term, seed)
                 if measure and number == 0:
                     self._balance(rl.loss.mean(), sft.mean())
-                share = len(rows) / len(experience) / len(terms)
+                share = len(inputs) / len(experience) / len(terms)
                 loss = self._mixed(rl, sft, LossWeights(weights.rl[part], weights.sft[part]))
                 self.accelerator.backward(loss * share)
             losses.append(torch.stack([rl.loss, sft, rl.kl]).detach())
@@ -167,14 +158,11 @@ class Learner:
             self.ema.step(self.weights)
 
     def _losses(self, experience: Experience, term: int, seed: int) -> tuple[RLTerm, Tensor]:
-        """The RL term and the SFT loss, per input; both with fresh noise for every term."""
+        """The RL term and the SFT loss `[B]`, both with fresh noise for every term."""
         kl = self.options.kl_beta > 0
         rl = self.objective(self.policy, experience, term, seed=sub_seed(seed, OBJECTIVE), frozen=self.frozen, kl=kl)
-        ids, references, noise_seed = experience.ids, experience.references, sub_seed(seed, SFT)
-        shape, device = self.policy.latent_shape(references), references.device
-        noise = noise_per_input(ids, 1, shape, seed=noise_seed, step=term, device=device)
-        times = draw_times(self.policy, ids, 1, seed=noise_seed, term=term, device=device)
-        return rl, self.policy.sft_loss(references, experience.condition, noise, times)
+        ids, references, condition = experience.ids, experience.references, experience.condition
+        return rl, sft_loss(self.policy, ids, references, condition, seed=sub_seed(seed, SFT), term=term)
 
     def _mixed(self, rl: RLTerm, sft: Tensor, weights: LossWeights) -> Tensor:
         scale = self.options.sft_scale if self.balance is None else self.balance.sft_scale
@@ -194,7 +182,7 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Generator[None]:
-        """Within it the model has its averaged weights, if it keeps any."""
+        """Within this context the model has its averaged weights, if it keeps any."""
         if self.ema is None:
             yield
             return
@@ -238,7 +226,7 @@ class Learner:
 
 
 def _cause(losses: Tensor, ids: Sequence[int]) -> str:
-    """What made a gradient not finite: the inputs whose `losses` `[3, N]` show it, of any process, or else all."""
+    """What made a gradient not finite: the inputs of any process whose `losses` `[3, N]` show it, or else all."""
     from accelerate.utils import gather_object
 
     finite = losses.isfinite().all(0).tolist()

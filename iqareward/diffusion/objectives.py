@@ -20,21 +20,18 @@ LARGEST_LOG_RATIO = 20.0
 
 
 class RLTerm(NamedTuple):
-    """One part of an RL loss: `loss` and divergence from the reference policy, both `[B]`, one value per input."""
+    """One term of an RL loss: the loss and the divergence from the reference policy, `[B]` each."""
 
     loss: Tensor
     kl: Tensor
 
 
 class Objective(Protocol):
-    """How rewards become a loss; `ClippedPolicyGradient`, `DiffusionNFT` and `DirectRewardGradient` are three.
+    """How rewards become a loss: `ClippedPolicyGradient`, `DiffusionNFT` or `DirectRewardGradient`.
 
-    A loss has several terms, e.g. one per denoising step, so that the trainer can go through them one by one without
-    holding the activations of all.
-
-    Attributes:
-        relative: Whether it learns from differences between the rollouts of an input, so that an input whose rewards
-            are all the same has nothing to teach.
+    A loss has several terms, e.g. one per denoising step, and the trainer computes them one by one, so that it never
+    holds the activations of all. `relative` says whether the objective learns from differences between the rollouts of
+    an input, so that it learns nothing from an input whose rewards are all the same.
     """
 
     @property
@@ -52,23 +49,9 @@ class Objective(Protocol):
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip: float) -> Tensor:
-    """PPO's clipped surrogate, `-min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A)` with `ratio = exp(new - old)`.
+    """PPO's clipped surrogate `[N]`: `-min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A)`, `ratio = exp(new - old)`.
 
-    The ratio stops at exp(+-20): an infinite one would make the gradient NaN, even of rows that are clipped.
-
-    Args:
-        log_probs: `[N]` of the step under the policy that learns.
-        old_log_probs: `[N]` under the policy that took it.
-        advantages: `[N]`, higher is better.
-        clip: How far the ratio may move; 1e-4 to 1e-5 with log-probabilities per element.
-
-    Returns:
-        `[N]` to minimise.
-
-    Example:
-        >>> new, old = torch.tensor([0.5, 0.0]), torch.zeros(2)
-        >>> policy_loss(new, old, torch.tensor([1.0, 1.0]), clip=0.1)
-        tensor([-1.1000, -1.0000])
+    The ratio is limited to exp(+-20), because an infinite one would make the gradient NaN, even of clipped rows.
 
     References:
         Schulman et al., Proximal Policy Optimization Algorithms, 2017, https://arxiv.org/abs/1707.06347
@@ -79,17 +62,17 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *,
 
 @dataclass(frozen=True)
 class ClippedPolicyGradient:
-    """Each stochastic step of each rollout, more likely if the rollout's reward is above those of its input.
+    """PPO's clipped loss over the stochastic denoising steps, with advantages among the rollouts of an input (GRPO).
 
-    With stepwise rewards a step is judged by the first scored image after it, else by the sample.
+    With stepwise rewards a step gets the reward of the first scored image after it, otherwise that of the sample.
 
     Args:
-        clip: Of the importance ratio.
+        clip: Range of the importance ratio, [1 - clip, 1 + clip].
         every: Use every n-th stochastic step only, to save time.
 
     Example:
         >>> from types import SimpleNamespace
-        >>> experience = SimpleNamespace(trajectory=SimpleNamespace(stochastic=(0, 1, 2, 3)))  # of an Experience
+        >>> experience = SimpleNamespace(trajectory=SimpleNamespace(stochastic=(0, 1, 2, 3)))
         >>> ClippedPolicyGradient(every=2).terms(experience)
         (0, 2)
 
@@ -116,10 +99,10 @@ class ClippedPolicyGradient:
         condition = repeat(experience.condition, trajectory.group_size)
         transition = replay(policy, trajectory, term, condition)
         log_probs = transition.log_prob(trajectory.latents[term + 1])
-        # The clean image predicted at a step follows from the latents before it: it judges the steps up to there.
+        # The clean image predicted at a step follows from the latents before it, so it rewards the steps up to there.
         scored = [*trajectory.clean, len(trajectory.schedule)]
-        judged_by = next(row for row, step in enumerate(scored) if step > term)
-        loss = policy_loss(log_probs, trajectory.log_probs[term], experience.advantages[judged_by], clip=self.clip)
+        row = next(row for row, step in enumerate(scored) if step > term)
+        loss = policy_loss(log_probs, trajectory.log_probs[term], experience.advantages[row], clip=self.clip)
         divergence = torch.zeros_like(loss)
         if kl:
             with reference_policy(policy, frozen):
@@ -138,18 +121,19 @@ SMALLEST_ERROR = 1e-5  # keeps the relative error of a perfect prediction finite
 
 @dataclass(frozen=True)
 class DiffusionNFT:
-    """DiffusionNFT: no log-probabilities and no stochastic sampler, one network pass per term, any number of steps.
+    """Regression towards good rollouts and away from bad ones: no log-probabilities, and any sampler.
 
-    With v the network's answer, v_old the one that sampled and r in [0, 1] the probability that a rollout is good,
+    With v the output of the network, v_old that of the network that sampled and r in [0, 1] the probability that a
+    rollout is good,
 
         loss = [r * d(v_old + beta * (v - v_old)) + (1 - r) * d(v_old - beta * (v - v_old))] / beta
 
-    where d is the squared distance of the clean latents it stands for to the rollout's, over their mean absolute
-    distance. The trainer takes one optimiser step per rollout, so v_old is v without its gradient.
+    where d is the squared distance from the clean latents that an output stands for to those of the rollout, over their
+    mean absolute distance. The trainer takes one optimiser step per rollout, so v_old is v without its gradient.
 
     Args:
         beta: How far the two guesses are from the old one.
-        num_terms: Times drawn per rollout.
+        num_terms: Times drawn per rollout, each with one pass through the network.
         clip: The advantage that counts as certainly good.
 
     Example:
@@ -168,7 +152,7 @@ class DiffusionNFT:
     relative = True
 
     def terms(self, experience: Experience) -> Sequence[int]:
-        """One per time drawn."""
+        """One term per time that is drawn."""
         return range(self.num_terms)
 
     def __call__(
@@ -179,7 +163,7 @@ class DiffusionNFT:
         sample, size = trajectory.sample, trajectory.group_size
         condition = repeat(experience.condition, size)
         noise = noise_per_input(experience.ids, size, sample.shape[1:], seed=seed, step=term, device=sample.device)
-        times = draw_times(policy, experience.ids, size, seed=seed, term=term, device=sample.device)
+        times = _draw_times(policy, experience.ids, size, seed=seed, term=term, device=sample.device)
         latents = process.add_noise(sample, noise, times)
         output = policy.predict(latents, times, condition).float()
         old = output.detach()
@@ -195,13 +179,23 @@ class DiffusionNFT:
         return RLTerm(mean_per_input(loss, experience), mean_per_input(divergence, experience))
 
 
-def draw_times(
+def sft_loss(
+    policy: Policy, ids: Sequence[int], references: Tensor, condition: Condition, *, seed: int, term: int = 0
+) -> Tensor:
+    """The policy's supervised loss `[B]`, with noise and times that follow from the seed and the ids alone."""
+    shape, device = policy.latent_shape(references), references.device
+    noise = noise_per_input(ids, 1, shape, seed=seed, step=term, device=device)
+    times = _draw_times(policy, ids, 1, seed=seed, term=term, device=device)
+    return policy.sft_loss(references, condition, noise, times)
+
+
+def _draw_times(
     policy: Policy, ids: Sequence[int], group_size: int, *, seed: int, term: int, device: torch.device
 ) -> Tensor:
-    """Random training times for each rollout of each input, `[B * K]`, from the seed and the ids alone."""
-    # A path longer than that of the noise, so that the two are independent.
-    rows = [policy.process.draw_times(group_size, generator(seed, row, term, 1, device=device)) for row in ids]
-    return torch.cat(rows)
+    """Random training times for each rollout of each input, `[B * K]`."""
+    # A longer path than that of the noise, so that the two are independent.
+    generators = (generator(seed, input_id, term, 1, device=device) for input_id in ids)
+    return torch.cat([policy.process.draw_times(group_size, own) for own in generators])
 
 
 def _distance(clean: Tensor, sample: Tensor) -> Tensor:
@@ -214,13 +208,13 @@ def _distance(clean: Tensor, sample: Tensor) -> Tensor:
 class DirectRewardGradient:
     """Follow the gradient of a differentiable reward back into the network.
 
-    The rollouts at hand are the starting points: their last steps are taken again with a gradient and with the noise
-    they had, so the images are the ones already scored.
+    The last steps of the rollouts are repeated with a gradient and with the noise they had, so the images are those
+    that were already scored.
 
     Args:
         reward: Built with `differentiable=True`.
-        last_steps: K of DRaFT-K: steps the gradient goes through. 0 is ReFL: one step, chosen at random among the later
-            half of the schedule, and the clean image predicted there.
+        last_steps: K of DRaFT-K, the number of steps that the gradient goes through. 0 is ReFL: one random step in the
+            later half of the schedule, and the clean image predicted there.
         checkpointed: Recompute each step's activations in the backward pass.
 
     Raises:
@@ -252,17 +246,13 @@ class DirectRewardGradient:
             )
 
     def terms(self, experience: Experience) -> Sequence[int]:
-        """A single one."""
+        """One term."""
         return (0,)
 
     def __call__(
         self, policy: Policy, experience: Experience, term: int, *, seed: int, frozen: nn.Module | None, kl: bool
     ) -> RLTerm:
-        """The negative reward, averaged over the rollouts of each input; 0, without gradient, where there is none.
-
-        Raises:
-            ValueError: KL is asked for; the reward's gradient has no transition to measure it on.
-        """
+        """The negative reward, averaged over the rollouts of each input; 0 without gradient where not scored."""
         if kl:
             raise ValueError("DirectRewardGradient expected kl_beta=0. Anchor with the SFT weight or LoRA instead.")
         trajectory = experience.trajectory
@@ -277,7 +267,7 @@ class DirectRewardGradient:
         references = experience.references.repeat_interleave(trajectory.group_size, 0)
         answer = self.reward(images, references=references)
         scores = checked_scores(answer, name=self.reward.name, count=images.shape[0])
-        loss = torch.where(scores.isnan(), 0.0, -scores)  # not scored: says nothing, and its image gets no gradient
+        loss = torch.where(scores.isnan(), 0.0, -scores)  # an image that is not scored gets no gradient
         return RLTerm(mean_per_input(loss, experience), torch.zeros_like(experience.difficulty))
 
     def _last_steps(self, policy: Policy, experience: Experience, condition: Condition) -> Tensor:

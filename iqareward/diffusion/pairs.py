@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iqareward.diffusion.degradations import Degradation
-from iqareward.diffusion.finite import usable_rows
+from iqareward.diffusion.finite import finite_inputs
 from iqareward.diffusion.textures import synthetic_images
 from iqareward.image_files import References, UnreadableImageError, find_images, read_image
 from iqareward.images import to_images
@@ -43,12 +43,12 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True)
 class SyntheticPairs:
-    """Pairs made on the spot, with a known severity each: experiments without a download.
+    """Synthetic images, degraded as they are read, with a known severity each: experiments without a download.
 
     Args:
         num_inputs: Ids are 0 to this number - 1.
         size: Side in pixels.
-        degradation: What damages the images.
+        degradation: How the images are degraded.
         seed: Integer >= 0; another seed is another data set, for instance a held-out one.
 
     Raises:
@@ -74,7 +74,7 @@ class SyntheticPairs:
         return self.num_inputs
 
     def severities(self, ids: Sequence[int]) -> Tensor:
-        """How damaged each input is, `[B]` uniform in [0, 1), larger = worse: a difficulty known without a model."""
+        """How strongly each input is degraded, `[B]` uniform in [0, 1), larger = worse."""
         return _severities(_checked_ids("SyntheticPairs", ids, len(self)), self.seed)
 
     def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -86,22 +86,22 @@ class SyntheticPairs:
 
 @dataclass(frozen=True)
 class FolderPairs:
-    """Pairs from the images of a folder, damaged on the spot, or from two folders that hold the same scenes.
+    """Pairs from the images of a folder, degraded as they are read, or from two folders that hold the same scenes.
 
-    Files are read when they are asked for. Each id is one random crop of one file: with C crops per file, ids k * C to
-    k * C + C - 1 belong to file k, in the order of the names.
+    Each id is one random crop of one file: with C crops per file, ids k * C to k * C + C - 1 belong to file k, in the
+    order of the names.
 
     Args:
         folder: The references, searched with all folders inside.
         size: Side of the crop in pixels.
-        degradation: What damages the crops; not used with `degraded_folder`.
-        seed: Integer >= 0, of crops, severities and noise.
-        degraded_folder: The degraded images, of the same relative names (any image suffix) and sizes as the references.
-        crops: Of each file.
+        degradation: How the crops are degraded; not used with `degraded_folder`.
+        seed: Integer >= 0; it decides crops, severities and noise.
+        degraded_folder: The degraded images, with the relative names (any image suffix) and sizes of the references.
+        crops: Number of crops of each file.
 
     Raises:
         ValueError: A folder is missing, holds no image or cannot be searched whole, a degraded image is missing, or a
-                number is below 1.
+            number is below 1.
 
     Example:
         >>> import tempfile
@@ -129,7 +129,7 @@ class FolderPairs:
     def names(self) -> list[str]:
         """The files relative to the folder, sorted."""
         if not Path(self.folder).is_dir():
-            raise ValueError(f"FolderPairs expected a folder of images, got {self.folder}, which is none.")
+            raise ValueError(f"FolderPairs expected a folder of images, got {self.folder}.")
         files, problems = find_images([self.folder])
         for path, problem in problems.items():  # a part of the data must not be missing without a word
             raise ValueError(f"FolderPairs cannot use {path}: {problem}. Repair or remove it.")
@@ -210,25 +210,24 @@ def _severities(ids: list[int], seed: int) -> Tensor:
 
 
 def _checked_ids(caller: str, ids: Sequence[int], num_inputs: int) -> list[int]:
-    rows = id_list(caller, ids)
-    if max(rows) >= num_inputs:
-        raise ValueError(f"{caller} expected ids in [0, {num_inputs}), got {max(rows)}.")
-    return rows
+    checked = id_list(caller, ids)
+    if max(checked) >= num_inputs:
+        raise ValueError(f"{caller} expected ids in [0, {num_inputs}), got {max(checked)}.")
+    return checked
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some inputs of a data set, with ids from 0: for training inputs and held-out ones of one folder.
+    """Some inputs of a data set, with ids from 0, for example to split a folder into training and held-out inputs.
 
     Args:
         pairs: The data set.
-        ids: The inputs of it that belong to this one.
+        ids: The inputs that belong to this subset.
 
     Raises:
         ValueError: There is no id, or one that the data set does not have.
 
     Example:
-        >>> from iqareward.diffusion import SyntheticPairs
         >>> everything = SyntheticPairs(10, size=16)
         >>> held_out = Subset(everything, (8, 9))
         >>> bool((held_out.batch([1])[0] == everything.batch([9])[0]).all())
@@ -256,10 +255,9 @@ class StoredPairs:
 
     Args:
         degraded: `[N, 3, H, W]` in [0, 1].
-        references: Of the same shape.
+        references: `[N, 3, H, W]` in [0, 1].
 
     Example:
-        >>> from iqareward.diffusion import SyntheticPairs
         >>> len(StoredPairs.of(SyntheticPairs(3, size=16)))
         3
     """
@@ -283,20 +281,9 @@ class StoredPairs:
 
 @dataclass(frozen=True)
 class InputOrder:
-    """The ids of each update, all inputs once per epoch; those that fill no whole batch wait for another epoch.
+    """The ids of each update: all inputs once per epoch in random order, without those that fill no whole batch.
 
-    Args:
-        num_inputs: Ids are integers in [0, num_inputs).
-        batch_size: Inputs per update, over all processes.
-        seed: Of the order.
-
-    Raises:
-        ValueError: There are fewer inputs than one batch takes.
-
-    Example:
-        >>> order = InputOrder(num_inputs=4, batch_size=2, seed=0)
-        >>> sorted(order.ids(0) + order.ids(1))
-        [0, 1, 2, 3]
+    Ids are integers in [0, num_inputs), and `batch_size` counts the inputs per update over all processes.
     """
 
     num_inputs: int
@@ -321,18 +308,12 @@ class InputOrder:
 
 
 def read_batch(pairs: Pairs, ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Read pairs; one with a pixel that is not finite becomes grey, so that it cannot spoil the others of its batch.
+    """Degraded images and references `[B, 3, H, W]` on `device`, and `[B]` whether all their pixels are finite.
 
-    Args:
-        pairs: Where to read.
-        ids: B inputs.
-        device: Where the tensors go; they are looked at on the device that they come from.
-
-    Returns:
-        Degraded images and references `[B, 3, H, W]`, and `[B]` bool, False for those that became grey: give them no
-        weight in the loss.
+    A pair with a pixel that is not finite becomes grey, so that it cannot spoil the others of its batch; give it no
+    weight in the loss.
     """
     images = pairs.batch(ids)
-    usable = usable_rows(*images)
-    degraded, references = (torch.where(usable.view(-1, 1, 1, 1), rows, 0.5).to(device) for rows in images)
+    usable = finite_inputs(*images)
+    degraded, references = (torch.where(usable.view(-1, 1, 1, 1), batch, 0.5).to(device) for batch in images)
     return degraded, references, usable.to(device)

@@ -11,7 +11,7 @@ FIGURES = {
     "reward": "reward {:.3g}",
     "difficulty": "difficulty {:.3g}",
     "sft_share": "sft {:.3g}",
-    "active": "active {:.3g}",
+    "has_signal": "signal {:.3g}",
 }
 FIGURES_OF_SFT = {"sft_loss": "loss {:.3g}"}
 PLAIN_FIGURES = {
@@ -28,21 +28,11 @@ Advance = Callable[[Mapping[str, Any]], None]
 def progress_bar(
     description: str, total: int, *, done: int = 0, shown: bool = True, every: float = 10.0
 ) -> Generator[Advance]:
-    """Show on the error stream how far a run is; call what it yields with the record of each update.
+    """Show the progress of a run on the error stream; call what it yields with the record of each update.
 
     On a terminal and in a notebook it is a bar. Elsewhere, for example in the log of a batch job, it is plain lines:
-    the first and the last update, and between them at most one in `every` seconds.
-
-    Args:
-        description: What is running.
-        total: Updates in all.
-        done: Updates done before, after a resume.
-        shown: False shows nothing, e.g. on all processes but one.
-        every: Seconds between two plain lines.
-
-    Example:
-        >>> with progress_bar("RL", 100, shown=False) as advance:
-        ...     advance({"update": 1, "reward": 0.5})
+    the first and the last update, and between them at most one in `every` seconds. `done` updates were done before a
+    resume.
     """
     from rich.console import Console
 

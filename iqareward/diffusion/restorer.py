@@ -23,14 +23,14 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def build_restorer(channels: Sequence[int], *, layers: int = 1, seed: int = 0) -> PixelPolicy:
-    """A conditional UNet of convolutions that predicts the change to the degraded image; to be trained by SFT first.
+    """Build a convolutional UNet that predicts the change to the degraded image; train it by SFT first.
 
     It takes images of any size whose sides are multiples of `2 ** (len(channels) - 1)`.
 
     Args:
-        channels: Of the network, per resolution; multiples of 8.
+        channels: Channels per resolution; multiples of 8.
         layers: Blocks per resolution.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Returns:
         A policy on the CPU.
@@ -113,7 +113,7 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
     for part in (CONFIG, WEIGHTS, SCHEDULER):
         if not (folder / part).is_file():
             raise ValueError(
-                f"load_restorer expected {folder} to hold {part}, and there is none. Give a folder that save_restorer "
+                f"load_restorer expected {folder} to hold {part}, which is missing. Give a folder that save_restorer "
                 "or a diffusers pipeline with a UNet2DModel wrote."
             )
     with _naming(folder / CONFIG), torch.random.fork_rng(devices=[]):
@@ -143,7 +143,7 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
 
 @contextmanager
 def _naming(file: Path) -> Generator[None]:
-    """Whatever is raised for a damaged file becomes an error that names it."""
+    """Turn whatever is raised for a damaged file into an error that names it."""
     try:
         yield
     except Exception as error:
@@ -151,7 +151,7 @@ def _naming(file: Path) -> Generator[None]:
 
 
 def _read_weights(path: Path, described: nn.Module) -> dict[str, Tensor]:
-    """The file's tensors, if they are those of the network that is described."""
+    """The tensors of the file, if they are those of the network `described`."""
     file, expected = WeightFile(path), described.state_dict()
     weights = {key: file.tensor(key, value.shape) for key, value in expected.items()}
     if unknown := file.keys() - expected.keys():

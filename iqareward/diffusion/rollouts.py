@@ -29,11 +29,11 @@ class Trajectory:
     Attributes:
         latents: `[T + 1, N, ...]` fp32, from noise to the sample.
         log_probs: `[T, N]` fp32, per element (see `Transition.log_prob`); 0 at deterministic steps.
-        schedule: T steps.
-        etas: Noise asked for at each step; 0 outside of the window.
+        schedule: The T steps.
+        etas: The eta of each step; 0 outside of the window.
         stds: Standard deviation of each step; 0 where it was deterministic.
-        group_size: K.
-        clean: By step, `[N, ...]` the clean latents predicted there, for the steps asked for.
+        group_size: Rollouts per input, K.
+        clean: Maps a step in `keep_clean` to the clean latents `[N, ...]` predicted there.
     """
 
     latents: Tensor
@@ -51,14 +51,14 @@ class Trajectory:
 
     @property
     def stochastic(self) -> tuple[int, ...]:
-        """The steps that drew noise: all that a policy gradient can learn from."""
+        """The steps that drew noise; a policy gradient learns from these only."""
         return tuple(index for index, std in enumerate(self.stds) if std > 0)
 
-    def rows(self, inputs: slice) -> "Trajectory":
+    def select(self, inputs: slice) -> "Trajectory":
         """The rollouts of these inputs."""
-        rows = slice(inputs.start * self.group_size, inputs.stop * self.group_size)
-        clean = {step: latents[rows] for step, latents in self.clean.items()}
-        return replace(self, latents=self.latents[:, rows], log_probs=self.log_probs[:, rows], clean=clean)
+        rollouts = slice(inputs.start * self.group_size, inputs.stop * self.group_size)
+        clean = {step: latents[rollouts] for step, latents in self.clean.items()}
+        return replace(self, latents=self.latents[:, rollouts], log_probs=self.log_probs[:, rollouts], clean=clean)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def rollout(
     keep_clean: Sequence[int] = (),
     condition: Condition | None = None,
 ) -> Trajectory:
-    """Restore each input several times, each time with other noise, and remember how.
+    """Restore each input several times, each time with other noise, and keep the path of the latents.
 
     The noise follows from `seed` and the input's id alone, so an input's rollouts are the same in any batch, on any
     number of processes and after a resume.
@@ -87,8 +87,8 @@ def rollout(
         group_size: Rollouts per input, K.
         num_steps: Sampling steps, T.
         eta: Noise of each step, as `policy.process` takes it; 0 is deterministic after the first noise.
-        seed: Of the noise; another one for every optimiser step.
-        window: The steps that are stochastic, the others follow the ODE (MixGRPO); all if not given.
+        seed: Seed of the noise; use another one for every optimiser step.
+        window: Steps that are stochastic, while the others follow the ODE (MixGRPO); all if not given.
         keep_clean: Steps whose prediction of the clean latents is kept, for stepwise rewards.
         condition: `policy.condition(degraded)`, if it is at hand.
 
@@ -143,18 +143,7 @@ def take_step(policy: Policy, latents: Tensor, step: Step, eta: float, condition
 
 
 def replay(policy: Policy, trajectory: Trajectory, index: int, condition: Condition) -> Transition:
-    """Step `index` of a trajectory under the policy as it is now.
-
-    Args:
-        policy: The model.
-        trajectory: From `rollout`.
-        index: Of the step.
-        condition: Of all N rows.
-
-    Returns:
-        A `Transition`; as long as the model has not changed, its log-probability of `trajectory.latents[index + 1]` is
-        `trajectory.log_probs[index]`.
-    """
+    """Step `index` of a trajectory under the policy as it is now, given the condition of all its rollouts."""
     step, eta = trajectory.schedule[index], trajectory.etas[index]
     return take_step(policy, trajectory.latents[index], step, eta, condition)
 
@@ -166,13 +155,13 @@ class Experience:
     Attributes:
         ids: B ids of the inputs.
         references: `[B, 3, H, W]` ground truth.
-        condition: Of the B inputs.
-        trajectory: Of the N rollouts.
+        condition: What the network sees of the B inputs.
+        trajectory: The N rollouts.
         rewards: `[S, N]` fp32, NaN = not scored; one row per scored step, the sample last.
-        distances: `[N]` >= 0 of the samples to the ground truth, NaN where it cannot be told.
-        advantages: `[S, N]`, 0 where nothing can be said.
-        active: `[B]` whether the rewards of an input differ at all.
-        usable: `[B]` whether all pixels of an input are finite; others weigh nothing.
+        distances: `[N]` >= 0 from the samples to the references, NaN where unknown.
+        advantages: `[S, N]`, 0 where unknown.
+        has_signal: `[B]` whether the rewards of an input differ at all.
+        usable: `[B]` whether all pixels of an input are finite; others get no weight.
     """
 
     ids: tuple[int, ...]
@@ -182,7 +171,7 @@ class Experience:
     rewards: Tensor
     distances: Tensor
     advantages: Tensor
-    active: Tensor
+    has_signal: Tensor
     usable: Tensor
 
     def __len__(self) -> int:
@@ -190,17 +179,17 @@ class Experience:
 
     @property
     def difficulty(self) -> Tensor:
-        """`[B]` >= 0, mean distance of an input's samples; NaN where it cannot be told."""
+        """`[B]` >= 0, mean distance of an input's samples to its reference; NaN where unknown."""
         return self.distances.view(len(self), -1).nanmean(1)
 
     def pass_rate(self, distance: float) -> Tensor:
-        """`[B]` share of an input's samples within `distance` of the ground truth; NaN where it cannot be told."""
+        """`[B]` share of an input's samples within `distance` of the reference; NaN where unknown."""
         size = self.trajectory.group_size
         inputs = torch.arange(len(self), device=self.distances.device).repeat_interleave(size)
         return pass_rate(-self.distances, inputs, threshold=-distance)[::size]
 
-    def rows(self, inputs: slice) -> "Experience":
-        """These inputs only."""
+    def select(self, inputs: slice) -> "Experience":
+        """The experience of these inputs."""
         size = self.trajectory.group_size
         rollouts = slice(inputs.start * size, inputs.stop * size)
         return replace(
@@ -208,11 +197,11 @@ class Experience:
             ids=self.ids[inputs],
             references=self.references[inputs],
             condition=select(self.condition, inputs),
-            trajectory=self.trajectory.rows(inputs),
+            trajectory=self.trajectory.select(inputs),
             rewards=self.rewards[:, rollouts],
             distances=self.distances[rollouts],
             advantages=self.advantages[:, rollouts],
-            active=self.active[inputs],
+            has_signal=self.has_signal[inputs],
             usable=self.usable[inputs],
         )
 
@@ -225,7 +214,7 @@ class RolloutConfig:
         group_size: Rollouts per input.
         num_steps: Sampling steps.
         eta: Noise of each step, as the policy's process takes it.
-        window: The steps that are stochastic; all if not given.
+        window: Steps that are stochastic; all if not given.
         reward_steps: Steps whose predicted clean image is scored as well; only the sample if empty.
         inputs_at_once: Inputs sampled and scored together; all if not given.
 
@@ -263,24 +252,8 @@ def images_of(policy: Policy, latents: Tensor) -> Tensor:
 
 
 def checked_scores(scores: Any, *, name: str, count: int) -> Tensor:
-    """What a reward answered, in fp32 and with NaN, "not scored", for what is not finite there.
-
-    Args:
-        scores: The answer, `[count]`.
-        name: The reward's name, for error messages.
-        count: The number of images it was given.
-
-    Raises:
-        TypeError: The answer is no tensor of real numbers.
-        ValueError: It has another shape.
-
-    Example:
-        >>> checked_scores(torch.tensor([0.5, 1e300], dtype=torch.float64), name="sharpness", count=2)
-        tensor([0.5000,    nan])
-    """
-    expected = (
-        f"The reward {name!r} expected to answer with a tensor [{count}] of real numbers, one score per image, got"
-    )
+    """The `[count]` scores of a reward in fp32, NaN where not finite; an error if they are anything else."""
+    expected = f"The reward {name!r} was expected to return a tensor [{count}] of real numbers, one per image, got"
     if not isinstance(scores, Tensor) or scores.is_complex():
         raise TypeError(f"{expected} {scores.dtype if isinstance(scores, Tensor) else type(scores).__name__}.")
     if scores.shape != (count,):
@@ -300,24 +273,10 @@ def collect(
     seed: int,
     metric: Callable[..., Tensor],
 ) -> tuple[Trajectory, Condition, Tensor, Tensor]:
-    """Sample the inputs part by part, each part scored while the next is sampled if the reward is `Overlapped`.
-
-    Args:
-        policy: The model.
-        reward: Scores each image.
-        degraded: `[B, 3, H, W]` in [0, 1].
-        references: Of the same shape.
-        ids: B ids.
-        config: How inputs are restored.
-        seed: Of the noise.
-        metric: Distance of an image to its reference, `metric(images, references) -> [N]`.
+    """Sample the inputs part by part; an `Overlapped` reward scores each part while the next is sampled.
 
     Returns:
-        The trajectory, the condition, rewards `[S, N]` (NaN where infinite) and distances to the ground truth `[N]`.
-
-    Raises:
-        TypeError: The reward answers with something other than a tensor of real numbers.
-        ValueError: It does not answer with one score per image.
+        The trajectory, the condition, rewards `[S, N]` (NaN = not scored) and distances to the references `[N]`.
     """
     condition = policy.condition(degraded)
     size = config.inputs_at_once or len(ids)
@@ -337,7 +296,7 @@ def collect(
             condition=select(condition, part),
         )
         side_by_side = references[part].repeat_interleave(config.group_size, 0)
-        # step by step: the pixels of all steps, and as many copies of the references, would not fit beside each other
+        # Step by step, because the images of all steps would not fit into memory at once.
         submit = partial(
             _submit, reward, references=side_by_side, degraded=degraded[part], group_size=config.group_size
         )
@@ -351,15 +310,10 @@ def collect(
 
 
 def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: RewardMemory | None) -> tuple[Tensor, Tensor]:
-    """Advantages `[S, N]` and whether each row's input is active `[N]`, with the statistics of all processes.
+    """Advantages `[S, N]`, and whether each rollout's input has a signal `[N]`, with the statistics of all processes.
 
-    Each scored step is compared with the same step of the other rollouts only.
-
-    Args:
-        rewards: `[S, N]` of this process.
-        groups: `[N]` ids of the inputs, with one meaning on all processes.
-        std_floor: Rewards of an input that spread no more than this say nothing.
-        memory: Compares the sample with the input's own history instead; it is updated.
+    Each scored step is compared with the same step of the other rollouts only. A `memory` compares the sample with the
+    input's own history instead, and is updated.
     """
     gathered, mine = gather_rows(rewards.T.contiguous(), groups)
     all_rewards, all_groups = gathered

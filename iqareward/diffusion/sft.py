@@ -8,11 +8,11 @@ import torch
 
 from iqareward.diffusion.checkpoint import append_line
 from iqareward.diffusion.finite import TrainingError, require_usable_weights, step_if_finite
-from iqareward.diffusion.objectives import draw_times
+from iqareward.diffusion.objectives import sft_loss
 from iqareward.diffusion.pairs import InputOrder, Pairs, read_batch
 from iqareward.diffusion.policies import Policy
 from iqareward.diffusion.progress import progress_bar
-from iqareward.seeds import noise_per_input, sub_seed
+from iqareward.seeds import sub_seed
 
 ORDER, NOISE = range(2)  # purposes of random numbers
 MAX_FAILED_UPDATES = 5
@@ -44,14 +44,14 @@ def supervised(
         pairs: Degraded images and their ground truth.
         num_updates: Optimiser steps.
         batch_size: Inputs per update, over all processes.
-        learning_rate: At the start; it falls to 0.
-        weight_decay: Of AdamW.
+        learning_rate: Learning rate at the start; it falls to 0.
+        weight_decay: Weight decay of AdamW.
         max_grad_norm: Longer gradients are shortened to this.
         ema_decay: Above 0, the model ends with the running average of its weights.
         accelerator: Accelerate's `Accelerator`; a default one if not given. Its trackers get the loss as "sft/loss".
-        history_file: Gets a JSON line per update as it ends; what was in it before is removed.
+        history_file: Gets a JSON line per update; earlier content is removed.
         show_progress: Show a progress bar, or lines where there is no terminal.
-        seed: Of everything random.
+        seed: Seed of all random numbers.
 
     Returns:
         The mean loss of each update.
@@ -90,13 +90,10 @@ def supervised(
             ids = order.ids(update, rank=rank, world=world)
             degraded, references, usable = read_batch(pairs, ids, device)
             noise_seed = sub_seed(seed, NOISE, update)
-            shape = policy.latent_shape(references)
-            noise = noise_per_input(ids, 1, shape, seed=noise_seed, step=0, device=device)
-            times = draw_times(policy, ids, 1, seed=noise_seed, term=0, device=device)
             with torch.no_grad():
                 condition = policy.condition(degraded)
-            rows = policy.sft_loss(references, condition, noise, times)
-            loss = (usable * rows).sum() / usable.sum().clamp(min=1)
+            losses_of = sft_loss(policy, ids, references, condition, seed=noise_seed)
+            loss = (usable * losses_of).sum() / usable.sum().clamp(min=1)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(weights, max_grad_norm)
             figures: Any = accelerator.reduce(torch.stack([norm.float(), loss.detach().float()]), "mean")

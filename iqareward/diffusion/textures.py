@@ -37,8 +37,11 @@ class _Leaves(NamedTuple):
     shifts: Tensor  # (x, y) offset into it in pixels, int64
 
 
-def power_law_textures(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0) -> Tensor:
-    """Colour noise whose amplitude falls as 1/f^a: clouds, bark, gravel, with an exponent a of its own per image.
+def synthetic_images(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0) -> Tensor:
+    """Images that need no download: mostly textured leaves, some flat ones, some 1/f textures, softly lit.
+
+    Occluding ellipses with r^-3 radii have the occlusion and scaling of natural images, and noise whose amplitude falls
+    as 1/f^a their spectrum. An image depends on its id and the seed only.
 
     Args:
         ids: `[B]` integers >= 0.
@@ -46,18 +49,41 @@ def power_law_textures(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0)
         seed: Integer >= 0; another seed gives other images for the same ids.
 
     Returns:
-        `[B, 3, size, size]` float32 in [0, 1] on the CPU; the textures wrap around at the borders.
+        `[B, 3, size, size]` float32 in [0, 1] on the CPU.
 
     Example:
-        >>> textures = power_law_textures([0, 5], size=32)
-        >>> textures.shape, textures[1].equal(power_law_textures([5], size=32)[0])
-        (torch.Size([2, 3, 32, 32]), True)
+        >>> images = synthetic_images(range(8), size=32)
+        >>> images.shape, images[3].equal(synthetic_images([3], size=32)[0])
+        (torch.Size([8, 3, 32, 32]), True)
 
     References:
+        Lee, Mumford, Huang, Occlusion Models for Natural Images: A Statistical Study of a Scale-Invariant Dead Leaves
+        Model, 2001, https://doi.org/10.1023/A:1011109015675
+        Achddou, Gousseau, Ladjal, Synthetic images as a regularity prior for image restoration neural networks, 2021,
+        https://openreview.net/forum?id=vKT8fZFGcG (dead leaves as training data)
         Field, Relations between the statistics of natural images and the response properties of cortical cells, 1987,
         https://doi.org/10.1364/JOSAA.4.002379
     """
-    ids = id_list("power_law_textures", ids)
+    ids = id_list("synthetic_images", ids)
+    draws = uniform(ids, 4, seed=seed, purpose="scene")
+    kinds = draws[:, 0].tolist()
+    images = torch.empty(len(ids), 3, size, size, dtype=torch.float32, device="cpu")
+    for low, high, make in (
+        (0.0, TEXTURES, _power_law_textures),
+        (TEXTURES, TEXTURES + FLAT, partial(_dead_leaves, texture=FLAT_TEXTURE)),
+        (TEXTURES + FLAT, 1.0, _dead_leaves),
+    ):
+        rows = [row for row, kind in enumerate(kinds) if low <= kind < high]
+        if rows:
+            images[rows] = make([ids[row] for row in rows], size=size, seed=seed)
+    ramp = (_pixels(size) / size - 0.5) * 2
+    across, down = ((draws[:, 1:3] - 0.5)[..., None, None] * 0.7).unbind(1)
+    light = 1 + across * ramp + down * ramp[:, None]
+    return (images * light[:, None]).clamp(0, 1)
+
+
+def _power_law_textures(ids: list[int], *, size: int, seed: int) -> Tensor:
+    """Colour noise whose amplitude falls as 1/f^a: clouds, bark, gravel, with an exponent a of its own per image."""
     draws = uniform(ids, 6, seed=seed, purpose="texture")
     exponents = _between(draws[:, :1], *EXPONENTS).expand(-1, 3)
     brightness, warmth, magenta = _fields(ids, exponents, size=size, seed=seed, purpose="texture fields").unbind(1)
@@ -72,80 +98,16 @@ def power_law_textures(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0)
     ).clamp(0, 1)
 
 
-def dead_leaves(
-    ids: Sequence[int] | Tensor, *, size: int, seed: int = 0, num_leaves: int = NUM_LEAVES, texture: float = 1.0
-) -> Tensor:
-    """Ellipses that hide one another, their radii distributed as r^-3: the occlusion and scaling of natural images.
-
-    Args:
-        ids: `[B]` integers >= 0.
-        size: Side in pixels; radii go from 1/24 to 1/2 of it.
-        seed: Integer >= 0; another seed gives other images for the same ids.
-        num_leaves: Leaves per image, the backmost of which covers all of it.
-        texture: Contrast of the 1/f texture and shading on the leaves; 0 = flat leaves in the same places.
-
-    Returns:
-        `[B, 3, size, size]` float32 in [0, 1] on the CPU, with anti-aliased edges.
-
-    Raises:
-        ValueError: `num_leaves` < 1 or `texture` < 0.
-
-    Example:
-        >>> flat = dead_leaves([0, 5], size=32, num_leaves=1, texture=0.0)
-        >>> flat.shape, flat.std((2, 3)).max().item()
-        (torch.Size([2, 3, 32, 32]), 0.0)
-
-    References:
-        Lee, Mumford, Huang, Occlusion Models for Natural Images: A Statistical Study of a Scale-Invariant Dead Leaves
-        Model, 2001, https://doi.org/10.1023/A:1011109015675
-        Achddou, Gousseau, Ladjal, Synthetic images as a regularity prior for image restoration neural networks, 2021,
-        https://openreview.net/forum?id=vKT8fZFGcG (dead leaves as training data)
-    """
-    if num_leaves < 1 or texture < 0:
-        raise ValueError(f"dead_leaves expected num_leaves >= 1 and texture >= 0, got {num_leaves} and {texture}.")
-    ids = id_list("dead_leaves", ids)
-    leaves = _draw_leaves(ids, num_leaves, size=size, seed=seed, texture=texture)
+def _dead_leaves(ids: list[int], *, size: int, seed: int, texture: float = 1.0) -> Tensor:
+    """Ellipses that hide one another, with radii distributed as r^-3; `texture` is the contrast of what is on them."""
+    leaves = _draw_leaves(ids, size=size, seed=seed, texture=texture)
     exponents = _between(uniform(ids, NUM_FIELDS, seed=seed, purpose="exponents"), *EXPONENTS)
     return _paint(leaves, _fields(ids, exponents, size=size, seed=seed, purpose="leaf fields")).clamp(0, 1)
 
 
-def synthetic_images(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0) -> Tensor:
-    """Training images that need no download: mostly textured leaves, some flat ones, some textures, softly lit.
-
-    Args:
-        ids: `[B]` integers >= 0.
-        size: Side in pixels.
-        seed: Integer >= 0; another seed gives other images for the same ids.
-
-    Returns:
-        `[B, 3, size, size]` float32 in [0, 1] on the CPU, a row the same in any batch.
-
-    Example:
-        >>> images = synthetic_images(range(8), size=32)
-        >>> images.shape, images[3].equal(synthetic_images([3], size=32)[0])
-        (torch.Size([8, 3, 32, 32]), True)
-    """
-    ids = id_list("synthetic_images", ids)
-    draws = uniform(ids, 4, seed=seed, purpose="scene")
-    kinds = draws[:, 0].tolist()
-    images = torch.empty(len(ids), 3, size, size, dtype=torch.float32, device="cpu")
-    for low, high, make in (
-        (0.0, TEXTURES, power_law_textures),
-        (TEXTURES, TEXTURES + FLAT, partial(dead_leaves, texture=FLAT_TEXTURE)),
-        (TEXTURES + FLAT, 1.0, dead_leaves),
-    ):
-        rows = [row for row, kind in enumerate(kinds) if low <= kind < high]
-        if rows:
-            images[rows] = make([ids[row] for row in rows], size=size, seed=seed)
-    ramp = (_pixels(size) / size - 0.5) * 2
-    across, down = ((draws[:, 1:3] - 0.5)[..., None, None] * 0.7).unbind(1)
-    light = 1 + across * ramp + down * ramp[:, None]
-    return (images * light[:, None]).clamp(0, 1)
-
-
-def _draw_leaves(ids: list[int], num_leaves: int, *, size: int, seed: int, texture: float) -> _Leaves:
-    draws = uniform(ids, num_leaves, 9, seed=seed, purpose="leaves")
-    gauss = normal(ids, num_leaves, 6, seed=seed, purpose="leaves")
+def _draw_leaves(ids: list[int], *, size: int, seed: int, texture: float) -> _Leaves:
+    draws = uniform(ids, NUM_LEAVES, 9, seed=seed, purpose="leaves")
+    gauss = normal(ids, NUM_LEAVES, 6, seed=seed, purpose="leaves")
     scene = normal(ids, 1, 3, seed=seed, purpose="palette")
     low, high = (side * size for side in RADII)
     # Inverse of the distribution function of r^-3 between low and high.

@@ -255,7 +255,7 @@ class DifficultyAdaptiveTrainer:
             TrainingError: It is the last of `max_failed_updates` in a row that failed, or made weights not finite.
         """
         experience = self.experience(self.updates, ROLLOUT)
-        active = experience.active if self.learner.objective.relative else None
+        active = experience.has_signal if self.learner.objective.relative else None
         signal = self._signal(experience)
         weights = self.weighter(**signal, has_signal=active, valid=experience.usable)
         seed = sub_seed(self.seed, LEARNING, self.updates)
@@ -362,7 +362,7 @@ class DifficultyAdaptiveTrainer:
             "difficulty": experience.difficulty,
             "rl_share": weights.rl,
             "sft_share": weights.sft,
-            "active": experience.active.float(),
+            "has_signal": experience.has_signal.float(),
             "left_out": 1 - experience.usable.float(),
         }
         finite = {name: finite_or_nan(values.float()) for name, values in columns.items()}

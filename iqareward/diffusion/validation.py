@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from iqareward.atomic import atomic_write
-from iqareward.diffusion.finite import finite_mean, usable_rows
+from iqareward.diffusion.finite import finite_inputs, finite_mean
 from iqareward.diffusion.policies import Policy
 from iqareward.diffusion.rollouts import checked_scores, images_of, rollout
 from iqareward.functional._checks import check_images
@@ -33,29 +33,29 @@ class Validation:
 
     Args:
         degraded: `[V, 3, H, W]` in [0, 1].
-        references: Of the same shape.
-        judges: By name, `judge(images, references=...) -> [V]`, higher is better; none of them the training reward.
+        references: `[V, 3, H, W]` ground truth in [0, 1].
+        rewards: Maps names to `reward(images, references=...) -> [V]`, higher is better; not the training reward.
         num_steps: Sampling steps; the sampler is deterministic (eta = 0) and the first noise always the same.
-        monitor: Watches the judges and image statistics for signs of a hacked reward.
-        stop_on: Judge that decides which model is best and when to stop.
+        monitor: Compares the training reward with these rewards and with image statistics, to detect reward hacking.
+        stop_on: Name of the reward that decides which model is best and when to stop.
         patience: Validations without a new best before training stops; never if not given.
         inputs_at_once: Inputs sampled together.
 
     Raises:
-        ValueError: `stop_on` is no judge, or an image has a pixel that is not finite.
+        ValueError: `stop_on` is not among `rewards`, or an image has a pixel that is not finite.
 
     Example:
         >>> import iqareward
         >>> from iqareward.diffusion import build_restorer
-        >>> judges = {"ssim": iqareward.load("ssim")}
-        >>> validation = Validation(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), judges, num_steps=2)
+        >>> rewards = {"ssim": iqareward.load("ssim")}
+        >>> validation = Validation(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), rewards, num_steps=2)
         >>> validation(build_restorer((8, 16)), iqareward.load("gmsd"), seed=0)["scores"]["ssim"].shape
         torch.Size([2])
     """
 
     degraded: Tensor
     references: Tensor
-    judges: Mapping[str, Callable[..., Tensor]]
+    rewards: Mapping[str, Callable[..., Tensor]]
     num_steps: int = 10
     monitor: HackingMonitor | None = None
     stop_on: str | None = None
@@ -66,23 +66,23 @@ class Validation:
     first: dict[str, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.stop_on is not None and self.stop_on not in self.judges:
-            raise ValueError(f"Validation expected `stop_on` among {list(self.judges)}, got {self.stop_on!r}.")
-        bad = (~usable_rows(self.degraded, self.references)).nonzero().flatten().tolist()
+        if self.stop_on is not None and self.stop_on not in self.rewards:
+            raise ValueError(f"Validation expected `stop_on` among {list(self.rewards)}, got {self.stop_on!r}.")
+        bad = (~finite_inputs(self.degraded, self.references)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"Validation expected finite pixels, got others in the inputs {bad}. Leave them out.")
 
     @property
     def stopped(self) -> bool:
-        """Whether the held-out judge has not improved for too long."""
+        """Whether the reward `stop_on` has not improved for too long."""
         return self.patience is not None and self.since_best >= self.patience
 
     @torch.no_grad()
-    def restore(self, policy: Policy, *, seed: int, rows: slice = slice(None)) -> Tensor:
-        """The restorations `[V, 3, H, W]` of these rows on the CPU."""
+    def restore(self, policy: Policy, *, seed: int, inputs: slice = slice(None)) -> Tensor:
+        """The restorations `[V, 3, H, W]` of these inputs on the CPU."""
         device = next(policy.model.parameters()).device
         restored = []
-        for ids in torch.arange(len(self.degraded))[rows].split(self.inputs_at_once):
+        for ids in torch.arange(len(self.degraded))[inputs].split(self.inputs_at_once):
             degraded = self.degraded[ids].to(device)
             options: dict[str, Any] = {"group_size": 1, "num_steps": self.num_steps, "eta": 0.0, "seed": seed}
             sample = rollout(policy, degraded, ids=ids.tolist(), **options).sample
@@ -90,31 +90,27 @@ class Validation:
         return torch.cat(restored)
 
     def __call__(self, policy: Policy, reward: Reward, *, seed: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """Restore and judge every input; with several processes each does its share and all get the whole.
+        """Restore and score every input; with several processes each does its share and all get the whole.
 
         Args:
             policy: The model.
-            reward: The training reward, measured beside the judges.
-            seed: Of the first noise.
+            reward: The training reward, measured beside the others.
+            seed: Seed of the first noise.
             rank: Number of this process.
             world: Number of processes.
 
         Returns:
             `{"images": [V, 3, H, W], "scores": {name: [V]}, "alarms": (sentences), "best": bool}`; the training reward
-            is "reward", "best" says whether `stop_on` has not been as good before. `grid` draws it.
-
-        Raises:
-            TypeError: A judge answers with something other than a tensor of real numbers.
-            ValueError: It does not answer with one score per image.
+            is "reward", and "best" says whether `stop_on` is better than ever before. `grid` draws it.
         """
         count = len(self.degraded)
         mine = slice(count * rank // world, count * (rank + 1) // world)
-        images, references = self.restore(policy, seed=seed, rows=mine), self.references[mine]
-        named: dict[str, Callable[..., Tensor]] = {"reward": reward, **self.judges}
+        images, references = self.restore(policy, seed=seed, inputs=mine), self.references[mine]
+        named: dict[str, Callable[..., Tensor]] = {"reward": reward, **self.rewards}
         columns: list[Tensor] = []
-        for name, judge in named.items():
-            answer = judge(images, references=references)
-            columns.append(checked_scores(answer, name=getattr(judge, "name", name), count=len(images)).cpu())
+        for name, each in named.items():
+            answer = each(images, references=references)
+            columns.append(checked_scores(answer, name=getattr(each, "name", name), count=len(images)).cpu())
         own = torch.stack(columns, 1)
         device = next(policy.model.parameters()).device
         (rows,), _ = gather_rows(own.to(device))
@@ -142,7 +138,7 @@ class Validation:
         return torch.cat([block for of_process in zip(*blocks, strict=True) for block in of_process])
 
     def _first_grid(self, images: Tensor, rewards: Tensor, reward: Reward) -> dict[str, Tensor]:
-        """What all later grids show as well, in 8 bits because it goes into every checkpoint."""
+        """What all later grids show as well, in 8 bits because every checkpoint has it."""
         references, found = self.references[:COLUMNS], {}
         for name, shown in (("degraded", self.degraded[:COLUMNS].cpu()), ("references", references)):
             answer = reward(shown, references=references)
@@ -150,19 +146,7 @@ class Validation:
         return found | {"images": _in_8_bits(images[:COLUMNS]), "rewards": rewards[:COLUMNS]}
 
     def grid(self, images: Tensor, rewards: Tensor, *, update: int) -> Image.Image:
-        """Draw the first eight inputs: degraded, restored at the first validation and now, and the ground truth.
-
-        Args:
-            images: `[V, 3, H, W]` restorations that the last call returned.
-            rewards: `[V]` the training reward of each.
-            update: Number of the update, for the label.
-
-        Returns:
-            An RGB image with PSNR and training reward under each image.
-
-        Raises:
-            ValueError: Nothing has been validated yet.
-        """
+        """The first eight inputs as an RGB image: degraded, restored at first and now, and the ground truth."""
         if self.first is None:
             raise ValueError("Validation.grid expected an earlier validation, got none. Call the validation first.")
         images, references = images[:COLUMNS], self.references[:COLUMNS]
@@ -184,7 +168,7 @@ class Validation:
         return image_grid(rows | {"ground truth": references}, captions, columns=COLUMNS)
 
     def _compare(self, value: float) -> bool:
-        """Whether it is the best so far; NaN, where nothing was scored, counts neither way."""
+        """Whether `value` is the best so far; NaN, where nothing was scored, counts neither way."""
         better = value > self.best
         if not math.isnan(value):
             self.best, self.since_best = (value, 0) if better else (self.best, self.since_best + 1)
@@ -205,22 +189,10 @@ class Validation:
 def image_grid(
     rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]] | None = None, *, columns: int = 8
 ) -> Image.Image:
-    """Images side by side, one line per row, with the name of the row before it and a caption under each image.
+    """Images side by side, one line per entry of `rows`, with its name in front and a caption under each image.
 
-    Images whose longer side is below 256 pixels are enlarged by a whole factor without smoothing, so that their pixels
-    stay as they are; those above 512 are reduced to that.
-
-    Args:
-        rows: Name -> `[V, 3, H, W]` in [0, 1], all of one size.
-        captions: Name -> text for each image of the row; rows without captions need no entry.
-        columns: Images per row, the first ones.
-
-    Returns:
-        An RGB image.
-
-    Example:
-        >>> image_grid({"degraded": torch.zeros(3, 3, 64, 64), "restored": torch.ones(3, 3, 64, 64)}, columns=2).mode
-        'RGB'
+    Images whose longer side is below 256 pixels are enlarged by a whole factor without smoothing; those above 512 are
+    reduced to that.
     """
     captions = captions or {}
     drawn = {label: [_drawn(image) for image in images[:columns]] for label, images in rows.items()}
@@ -260,14 +232,7 @@ def _drawn(image: Tensor) -> Image.Image:
 
 
 def save_grid(grid: Image.Image, path: Path, trackers: Sequence[Any], *, step: int) -> None:
-    """Write a grid as a PNG, and give it to those trackers of accelerate that take images, as "samples".
-
-    Args:
-        grid: What to show.
-        path: The file.
-        trackers: `accelerator.trackers`; those without `log_images` are left out.
-        step: Where the trackers put it.
-    """
+    """Write a grid as a PNG, and give it to those trackers of accelerate that take images, as "samples"."""
     with atomic_write(path) as file:
         grid.save(file, format="PNG")
     pixels = np.asarray(grid)
@@ -297,20 +262,21 @@ def decoder_ceiling(
     *,
     tile: int | None = None,
 ) -> CeilingReport:
-    """What a policy can reach at most: the reward of ground truth that has been encoded and decoded.
+    """The highest reward a policy can reach: that of the ground truth after it has been encoded and decoded.
 
-    A reward above it is a sign that the policy makes up what the judge likes. With tiled encoding or decoding also look
-    at `seams`: some judges punish them, some do not see them.
+    A reward above it is a sign that the policy invents what the reward prefers. With tiled encoding or decoding also
+    check `seams`: some rewards punish them, some do not see them.
 
     Args:
         encode: `policy.encode`.
         decode: `policy.decode`.
         images: `[B, 3, H, W]` ground truth in [0, 1].
         reward: Scores each image; called with `references=images`.
-        tile: Side of a tile in pixels, of tiled decoding; the whole image if not given, then `seams` is 1.
+        tile: Side of a tile in pixels, for tiled decoding; without it `seams` is 1.
 
     Returns:
-        A `CeilingReport`.
+        A named tuple of three `[B]` tensors: `scores` after the autoencoder, `reference_scores` of the images
+        themselves, and `seams`, how much larger luma jumps are across tile borders than elsewhere.
 
     Example:
         >>> import iqareward
@@ -326,23 +292,9 @@ def decoder_ceiling(
 
 
 def seam_strength(images: Tensor, *, period: int, offset: int = 0) -> Tensor:
-    """How much larger luma jumps are across tile borders than elsewhere: 1 = no seams.
+    """How much larger luma jumps are across tile borders than elsewhere, `[B]` fp32: 1 = no seams, NaN = not finite.
 
-    Args:
-        images: `[B, 3, H, W]` in [0, 1].
-        period: Distance of borders in pixels, at least 2 and smaller than both sides.
-        offset: Place of the first border; `period` itself if 0.
-
-    Returns:
-        `[B]` fp32 >= 0; NaN for images with non-finite pixels, 1 for flat ones.
-
-    Raises:
-        ValueError: The images hold no border or nothing else.
-
-    Example:
-        >>> tiles = torch.tensor([0.2, 0.8]).repeat_interleave(4).expand(1, 3, 8, 8) + 0.01 * torch.rand(1, 3, 8, 8)
-        >>> bool(seam_strength(tiles, period=4) > 10)
-        True
+    The borders are `period` pixels apart, the first at `offset`, or at `period` if that is 0.
     """
     images = check_images("seam_strength", images, min_side=2)
     plane, sums, counts = luma(images), [], []

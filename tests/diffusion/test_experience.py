@@ -42,15 +42,15 @@ def test_every_policy_learns_in_a_window(tmp_path, kind):
 
 
 def test_inputs_without_spread_are_left_to_sft(tmp_path):
-    """A judge that says the same of all, or differs less than its own noise: no input is active, no weight is RL's."""
+    """A reward that is the same for all, or differs less than its noise: no input has a signal, no weight is for RL."""
     flat = NoReference(lambda images: 0 * contrast(images) + 3, name="flat", higher_is_better=True)
     run = trainer(tmp_path / "flat", **SMALL)
     run.reward = flat
     line = run.train(1)[-1]
-    assert (line["active"], line["rl_share"], line["rl_loss"]) == (0, 0, 0)
+    assert (line["has_signal"], line["rl_share"], line["rl_loss"]) == (0, 0, 0)
     noisy = trainer(tmp_path / "noisy", train_config=TrainConfig(inputs_per_update=4, std_floor=10.0), **SMALL)
     line = noisy.train(1)[-1]
-    assert (line["active"], line["rl_share"]) == (0, 0)
+    assert (line["has_signal"], line["rl_share"]) == (0, 0)
     assert line["sft_share"] == pytest.approx(1)
 
 

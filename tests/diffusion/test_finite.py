@@ -199,14 +199,14 @@ def test_a_good_update_forgives(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:update:RuntimeWarning", r"ignore:\w+ scored no image")
-@pytest.mark.parametrize("end", ["last update", "stopped by the judge"])
+@pytest.mark.parametrize("end", ["last update", "stopped by a reward"])
 def test_a_run_that_ends_with_failures_keeps_weights_that_trained(tmp_path, end):
     """A step that ruins the network shows in the update after it: the error names the checkpoint from before."""
     run = trainer(tmp_path, train_config=TrainConfig(learning_rate=1e3, inputs_per_update=4))
     start = trained_weights(run.policy.model)
     if end != "last update":
         run.validation.stop_on, run.validation.patience = "psnr", 1
-        run.validation.judges = {"psnr": lambda images, references: torch.zeros(len(images))}
+        run.validation.rewards = {"psnr": lambda images, references: torch.zeros(len(images))}
     with pytest.raises(TrainingError, match=r"ended with failed updates.*checkpoint-previous\.pt"):
         run.train(4, save_every=1, validate_every=2)
     assert [line["update"] for line in run.history] == list(range(5 if end == "last update" else 3))
@@ -317,10 +317,10 @@ def test_a_scaler_may_look_for_its_scale_before_a_skipped_step_is_a_failure():
 
 
 def test_validation_learns_nothing_from_what_is_not_scored():
-    """A judge that says NaN or infinity changes neither the best value nor the patience; both are told."""
+    """A reward that is NaN or infinite changes neither the best value nor the patience; both are told."""
     values = iter([1.0, float("inf"), float("nan"), 0.5])
-    judge = lambda images, references: torch.full((len(images),), next(values))  # noqa: E731
-    validation = Validation(images(4), images(4), {"judge": judge}, num_steps=1, stop_on="judge", patience=2)
+    stopping = lambda images, references: torch.full((len(images),), next(values))  # noqa: E731
+    validation = Validation(images(4), images(4), {"stopping": stopping}, num_steps=1, stop_on="stopping", patience=2)
     policy = build_restorer((8, 16))
     found = [validation(policy, NoReference(contrast, name="c", higher_is_better=True), seed=0) for _ in range(4)]
     assert [look["best"] for look in found] == [True, False, False, False]
@@ -329,7 +329,7 @@ def test_validation_learns_nothing_from_what_is_not_scored():
 
 
 def test_an_infinite_score_does_not_blind_the_monitor():
-    """One of sixteen images before RL scored infinity; a reward that rises while a judge falls is still told."""
+    """One of sixteen images before RL scored infinity; a reward that rises while another falls is still told."""
     truth, rewards = images(16, seed=1), torch.linspace(0, 1, 16)
     monitor = HackingMonitor({"psnr": psnr}, patience=1)
     broken = rewards.clone()

@@ -168,7 +168,7 @@ def test_forward_process_pulls_towards_good_rollouts_only():
     assert found == pytest.approx((pull * 2 * offset / offset.abs()).mean().item(), rel=1e-4)
 
 
-def test_stepwise_rewards_judge_the_steps_before_them():
+def test_stepwise_rewards_are_for_the_steps_before_them():
     """With step 2 scored, steps 0 and 1 follow its reward and the later ones that of the sample."""
     policy = pixel_policy()
     experience = pixel_experience(policy)

@@ -118,7 +118,7 @@ def test_rollouts_depend_on_the_input_alone(kind):
 def test_rollouts_stay_in_their_slice(kind):
     """`rows` of a trajectory are the rollouts of those inputs."""
     trajectory = sample(policy_of(kind), kind, keep_clean=(1,))
-    part = trajectory.rows(slice(1, 2))
+    part = trajectory.select(slice(1, 2))
     torch.testing.assert_close(part.sample, trajectory.sample[2:], **EXACT)
     torch.testing.assert_close(part.log_probs, trajectory.log_probs[:, 2:], **EXACT)
     torch.testing.assert_close(part.clean[1], trajectory.clean[1][2:], **EXACT)

@@ -16,7 +16,7 @@ RECORD = {
     "skipped": 1,
     "difficulty": 0.05,
     "sft_share": 0.75,
-    "active": 1.0,
+    "has_signal": 1.0,
 }
 
 
@@ -33,13 +33,13 @@ def test_a_terminal_has_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
     with progress_bar("RL", 2) as advance:
-        advance(RECORD | {"update": 1, "active": 0.5})
+        advance(RECORD | {"update": 1, "has_signal": 0.5})
         advance(RECORD | {"alarms": "psnr fell"})
     shown = sys.stderr.getvalue()
     assert "update 2: psnr fell" in shown
     assert "\x1b" in shown
     last = next(line for line in reversed(shown.splitlines()) if "2/2" in line)
-    for text in ("RL", "reward 0.123", "difficulty 0.05", "sft 0.75", "active 1"):
+    for text in ("RL", "reward 0.123", "difficulty 0.05", "sft 0.75", "signal 1"):
         assert text in last
 
 

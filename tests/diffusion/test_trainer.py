@@ -51,7 +51,8 @@ def test_history_has_a_line_per_update(tmp_path):
     history = run.train(3, save_every=2, validate_every=2)
     assert [line["update"] for line in history] == [0, 1, 2, 3]
     for line in history[1:]:
-        assert {"rl_loss", "sft_loss", "kl", "grad_norm", "reward", "difficulty", "rl_share", "active"} <= line.keys()
+        shares = {"rl_share", "sft_share", "has_signal"}
+        assert {"rl_loss", "sft_loss", "kl", "grad_norm", "reward", "difficulty"} | shares <= line.keys()
         assert all(torch.tensor(value).isfinite() for name, value in line.items() if name not in ("update", "alarms"))
     assert ["validation/psnr" in line for line in history] == [True, False, True, True]
     with Image.open(tmp_path / "samples-000003.png") as grid:
@@ -222,11 +223,11 @@ def test_sft_alone_approaches_the_ground_truth_and_rl_alone_the_reward(tmp_path)
 @pytest.mark.parametrize("objective", [DiffusionNFT(num_terms=1), "gradient"])
 def test_other_objectives_raise_the_reward(tmp_path, objective):
     """DiffusionNFT, and DRaFT with a single rollout per input, which has no spread and needs none."""
-    judge = NoReference(contrast, name="contrast", higher_is_better=True, differentiable=True)
+    reward = NoReference(contrast, name="contrast", higher_is_better=True, differentiable=True)
     group_size = 1 if objective == "gradient" else 4
     run = trainer(
         tmp_path,
-        objective=DirectRewardGradient(judge) if objective == "gradient" else objective,
+        objective=DirectRewardGradient(reward) if objective == "gradient" else objective,
         weighter=Schedule(partial(constant, share=1.0)),
         train_config=TrainConfig(learning_rate=3e-3, inputs_per_update=8),
         rollout_config=RolloutConfig(group_size=group_size, num_steps=3),
@@ -241,11 +242,11 @@ def test_other_objectives_raise_the_reward(tmp_path, objective):
 
 
 def test_validation_stops_a_run_that_gets_worse(tmp_path):
-    """Once the held-out judge has had no new best for `patience` validations; the best weights are kept."""
+    """Once the held-out reward has had no new best for `patience` validations; the best weights are kept."""
     run = trainer(tmp_path)
     assert run.validation is not None
     run.validation.stop_on, run.validation.patience = "psnr", 2
-    run.validation.judges = {"psnr": lambda images, references: torch.full((len(images),), -float(run.updates))}
+    run.validation.rewards = {"psnr": lambda images, references: torch.full((len(images),), -float(run.updates))}
     history = run.train(50, validate_every=1)
     assert len(history) == 3
     assert (tmp_path / "best.safetensors").exists()

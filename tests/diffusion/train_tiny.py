@@ -48,9 +48,9 @@ def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrain
         "show_progress": False,
         "seed": seed,
     }
-    judged = options.pop("reward", None) or NoReference(contrast, name="contrast", higher_is_better=True)
+    reward = options.pop("reward", None) or NoReference(contrast, name="contrast", higher_is_better=True)
     policy = options.pop("policy", None) or pixel_policy()
-    return DifficultyAdaptiveTrainer(policy, judged, pairs, output_dir=folder, **(defaults | options))
+    return DifficultyAdaptiveTrainer(policy, reward, pairs, output_dir=folder, **(defaults | options))
 
 
 def overflow(run: DifficultyAdaptiveTrainer) -> None:
