@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from iqareward.diffusion.textures import dead_leaves
+from iqareward.diffusion import synthetic_images
 from iqareward.image_files import References, find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import PYIQA_PREFIX, load
@@ -79,7 +79,7 @@ def run_check(
     files = dict(list(find_images([folder]).files.items())[:_NUM_IMAGES]) if folder is not None else {}
     if folder is not None and len(files) < MIN_IMAGES:
         raise ValueError(f"{folder} has {len(files)} images; the check needs {MIN_IMAGES} or more.")
-    images = dead_leaves(range(_NUM_IMAGES), size=size)
+    images = synthetic_images(range(_NUM_IMAGES), size=size)
     if files:
         images = torch.stack([_center(_read(file), file, size) for file in files])
     rng = torch.Generator().manual_seed(0)

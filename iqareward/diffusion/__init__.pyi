@@ -1,6 +1,7 @@
 from .degradations import Degradation as Degradation
 from .finite import TrainingError as TrainingError
 from .learner import TrainConfig as TrainConfig
+from .learner import supervised as supervised
 from .objectives import ClippedPolicyGradient as ClippedPolicyGradient
 from .objectives import DiffusionNFT as DiffusionNFT
 from .objectives import DirectRewardGradient as DirectRewardGradient
@@ -29,7 +30,6 @@ from .restorer import load_restorer as load_restorer
 from .restorer import save_restorer as save_restorer
 from .rollouts import RolloutConfig as RolloutConfig
 from .rollouts import rollout as rollout
-from .sft import supervised as supervised
 from .textures import synthetic_images as synthetic_images
 from .trainer import DifficultyAdaptiveTrainer as DifficultyAdaptiveTrainer
 from .validation import Validation as Validation

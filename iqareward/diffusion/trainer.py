@@ -57,9 +57,9 @@ class DifficultyAdaptiveTrainer:
         policy: The model after SFT.
         reward: Scores the restored images; called with `images` and `references`.
         pairs: Degraded images and their ground truth.
-        output_dir: Folder of checkpoints and sample grids.
-        weighter: RL and SFT weights; `AdaptiveWeighter()` if not given. One that takes pass rates names the distance at
-            which a rollout passes: `Schedule(partial(gate, direction="hard_to_rl"), pass_distance=0.05)`.
+        output_dir: Folder for checkpoints, history and sample grids.
+        weighter: Gives RL and SFT weights; `AdaptiveWeighter()` if not given. One that takes pass rates names the
+            distance at which a rollout passes: `Schedule(partial(gate, direction="hard_to_rl"), pass_distance=0.05)`.
         objective: How rewards become a loss; `ClippedPolicyGradient()` if not given.
         rollout_config: How inputs are restored.
         train_config: How the weights follow the losses.
@@ -67,11 +67,11 @@ class DifficultyAdaptiveTrainer:
         memory: Compares rewards with an input's own history instead of its group.
         metric: Distance to the ground truth that difficulty is made of; not the reward.
         accelerator: Accelerate's `Accelerator`; a default one if not given.
-        sft_updates: Updates of SFT before, which the steps of trackers begin with.
+        sft_updates: Updates of SFT before; trackers count them first.
         overlap: Score a part of the inputs while the next is sampled (`RolloutConfig.inputs_at_once`), by `Overlapped`.
             For a reward that takes much of an update; with Q-Align on the same H100, 1.4 % of one, it gained nothing.
         show_progress: Show a progress bar, or lines where there is no terminal.
-        seed: Of everything random.
+        seed: Seed of all random numbers.
 
     Raises:
         TypeError: With `overlap`, a reward that lacks an attribute of `Reward`.
@@ -180,14 +180,14 @@ class DifficultyAdaptiveTrainer:
             allow_changes: Resume although settings differ from those of the checkpoint; see `load`.
 
         Returns:
-            The history: one dictionary of numbers per update; validations add keys that begin with "validation/".
+            The history: one dictionary of numbers per update; validations add keys that begin with "validation/", and
             "alarms" says in words what was wrong.
 
         Raises:
             ValueError: `output_dir` holds a run and `resume` is False, another run uses it, or the checkpoint is
                 damaged or of other settings.
             TrainingError: Too many updates in a row failed, or the last one, or weights are no longer finite. It names
-                the newest checkpoint from which training went on without failure; `history` has the updates so far.
+                the checkpoint to resume from; `history` has the updates so far.
         """
         with exclusive(self.output_dir, self.accelerator):
             begun = latest(self.checkpoint)
@@ -228,8 +228,8 @@ class DifficultyAdaptiveTrainer:
                     append_line(self.history_file, record)
                 last = last or (self.validation is not None and self.validation.stopped)
                 due = due or last or self.updates % save_every == 0
-                # Weights can be finite and yet too large to work with. What shows it is the next update, which fails.
-                # With no checkpoint while updates fail, the one before is always of weights that trained on.
+                # Weights can be finite and yet too large to work with, which shows when the next update fails. Without
+                # checkpoints while updates fail, the previous one always has weights that trained on.
                 if due and not self.failures:
                     self.save()
                     due = False
@@ -242,22 +242,18 @@ class DifficultyAdaptiveTrainer:
         self.accelerator.log(numbers, self.sft_updates + self.updates)
 
     def calibrate(self) -> None:
-        """Tell the weighter how hard inputs are for the model before RL; most schedules have no such anchor."""
+        """Tell the weighter how hard the inputs are for the model before RL; most schedules do not need it."""
         anchor = getattr(self.weighter, "calibrate", None)
         if anchor is not None:
             batches = range(min(CALIBRATION_UPDATES, len(self.pairs) // self.train_config.inputs_per_update))
             anchor(torch.cat([self.experience(batch, CALIBRATION).difficulty for batch in batches]))
 
     def update(self) -> dict[str, Any]:
-        """One optimiser step: restore and score, weigh, learn. Returns the numbers to log.
-
-        Raises:
-            TrainingError: It is the last of `max_failed_updates` in a row that failed, or made weights not finite.
-        """
+        """One optimiser step: restore and score, weigh, learn. Returns the numbers to log."""
         experience = self.experience(self.updates, ROLLOUT)
-        active = experience.has_signal if self.learner.objective.relative else None
+        has_signal = experience.has_signal if self.learner.objective.relative else None
         signal = self._signal(experience)
-        weights = self.weighter(**signal, has_signal=active, valid=experience.usable)
+        weights = self.weighter(**signal, has_signal=has_signal, valid=experience.usable)
         seed = sub_seed(self.seed, LEARNING, self.updates)
         record = self.learner.step(experience, weights, update=self.updates, seed=seed)
         self.weighter.update(**signal)
@@ -266,7 +262,7 @@ class DifficultyAdaptiveTrainer:
         return record | {"alarms": self._alarms(record, experience)}
 
     def _alarms(self, record: dict[str, Any], experience: Experience) -> str:
-        """What went wrong in an update, as a warning and in words for the history; or an error, if it goes on."""
+        """What went wrong in an update, as a warning and as text for the history; an error after too many failures."""
         from accelerate.utils import gather_object
 
         failures, ids = [record.pop("problem")], list(experience.ids)
@@ -282,7 +278,7 @@ class DifficultyAdaptiveTrainer:
             )
         notes: list[str] = []
         if record["left_out"]:
-            bad = [row for row, good in zip(ids, experience.usable.tolist(), strict=True) if not good]
+            bad = [each for each, good in zip(ids, experience.usable.tolist(), strict=True) if not good]
             everyones = sorted(gather_object(bad))
             notes = [f"left out {record['left_out']:g} inputs whose pixels are not all finite: {everyones}"]
         alarms = "; ".join([*failures, *notes])
@@ -291,17 +287,17 @@ class DifficultyAdaptiveTrainer:
         return alarms
 
     def _where_to_go_on(self) -> str:
-        """The newest checkpoint that a good update has followed, and how to use it."""
+        """The newest checkpoint that was followed by a good update, and how to use it."""
         older = previous(self.checkpoint)
         if self.proven or not older.is_file():
-            return f"{self.checkpoint} is from before that: mend the cause and go on from there with resume=True."
+            return f"{self.checkpoint} is from before that: fix the cause and go on from there with resume=True."
         return (
             f"No update has gone well since {self.checkpoint}, so its weights may be the cause. {older} is of weights "
-            f"that trained without failure: mend the cause and move it over {self.checkpoint.name} to go on from there."
+            f"that trained without failure: fix the cause and move it over {self.checkpoint.name} to go on from there."
         )
 
     def _signal(self, experience: Experience) -> dict[str, Tensor]:
-        """The argument that the weighter takes, `[B]`, by name."""
+        """The argument `[B]` that the weighter takes, by name."""
         if self.weighter.signal == "difficulty":
             return {"difficulty": experience.difficulty}
         weighter: Any = self.weighter
@@ -326,17 +322,13 @@ class DifficultyAdaptiveTrainer:
         scored = usable.repeat_interleave(size)
         rewards, distances = (torch.where(scored, values, torch.nan) for values in (rewards, distances))
         memory = self.memory if purpose == ROLLOUT else None
-        advantages, active = compare(rewards, groups, std_floor=self.train_config.std_floor, memory=memory)
-        active = active.view(len(ids), -1).any(1)
-        rows = rewards, distances, advantages, active, usable
-        return Experience(tuple(ids), references, condition, trajectory, *rows)
+        advantages, has_signal = compare(rewards, groups, std_floor=self.train_config.std_floor, memory=memory)
+        has_signal = has_signal.view(len(ids), -1).any(1)
+        values = rewards, distances, advantages, has_signal, usable
+        return Experience(tuple(ids), references, condition, trajectory, *values)
 
     def validate(self) -> dict[str, Any]:
-        """Judge the held-out inputs; save their restorations, and the model if it is the best so far.
-
-        Raises:
-            TrainingError: The weights, or their averages, are not finite.
-        """
+        """Score the held-out inputs; save their restorations, and the model if it is the best so far."""
         if self.validation is None:
             return {}
         with self.learner.averaged():
@@ -355,7 +347,7 @@ class DifficultyAdaptiveTrainer:
         return record | {"alarms": "; ".join(found["alarms"])}
 
     def _figures(self, experience: Experience, weights: LossWeights) -> dict[str, float]:
-        """Means over the inputs of all processes, of what is finite; NaN if nothing is."""
+        """Means of the finite values over the inputs of all processes; NaN if there are none."""
         columns = {
             "reward": experience.rewards[-1],
             "scored": experience.rewards[-1].isfinite().float(),
@@ -373,10 +365,9 @@ class DifficultyAdaptiveTrainer:
         return means | {"left_out": sums["left_out"][0]}
 
     def save(self) -> None:
-        """Write checkpoint and history of this moment, the last checkpoint stays beside; only the main process writes.
+        """Write checkpoint and history, and keep the previous checkpoint; only the main process writes.
 
-        Raises:
-            TrainingError: A weight, an average or the state of the optimiser is not finite; nothing is written.
+        A TrainingError, and nothing written, if a weight, an average or the state of the optimiser is not finite.
         """
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         require_finite(f"The state after update {self.updates}", {"learner": state["learner"]})
@@ -434,7 +425,7 @@ class DifficultyAdaptiveTrainer:
         return True
 
     def _parts(self) -> dict[str, Any]:
-        """Everything with a state of its own."""
+        """Everything that has a state."""
         parts = {"learner": self.learner, "weighter": self.weighter}
         optional = {"memory": self.memory, "validation": self.validation}
         return parts | {name: part for name, part in optional.items() if part is not None}
@@ -446,5 +437,5 @@ class DifficultyAdaptiveTrainer:
 
     @property
     def history_file(self) -> Path:
-        """The history, one JSON object a line as each update ends, for people and plots."""
+        """The history, one JSON object per line, written as each update ends."""
         return self.output_dir / "history.jsonl"

@@ -263,7 +263,7 @@ def test_a_reward_that_answers_something_else_is_named(tmp_path, answer, place):
     reward = partial(reward)
     reward.name = "odd"
     run.reward = reward
-    with pytest.raises(error, match=r"'odd' expected .*\[4\].*got"):
+    with pytest.raises(error, match=r"'odd' was expected .*\[4\].*got"):
         run.experience(0, 1) if place == "update" else run.validate()
 
 

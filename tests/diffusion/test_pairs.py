@@ -149,7 +149,7 @@ def test_nothing_is_left_out_without_a_word(folder):
 
 def test_nothing_to_read_is_refused(tmp_path):
     """Missing and empty folders, and sizes and numbers below 1, are errors at construction."""
-    with pytest.raises(ValueError, match="which is none"):
+    with pytest.raises(ValueError, match="expected a folder of images"):
         FolderPairs(tmp_path / "absent", size=16)
     with pytest.raises(ValueError, match="brings no image"):
         FolderPairs(tmp_path, size=16)
