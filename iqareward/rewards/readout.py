@@ -1,4 +1,4 @@
-"""From logits of a set of tokens to numbers: the read-out of every reward whose answer is a word or a digit."""
+"""Scores from the logits of a set of tokens, for rewards whose answer is a word or a digit."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iqareward._gradients import root
 
-# worth of excellent, good, fair, poor, bad
+# scores of excellent, good, fair, poor, bad
 SCALES: dict[str, tuple[float, ...]] = {
     "unit": (1.0, 0.75, 0.5, 0.25, 0.0),
     "mos": (5.0, 4.0, 3.0, 2.0, 1.0),
@@ -17,12 +17,12 @@ SCALES: dict[str, tuple[float, ...]] = {
 
 
 class LevelDistribution(NamedTuple):
-    """How a model spreads its belief over the levels of each image.
+    """The probability of each level for each image, with its mean and standard deviation.
 
     Attributes:
         probabilities: `[B, levels]`, best level first; for Q-Align and DeQA excellent, good, fair, poor, bad.
         mean: `[B]` expected level in [1, 5].
-        std: `[B]` standard deviation of the level: how unsure the model is, in [0, 2].
+        std: `[B]` standard deviation of the level in [0, 2]; large where the model is unsure.
     """
 
     probabilities: Tensor
@@ -30,28 +30,11 @@ class LevelDistribution(NamedTuple):
     std: Tensor
 
 
-class TokenLogits(NamedTuple):
-    """What a model says about a set of tokens as the next one.
-
-    Attributes:
-        logits: `[..., K]` float32 of the tokens of the set.
-        mass: `[...]` float32 probability that the next token is one of them, of the whole vocabulary.
-    """
-
-    logits: Tensor
-    mass: Tensor
-
-
-def token_logits(logits: Tensor, ids: Tensor) -> TokenLogits:
-    """Pick the columns of a set of tokens, and say how much of the next token's probability they hold.
-
-    Args:
-        logits: `[..., vocabulary]` of one position.
-        ids: `[K]` token ids, on the device of `logits`.
-    """
+def token_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits `[..., K]` of tokens `ids` among `[..., vocabulary]`, and the probability `[...]` that they hold."""
     logits = logits.float()
     chosen = logits.index_select(-1, ids)
-    return TokenLogits(chosen, (chosen.logsumexp(-1) - logits.logsumexp(-1)).exp())
+    return chosen, (chosen.logsumexp(-1) - logits.logsumexp(-1)).exp()
 
 
 def expected_value(logits: Tensor, worth: Sequence[float | Tensor]) -> Tensor:
@@ -59,7 +42,7 @@ def expected_value(logits: Tensor, worth: Sequence[float | Tensor]) -> Tensor:
 
     Args:
         logits: `[..., K]` float32.
-        worth: of each of the K tokens: a number, or a tensor `[...]` where it differs from row to row.
+        worth: The value of each of the K tokens: a number, or a tensor `[...]` where it differs from row to row.
 
     Returns:
         `[...]` float32.

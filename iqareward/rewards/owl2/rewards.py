@@ -22,7 +22,7 @@ _DEFAULT_BATCH = 32
 Compiled = bool | Literal["graph"]
 
 
-class Owl2Reward(ImageReward):
+class _Owl2Reward(ImageReward):
     """A reward by the logits of level words under fixed prompts; the score is the mean over the prompts."""
 
     def __init__(
@@ -31,7 +31,6 @@ class Owl2Reward(ImageReward):
         source: str | Path | Owl2,
         tasks: tuple[Task, ...],
         scale: str,
-        *,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         differentiable: bool,
@@ -112,7 +111,7 @@ class Owl2Reward(ImageReward):
 
 
 @final
-class QAlignReward(Owl2Reward):
+class QAlignReward(_Owl2Reward):
     """How good a large multimodal model finds each image: its expected level between "bad" and "excellent".
 
     Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
@@ -162,18 +161,7 @@ class QAlignReward(Owl2Reward):
         if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not set(self.tasks) <= set(PROMPTS):
             raise ValueError(f"QAlignReward expected one or two different tasks of {list(PROMPTS)}, got {task!r}.")
         name = "qalign" if self.tasks == ("quality",) else f"qalign_{'_'.join(self.tasks)}"
-        super().__init__(
-            name,
-            model,
-            self.tasks,
-            scale,
-            device=device,
-            dtype=dtype,
-            differentiable=differentiable,
-            batch_size=batch_size,
-            compiled=compiled,
-            quant=quant,
-        )
+        super().__init__(name, model, self.tasks, scale, device, dtype, differentiable, batch_size, compiled, quant)
 
     def scores_per_task(self, images: Images) -> Tensor:
         """`[B, tasks]` scores in the order of `task`."""
@@ -188,7 +176,7 @@ class QAlignReward(Owl2Reward):
 
 
 @final
-class DeQAReward(Owl2Reward):
+class DeQAReward(_Owl2Reward):
     """How good DeQA-Score finds each image, in process: no second environment and no HTTP server.
 
     Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
@@ -198,12 +186,7 @@ class DeQAReward(Owl2Reward):
             loading), or an `Owl2` network, which is frozen.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5]; `"flow_grpo"` is [0.2, 1], as Flow-GRPO's reward server answers
             (without its JPEG compression of the images).
-        device: As in `QAlignReward`, like all that follows.
-        dtype: None = bfloat16 on CUDA, float32 on the CPU.
-        differentiable: Keep the graph to the pixels at their original size.
-        batch_size: Images per run of the network.
-        compiled: `"graph"` replays CUDA graphs of the network; True also compiles its layers.
-        quant: `"int8"` holds the decoder's weights in int8 (extra `quant`).
+        device, dtype, differentiable, batch_size, compiled, quant: As in `QAlignReward`.
 
     Example:
         >>> reward = DeQAReward(scale="flow_grpo")  # nothing is loaded yet
@@ -229,18 +212,7 @@ class DeQAReward(Owl2Reward):
     ) -> None:
         if scale not in SCALES:
             raise ValueError(f"DeQAReward expected `scale` one of {sorted(SCALES)}, got {scale!r}.")
-        super().__init__(
-            "deqa",
-            model,
-            ("quality",),
-            scale,
-            device=device,
-            dtype=dtype,
-            differentiable=differentiable,
-            batch_size=batch_size,
-            compiled=compiled,
-            quant=quant,
-        )
+        super().__init__("deqa", model, ("quality",), scale, device, dtype, differentiable, batch_size, compiled, quant)
 
     def logits(self, images: Images) -> Tensor:
         """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32."""

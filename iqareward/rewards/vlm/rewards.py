@@ -40,7 +40,7 @@ Source = str | Path | tuple[Any, Any]
 Scale = Literal["unit", "mos"]
 
 
-class VLMReward(ImageReward):
+class _VLMReward(ImageReward):
     """A reward by numbers that a vision-language model gives to images; the model is loaded at the first call."""
 
     _recomputes_layers = True
@@ -50,18 +50,20 @@ class VLMReward(ImageReward):
         name: str,
         source: Source,
         columns: int,
-        *,
+        scale: Scale,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         differentiable: bool,
         batch_size: int,
     ) -> None:
+        if scale not in ("unit", "mos"):
+            raise ValueError(f'{name} expected `scale` "unit" or "mos", got {scale!r}.')
         if batch_size < 1:
             raise ValueError(f"{name} expected `batch_size` >= 1, got {batch_size}.")
         if isinstance(source, tuple) and len(source) != 2:
             raise ValueError(f"{name} expected `model` as a pair (model, processor), got {len(source)} things.")
         self.name, self.batch_size, self.differentiable = name, batch_size, differentiable
-        self._columns = columns
+        self._columns, self.scale = columns, scale
         build = partial(_load, name, source, dtype, differentiable)
         self.model_loader = LazyModel(build, device, name=name, is_built=isinstance(source, tuple))
 
@@ -134,7 +136,7 @@ def _load(name: str, source: Source, dtype: torch.dtype | None, differentiable: 
     return _Pair(*load_model(name, source, device=device, dtype=dtype, checkpointing=differentiable))
 
 
-class LevelVLMReward(VLMReward):
+class _LevelReward(_VLMReward):
     """A reward by the expected level word of a preset."""
 
     def __init__(
@@ -148,21 +150,12 @@ class LevelVLMReward(VLMReward):
         differentiable: bool,
         batch_size: int,
     ) -> None:
-        if scale not in ("unit", "mos"):
-            raise ValueError(f'{name} expected `scale` "unit" or "mos", got {scale!r}.')
-        self.preset, self.scale = preset, scale
+        columns = len(preset.levels) + 1  # one more for the mass of all levels
+        super().__init__(name, model, columns, scale, device, dtype, differentiable, batch_size)
+        self.preset = preset
         low, high = (0.0, 1.0) if scale == "unit" else (1.0, 5.0)
         self._worth = tuple(low + (high - low) * worth for worth in preset.worth)
         self.bounds: Bounds = (min(self._worth), max(self._worth))
-        super().__init__(
-            name,
-            model,
-            len(preset.levels) + 1,  # one more for their mass
-            device=device,
-            dtype=dtype,
-            differentiable=differentiable,
-            batch_size=batch_size,
-        )
 
     @property
     def prompt(self) -> str:
@@ -204,7 +197,7 @@ class LevelVLMReward(VLMReward):
 
 
 @final
-class LevelReward(LevelVLMReward):
+class LevelReward(_LevelReward):
     """How good a vision-language model finds each image: its expected level, such as between "bad" and "excellent".
 
     One forward pass, no sampling and no parsing: the same image always gets the same score. Images are rounded to 8
@@ -253,17 +246,13 @@ class LevelReward(LevelVLMReward):
 
 
 @final
-class QReAlignReward(LevelVLMReward):
+class QReAlignReward(_LevelReward):
     """Q-ReAlign: Qwen3.5 trained to rate quality or aesthetics with Q-Align's level words.
 
     Args:
         size: `"mini"` (0.8B parameters), `"lite"` (4B) or `"pro"` (9B).
         task: What is rated.
-        scale: As in `LevelReward`, like all that follows.
-        device: Where the model runs.
-        dtype: The dtype of the weights.
-        differentiable: Keep the graph to the pixels.
-        batch_size: Images per run of the network.
+        scale, device, dtype, differentiable, batch_size: As in `LevelReward`.
         model: None = the published weights of that size; a folder, or a pair (model, processor).
 
     Example:
@@ -323,7 +312,7 @@ class Reading(NamedTuple):
     digit_mass: Tensor
 
 
-class RatingVLMReward(VLMReward):
+class _RatingReward(_VLMReward):
     """A reward by the expected rating of a preset, or by the rating that the model writes."""
 
     mode: Literal["expected", "generate"] = "expected"
@@ -342,15 +331,11 @@ class RatingVLMReward(VLMReward):
         differentiable: bool,
         batch_size: int,
     ) -> None:
-        if scale not in ("unit", "mos"):
-            raise ValueError(f'{name} expected `scale` "unit" or "mos", got {scale!r}.')
-        self.preset, self.scale = preset, scale
+        super().__init__(name, model, 2, scale, device, dtype, differentiable, batch_size)
+        self.preset = preset
         low, high = float(preset.ratings.low), float(preset.ratings.high)
         self._shift, self._span = (0.0, 1.0) if scale == "mos" else (low, high - low)
         self.bounds: Bounds = (low, high) if scale == "mos" else (0.0, 1.0)
-        super().__init__(
-            name, model, 2, device=device, dtype=dtype, differentiable=differentiable, batch_size=batch_size
-        )
 
     @property
     def prompt(self) -> str:
@@ -410,7 +395,7 @@ class RatingVLMReward(VLMReward):
 
 
 @final
-class RatingReward(RatingVLMReward):
+class RatingReward(_RatingReward):
     """The rating that a vision-language model would write about each image, as an expectation over its digits.
 
     Models that were trained to write a number are usually sampled: slow, another score each time, and text without a
@@ -479,17 +464,13 @@ class RatingReward(RatingVLMReward):
 
 
 @final
-class VisualQualityR1Reward(RatingVLMReward):
+class VisualQualityR1Reward(_RatingReward):
     """VisualQuality-R1: Qwen2.5-VL-7B trained by ranking to rate quality from 1 to 5, as an expectation over digits.
 
     Its published protocol is `RatingReward(model, VISUALQUALITY_R1, mode="generate")`.
 
     Args:
-        scale: As in `RatingReward`, like all that follows.
-        device: Where the model runs.
-        dtype: The dtype of the weights.
-        differentiable: Keep the graph to the pixels.
-        batch_size: Images per run of the network.
+        scale, device, dtype, differentiable, batch_size: As in `RatingReward`.
         model: The published weights; a folder, or a pair (model, processor).
 
     Example:
@@ -516,18 +497,14 @@ class VisualQualityR1Reward(RatingVLMReward):
 
 
 @final
-class QInsightReward(RatingVLMReward):
+class QInsightReward(_RatingReward):
     """Q-Insight: Qwen2.5-VL-7B trained to reason about quality and rate it from 1 to 5, as an expectation over digits.
 
     It was trained to think first, which this does not wait for: look at `reading(images).digit_mass` before you trust
     it. Its published protocol is `RatingReward(model, Q_INSIGHT, mode="generate", thinking=True)`.
 
     Args:
-        scale: As in `RatingReward`, like all that follows.
-        device: Where the model runs.
-        dtype: The dtype of the weights.
-        differentiable: Keep the graph to the pixels.
-        batch_size: Images per run of the network.
+        scale, device, dtype, differentiable, batch_size: As in `RatingReward`.
         model: The published weights; a folder, or a pair (model, processor).
 
     Example:
