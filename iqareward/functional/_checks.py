@@ -5,14 +5,7 @@ from torch import Tensor
 
 
 def check_images(metric: str, images: Tensor, *, min_side: int = 1, argument: str = "images") -> Tensor:
-    """Return `images` in the dtype that the metric computes in (float32, or float64 if given), or say what is wrong.
-
-    Args:
-        metric: name for the error message.
-        images: `[B, 3, H, W]` floating point.
-        min_side: smallest height and width for which the metric is defined.
-        argument: name of the argument for the error message.
-    """
+    """Return `images` in the dtype that the metric computes in (float32, or float64 if given), or say what is wrong."""
     if not isinstance(images, Tensor):
         raise TypeError(
             f"{metric} expected `{argument}` as a torch.Tensor [B, 3, H, W], got {type(images).__name__}. "

@@ -60,14 +60,7 @@ def rows_at_once(
     bytes_per_pixel: float = FORMULA_BYTES_PER_PIXEL,
     threads: int = 2,
 ) -> int:
-    """How many images to work on at a time on a device, at least one.
-
-    Args:
-        size: (height, width) of the images.
-        device: where they are worked on.
-        bytes_per_pixel: working memory for each pixel of an image; on a CPU the cache decides instead.
-        threads: How many CPU threads work on them.
-    """
+    """How many images of (height, width) to work on at a time; on a CPU the cache decides, not `bytes_per_pixel`."""
     pixels = size[0] * size[1]
     if device.type == "cpu":
         return max(1, (PIXELS_FOR_ONE_THREAD if threads == 1 else CPU_PIXELS_PER_CHUNK) // max(1, pixels))
@@ -77,10 +70,7 @@ def rows_at_once(
 def map_chunks(formula: Callable[..., Tensor], *batches: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """Apply `formula(*pieces) -> [b, ...]` to consecutive pieces of the batches and concatenate.
 
-    Args:
-        formula: treats images independently of each other.
-        batches: `[B, ..., H, W]`, the first of which decides; others may have any shape `[B, ...]`.
-        size: (height, width) to count with; those of the first batch if not given.
+    The pieces are as large as suits images of `size`, by default (height, width) of the first batch.
     """
     if torch.compiler.is_compiling():  # what it fuses leaves no intermediates, and it cannot ask for threads
         return formula(*batches)
@@ -115,15 +105,11 @@ _observed = _Observed()
 class free_threads:  # no generator, which takes as long as a small operator
     """Within the block, operators on the CPU use only as many of torch's threads as find a free core.
 
-    The calling thread is observed: what share of the time it runs, rather than waits for a core or for other threads.
-    The number of threads is halved while that is little, and doubled again when it is nearly all of the time. That
-    applies to the calling thread alone, and only where torch uses OpenMP (not on Windows).
-
-    Entering yields the number of threads, at most `torch.get_num_threads()`.
-
-    Args:
-        device: where the block computes; what waits for a GPU says nothing about cores. On a CPU, digits must not
-            depend on the number of threads.
+    Torch's threads divide each operator between them and wait for each other at its end. Beside processes that take
+    every core, as data loaders do, one of them is always suspended, and two threads are 5 to 50 times slower than one.
+    So the share of the time that the calling thread runs is observed: the number of threads is halved while that is
+    little, and doubled again when it is nearly all of the time. This applies to the calling thread alone, and only
+    where torch uses OpenMP (not on Windows). Entering yields the number of threads.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -38,12 +38,7 @@ def blur_valid(maps: Tensor, taps: Sequence[float]) -> Tensor:
 def halve(maps: Tensor, *, replicate: bool) -> Tensor:
     """Mean of each 2x2 block of `maps` `[..., H, W]`; an odd side gets one more line, a copy of its last or zeros.
 
-    Args:
-        maps: `[..., H, W]`.
-        replicate: True copies (MATLAB `imfilter(..., 'symmetric')`), False adds zeros (MATLAB `conv2(..., 'same')`).
-
-    Returns:
-        `[..., ceil(H / 2), ceil(W / 2)]`.
+    `replicate=True` copies as MATLAB's `imfilter(..., 'symmetric')`, False adds zeros as `conv2(..., 'same')`.
     """
     if on_gpu(maps):  # one kernel instead of three to seven; on a CPU a pool is slower than slices
         # a block's mean without the missing line is that with a copy of its last; with zeros, the sum is a quarter

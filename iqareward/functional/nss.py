@@ -26,11 +26,8 @@ def clipped_luma(images: Tensor) -> tuple[Tensor, Tensor]:
 def local_statistics(levels: Tensor) -> tuple[Tensor, Tensor]:
     """How far each pixel is from the mean around it, and the standard deviation there, under a 7x7 Gaussian window.
 
-    Args:
-        levels: `[B, H, W]` luminance on the 0..255 scale, float32 or float64; borders repeat the edge pixel.
-
-    Returns:
-        `[B, H, W]` deviations (exactly 0 where the surround is flat) and `[B, H, W]` standard deviations.
+    Both are `[B, H, W]` like `levels`, luminance on the 0..255 scale. Borders repeat the edge pixel. A deviation is
+    exactly 0 where the surround is flat.
     """
     # Variance does not change under a shift; without this one float32 loses digits in bright flat regions.
     shifted = levels - 128.0
@@ -45,15 +42,7 @@ def local_statistics(levels: Tensor) -> tuple[Tensor, Tensor]:
 def mscn(levels: Tensor) -> Tensor:
     """Mean-subtracted, contrast-normalised luminance: near-Gaussian with unit variance on natural photographs.
 
-    Args:
-        levels: `[B, H, W]` luminance on the 0..255 scale, float32 or float64.
-
-    Returns:
-        `[B, H, W]` coefficients (level - mean) / (std + 1).
-
-    Example:
-        >>> mscn(torch.full((1, 32, 32), 77.0)).abs().max()
-        tensor(0.)
+    These are the coefficients (level - mean) / (std + 1), `[B, H, W]` like `levels` on the 0..255 scale.
 
     References:
         Mittal, Moorthy, Bovik, "No-Reference Image Quality Assessment in the Spatial Domain", IEEE TIP 2012.

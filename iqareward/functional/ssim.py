@@ -23,13 +23,7 @@ def sum_and_difference(planes: Tensor, reference_planes: Tensor) -> Tensor:
 
 
 def similarity_map(pair: Tensor, taps: list[float], *, with_luminance: bool) -> Tensor:
-    """Contrast and structure of SSIM at every position where the window fits, times luminance if that is asked for.
-
-    Args:
-        pair: `[2, ..., H, W]` from `sum_and_difference`.
-        taps: the window, one dimension of it.
-        with_luminance: whether the map is that of SSIM itself.
-    """
+    """Contrast and structure of SSIM at every position where the window fits, times luminance if that is asked for."""
     means, powers = blur_valid(pair, taps), blur_valid(pair * pair, taps)
     if fuses(means):
         return torch.ops.iqareward.ssim_map(means, powers, 2 * C1, 2 * C2, with_luminance)

@@ -36,7 +36,7 @@ class Entry(NamedTuple):
         needs_references: whether it compares with references.
         differentiable: whether `differentiable=True` can be asked for.
         weights: where its weights come from, a hub id, "torchvision:<backbone>" or "pyiqa"; "" = it has none.
-        licence: of code and weights as used here.
+        licence: The licences of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
         usual: the scores between which most photographs lie, from bad to best; None = nobody states them.
         bounds: (low, high) that no score can leave; None = unbounded.

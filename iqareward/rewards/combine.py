@@ -344,7 +344,7 @@ def save_map(score_map: ScoreMap, path: str | Path) -> None:
 
     Args:
         score_map: `AffineMap`, `LogisticMap` or `CDFMap`.
-        path: of the file; one that is there is overwritten.
+        path: Where to write it; a file that is there is overwritten.
 
     Example:
         >>> import tempfile
@@ -361,7 +361,7 @@ def load_map(path: str | Path) -> ScoreMap:
     """Read a map that `save_map` wrote; the numbers are exactly the saved ones.
 
     Args:
-        path: of the file.
+        path: The file.
 
     Returns:
         The map.

@@ -42,7 +42,7 @@ class FullReference(_OfMetric):
             module-level function or a picklable callable, so that the reward can be sent to workers.
         higher_is_better: direction of the metric; if False the reward is its negative.
         name: default: the metric's `__name__`.
-        bounds: of the reward, that is after the sign.
+        bounds: The lowest and highest score of the reward, that is after the sign.
         min_side: images with a shorter side give NaN.
         differentiable: keep the graph from scores to pixels.
         batch_size: images per call of the metric; None = chosen by `bytes_per_pixel`.
@@ -69,7 +69,7 @@ class NoReference(_OfMetric):
         metric: `metric(images) -> [B]`; otherwise as in `FullReference`.
         higher_is_better: direction of the metric; if False the reward is its negative.
         name: default: the metric's `__name__`.
-        bounds: of the reward, that is after the sign.
+        bounds: The lowest and highest score of the reward, that is after the sign.
         min_side: images with a shorter side give NaN.
         differentiable: keep the graph from scores to pixels.
         batch_size: images per call of the metric; None = chosen by `bytes_per_pixel`.

@@ -84,15 +84,10 @@ _MISSING_REQUIREMENTS = {"icecream": "icecream", "pkg_resources": "'setuptools<8
 
 
 class PyIQAFacts(NamedTuple):
-    """Mode, direction and usual range of a metric, in its own direction.
+    """Mode and direction of a metric, and the range that pyiqa states, in the metric's own direction.
 
-    Attributes:
-        needs_references: whether it compares with references.
-        higher_is_better: direction.
-        low: lower end of the range that pyiqa states (most are habits of the training labels, not limits of the
-            network); None = unbounded.
-        high: upper end, likewise.
-        half: where one end is unbounded: the distance from the other end that is mapped to 1/2.
+    Most ranges are habits of the training labels, not limits of the network; None = open. `half` is the distance from
+    the other end that is mapped to 1/2 where one end is open.
     """
 
     needs_references: bool
@@ -196,7 +191,7 @@ class PyIQAReward(ImageReward):
         batch_size: images per run of the network; None = as many as fit the budget of memory.
         weights: file with the metric's own weights, for metrics that can read one (pyiqa's `pretrained_model_path`).
             Backbones may still be downloaded.
-        **options: of the metric in pyiqa, e.g. `test_y_channel=False` for ssim.
+        **options: Options that the metric has in pyiqa, e.g. `test_y_channel=False` for ssim.
 
     Raises:
         ValueError: unknown or refused metric, an option that is not a metric's, no range to normalize by, or no
