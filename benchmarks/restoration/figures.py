@@ -77,7 +77,7 @@ def front(table: Table) -> Any:
             axis.plot(*places[arm], "*" if ours else "sD^vPX<>"[number % 8], ls="", label=arm, **style)
         where = ("easy", "hard") if not aggregate else ("all", "all")
         axis.set_xlabel(f"RMSE, {where[0]} inputs (lower is better)")
-        axis.set_ylabel(f"held-out judge, {where[1]} inputs (higher is better)")
+        axis.set_ylabel(f"held-out reward, {where[1]} inputs (higher is better)")
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_title("hard inputs better, easy ones as faithful?", fontsize=10)
@@ -90,7 +90,7 @@ def arms(table: Table) -> Any:
     """Every main arm less SFT with all of the compute, by tercile, with intervals."""
     names = [name for name in present(table, MAIN) if name != BASELINE][::-1]
     panels = {
-        "held_out": "held-out judge",
+        "held_out": "held-out reward",
         "haarpsi": "HaarPSI (the reward)",
         "rmse": "RMSE, % (left is better)",
     }

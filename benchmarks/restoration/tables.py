@@ -11,7 +11,7 @@ from benchmarks.restoration.arms import MAIN
 
 Row = dict[str, Any]
 MARGIN = 1.0  # percent of RMSE on the easy tercile
-HARD = {"held-out judge, hard": "held_out", "HaarPSI, hard": "haarpsi", "SSIM, hard": "ssim"}
+HARD = {"held-out reward, hard": "held_out", "HaarPSI, hard": "haarpsi", "SSIM, hard": "ssim"}
 
 
 def present(table: Table, names: Sequence[str]) -> list[str]:
@@ -39,7 +39,7 @@ def weightings(table: Table, names: Sequence[str], baseline: str) -> list[Row]:
             "HaarPSI, all": difference(table, arm, baseline, "haarpsi", "all"),
             "non-inferior": easy.high <= MARGIN,
         }
-        rows.append(row | {"primary": row["non-inferior"] and row["held-out judge, hard"].low > 0})
+        rows.append(row | {"primary": row["non-inferior"] and row["held-out reward, hard"].low > 0})
     return rows
 
 
@@ -51,7 +51,7 @@ def distances(table: Table) -> list[Row]:
             continue
         row: Row = {"arm": arm, "seeds": len(seeds_of(table, [*FRONT, arm]))}
         for title, aggregate in (("hard", False), ("aggregate", True)):
-            for label, name in (("held-out judge", "held_out"), ("HaarPSI", "haarpsi")):
+            for label, name in (("held-out reward", "held_out"), ("HaarPSI", "haarpsi")):
                 row[f"{label}, {title}"] = above_front(table, arm, name, aggregate=aggregate)
         rows.append(row)
     return rows
