@@ -18,6 +18,7 @@ from iqareward._gradients import clamp
 from iqareward.adapters._core import Scorer
 from iqareward.images import ImageLike, to_images
 from iqareward.optional import require
+from iqareward.seeds import generator
 from iqareward.types import Reward, Scores
 
 __all__ = ["Best", "StepwiseRewards", "decode_latents", "generate_best"]
@@ -234,7 +235,7 @@ def generate_best(
     batches = list(_batches(inputs, count, num_candidates, batch_size))
     for batch in track(batches, "candidates", console=Console(stderr=True), disable=not show_progress):
         rows = [row for row, _ in batch]
-        generators = [torch.Generator().manual_seed(_seed(seed, *pair)) for pair in batch]
+        generators = [generator(seed, *pair) for pair in batch]
         call = {name: _take(values, rows) for name, values in inputs.items()}
         output = pipeline(generator=generators, output_type="pt", **call, **arguments)
         images = to_images(output, value_range=(0, 1))
@@ -287,10 +288,6 @@ def _take(values: Any, rows: Sequence[int]) -> Any:
     if values is None:
         return None
     return values[list(rows)] if isinstance(values, Tensor | np.ndarray) else [values[row] for row in rows]
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
 def _scorer(reward: str | Reward, who: str, sources: Mapping[str, object]) -> Scorer:
