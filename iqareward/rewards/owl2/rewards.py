@@ -179,14 +179,14 @@ class QAlignReward(_Owl2Reward):
 class DeQAReward(_Owl2Reward):
     """How good DeQA-Score finds each image, in process: no second environment and no HTTP server.
 
-    Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
+    Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call. `device`, `dtype`,
+    `differentiable`, `batch_size`, `compiled` and `quant` are those of `QAlignReward`.
 
     Args:
         model: Hub id or folder of full weights or of a LoRA adapter (`zhiyuanyou/DeQA-Score-LoRA-Mix3`, merged while
             loading), or an `Owl2` network, which is frozen.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5]; `"flow_grpo"` is [0.2, 1], as Flow-GRPO's reward server answers
             (without its JPEG compression of the images).
-        device, dtype, differentiable, batch_size, compiled, quant: As in `QAlignReward`.
 
     Example:
         >>> reward = DeQAReward(scale="flow_grpo")  # nothing is loaded yet

@@ -249,10 +249,11 @@ class LevelReward(_LevelReward):
 class QReAlignReward(_LevelReward):
     """Q-ReAlign: Qwen3.5 trained to rate quality or aesthetics with Q-Align's level words.
 
+    `scale`, `device`, `dtype`, `differentiable` and `batch_size` are those of `LevelReward`.
+
     Args:
         size: `"mini"` (0.8B parameters), `"lite"` (4B) or `"pro"` (9B).
         task: What is rated.
-        scale, device, dtype, differentiable, batch_size: As in `LevelReward`.
         model: None = the published weights of that size; a folder, or a pair (model, processor).
 
     Example:
@@ -467,10 +468,10 @@ class RatingReward(_RatingReward):
 class VisualQualityR1Reward(_RatingReward):
     """VisualQuality-R1: Qwen2.5-VL-7B trained by ranking to rate quality from 1 to 5, as an expectation over digits.
 
-    Its published protocol is `RatingReward(model, VISUALQUALITY_R1, mode="generate")`.
+    Its published protocol is `RatingReward(model, VISUALQUALITY_R1, mode="generate")`. `scale`, `device`, `dtype`,
+    `differentiable` and `batch_size` are those of `RatingReward`.
 
     Args:
-        scale, device, dtype, differentiable, batch_size: As in `RatingReward`.
         model: The published weights; a folder, or a pair (model, processor).
 
     Example:
@@ -501,10 +502,10 @@ class QInsightReward(_RatingReward):
     """Q-Insight: Qwen2.5-VL-7B trained to reason about quality and rate it from 1 to 5, as an expectation over digits.
 
     It was trained to think first, which this does not wait for: look at `reading(images).digit_mass` before you trust
-    it. Its published protocol is `RatingReward(model, Q_INSIGHT, mode="generate", thinking=True)`.
+    it. Its published protocol is `RatingReward(model, Q_INSIGHT, mode="generate", thinking=True)`. `scale`, `device`,
+    `dtype`, `differentiable` and `batch_size` are those of `RatingReward`.
 
     Args:
-        scale, device, dtype, differentiable, batch_size: As in `RatingReward`.
         model: The published weights; a folder, or a pair (model, processor).
 
     Example:
