@@ -1,4 +1,4 @@
-"""Rewards for ddpo-pytorch, flow_grpo and its children: DiffusionNFT, DiffusionOPSD, Edit-R1, BFR_RL, old TRL.
+"""Rewards for ddpo-pytorch, flow_grpo and its forks: DiffusionNFT, DiffusionOPSD, Edit-R1, BFR_RL, old TRL.
 
 flow_grpo keeps its rewards in a local variable, so there is no registry to add to. `install` replaces the function
 that builds them; call it before the training script looks that function up.

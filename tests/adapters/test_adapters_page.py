@@ -54,7 +54,7 @@ def test_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     """`install` in a script like flow_grpo's."""
     module = flow_grpo.rewards_module()
     package(monkeypatch, flow_grpo__rewards=module)
-    run("flow_grpo and its children")
+    run("flow_grpo and its forks")
     metadata = [{"gt_path": IMAGES[row], "input_id": row} for row in range(2)]
     gathered = flow_grpo.sampling_phase(module.multi_score("cpu", {}), [(IMAGES, ["", ""], metadata)])
     assert set(gathered) == {"qalign", "ssim", "groups", "avg"}
@@ -101,7 +101,7 @@ def test_diffusers(capsys: pytest.CaptureFixture[str], qalign: Reward) -> None:
     call = {"strength": 0.9, "num_inference_steps": 3, "guidance_scale": 1.0}
     scope = {
         "pipeline": img2img(diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)),
-        "degraded": smooth(2), "truth": smooth(2, seed=1), "arguments": call, "inputs": prompt(2),
+        "degraded": smooth(2), "references": smooth(2, seed=1), "arguments": call, "inputs": prompt(2),
     }  # fmt: skip
     run("diffusers", scope)
     assert scope["steps"].scores.isfinite().tolist() == [[True, True]] * 2
