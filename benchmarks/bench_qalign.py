@@ -166,7 +166,7 @@ TINY = Owl2Config(
     **dict.fromkeys(("vision_heads", "abstractor_heads", "heads", "kv_heads"), 2),
 )
 
-STATIC = {"graph": "graph", "compiled": True}  # names of modes, and what `compile` is for them
+STATIC = {"graph": "graph", "compiled": True}  # names of modes, and what `compiled` is for them
 OURS = ("eager", *STATIC)
 HALF = "bfloat16"  # on a CPU: not the default there, and only some processors have instructions for it
 
@@ -198,7 +198,7 @@ def random_model(config: Owl2Config, device: torch.device, dtype: torch.dtype) -
     return model
 
 
-def build_modes(model: Owl2, batches: list[int], quick: bool, compile: bool, half: Owl2 | None = None) -> list[Mode]:
+def build_modes(model: Owl2, batches: list[int], quick: bool, compiled: bool, half: Owl2 | None = None) -> list[Mode]:
     """Every mode at every batch size on 512x512 noise, one batch of mixed sizes, and `half`, a bfloat16 network."""
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(0)
@@ -208,7 +208,7 @@ def build_modes(model: Owl2, batches: list[int], quick: bool, compile: bool, hal
     images = images.to(device)
     mixed = [torch.rand(3, side - 8 * (i % 4), side, device=device) for i in range(max(batches))]
     most = max(batches)
-    static = {} if not compile else STATIC if device.type == "cuda" else {"compiled": True}
+    static = {} if not compiled else STATIC if device.type == "cuda" else {"compiled": True}
     rewards = {"eager": QAlignReward(model, scale="mos", batch_size=most)}
     rewards["shared"] = QAlignReward(model, task=("quality", "aesthetics"), scale="mos", batch_size=most)
     for name, value in static.items():
@@ -220,8 +220,8 @@ def build_modes(model: Owl2, batches: list[int], quick: bool, compile: bool, hal
     ]
     modes.append(Mode("eager, mixed sizes", most, lambda r=rewards["eager"]: r(mixed)))
     if half is not None:
-        for name, options in {HALF: {}, f"compiled, {HALF}": {"compile": True}}.items():
-            if compile or not options:
+        for name, options in {HALF: {}, f"compiled, {HALF}": {"compiled": True}}.items():
+            if compiled or not options:
                 reward = QAlignReward(half, scale="mos", batch_size=most, **options)
                 modes.append(Mode(name, most, lambda r=reward: r(images)))
     few = min(4, len(pictures))

@@ -42,7 +42,7 @@ def rollouts(photograph: Tensor, chance: torch.Generator) -> Tensor:
     return torch.stack(found).clamp(0, 1)
 
 
-def through(format: str, **options: int) -> Callable[[Tensor], Tensor]:
+def through(file_format: str, **options: int) -> Callable[[Tensor], Tensor]:
     """Images as they arrive when a server is sent files of this format."""
 
     def send(images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def through(format: str, **options: int) -> Callable[[Tensor], Tensor]:
         for image in images:
             stream = io.BytesIO()
             levels = (image * 255).round().to(torch.uint8).movedim(0, -1).numpy()
-            Image.fromarray(levels).save(stream, format, **options)
+            Image.fromarray(levels).save(stream, file_format, **options)
             arrived.append(to_images(Image.open(stream))[0])
         return torch.stack(arrived)
 

@@ -129,7 +129,9 @@ def score(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders (searched recursively) or globs.")],
     reward: RewardNames,
     reference: Reference = None,
-    format: Annotated[Format | None, typer.Option(help="Default: table, or as the suffix of --output.")] = None,
+    output_format: Annotated[
+        Format | None, typer.Option("--format", help="Default: table, or as the suffix of --output.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this .csv or .jsonl file; run again to resume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output instead of resuming.")] = False,
     summary: Annotated[Path | None, typer.Option(help="Write mean, std and count to this .csv or .json file.")] = None,
@@ -143,7 +145,7 @@ def score(
     """
     from iqareward.cli.score import Job, run
 
-    job = Job(paths, reward, reference, format, output, overwrite, summary, published, device, batch_size)
+    job = Job(paths, reward, reference, output_format, output, overwrite, summary, published, device, batch_size)
     try:
         with _usage_errors():
             complete = run(job, _messages)
@@ -183,7 +185,9 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders with the same file names, the baseline first.")],
     reward: RewardNames,
     reference: Reference = None,
-    format: Annotated[TableFormat, typer.Option(help="Format of the printed table.")] = TableFormat.table,
+    table_format: Annotated[
+        TableFormat, typer.Option("--format", help="Format of the printed table.")
+    ] = TableFormat.table,
     per_image: Annotated[
         Path | None, typer.Option(help="Also write the scores of each image to this CSV file.")
     ] = None,
@@ -208,10 +212,10 @@ def compare(
     with _usage_errors():
         check_outputs(per_image, output)
         found = run_comparison(folders, Scorer(reward, reference, device, batch_size), _messages)
-        if format is TableFormat.table:
+        if table_format is TableFormat.table:
             show(found, Console())
         else:
-            typer.echo(WRITERS[format.value](found), nl=False)
+            typer.echo(WRITERS[table_format.value](found), nl=False)
         for line in summary(found.problems):
             say(_messages, line, label="left out:", style="yellow")
         if per_image is not None:

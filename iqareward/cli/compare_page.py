@@ -94,7 +94,7 @@ $pairs
 """
 
 
-class Choice(NamedTuple):
+class _Choice(NamedTuple):
     """An image to look at: the index of its folder from 1 (0 is the baseline), its own index, and the reason."""
 
     method: int
@@ -102,7 +102,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(scores: np.ndarray, rewards: Sequence[str], count: int) -> list[Choice]:
+def choose(scores: np.ndarray, rewards: Sequence[str], count: int) -> list[_Choice]:
     """The images to look at, from `[F, N, R]` scores of F folders, the baseline first; NaN = not scored.
 
     For each folder there are these lists: the images about which the rewards contradict each other most; and for each
@@ -124,11 +124,11 @@ def choose(scores: np.ndarray, rewards: Sequence[str], count: int) -> list[Choic
         for reason, rows in keys.items()
         for method, row in enumerate(rows, start=1)
     ]
-    chosen: dict[tuple[int, int], Choice] = {}
+    chosen: dict[tuple[int, int], _Choice] = {}
     for place, (reason, method, images) in product(range(scores.shape[1]), lists):
         if place < len(images) and len(chosen) < count:
             rank = "" if place == 0 or reason.startswith("typical") else f", rank {place + 1}"
-            chosen.setdefault((method, images[place]), Choice(method, images[place], reason + rank))
+            chosen.setdefault((method, images[place]), _Choice(method, images[place], reason + rank))
     return list(chosen.values())
 
 
@@ -201,7 +201,7 @@ def _shown(shown: int, chosen: int) -> str:
     return f"{shown} pair{'s' * (shown != 1)}.{more}"
 
 
-def _pair(comparison: Comparison, choice: Choice, folder: Path) -> str:
+def _pair(comparison: Comparison, choice: _Choice, folder: Path) -> str:
     """An image of a folder beside that of the baseline."""
     path, files = list(comparison.images.items())[choice.image]
     sides = [0, choice.method]

@@ -23,7 +23,7 @@ _BATCH_BYTES = 512 * 2**20  # of decoded images and references; the next batch t
 _BYTES_PER_PIXEL = 12  # float32 RGB
 
 
-class Loaded(NamedTuple):
+class _Loaded(NamedTuple):
     """The pixels of a file and of its reference, or the reason why one is missing or their sizes differ."""
 
     path: Path
@@ -85,7 +85,7 @@ class Scorer:
         for batch in read_ahead(files, self.references, device=self._device, batch_size=self._batch_size):
             yield self._score(batch)
 
-    def _score(self, batch: Sequence[Loaded]) -> list[Scored]:
+    def _score(self, batch: Sequence[_Loaded]) -> list[Scored]:
         scores = [[math.nan] * len(self.rewards) for _ in batch]
         problems: list[list[str]] = [[loaded.problem] if loaded.problem else [] for loaded in batch]
         for column, reward in enumerate(self.rewards):
@@ -108,7 +108,7 @@ class Scorer:
         ]
 
 
-def _call(reward: Reward, batch: Sequence[Loaded]) -> list[float]:
+def _call(reward: Reward, batch: Sequence[_Loaded]) -> list[float]:
     images = [loaded.image for loaded in batch if loaded.image is not None]
     references = [loaded.reference for loaded in batch if loaded.reference is not None]
     return reward(images, references=references if reward.needs_references else None).tolist()
@@ -129,7 +129,7 @@ def read_ahead(
     device: str,
     batch_size: int,
     batch_bytes: int = _BATCH_BYTES,
-) -> Iterator[list[Loaded]]:
+) -> Iterator[list[_Loaded]]:
     """Batches of decoded files, each with its path relative to the folder that was searched.
 
     A batch takes at most `batch_bytes` as float32 RGB, references included; a larger image is a batch of its own.
@@ -137,7 +137,7 @@ def read_ahead(
     batches = _batches(files, references, batch_size, batch_bytes)
     with ThreadPoolExecutor(_READERS) as pool:
 
-        def start() -> list[Future[Loaded]]:
+        def start() -> list[Future[_Loaded]]:
             return [pool.submit(_read, *paths, device) for paths in next(batches, [])]
 
         pending = start()
@@ -177,22 +177,22 @@ def _decoded_bytes(path: Path) -> int:
         return 0
 
 
-def _read(path: Path, reference_path: Path | None, problem: str, device: str) -> Loaded:
+def _read(path: Path, reference_path: Path | None, problem: str, device: str) -> _Loaded:
     try:
         image = _pixels(path, device)
     except ValueError as error:
         reason = error.reason if isinstance(error, UnreadableImageError) else error
-        return Loaded(path, None, None, f"not read: {reason}")
+        return _Loaded(path, None, None, f"not read: {reason}")
     if reference_path is None:
-        return Loaded(path, image, None, problem)
+        return _Loaded(path, image, None, problem)
     try:
         reference = _pixels(reference_path, device)
         if image.shape != reference.shape:
             sizes = (f"{tensor.shape[2]}x{tensor.shape[1]}" for tensor in (image, reference))
             raise ValueError("it is {}, its reference {}".format(*sizes))
     except ValueError as error:
-        return Loaded(path, image, None, f"not compared: {error}")
-    return Loaded(path, image, reference, "")
+        return _Loaded(path, image, None, f"not compared: {error}")
+    return _Loaded(path, image, reference, "")
 
 
 def _pixels(path: Path, device: str) -> Tensor:

@@ -45,9 +45,9 @@ from iqareward.types import Reward
 
 EXAMPLE = Path(__file__).with_name("train.toml")
 # What may change without making a resumed run another one.
-MAY_CHANGE = ("resume", "save_every", "trackers", "updates", "rollout.inputs_at_once", "train.micro_batch")
+_MAY_CHANGE = ("resume", "save_every", "trackers", "updates", "rollout.inputs_at_once", "train.micro_batch")
 # The same while only SFT is done: what SFT has not used.
-NOT_IN_SFT = (
+_NOT_IN_SFT = (
     "reward",
     "objective",
     "rollout",
@@ -57,14 +57,14 @@ NOT_IN_SFT = (
     "validation.stop_on",
     "validation.patience",
 )
-SFT_HISTORY = "history-sft.jsonl"
-LESS_MEMORY = (
+_SFT_HISTORY = "history-sft.jsonl"
+_LESS_MEMORY = (
     "Lower rollout.inputs_at_once or train.micro_batch and go on with --resume; if it was SFT that failed, "
     "lower sft.batch_size or size and start again."
 )
-SHOWN = 10  # files that are left out and named
+_SHOWN = 10  # files that are left out and named
 # Who warns, as diffusers imports what it needs for quantised models, of packages that are not used here.
-IMPORT_WARNINGS = (
+_IMPORT_WARNINGS = (
     "bitsandbytes.backends.cpu.ops",
     "diffusers.quantizers.torchao.torchao_quantizer",
     "torch.utils._pytree",
@@ -122,7 +122,7 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
 
 def _import_diffusers() -> None:
     """Import the model class of diffusers without the warnings of packages for quantised models."""
-    loggers = [logging.getLogger(name) for name in IMPORT_WARNINGS]
+    loggers = [logging.getLogger(name) for name in _IMPORT_WARNINGS]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True
@@ -143,10 +143,10 @@ def _data(config: RunConfig, accelerator: Any, tell: Callable[[str], None]) -> D
     left_out: dict[int, str] = dict(gather_object(list(found.items())))
     if left_out:
         tell(f"{len(left_out)} of {len(pairs.names)} images left out, because they cannot be used:")
-        for problem in list(left_out.values())[:SHOWN]:
+        for problem in list(left_out.values())[:_SHOWN]:
             tell(f"  {problem}")
-        if len(left_out) > SHOWN:
-            tell(f"  and {len(left_out) - SHOWN} more")
+        if len(left_out) > _SHOWN:
+            tell(f"  and {len(left_out) - _SHOWN} more")
     return split(config, pairs, left_out)
 
 
@@ -189,11 +189,11 @@ def _folder(output: Path, accelerator: Any) -> Generator[None]:
         try:
             yield
         except BaseException as error:
-            worth_keeping = any((output / name).exists() for name in (SFT_HISTORY, "sft", CHECKPOINT))
+            worth_keeping = any((output / name).exists() for name in (_SFT_HISTORY, "sft", CHECKPOINT))
             if accelerator.is_main_process and not worth_keeping:
                 _remove(output, before)
             if isinstance(error, torch.OutOfMemoryError):
-                raise TrainingError(f"{str(error).partition('. ')[0]}. {LESS_MEMORY}") from error
+                raise TrainingError(f"{str(error).partition('. ')[0]}. {_LESS_MEMORY}") from error
             raise
 
 
@@ -217,7 +217,7 @@ def _open_output(config: RunConfig, file: Path, accelerator: Any, *, resume: boo
     if begun and not resume:
         raise ValueError(f"{config.output} holds {begun}. Go on with --resume, or choose another `output`.")
     if begun and copy.is_file():
-        may = MAY_CHANGE if begun == "a run" else MAY_CHANGE + NOT_IN_SFT
+        may = _MAY_CHANGE if begun == "a run" else _MAY_CHANGE + _NOT_IN_SFT
         found = differences(described(read_config(copy)), described(config))
         changed = {key: words for key, words in found.items() if not key.startswith(may)}
         if changed:
@@ -257,7 +257,7 @@ def _starting_policy(config: RunConfig, data: Data, accelerator: Any) -> PixelPo
             batch_size=sft.batch_size,
             learning_rate=sft.learning_rate,
             accelerator=accelerator,
-            history_file=config.output / SFT_HISTORY,
+            history_file=config.output / _SFT_HISTORY,
             seed=config.seed,
         )
         if accelerator.is_main_process:

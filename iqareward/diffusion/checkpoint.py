@@ -147,7 +147,7 @@ def _digest(file: BinaryIO, size: int) -> bytes:
     return digest.digest()
 
 
-LONGEST = 80  # characters of a value in a message
+_LONGEST = 80  # characters of a value in a message
 LOCK = ".lock"  # stays in the folder; what counts is whether a process holds it
 
 
@@ -235,7 +235,7 @@ def differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
 
 def _brief(value: Any) -> str:
     text = str(value["type"]) if isinstance(value, dict) and "type" in value else repr(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _name(value: Callable[..., Any]) -> str:

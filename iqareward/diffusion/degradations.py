@@ -19,7 +19,7 @@ from iqareward.seeds import id_list, normal
 TASKS = ("blur", "resize", "noise", "jpeg")
 # The mildest setting of each task; the strongest are options.
 MIN_SIGMA, MIN_FACTOR, MIN_NOISE, MAX_QUALITY = 0.5, 1.0, 2.0, 95.0
-TAPS_PER_SIGMA = 3  # beyond it a Gaussian is below 1 % of its peak
+_TAPS_PER_SIGMA = 3  # beyond it a Gaussian is below 1 % of its peak
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class Degradation:
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur with its own `sigma` `[B]` in pixels for each image; borders are repeated."""
-    radius = math.ceil(TAPS_PER_SIGMA * float(sigma.max()))
+    radius = math.ceil(_TAPS_PER_SIGMA * float(sigma.max()))
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64, device=sigma.device)
     sigma = sigma.double()[:, None]
     # Cut at each image's own width, so that the widest blur of the batch changes no other. In double precision, because
     # the last digit of an exponential may depend on the place in the batch, and is rounded away here.
-    inside = offsets.abs() <= (TAPS_PER_SIGMA * sigma).ceil()
+    inside = offsets.abs() <= (_TAPS_PER_SIGMA * sigma).ceil()
     taps = torch.where(inside, torch.exp(-0.5 * (offsets / sigma).square()), 0.0)
     taps = (taps / taps.sum(1, keepdim=True)).float()[:, :, None, None, None]
     for dim in (2, 3):

@@ -24,7 +24,7 @@ from iqareward.weighting import GradientBalance, LossWeights, gradient_norm, mix
 
 OBJECTIVE, SFT = 1, 2  # purposes of random numbers in RL
 SFT_ORDER, SFT_NOISE = 0, 1  # and in `supervised`
-MAX_FAILED_UPDATES = 5
+_MAX_FAILED_UPDATES = 5
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def supervised(
             if history_file is not None and accelerator.is_main_process:
                 append_line(history_file, record)
             accelerator.log({"sft/loss": mean_loss, "sft/grad_norm": norm}, update + 1)
-            if failures == MAX_FAILED_UPDATES:
+            if failures == _MAX_FAILED_UPDATES:
                 break
             losses.append(mean_loss)
             advance(record)

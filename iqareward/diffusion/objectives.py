@@ -16,7 +16,7 @@ from iqareward.seeds import generator, noise_per_input
 from iqareward.types import Reward
 from iqareward.weighting import optimality_probability
 
-LARGEST_LOG_RATIO = 20.0
+_LARGEST_LOG_RATIO = 20.0
 
 
 class RLTerm(NamedTuple):
@@ -56,7 +56,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *,
     References:
         Schulman et al., Proximal Policy Optimization Algorithms, 2017, https://arxiv.org/abs/1707.06347
     """
-    ratio = (log_probs - old_log_probs).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    ratio = (log_probs - old_log_probs).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
@@ -108,15 +108,15 @@ class ClippedPolicyGradient:
             with reference_policy(policy, frozen):
                 divergence_to = replay(policy, trajectory, term, condition)
             divergence = transition.kl(divergence_to)
-        return RLTerm(mean_per_input(loss, experience), mean_per_input(divergence, experience))
+        return RLTerm(_mean_per_input(loss, experience), _mean_per_input(divergence, experience))
 
 
-def mean_per_input(values: Tensor, experience: Experience) -> Tensor:
+def _mean_per_input(values: Tensor, experience: Experience) -> Tensor:
     """The mean of `values` `[N]` over the rollouts of each input, `[B]`."""
     return values.view(-1, experience.trajectory.group_size).mean(1)
 
 
-SMALLEST_ERROR = 1e-5  # keeps the relative error of a perfect prediction finite
+_SMALLEST_ERROR = 1e-5  # keeps the relative error of a perfect prediction finite
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class DiffusionNFT:
             with reference_policy(policy, frozen):
                 before = policy.predict(latents, times, condition).float()
             divergence = (output - before).square().flatten(1).mean(1)
-        return RLTerm(mean_per_input(loss, experience), mean_per_input(divergence, experience))
+        return RLTerm(_mean_per_input(loss, experience), _mean_per_input(divergence, experience))
 
 
 def sft_loss(
@@ -200,7 +200,7 @@ def _draw_times(
 
 def _distance(clean: Tensor, sample: Tensor) -> Tensor:
     offset = clean - sample
-    scale = offset.detach().abs().flatten(1).mean(1).clamp(min=SMALLEST_ERROR)
+    scale = offset.detach().abs().flatten(1).mean(1).clamp(min=_SMALLEST_ERROR)
     return offset.square().flatten(1).mean(1) / scale
 
 
@@ -268,7 +268,7 @@ class DirectRewardGradient:
         answer = self.reward(images, references=references)
         scores = checked_scores(answer, name=self.reward.name, count=images.shape[0])
         loss = torch.where(scores.isnan(), 0.0, -scores)  # an image that is not scored gets no gradient
-        return RLTerm(mean_per_input(loss, experience), torch.zeros_like(experience.difficulty))
+        return RLTerm(_mean_per_input(loss, experience), torch.zeros_like(experience.difficulty))
 
     def _last_steps(self, policy: Policy, experience: Experience, condition: Condition) -> Tensor:
         """The sample, with a gradient through its last steps."""

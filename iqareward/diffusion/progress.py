@@ -13,21 +13,21 @@ FIGURES = {
     "sft_share": "sft {:.3g}",
     "has_signal": "signal {:.3g}",
 }
-FIGURES_OF_SFT = {"sft_loss": "loss {:.3g}"}
-PLAIN_FIGURES = {
+_FIGURES_OF_SFT = {"sft_loss": "loss {:.3g}"}
+_PLAIN_FIGURES = {
     "rl_loss": "rl_loss {:.3g}",
     "sft_loss": "sft_loss {:.3g}",
     "reward": "reward {:.3g}",
     "scored": "scored {:.0%}",
 }
 
-Advance = Callable[[Mapping[str, Any]], None]
+_Advance = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
 def progress_bar(
     description: str, total: int, *, done: int = 0, shown: bool = True, every: float = 10.0
-) -> Generator[Advance]:
+) -> Generator[_Advance]:
     """Show the progress of a run on the error stream; call what it yields with the record of each update.
 
     On a terminal and in a notebook it is a bar. Elsewhere, for example in the log of a batch job, it is plain lines:
@@ -47,7 +47,7 @@ def progress_bar(
 
 
 @contextmanager
-def _bar(console: Any, description: str, total: int, done: int) -> Generator[Advance]:
+def _bar(console: Any, description: str, total: int, done: int) -> Generator[_Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn())
@@ -55,7 +55,7 @@ def _bar(console: Any, description: str, total: int, done: int) -> Generator[Adv
         task = bar.add_task(description, total=total, completed=done, figures="")
 
         def advance(record: Mapping[str, Any]) -> None:
-            figures = _figures(record, FIGURES if "reward" in record else FIGURES_OF_SFT)
+            figures = _figures(record, FIGURES if "reward" in record else _FIGURES_OF_SFT)
             bar.advance(task)
             if figures:
                 bar.update(task, figures=figures)
@@ -65,7 +65,7 @@ def _bar(console: Any, description: str, total: int, done: int) -> Generator[Adv
 
 
 @contextmanager
-def _lines(console: Any, description: str, total: int, done: int, every: float) -> Generator[Advance]:
+def _lines(console: Any, description: str, total: int, done: int, every: float) -> Generator[_Advance]:
     begun = time.monotonic()
     due, count, skipped, waiting = begun, 0, 0, ""
 
@@ -74,7 +74,7 @@ def _lines(console: Any, description: str, total: int, done: int, every: float) 
         now, count, skipped = time.monotonic(), count + 1, skipped + record.get("skipped", 0)
         pace = (now - begun) / count
         minutes, seconds = divmod(round(pace * (total - done - count)), 60)
-        words = [f"{description} {done + count}/{total}", _figures(record, PLAIN_FIGURES)]
+        words = [f"{description} {done + count}/{total}", _figures(record, _PLAIN_FIGURES)]
         words += [f"skipped {skipped}"] if "skipped" in record else []
         words += [f"{pace:.3g} s each", f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"]
         waiting = "  ".join(word for word in words if word)

@@ -125,7 +125,7 @@ def rollout(
 
     path, log_probs, stds, clean = [noise(0)], [], [], {}
     for index, (step, step_eta) in enumerate(zip(schedule, etas, strict=True)):
-        transition = take_step(policy, path[-1], step, step_eta, condition)
+        transition = _take_step(policy, path[-1], step, step_eta, condition)
         fresh = transition.std * noise(index + 1) if transition.std else 0.0
         path.append(transition.mean + fresh)
         log_probs.append(transition.log_prob(path[-1]))
@@ -135,7 +135,7 @@ def rollout(
     return Trajectory(torch.stack(path), torch.stack(log_probs), schedule, etas, tuple(stds), group_size, clean)
 
 
-def take_step(policy: Policy, latents: Tensor, step: Step, eta: float, condition: Condition) -> Transition:
+def _take_step(policy: Policy, latents: Tensor, step: Step, eta: float, condition: Condition) -> Transition:
     """The Gaussian of one step of the policy from `latents` `[N, ...]`; with a gradient to the model if enabled."""
     times = torch.full((latents.shape[0],), step.time, device=latents.device)
     output = policy.predict(latents, times, condition)
@@ -145,7 +145,7 @@ def take_step(policy: Policy, latents: Tensor, step: Step, eta: float, condition
 def replay(policy: Policy, trajectory: Trajectory, index: int, condition: Condition) -> Transition:
     """Step `index` of a trajectory under the policy as it is now, given the condition of all its rollouts."""
     step, eta = trajectory.schedule[index], trajectory.etas[index]
-    return take_step(policy, trajectory.latents[index], step, eta, condition)
+    return _take_step(policy, trajectory.latents[index], step, eta, condition)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from iqareward.seeds import id_list, normal, uniform
 
-EXPONENTS = (0.8, 1.6)  # of the amplitude; natural images lie around 1 (Field 1987)
-RADII = (1 / 24, 1 / 2)  # of a leaf, in sides of the image
-NUM_LEAVES = 96  # about three times the area of the image
-NUM_FIELDS = 3  # textures that the leaves of an image share, each leaf at an offset of its own
+_EXPONENTS = (0.8, 1.6)  # of the amplitude; natural images lie around 1 (Field 1987)
+_RADII = (1 / 24, 1 / 2)  # of a leaf, in sides of the image
+_NUM_LEAVES = 96  # about three times the area of the image
+_NUM_FIELDS = 3  # textures that the leaves of an image share, each leaf at an offset of its own
 # Colours vary most in brightness, less from orange to blue, least from green to magenta.
 WARMTH, MAGENTA = (1.0, 0.0, -1.0), (0.5, -1.0, 0.5)
 # Shares of the mixture: textures alone, then leaves that are nearly flat; the rest are textured leaves.
@@ -85,7 +85,7 @@ def synthetic_images(ids: Sequence[int] | Tensor, *, size: int, seed: int = 0) -
 def _power_law_textures(ids: list[int], *, size: int, seed: int) -> Tensor:
     """Colour noise whose amplitude falls as 1/f^a: clouds, bark, gravel, with an exponent a of its own per image."""
     draws = uniform(ids, 6, seed=seed, purpose="texture")
-    exponents = _between(draws[:, :1], *EXPONENTS).expand(-1, 3)
+    exponents = _between(draws[:, :1], *_EXPONENTS).expand(-1, 3)
     brightness, warmth, magenta = _fields(ids, exponents, size=size, seed=seed, purpose="texture fields").unbind(1)
     contrast = _between(draws[:, 1], 0.06, 0.14)[:, None, None]
     mean = _between(draws[:, 2], 0.35, 0.65)[:, None, None]
@@ -101,15 +101,15 @@ def _power_law_textures(ids: list[int], *, size: int, seed: int) -> Tensor:
 def _dead_leaves(ids: list[int], *, size: int, seed: int, texture: float = 1.0) -> Tensor:
     """Ellipses that hide one another, with radii distributed as r^-3; `texture` is the contrast of what is on them."""
     leaves = _draw_leaves(ids, size=size, seed=seed, texture=texture)
-    exponents = _between(uniform(ids, NUM_FIELDS, seed=seed, purpose="exponents"), *EXPONENTS)
+    exponents = _between(uniform(ids, _NUM_FIELDS, seed=seed, purpose="exponents"), *_EXPONENTS)
     return _paint(leaves, _fields(ids, exponents, size=size, seed=seed, purpose="leaf fields")).clamp(0, 1)
 
 
 def _draw_leaves(ids: list[int], *, size: int, seed: int, texture: float) -> _Leaves:
-    draws = uniform(ids, NUM_LEAVES, 9, seed=seed, purpose="leaves")
-    gauss = normal(ids, NUM_LEAVES, 6, seed=seed, purpose="leaves")
+    draws = uniform(ids, _NUM_LEAVES, 9, seed=seed, purpose="leaves")
+    gauss = normal(ids, _NUM_LEAVES, 6, seed=seed, purpose="leaves")
     scene = normal(ids, 1, 3, seed=seed, purpose="palette")
-    low, high = (side * size for side in RADII)
+    low, high = (side * size for side in _RADII)
     # Inverse of the distribution function of r^-3 between low and high.
     radii = (low**-2 - draws[..., 0] * (low**-2 - high**-2)).rsqrt()
     stretch = _between(draws[..., 1], 1.0, 1.6)
@@ -130,7 +130,7 @@ def _draw_leaves(ids: list[int], *, size: int, seed: int, texture: float) -> _Le
         colors=colors,
         shade=texture * (draws[..., 5] - 0.5) * 0.7,
         contrast=texture * 0.1 * gauss[..., 5],
-        fields=(draws[..., 6] * NUM_FIELDS).long(),
+        fields=(draws[..., 6] * _NUM_FIELDS).long(),
         shifts=(draws[..., 7:9] * size).long(),
     )
 

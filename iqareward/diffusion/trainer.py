@@ -42,7 +42,7 @@ from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 # Purposes of random numbers, so that no two share any.
 ORDER, ROLLOUT, LEARNING, CALIBRATION, VALIDATION = range(5)
-CALIBRATION_UPDATES = 8  # batches whose inputs anchor the weighter
+_CALIBRATION_UPDATES = 8  # batches whose inputs anchor the weighter
 
 
 class DifficultyAdaptiveTrainer:
@@ -245,7 +245,7 @@ class DifficultyAdaptiveTrainer:
         """Tell the weighter how hard the inputs are for the model before RL; most schedules do not need it."""
         anchor = getattr(self.weighter, "calibrate", None)
         if anchor is not None:
-            batches = range(min(CALIBRATION_UPDATES, len(self.pairs) // self.train_config.inputs_per_update))
+            batches = range(min(_CALIBRATION_UPDATES, len(self.pairs) // self.train_config.inputs_per_update))
             anchor(torch.cat([self.experience(batch, CALIBRATION).difficulty for batch in batches]))
 
     def update(self) -> dict[str, Any]:

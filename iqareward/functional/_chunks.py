@@ -18,21 +18,21 @@ from torch import Tensor
 # are up to twice as slow. One thread has less cache and nobody to wake. With 2 MB of L2, 64 / 128 / 256 Ki pixels take
 # 13.7, 16.1, 22.6 ms for SSIM of 8 images of 256x256, 4.1, 3.6, 3.4 for GMSD and 12.3, 11.0, 10.9 for HaarPSI.
 CPU_PIXELS_PER_CHUNK = 512 * 512
-PIXELS_FOR_ONE_THREAD = 256 * 512
+_PIXELS_FOR_ONE_THREAD = 256 * 512
 
 # Working memory of one piece on a device. With elements of two bytes or more no tensor of a piece reaches 2^31
 # elements, beyond which kernels with 32-bit indices fail or copy.
-DEVICE_BYTES = 4 * 2**30
-DEVICE_SHARE = 8  # of a device with less than eight times that memory, one part in eight
+_DEVICE_BYTES = 4 * 2**30
+_DEVICE_SHARE = 8  # of a device with less than eight times that memory, one part in eight
 
 # Networks enlarge smaller images to about this.
-LEAST_PIXELS = 224 * 224
+_LEAST_PIXELS = 224 * 224
 
 # No formula of this package takes more for a plane or an RGB image, the clean copies of a reward and a graph included.
 FORMULA_BYTES_PER_PIXEL = 128
 
 # A core is shared between processes in slices of about 3 ms. In a shorter window one slice would decide.
-WINDOW_SECONDS = 0.02
+_WINDOW_SECONDS = 0.02
 # Share of the time that a thread runs. On free cores it is 0.99 or more, beside one process per core 0.5 or less.
 CROWDED, CALM = 0.75, 0.95
 # Short calls find a core even where there is none to spare, so more threads are tried in vain again and again. The
@@ -41,7 +41,7 @@ PATIENCE_WINDOWS, MAX_PATIENCE_SECONDS = 10, 10.0
 
 
 @lru_cache
-def working_bytes(device: torch.device) -> int:
+def _working_bytes(device: torch.device) -> int:
     """The memory that one piece may take on a device, beside its input.
 
     It does not depend on what is free: asking costs a call of the driver each time, counts the blocks that torch keeps
@@ -49,8 +49,8 @@ def working_bytes(device: torch.device) -> int:
     to call.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
-        return DEVICE_BYTES
-    return min(DEVICE_BYTES, torch.cuda.get_device_properties(device).total_memory // DEVICE_SHARE)
+        return _DEVICE_BYTES
+    return min(_DEVICE_BYTES, torch.cuda.get_device_properties(device).total_memory // _DEVICE_SHARE)
 
 
 def rows_at_once(
@@ -63,8 +63,8 @@ def rows_at_once(
     """How many images of (height, width) to work on at a time; on a CPU the cache decides, not `bytes_per_pixel`."""
     pixels = size[0] * size[1]
     if device.type == "cpu":
-        return max(1, (PIXELS_FOR_ONE_THREAD if threads == 1 else CPU_PIXELS_PER_CHUNK) // max(1, pixels))
-    return max(1, int(working_bytes(device) // (bytes_per_pixel * max(pixels, LEAST_PIXELS))))
+        return max(1, (_PIXELS_FOR_ONE_THREAD if threads == 1 else CPU_PIXELS_PER_CHUNK) // max(1, pixels))
+    return max(1, int(_working_bytes(device) // (bytes_per_pixel * max(pixels, _LEAST_PIXELS))))
 
 
 def map_chunks(formula: Callable[..., Tensor], *batches: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def map_chunks(formula: Callable[..., Tensor], *batches: Tensor, size: Sequence[
             rows = rows_at_once(first.shape[-2:] if size is None else size, first.device, threads=threads)
             if start == 0 and rows >= first.shape[0]:
                 return formula(*batches)
-            until = time.perf_counter() + WINDOW_SECONDS
+            until = time.perf_counter() + _WINDOW_SECONDS
             for begin in range(start, first.shape[0], rows):
                 results.append(formula(*(batch[begin : begin + rows] for batch in batches)))
                 start = begin + rows
@@ -148,7 +148,7 @@ def _observe(seconds: float, running: float, threads: int, own: int) -> None:
     seen = _observed
     seen.seconds += seconds
     seen.running += running
-    if seen.seconds < WINDOW_SECONDS:
+    if seen.seconds < _WINDOW_SECONDS:
         return
     window, share = seen.seconds, seen.running / seen.seconds
     seen.seconds = seen.running = 0.0

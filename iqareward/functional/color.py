@@ -50,7 +50,7 @@ def luma(images: Tensor) -> Tensor:
     return weighted_channels(images, LUMA)
 
 
-def studio_luma(images: Tensor) -> Tensor:
+def _studio_luma(images: Tensor) -> Tensor:
     """The Y `[B, H, W]` of YCbCr as MATLAB's `rgb2ycbcr` has it: 16/255 for black, 235/255 for white."""
     return weighted_channels(images, STUDIO_LUMA).add_(STUDIO_BLACK)
 
@@ -70,7 +70,7 @@ def color_planes(metric: str, images: Tensor, color: Color) -> Tensor:
     if color == "rgb":
         return images
     if color == "y":
-        return studio_luma(images)
+        return _studio_luma(images)
     if color == "luma" or color == "luma8":
         return luma_plane(metric, images, color)
     raise ValueError(f'{metric} expected `color` to be "rgb", "luma", "luma8" or "y", got {color!r}.')

@@ -10,13 +10,13 @@ from iqareward.functional.color import LumaColor, luma_plane
 from iqareward.functional.filters import halve, mean_of_map, pad_zeros
 
 MIN_SIDE = 6  # the 3x3 Prewitt window fits once after halving
-STABILITY = 170 / 255**2  # T of the paper, for luma in [0, 1]
+_STABILITY = 170 / 255**2  # T of the paper, for luma in [0, 1]
 # The product of two squared gradient magnitudes is kept above this before its root, whose slope is infinite at 0: a
 # flat area gets gradient 0 instead. The root is 1e-15 of STABILITY, so no score changes.
-MIN_PRODUCT = 1e-36
+_MIN_PRODUCT = 1e-36
 
 
-def squared_gradients(maps: Tensor) -> Tensor:
+def _squared_gradients(maps: Tensor) -> Tensor:
     """Squared Prewitt gradient magnitude of `[..., H, W]`, zeros beyond the border as MATLAB's `conv2(..., 'same')`."""
     maps = pad_zeros(maps, 1, 1)
     columns = maps[..., :-2, :] + maps[..., 1:-1, :] + maps[..., 2:, :]
@@ -63,10 +63,10 @@ def gmsd(images: Tensor, references: Tensor, *, color: LumaColor = "luma") -> Te
 
     def score(images: Tensor, references: Tensor) -> Tensor:
         pair = torch.stack((luma_plane("gmsd", images, color), luma_plane("gmsd", references, color)))
-        squared = squared_gradients(halve(pair, replicate=False))
-        product = (squared[0] * squared[1]).clamp(min=MIN_PRODUCT).sqrt()
+        squared = _squared_gradients(halve(pair, replicate=False))
+        product = (squared[0] * squared[1]).clamp(min=_MIN_PRODUCT).sqrt()
         total = squared[0] + squared[1]
         # 1 - similarity deviates as similarity does, and is exactly 0 where the gradients agree
-        return deviation(torch.sub(total, product, alpha=2) / (total + STABILITY))
+        return deviation(torch.sub(total, product, alpha=2) / (total + _STABILITY))
 
     return map_chunks(score, images, references)

@@ -14,12 +14,12 @@ from iqareward.functional.ssim import SIGMA, WINDOW_SIZE, similarity_map, sum_an
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the paper, finest scale first
 MIN_SIDE = (WINDOW_SIZE - 1) * 2 ** (len(SCALE_WEIGHTS) - 1) + 1  # 161: the window fits at the coarsest scale
 # Below this similarity a scale's power x^w is replaced by a straight line to 0, whose slope is finite.
-LINEAR_BELOW = 1e-6
+_LINEAR_BELOW = 1e-6
 
 
 def floored_powers(similarities: Tensor, exponents: Sequence[float]) -> list[Tensor]:
     """Each row of `similarities` to its exponent, 0 for negative values, with a finite gradient everywhere."""
-    base = similarities.clamp(min=LINEAR_BELOW)
+    base = similarities.clamp(min=_LINEAR_BELOW)
     share = similarities.clamp(min=0) / base
     return [row**exponent * rest for row, exponent, rest in zip(base, exponents, share, strict=True)]
 

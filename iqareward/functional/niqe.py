@@ -22,14 +22,14 @@ from iqareward.functional.resize import pillow_resize
 from iqareward.weight_files import WeightFile
 
 MIN_SIDE = 96  # four blocks of the packaged model
-NUM_FEATURES = 36
+_NUM_FEATURES = 36
 PACKAGED = "niqe_natural.safetensors"
 # Below this ratio of smallest to largest eigenvalue a Cholesky factor is noise and the pseudo-inverse takes over.
-SMALLEST_EIGENVALUE_RATIO = 1e-10
+_SMALLEST_EIGENVALUE_RATIO = 1e-10
 # MATLAB `imresize(..., 0.5)`: Keys' cubic stretched to 8 taps against aliasing. Multiples of 1/256: exact in float32.
-HALF_TAPS = (-0.01171875, -0.03515625, 0.11328125, 0.43359375, 0.43359375, 0.11328125, -0.03515625, -0.01171875)
+_HALF_TAPS = (-0.01171875, -0.03515625, 0.11328125, 0.43359375, 0.43359375, 0.11328125, -0.03515625, -0.01171875)
 # offsets (down, right) of the neighbour that each coefficient is multiplied with; they wrap around inside a block
-NEIGHBORS = ((0, 1), (1, 0), (1, 1), (1, -1))
+_NEIGHBORS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class NaturalModel:
 
     def __post_init__(self) -> None:
         shapes = (list(self.mean.shape), list(self.covariance.shape))
-        if shapes != ([NUM_FEATURES], [NUM_FEATURES, NUM_FEATURES]):
+        if shapes != ([_NUM_FEATURES], [_NUM_FEATURES, _NUM_FEATURES]):
             raise ValueError(f"NaturalModel expected a mean [36] and a covariance [36, 36], got {shapes}.")
         if self.mean.dtype != torch.float64 or self.covariance.dtype != torch.float64:
             raise TypeError(
@@ -62,7 +62,7 @@ class NaturalModel:
     def is_definite(self) -> bool:
         """Whether the covariance can be inverted; if not, NIQE takes the pseudo-inverse, as the original does."""
         eigenvalues = torch.linalg.eigvalsh(self.covariance)
-        return bool(eigenvalues[0] > SMALLEST_EIGENVALUE_RATIO * eigenvalues[-1])
+        return bool(eigenvalues[0] > _SMALLEST_EIGENVALUE_RATIO * eigenvalues[-1])
 
     def to(self, device: torch.device | str) -> "NaturalModel":
         """The same statistics on `device`; do it once, not per call."""
@@ -83,7 +83,7 @@ class NaturalModel:
             ValueError: the file is damaged, or does not hold such statistics.
         """
         file = WeightFile(path)
-        found = file.take({"mean": (NUM_FEATURES,), "covariance": (NUM_FEATURES, NUM_FEATURES)})
+        found = file.take({"mean": (_NUM_FEATURES,), "covariance": (_NUM_FEATURES, _NUM_FEATURES)})
         block_size = file.metadata.get("block_size", "")
         if not block_size.isdecimal():
             raise ValueError(f"{path} expected a whole number as block_size in its metadata, got {block_size!r:.100}.")
@@ -214,21 +214,21 @@ def fit_natural_model(
         https://doi.org/10.1109/LSP.2012.2227726
     """
     chosen = [
-        sharp_block_features(levels, block_size, sharpness)
+        _sharp_block_features(levels, block_size, sharpness)
         for photo in photos
         for scale in scales
         for levels in _readings(photo, scale, block_size)
     ]
-    features = torch.cat(chosen) if chosen else torch.empty(0, NUM_FEATURES, dtype=torch.float64)
-    if features.shape[0] <= NUM_FEATURES:
+    features = torch.cat(chosen) if chosen else torch.empty(0, _NUM_FEATURES, dtype=torch.float64)
+    if features.shape[0] <= _NUM_FEATURES:
         raise ValueError(
-            f"fit_natural_model expected photographs with more than {NUM_FEATURES} sharp blocks, got "
+            f"fit_natural_model expected photographs with more than {_NUM_FEATURES} sharp blocks, got "
             f"{features.shape[0]}. Add photographs, or lower `block_size` or `sharpness`."
         )
     return NaturalModel(features.mean(0), torch.cov(features.T), block_size)
 
 
-def sharp_block_features(levels: Tensor, block_size: int, sharpness: float) -> Tensor:
+def _sharp_block_features(levels: Tensor, block_size: int, sharpness: float) -> Tensor:
     """The features `[n, 36]` of those blocks of `levels` `[1, H, W]` that are in focus."""
     height, width = (length - length % block_size for length in levels.shape[1:])
     contrast = split_blocks(local_statistics(levels[:, :height, :width])[1], block_size).mean(dim=(2, 3))[0]
@@ -303,9 +303,9 @@ def half_scale(planes: Tensor) -> Tensor:
     for dim in (-2, -1):
         length = planes.shape[dim]
         mirrored = (planes.narrow(dim, 0, 3).flip(dim), planes, planes.narrow(dim, length - 3, 3).flip(dim))
-        taps = torch.cat(mirrored, dim).unfold(dim, len(HALF_TAPS), 2).unbind(-1)
-        planes = taps[0] * HALF_TAPS[0]
-        for tap, weight in zip(taps[1:], HALF_TAPS[1:], strict=True):
+        taps = torch.cat(mirrored, dim).unfold(dim, len(_HALF_TAPS), 2).unbind(-1)
+        planes = taps[0] * _HALF_TAPS[0]
+        for tap, weight in zip(taps[1:], _HALF_TAPS[1:], strict=True):
             planes.add_(tap, alpha=weight)
     return planes
 
@@ -334,7 +334,7 @@ def block_features(coefficients: Tensor, side: int) -> Tensor:
     """
     blocks = split_blocks(coefficients, side)
     wrapped = F.pad(blocks, (1, 1, 0, 1), mode="circular")
-    neighbors = (wrapped[:, :, down : down + side, 1 + right : 1 + right + side] for down, right in NEIGHBORS)
+    neighbors = (wrapped[:, :, down : down + side, 1 + right : 1 + right + side] for down, right in _NEIGHBORS)
     products = (values.flatten(2) for values in (blocks, *(blocks * others for others in neighbors)))
     if on_gpu(blocks):  # where launches count; on a CPU 20 % slower, because less stays in the cache
         moments = _moments(torch.stack(tuple(products), dim=2))

@@ -7,13 +7,13 @@ from torch import Tensor
 from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps
 
-WINDOW_SIDE = 7
-WINDOW_SIGMA = 7 / 6
+_WINDOW_SIDE = 7
+_WINDOW_SIGMA = 7 / 6
 # keeps the division finite in flat regions; on the 0..255 scale one grey level (Mittal et al. 2012, eq. 1)
-FLAT_STD = 1.0
+_FLAT_STD = 1.0
 # Deviations below a ten-thousandth of a grey level are rounding noise. Counted by sign, as the published code does,
 # they move NIQE by up to 0.04 with nothing but the order of summation; as zeros they belong to neither side.
-ZERO_DEVIATION = 1e-4
+_ZERO_DEVIATION = 1e-4
 
 
 def clipped_luma(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,12 +31,12 @@ def local_statistics(levels: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Variance does not change under a shift; without this one float32 loses digits in bright flat regions.
     shifted = levels - 128.0
-    radius = WINDOW_SIDE // 2
+    radius = _WINDOW_SIDE // 2
     planes = F.pad(torch.stack((shifted, shifted.square()), dim=1), (radius,) * 4, mode="replicate")
-    mean, power = blur_valid(planes, gaussian_taps(WINDOW_SIDE, WINDOW_SIGMA)).unbind(1)
+    mean, power = blur_valid(planes, gaussian_taps(_WINDOW_SIDE, _WINDOW_SIGMA)).unbind(1)
     # abs: the reference's remedy for a variance that rounding made negative
     std = power.addcmul_(mean, mean, value=-1).abs_().sqrt_()
-    return F.hardshrink(shifted.sub_(mean), ZERO_DEVIATION), std
+    return F.hardshrink(shifted.sub_(mean), _ZERO_DEVIATION), std
 
 
 def mscn(levels: Tensor) -> Tensor:
@@ -49,4 +49,4 @@ def mscn(levels: Tensor) -> Tensor:
         https://doi.org/10.1109/TIP.2012.2214050
     """
     deviation, std = local_statistics(levels)
-    return deviation.div_(std.add_(FLAT_STD))
+    return deviation.div_(std.add_(_FLAT_STD))

@@ -10,9 +10,9 @@ from iqareward.functional.nss import clipped_luma, mscn
 
 MIN_SIDE = 16
 BLOCK = 16
-SEGMENT = 6
-ACTIVE_VARIANCE = 0.1
-IMPAIRED_STD = 0.1
+_SEGMENT = 6
+_ACTIVE_VARIANCE = 0.1
+_IMPAIRED_STD = 0.1
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def _piqe(images: Tensor) -> Tensor:
     coefficients = mscn(_pad_to_blocks(levels))
     blocks = coefficients.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # [B, rows, 16, columns, 16]
     variance, noisy = _noise(blocks)
-    active = variance > ACTIVE_VARIANCE
+    active = variance > _ACTIVE_VARIANCE
     impaired = _has_flat_edge(blocks)
     distortion = impaired * (1 - variance) + noisy * variance
     num_active = active.sum(dim=(1, 2))
@@ -99,8 +99,8 @@ def _has_flat_edge(blocks: Tensor) -> Tensor:
     horizontal = blocks[:, :, :: BLOCK - 1].permute(0, 1, 3, 2, 4)
     vertical = blocks[..., :: BLOCK - 1].permute(0, 1, 3, 4, 2)
     edges = torch.cat([horizontal, vertical], dim=3)  # [B, rows, columns, 4, 16]
-    variance = _variance(_window_sum(edges), _window_sum(edges.square()), SEGMENT)
-    return variance.flatten(3).amin(-1) < IMPAIRED_STD**2
+    variance = _variance(_window_sum(edges), _window_sum(edges.square()), _SEGMENT)
+    return variance.flatten(3).amin(-1) < _IMPAIRED_STD**2
 
 
 def _window_sum(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from iqareward.functional._checks import check_pair
 from iqareward.functional._chunks import map_chunks
 from iqareward.functional.color import Color, color_planes
 
-MIN_MSE = 1e-10  # finer than any 8- or 16-bit difference; identical images score 100 dB instead of inf
+_MIN_MSE = 1e-10  # finer than any 8- or 16-bit difference; identical images score 100 dB instead of inf
 
 
 def psnr(images: Tensor, references: Tensor, *, color: Color = "rgb") -> Tensor:
@@ -49,4 +49,4 @@ def psnr(images: Tensor, references: Tensor, *, color: Color = "rgb") -> Tensor:
 
     mse = map_chunks(mean_squared_error, images, references)
     # mse - mse is NaN for an infinite pixel, which is "not scored" rather than -inf dB
-    return torch.add(mse - mse, torch.log10(mse.clamp(min=MIN_MSE)), alpha=-10)
+    return torch.add(mse - mse, torch.log10(mse.clamp(min=_MIN_MSE)), alpha=-10)

@@ -12,22 +12,22 @@ from iqareward._gradients import clamp, differentiated, straight_through
 from iqareward.functional._checks import check_images
 from iqareward.functional._chunks import free_threads, map_chunks
 
-CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
-CUBIC_SUPPORT = 2.0
-COEFFICIENT_BITS = 22  # Pillow stores kernel weights as integers in units of 2**-22
-BASE = 1 << 8
+_CUBIC_A = -0.5  # Pillow's bicubic kernel: Keys' a
+_CUBIC_SUPPORT = 2.0
+_COEFFICIENT_BITS = 22  # Pillow stores kernel weights as integers in units of 2**-22
+_BASE = 1 << 8
 # Three signed 8-bit digits hold a 22-bit coefficient. Pixel times digit is exact in every matmul mode (float32, TF32,
 # bf16 passes), and sums over up to 512 taps stay below 2**24, where float32 still counts every integer.
-NUM_DIGITS = 3
-UNIT = 2**COEFFICIENT_BITS // BASE ** (NUM_DIGITS - 1)  # a grey level, in units of the most significant digit
-MAX_TAPS = 512
+_NUM_DIGITS = 3
+UNIT = 2**_COEFFICIENT_BITS // _BASE ** (_NUM_DIGITS - 1)  # a grey level, in units of the most significant digit
+_MAX_TAPS = 512
 # The kernel is a narrow band of the matrix, so a dense product would mostly multiply zeros: each product makes as many
 # output columns as read about this many input columns, within limits that keep it worth a call.
-BAND_INPUTS = 64
-BAND_COLUMNS = (8, 64)
+_BAND_INPUTS = 64
+_BAND_COLUMNS = (8, 64)
 
 
-class Band(NamedTuple):
+class _Band(NamedTuple):
     """Weights of consecutive output columns, which read input columns `start:stop` only."""
 
     start: int
@@ -103,40 +103,40 @@ def _resize_last(levels: Tensor, out_size: int) -> Tensor:
     return clamp(straight_through(smooth, exact), 0, 255)
 
 
-def _exact(levels: Tensor, bands: tuple[Band, ...]) -> Tensor:
+def _exact(levels: Tensor, bands: tuple[_Band, ...]) -> Tensor:
     """`round(levels @ coefficients)`, not clipped, in integer arithmetic carried by floats."""
-    products = [(levels[..., b.start : b.stop] @ b.digits).unflatten(-1, (NUM_DIGITS, -1)) for b in bands]
+    products = [(levels[..., b.start : b.stop] @ b.digits).unflatten(-1, (_NUM_DIGITS, -1)) for b in bands]
     high, middle, low = torch.cat(products, dim=-1).unbind(-2)
-    carry = torch.add(middle, low.floor(), alpha=1 / BASE).floor_()
+    carry = torch.add(middle, low.floor(), alpha=1 / _BASE).floor_()
     return torch.add(high, carry, alpha=1 / UNIT).add_(0.5).floor_()
 
 
 @lru_cache(maxsize=64)
-def _bands(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Band, ...]:
+def _bands(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> tuple[_Band, ...]:
     coefficients = bicubic_coefficients(in_size, out_size)
     bands = []
     # Cached tensors must be ordinary even if the first caller is in inference mode: later callers may want gradients.
     with torch.inference_mode(False), torch.no_grad():
-        columns = min(max(BAND_INPUTS * out_size // in_size, BAND_COLUMNS[0]), BAND_COLUMNS[1])
+        columns = min(max(_BAND_INPUTS * out_size // in_size, _BAND_COLUMNS[0]), _BAND_COLUMNS[1])
         for first in range(0, out_size, columns):
             block = coefficients[:, first : first + columns]
             rows = np.flatnonzero(block.any(axis=1))
             start, stop = int(rows[0]), int(rows[-1]) + 1
             block = block[start:stop]
             digits = torch.tensor(_digits(block), dtype=dtype, device=device)
-            weights = torch.tensor(block / 2.0**COEFFICIENT_BITS, dtype=dtype, device=device)
-            bands.append(Band(start, stop, digits, weights))
+            weights = torch.tensor(block / 2.0**_COEFFICIENT_BITS, dtype=dtype, device=device)
+            bands.append(_Band(start, stop, digits, weights))
     return tuple(bands)
 
 
 def _digits(coefficients: np.ndarray) -> np.ndarray:
     """Split integers into balanced base-256 digits, most significant first, side by side, as `Band.digits`."""
-    half = BASE // 2
+    half = _BASE // 2
     digits = []
-    for _ in range(NUM_DIGITS - 1):
-        digit = (coefficients + half) % BASE - half
-        digits.append(digit / BASE)
-        coefficients = (coefficients - digit) // BASE
+    for _ in range(_NUM_DIGITS - 1):
+        digit = (coefficients + half) % _BASE - half
+        digits.append(digit / _BASE)
+        coefficients = (coefficients - digit) // _BASE
     return np.concatenate([coefficients / UNIT, *reversed(digits)], axis=1)
 
 
@@ -144,8 +144,8 @@ def bicubic_coefficients(in_size: int, out_size: int) -> np.ndarray:
     """Pillow's integer kernel weights `[in_size, out_size]` in units of 2**-22: antialiased bicubic along one axis."""
     scale = in_size / out_size
     stretch = max(scale, 1.0)
-    support = CUBIC_SUPPORT * stretch
-    if 2 * math.ceil(support) + 1 > MAX_TAPS:
+    support = _CUBIC_SUPPORT * stretch
+    if 2 * math.ceil(support) + 1 > _MAX_TAPS:
         raise ValueError(
             f"pillow_resize expected a side to shrink at most 127 fold, got {in_size} -> {out_size}. Use two steps."
         )
@@ -157,7 +157,7 @@ def bicubic_coefficients(in_size: int, out_size: int) -> np.ndarray:
     weight = _cubic((position - center[:, None] + 0.5) / stretch)
     weight[position >= last[:, None]] = 0.0
     weight /= np.cumsum(weight, axis=1)[:, -1:]  # cumsum adds left to right, as Pillow's loop does
-    fixed = np.trunc(weight * 2.0**COEFFICIENT_BITS + np.copysign(0.5, weight)).astype(np.int64)
+    fixed = np.trunc(weight * 2.0**_COEFFICIENT_BITS + np.copysign(0.5, weight)).astype(np.int64)
     matrix = np.zeros((in_size, out_size), dtype=np.int64)
     np.add.at(matrix, (np.minimum(position, in_size - 1), np.arange(out_size)[:, None]), fixed)
     return matrix
@@ -165,6 +165,6 @@ def bicubic_coefficients(in_size: int, out_size: int) -> np.ndarray:
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
     d = np.abs(distance)
-    near = ((CUBIC_A + 2.0) * d - (CUBIC_A + 3.0)) * d * d + 1
-    far = (((d - 5) * d + 8) * d - 4) * CUBIC_A
-    return np.where(d < 1.0, near, np.where(d < CUBIC_SUPPORT, far, 0.0))
+    near = ((_CUBIC_A + 2.0) * d - (_CUBIC_A + 3.0)) * d * d + 1
+    far = (((d - 5) * d + 8) * d - 4) * _CUBIC_A
+    return np.where(d < 1.0, near, np.where(d < _CUBIC_SUPPORT, far, 0.0))

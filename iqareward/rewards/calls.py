@@ -54,7 +54,7 @@ def shape_buckets(
         One bucket per shape, in order of first appearance; and for each image its row in the concatenation of the
         buckets, or None if that is the order already.
     """
-    rows, given = checked_columns(name, images, references, inputs, prompts)
+    rows, given = _checked_columns(name, images, references, inputs, prompts)
     if isinstance(rows, tuple) and (given is None or isinstance(given, Tensor)):
         whole = Bucket(rows[0], rows[1] if len(rows) > 1 else None, given, prompts)
         return ([whole] if whole.num_rows else []), None
@@ -83,7 +83,7 @@ def shape_buckets(
 Rows = tuple[Tensor, *tuple[Tensor, ...]] | list[Sequence[Tensor]]
 
 
-def checked_columns(
+def _checked_columns(
     name: str, images: Images, references: Images | None, inputs: Images | None, prompts: Sequence[str] | None
 ) -> tuple[Rows, Images | None]:
     """(images and references, inputs) after all checks of shape, dtype and device, as `Call.check` describes them.
@@ -243,7 +243,7 @@ class Call:
             TypeError: A column is not a floating-point tensor.
             ValueError: Shapes, devices or numbers of rows are wrong or do not match.
         """
-        checked_columns(name, self.images, self.references, self.inputs, self.prompts)
+        _checked_columns(name, self.images, self.references, self.inputs, self.prompts)
         return self
 
     def rows(self, rows: slice | list[int]) -> "Call":

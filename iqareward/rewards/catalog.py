@@ -251,7 +251,7 @@ def on_unit_scale(spec: str, reward: Reward) -> str:
     low, high = reward.bounds
     if isinstance(reward, WeightedSum) or (low is not None and high is not None and -1 <= low < high <= 1):
         return spec
-    usual = entry_of(_parsed(spec)[0].name).usual
+    usual = _entry_of(_parsed(spec)[0].name).usual
     return f"{spec}[{'low, high' if usual is None else ', '.join(map(exact, usual))}]"
 
 
@@ -271,14 +271,14 @@ def published(spec: str) -> tuple[float, float] | None:
     first, *others = _parsed(spec)
     if others or not first.is_plain or first.match["low"]:
         return None
-    entry = entry_of(first.name)
+    entry = _entry_of(first.name)
     if not entry.higher_is_better:
         return (-1.0, 0.0)
     low, high = entry.published_range
     return (high - low, low)
 
 
-def entry_of(name: str) -> Entry:
+def _entry_of(name: str) -> Entry:
     """What is known of a name of the catalogue, or of `"pyiqa:<metric>"`.
 
     Raises:
@@ -301,7 +301,7 @@ def pyiqa_entries() -> dict[str, Entry]:
     Raises:
         ImportError: pyiqa is not installed.
     """
-    return {name: entry_of(name) for name in map(PYIQA_PREFIX.__add__, pyiqa_configs()) if name not in _REFUSED}
+    return {name: _entry_of(name) for name in map(PYIQA_PREFIX.__add__, pyiqa_configs()) if name not in _REFUSED}
 
 
 def _part(name: str, weight: float) -> str:
@@ -345,7 +345,7 @@ def _check_scales(spec: str, terms: list[_Term], rewards: list[Reward]) -> None:
 
 
 def _build(term: _Term, device: torch.device | str | None, differentiable: bool) -> Reward:
-    entry, options = entry_of(term.name), _options(term.match["options"] or "")
+    entry, options = _entry_of(term.name), _options(term.match["options"] or "")
     differentiable = options.pop("differentiable", differentiable)
     if differentiable and not entry.differentiable and term.name in CATALOG:
         graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)

@@ -120,8 +120,8 @@ class BaseReward(ABC):
         """
 
     @cached_property
-    def _watch(self) -> "UnscoredWatch":
-        return UnscoredWatch()
+    def _watch(self) -> "_UnscoredWatch":
+        return _UnscoredWatch()
 
     def _moved(self) -> Iterable[Any]:
         """The rewards and models that move with this reward."""
@@ -222,7 +222,7 @@ class ImageReward(BaseReward):
         with reward_mode(differentiable=self.differentiable, device_type=images_on.type):
             device = self._device(buckets[0].images)
             with as_current(device):
-                return in_order(self._of_buckets(measure, buckets, device, width).to(images_on), order)
+                return _in_order(self._of_buckets(measure, buckets, device, width).to(images_on), order)
 
     def _device(self, images: Tensor) -> torch.device:
         """The device to compute on: that of the weights, which are loaded if need be, else that of the images."""
@@ -297,7 +297,7 @@ class Combined(BaseReward):
     def __init__(self, parts: Sequence[Reward], *, name: str, bounds: Bounds) -> None:
         check_names(type(self).__name__, parts)
         self._parts, self.name, self.bounds = tuple(parts), name, bounds
-        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = joint_facts(parts)
+        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = _joint_facts(parts)
 
     @property
     def parts(self) -> tuple[Reward, ...]:
@@ -354,7 +354,7 @@ class Wrapper(BaseReward):
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
         self.name, self.bounds = reward.name, reward.bounds
-        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = joint_facts([reward])
+        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = _joint_facts([reward])
 
     def _moved(self) -> Iterable[Any]:
         return (self.reward,)
@@ -371,7 +371,7 @@ def masked(found: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where(intact.view(-1, *[1] * (found.ndim - 1)), found, torch.nan)
 
 
-def in_order(rows: Tensor, order: list[int] | None) -> Tensor:
+def _in_order(rows: Tensor, order: list[int] | None) -> Tensor:
     """The rows in the order that `shape_buckets` gave, without copying an index to the device."""
     if order is None:
         return rows
@@ -379,7 +379,7 @@ def in_order(rows: Tensor, order: list[int] | None) -> Tensor:
     return torch.stack([views[i] for i in order])
 
 
-def joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool, bool]:
+def _joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool, bool]:
     """(needs_references, needs_inputs, needs_prompts, differentiable) of a combination of rewards."""
     return (
         any(reward.needs_references for reward in rewards),
@@ -428,7 +428,7 @@ def collect_reasons() -> Generator[list[str]]:
 
 
 @final
-class UnscoredWatch:
+class _UnscoredWatch:
     """Warns once per reward that it scored no image, and why: most often a forgotten conversion of pixels.
 
     Looking at scores waits for their device. On a CPU that costs nothing, so every call is looked at; on other devices
@@ -438,8 +438,8 @@ class UnscoredWatch:
     def __init__(self) -> None:
         self._has_looked = self._has_warned = False
 
-    def __reduce__(self) -> tuple[type["UnscoredWatch"], tuple[()]]:
-        return UnscoredWatch, ()
+    def __reduce__(self) -> tuple[type["_UnscoredWatch"], tuple[()]]:
+        return _UnscoredWatch, ()
 
     def look(
         self,

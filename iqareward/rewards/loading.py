@@ -31,7 +31,7 @@ def device_here(device: torch.device | str) -> torch.device:
     return found
 
 
-def device_now(device: torch.device, *, name: str) -> torch.device:
+def _device_now(device: torch.device, *, name: str) -> torch.device:
     """The device, with an index if it is "cuda": now it has to be used.
 
     Args:
@@ -80,7 +80,7 @@ class ImageDevice:
 
     def get(self) -> torch.device | None:
         """The device, now that it has to be used."""
-        return None if self._device is None else device_now(self._device, name=self._name)
+        return None if self._device is None else _device_now(self._device, name=self._name)
 
 
 # Held while weights are loaded: a forked child would find the modules that are being imported half done for ever, and
@@ -192,7 +192,7 @@ class LazyModel:
         with self.lock, torch.inference_mode(False), torch.no_grad():
             target = device_here(device)
             if self._network is not None:
-                target = device_now(target, name=self._name)
+                target = _device_now(target, name=self._name)
                 if self._offloaded and target == self.device:
                     self.onload()
                 else:
@@ -245,10 +245,10 @@ class LazyModel:
                 return None
             if near is not None or not torch.cuda.is_available():
                 return near or torch.device("cpu")
-            return device_now(self._cuda, name=self._name)
+            return _device_now(self._cuda, name=self._name)
         if near is not None and self._device.type == "cuda" and self._device.index is None:
             return near
-        return device_now(self._device, name=self._name)
+        return _device_now(self._device, name=self._name)
 
     def _build_aside(self, device: torch.device | None) -> nn.Module:
         """Build without a trace: ordinary tensors on CPU whatever the caller's modes, and the caller's random state."""

@@ -22,7 +22,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BYTES_PER_PIXEL = {"alex": (128, 192), "squeeze": (320, 640), "vgg": (1152, 2176), "dists": (1664, 2944)}
 
 
-class Backbone(NamedTuple):
+class _Backbone(NamedTuple):
     """A classifier of torchvision and the layers whose activations are compared.
 
     Attributes:
@@ -42,9 +42,9 @@ class Backbone(NamedTuple):
 
 _SITE = "https://download.pytorch.org/models"
 BACKBONES = {
-    "alex": Backbone("alexnet", f"{_SITE}/alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
-    "vgg": Backbone("vgg16", f"{_SITE}/vgg16-397923af.pth", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
-    "squeeze": Backbone(
+    "alex": _Backbone("alexnet", f"{_SITE}/alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
+    "vgg": _Backbone("vgg16", f"{_SITE}/vgg16-397923af.pth", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
+    "squeeze": _Backbone(
         "squeezenet1_1",
         f"{_SITE}/squeezenet1_1-b8a52dc0.pth",
         (1, 4, 7, 9, 10, 11, 12),

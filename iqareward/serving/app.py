@@ -34,7 +34,7 @@ from iqareward.serving.wire import CONTENT_TYPE, AnswerBody, ErrorBody, Limits, 
 
 T = TypeVar("T")
 
-OPEN_PATHS = ("/healthz",)  # load balancers have no token
+_OPEN_PATHS = ("/healthz",)  # load balancers have no token
 PAUSE = 0.002  # seconds between two answers to requests that are refused or score nothing
 _DESCRIPTION = (
     "Image-quality rewards over HTTP. Scores are higher for better images; null means not scored. Every error is "
@@ -84,7 +84,7 @@ def build_app(service: Service, settings: Settings) -> ASGIApp:
     _add_score_route(api, service, settings)
     _add_status_routes(api, service, settings)
     _add_sleep_routes(api, service, settings, health.forget)
-    return Gate(api, settings)
+    return _Gate(api, settings)
 
 
 def _add_score_route(api: FastAPI, service: Service, settings: Settings) -> None:
@@ -96,12 +96,12 @@ def _add_score_route(api: FastAPI, service: Service, settings: Settings) -> None
     async def score(request: Request) -> Response:
         clock = asyncio.get_running_loop().time
         started = clock()
-        async with time_limit(settings.deadline) as timeout:
+        async with _time_limit(settings.deadline) as timeout:
             decoded = await read_request(request, settings)
             if decoded.deadline is not None:
                 timeout.reschedule(started + min(decoded.deadline, settings.deadline))
             read = clock() - started
-            result = await while_connected(request, answer(service, decoded))
+            result = await _while_connected(request, answer(service, decoded))
         timings = {"read": read} | result.timings | {"total": clock() - started}
         return Response(encode_answer(replace(result, timings=timings)), media_type="application/json")
 
@@ -136,7 +136,7 @@ def _add_status_routes(api: FastAPI, service: Service, settings: Settings) -> No
 
 def _add_sleep_routes(api: FastAPI, service: Service, settings: Settings, forget_health: Callable[[], None]) -> None:
     async def rest(name: str, asleep: bool) -> Response:
-        async with time_limit(settings.deadline):
+        async with _time_limit(settings.deadline):
             await service.find(name).rest(asleep)
         forget_health()
         return JSONResponse({"asleep": asleep})
@@ -195,7 +195,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 @asynccontextmanager
-async def time_limit(seconds: float) -> AsyncGenerator[asyncio.Timeout]:
+async def _time_limit(seconds: float) -> AsyncGenerator[asyncio.Timeout]:
     """A deadline that answers 504; the work behind it is cancelled."""
     try:
         async with asyncio.timeout(seconds) as timeout:
@@ -206,7 +206,7 @@ async def time_limit(seconds: float) -> AsyncGenerator[asyncio.Timeout]:
         ) from None
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of the work, which is cancelled when the client hangs up; the body must have been read.
 
     Raises:
@@ -262,7 +262,7 @@ class Shared(Generic[T]):
 
 
 @final
-class Gate:
+class _Gate:
     """Checks the headers of a request before a byte of its body is read: token, size, number and memory of requests.
 
     The token comes as `Authorization: Bearer <token>`, or as the password of Basic authentication, which is what
@@ -308,7 +308,7 @@ class Gate:
     def _admit(self, scope: Scope, has_body: bool) -> int:
         """The size of the body that may be read now."""
         headers = Headers(scope=scope)
-        if self._token is not None and scope["path"] not in OPEN_PATHS:
+        if self._token is not None and scope["path"] not in _OPEN_PATHS:
             sent = _token_of(headers.get("authorization", ""))
             # compare_digest takes the same time wherever the first difference is
             if sent is None or not hmac.compare_digest(sent, self._token):

@@ -169,7 +169,7 @@ class RayBackend:
         A process that could not be told, or has no room on its device, is error 503. It tries again by itself, and the
         same request says later whether it has succeeded.
         """
-        await asyncio.to_thread(set_asleep, self._deployment, asleep)
+        await asyncio.to_thread(_set_asleep, self._deployment, asleep)
         try:
             results = await self._handle.broadcast("follow").results_async()
         except self._ray.RayTaskError:
@@ -206,7 +206,7 @@ def is_asleep(deployment: str) -> bool:
     return bool(_store()._internal_kv_get(_PREFIX + deployment, namespace=_NAMESPACE))
 
 
-def set_asleep(deployment: str, asleep: bool) -> None:
+def _set_asleep(deployment: str, asleep: bool) -> None:
     """Decide it, for the processes that run and for those that will."""
     if asleep:
         _store()._internal_kv_put(_PREFIX + deployment, "1", namespace=_NAMESPACE)

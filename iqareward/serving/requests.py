@@ -159,7 +159,7 @@ class ScoreForm(pydantic.BaseModel):
     deadline: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
 
 
-async def read_body(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     """The body of a request, without a copy of it in the request and without holding other requests up."""
     chunks = [chunk async for chunk in request.stream()]
     if sum(map(len, chunks)) <= _JOINED_AT_ONCE:
@@ -171,7 +171,7 @@ async def read_request(request: Request, settings: Settings) -> ScoreRequest:
     """The request in either of its two forms, safetensors or a multipart form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == CONTENT_TYPE:
-        body = await read_body(request)
+        body = await _read_body(request)
         if len(body) <= _DECODED_AT_ONCE and int.from_bytes(body[:8], "little") <= _HEADER_AT_ONCE:
             return decode_request(body, settings.limits)
         return await asyncio.to_thread(decode_request, body, settings.limits)

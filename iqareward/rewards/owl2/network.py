@@ -24,7 +24,7 @@ _WARM_UP_RUNS = 3  # compilation and autotuning must be over before a graph is c
 # Of one function. torch gives up after 8, but these are one for each kind of layer, batch size, dtype and network size.
 _MOST_COMPILATIONS = 256
 
-KeyValue = tuple[Tensor, Tensor]
+_KeyValue = tuple[Tensor, Tensor]
 Run = Callable[..., Any]  # run(layer, *inputs) gives layer(*inputs)
 
 
@@ -75,7 +75,7 @@ class Owl2Config:
 class PromptState(NamedTuple):
     """A prompt made ready on the model's device: what all images share."""
 
-    past: tuple[KeyValue, ...]  # per layer, keys and values [P, 1, kv_width] of the text before the image
+    past: tuple[_KeyValue, ...]  # per layer, keys and values [P, 1, kv_width] of the text before the image
     suffix: Tensor  # [S, hidden] embeddings of the text after the image
     head: Tensor  # [K, hidden] float32 rows of the language-model head for the ids to read out
 
@@ -114,7 +114,7 @@ class Owl2(nn.Module):
         embed = self.model.embed_tokens
         rows = embed(torch.tensor(prefix, dtype=torch.long, device=device))[:, None]
         layout = Layout.build(self.config, rows, image=(0, 0), past=0)
-        past: list[KeyValue] = []
+        past: list[_KeyValue] = []
         layers: Any = self.model.layers
         for layer in layers:
             past.append(layer.keys_values(rows, layout))
@@ -391,11 +391,11 @@ class _DecoderLayer(nn.Module):
         self.post_attention_layernorm = _Multiway(nn.RMSNorm(width, eps), nn.RMSNorm(width, eps))
         self.mlp = _DecoderMlp(width, config.ffn)
 
-    def keys_values(self, rows: Tensor, layout: Layout) -> KeyValue:
+    def keys_values(self, rows: Tensor, layout: Layout) -> _KeyValue:
         """What later rows need of these: keys, not yet rotated, and values, each `[T, B, kv_width]`."""
         return self.self_attn.keys_values(self.input_layernorm(rows, layout.image), layout)
 
-    def forward(self, rows: Tensor, layout: Layout, past: KeyValue | None = None, last_only: bool = False) -> Tensor:
+    def forward(self, rows: Tensor, layout: Layout, past: _KeyValue | None = None, last_only: bool = False) -> Tensor:
         normed = self.input_layernorm(rows, layout.image)
         keys_values = self.self_attn.keys_values(normed, layout, past)
         image = layout.image
@@ -415,12 +415,12 @@ class _DecoderAttention(nn.Module):
         self.v_proj = _Multiway(nn.Linear(width, kv_width, bias=False), nn.Linear(width, kv_width, bias=False))
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def keys_values(self, normed: Tensor, layout: Layout, past: KeyValue | None = None) -> KeyValue:
+    def keys_values(self, normed: Tensor, layout: Layout, past: _KeyValue | None = None) -> _KeyValue:
         batch = normed.shape[1]  # a cache holds what all images share, [P, 1, kv_width]
         keys, values = ((),) * 2 if past is None else ((old.expand(-1, batch, -1),) for old in past)
         return self.k_proj(normed, layout.image, *keys), self.v_proj(normed, layout.image, *values)
 
-    def forward(self, normed: Tensor, keys_values: KeyValue, layout: Layout) -> Tensor:
+    def forward(self, normed: Tensor, keys_values: _KeyValue, layout: Layout) -> Tensor:
         count = normed.shape[0]  # all new rows, or the last one alone, which may attend to every row
         queries, keys, values = (x.unflatten(-1, (-1, self.head_dim)) for x in (self.q_proj(normed), *keys_values))
         queries = _rotate(queries, layout.cos[-count:], layout.sin[-count:])

@@ -26,7 +26,7 @@ class ImageInputs(NamedTuple):
     grid: Pair | None
 
 
-class Family(NamedTuple):
+class _Family(NamedTuple):
     """How a model family sees images.
 
     Attributes:
@@ -38,7 +38,7 @@ class Family(NamedTuple):
     around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
-def family_of(model: Any, processor: Any) -> Family:
+def family_of(model: Any, processor: Any) -> _Family:
     """How images become inputs of this model; sizes, limits and colours are those of its processor.
 
     All families resize as Pillow does, as these models were trained. The processors of transformers 5 resize by
@@ -211,21 +211,21 @@ def _cut(levels: Tensor, tile: Pair) -> Tensor:
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
-def _patch_grid(processor: Any, source: Any) -> Family:
+def _patch_grid(processor: Any, source: Any) -> _Family:
     limits = source.size["shortest_edge"], source.size["longest_edge"]
-    return Family(
+    return _Family(
         _PatchGrid(source.patch_size, source.merge_size, source.temporal_patch_size, *limits, _colors(source))
     )
 
 
-def _fitted_tiles(processor: Any, source: Any) -> Family:
+def _fitted_tiles(processor: Any, source: Any) -> _Family:
     canvases = tuple((height, width) for height, width in source.image_grid_pinpoints)
-    return Family(_FittedTiles(_tile(source), canvases, _colors(source)))
+    return _Family(_FittedTiles(_tile(source), canvases, _colors(source)))
 
 
-def _stretched_tiles(processor: Any, source: Any) -> Family:
+def _stretched_tiles(processor: Any, source: Any) -> _Family:
     images = _StretchedTiles(_tile(source), source.min_patches, source.max_patches, _colors(source))
-    return Family(images, ((processor.start_image_token_id,), (processor.end_image_token_id,)))
+    return _Family(images, ((processor.start_image_token_id,), (processor.end_image_token_id,)))
 
 
 def _colors(source: Any) -> _Colors:
@@ -237,7 +237,7 @@ def _tile(source: Any) -> Pair:
 
 
 # by `model_type` of the configuration
-_FAMILIES: dict[str, Callable[[Any, Any], Family]] = {
+_FAMILIES: dict[str, Callable[[Any, Any], _Family]] = {
     "qwen2_5_vl": _patch_grid,
     "qwen3_vl": _patch_grid,
     "qwen3_5": _patch_grid,
