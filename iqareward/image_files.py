@@ -1,4 +1,4 @@
-"""What an image file is: find image files, pair them with their references, and read them without loss."""
+"""Find image files, pair them with their references, and read them without loss."""
 
 import io
 import os
@@ -76,7 +76,7 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
 
     Returns:
         The files, sorted within each argument, without repetitions; and what could not be searched: folders without
-        permission, links that lead nowhere, and things named like an image that are no file. Relative paths start at
+        permission, links that lead nowhere, and things named like an image that are not files. Relative paths start at
         the folder, for a glob at the `**`, else they are the name alone.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The one door for pixels: whatever a pipeline, a file or a data set gives, as float RGB in [0, 1]."""
+"""Convert images from pipelines, files and data sets to float RGB in [0, 1]."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ def to_images(
 
     Raises:
         TypeError: not an image, or an integer dtype whose range is unclear.
-        ValueError: a shape that is no image, floats without `value_range`, or a file that cannot be read
+        ValueError: a shape that is not an image's, floats without `value_range`, or a file that cannot be read
             (`UnreadableImageError`).
 
     Example:

@@ -1,4 +1,4 @@
-"""Watch for reward hacking: compare what rises, falls and drifts on held-out images with the model before RL."""
+"""Watch for reward hacking: compare scores of held-out images with those of the model before RL."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Import optional packages where they are used, with an error that ends in the line to type."""
+"""Import optional packages where they are used, with an error that says how to install them."""
 
 import importlib
 from types import ModuleType

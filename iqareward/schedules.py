@@ -1,4 +1,4 @@
-"""Other ways to weigh RL against SFT than `AdaptiveWeighter`: a constant to compare with, and published formulas.
+"""Alternatives to `AdaptiveWeighter` for weighing RL against SFT: a constant baseline, and published formulas.
 
 A formula is a function. `Schedule` makes a weighter of it, with its options bound by `functools.partial`:
 
@@ -307,7 +307,7 @@ def soft_gate(
     """
     rows = _pass_rates("soft_gate", pass_rate)
     place = ((rows if direction == "hard_to_sft" else 1 - rows) * (len(table) - 1)).round().clamp(0, len(table) - 1)
-    rl, sft = torch.zeros_like(rows), torch.ones_like(rows)  # for NaN, which is no entry
+    rl, sft = torch.zeros_like(rows), torch.ones_like(rows)  # rows whose pass rate is NaN keep these
     for entry, (rl_weight, sft_weight) in enumerate(table):  # a tensor of the table would make the host wait
         rl, sft = torch.where(place == entry, rl_weight, rl), torch.where(place == entry, sft_weight, sft)
     return LossWeights(rl, sft)

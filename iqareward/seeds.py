@@ -68,7 +68,7 @@ def _data_generator(seed: int, input_id: int, purpose: str) -> torch.Generator:
 
 
 def id_list(caller: str, ids: Sequence[int] | Tensor) -> list[int]:
-    """The ids as Python integers; a ValueError in the name of `caller` if they are no integers >= 0."""
+    """The ids as Python integers; raises ValueError in the name of `caller` unless they are integers >= 0."""
     if isinstance(ids, Tensor) and (ids.ndim != 1 or ids.is_floating_point()):
         raise ValueError(f"{caller} expected integer `ids` of shape [B], got {ids.dtype} {list(ids.shape)}.")
     integers = [int(input_id) for input_id in (ids.tolist() if isinstance(ids, Tensor) else ids)]

@@ -1,4 +1,4 @@
-"""Is this object a reward? One check of the whole contract, for our rewards and for yours."""
+"""Check that any object, ours or yours, is a reward that keeps the whole contract."""
 
 import pickle
 import warnings
@@ -26,7 +26,7 @@ class RewardContractError(AssertionError):
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_reward` tried and found; `str(report)` is a readable list."""
+    """The result of `check_reward`; `str(report)` is a readable list."""
 
     reward: str
     passed: list[str] = field(default_factory=list)
@@ -52,17 +52,17 @@ def check_reward(
     rtol: float = 1e-4,
     atol: float = 1e-5,
 ) -> Report:
-    """Test a reward against the whole contract of this library, and say everything that is wrong with it.
+    """Test a reward against the whole contract of this library and list every failure.
 
-    It tests facts and type; shape, dtype and device of scores, also for one image, none, and mixed sizes; bounds;
+    It tests attributes and type; shape, dtype and device of scores, also for one image, none, and mixed sizes; bounds;
     unknown keywords; untouched inputs; the same score alone, in a batch, in another order, in half precision, in
-    another memory layout, twice, from threads under foreign autocast and grad modes, and after pickling; a graph
+    another memory layout, twice, from threads under other autocast and grad modes, and after pickling; a graph
     exactly when `differentiable`; that non-finite pixels cost one image its score and no other; that a call without
     what the reward needs is refused; and, with `degraded`, the direction. A reward that cannot score the images at
     all, for example because its weights are not here, ends the test with that one reason.
 
     Args:
-        reward: Any object; what is no reward fails.
+        reward: Any object; one that is not a reward fails.
         images: `[B, 3, H, W]` float in [0, 1], B >= 3, large enough for the reward to score each of them.
         references: `[B, 3, H, W]`, needed if the reward needs them; different from `images`.
         degraded: `[B, 3, H, W]`, visibly worse versions of `images`; most of them must score lower.
@@ -73,10 +73,9 @@ def check_reward(
         A report to print.
 
     Raises:
-        RewardContractError: with all failures, also for what is no reward at all: the name of one, a class, a metric
+        RewardContractError: with all failures, also for an object that is not a reward: a name, a class, or a metric
             that is not wrapped.
-        ValueError: the images are not fit for the check, the reward scores none of them, or it needs references and
-            there are none.
+        ValueError: the images are unsuitable, the reward scores none of them, or it needs references and gets none.
 
     Example:
         >>> import torch
@@ -221,7 +220,7 @@ class _Case:
         return scores
 
     def columns(self, images: Images) -> dict[str, Any]:
-        """Prompts, and grey pictures of half the size as inputs if the reward looks at them."""
+        """Prompts, and grey images of half the size as inputs if the reward looks at them."""
         columns: dict[str, Any] = {"prompts": [""] * len(images)}
         if getattr(self.reward, "needs_inputs", False):
             columns["inputs"] = [torch.full_like(image[:, ::2, ::2].detach(), 0.5) for image in images]
@@ -247,7 +246,7 @@ def _copy(images: Images) -> Images:
 
 
 def _facts(case: _Case) -> None:
-    """states its facts and is no nn.Module"""
+    """declares its attributes and is not an nn.Module"""
     reward = case.reward
     _expect(
         not isinstance(reward, nn.Module),
@@ -285,7 +284,7 @@ def _output(case: _Case) -> None:
 
 
 def _untouched(case: _Case) -> None:
-    """leaves its inputs untouched"""
+    """does not modify its inputs"""
 
     def overshoot(images: Tensor) -> Tensor:  # so that clamping in place would show
         return images.detach() * 1.4 - 0.2
@@ -300,7 +299,7 @@ def _untouched(case: _Case) -> None:
 
 
 def _bounds(case: _Case) -> None:
-    """stays within its bounds, also on black and white images"""
+    """stays within its bounds, including on black and on white images"""
     low, high = case.reward.bounds
     for images in (case.images, case.degraded, torch.zeros_like(case.images), torch.ones_like(case.images)):
         if images is None:
@@ -325,7 +324,7 @@ def _same_score(case: _Case) -> None:
 
 
 def _one_and_none(case: _Case) -> None:
-    """gives the same score alone and in a batch, and none for an empty batch"""
+    """gives the same score alone and in a batch, and accepts an empty batch"""
     alone = [case.score(*case.rows([row])) for row in range(len(case.images))]
     case.expect_same(torch.cat(alone), "when images are scored one at a time")
     nothing = case.rows([])
@@ -359,7 +358,7 @@ def _order_and_layout(case: _Case) -> None:
 
 
 def _half_precision(case: _Case) -> None:
-    """computes in float32 whatever comes in"""
+    """computes in float32 for any input dtype"""
     for dtype in (torch.bfloat16, torch.float16):
         images, references = case.images.to(dtype), None if case.references is None else case.references.to(dtype)
         exact = case.score(images.float(), None if references is None else references.float())
@@ -387,7 +386,7 @@ def _threads(case: _Case) -> None:
 
 
 def _graph(case: _Case) -> None:
-    """builds a graph exactly when differentiable"""
+    """builds a graph if and only if it is differentiable"""
     images = case.images.clone().requires_grad_()
     scores = torch.zeros(())
     for mode, form in product((torch.enable_grad, torch.no_grad), (images, list(images))):
@@ -407,7 +406,7 @@ def _graph(case: _Case) -> None:
 
 
 def _isolation(case: _Case) -> None:
-    """answers NaN for a broken image without touching others"""
+    """gives NaN for a broken image and does not affect the others"""
     for value in (torch.nan, torch.inf):
         images = case.images.clone()
         images[0, 0, 0, 0] = value
@@ -417,7 +416,7 @@ def _isolation(case: _Case) -> None:
 
 
 def _missing_columns(case: _Case) -> str | None:
-    """refuses a call without what it needs"""
+    """refuses a call that lacks a column it needs"""
     given: dict[str, Any] = {"references": case.references, **case.columns(case.images)}
     needed = [name for name in ("references", "inputs", "prompts") if getattr(case.reward, f"needs_{name}", False)]
     for missing in needed:
@@ -426,7 +425,7 @@ def _missing_columns(case: _Case) -> str | None:
         except ValueError:
             continue
         raise _BrokenError(f"a call without `{missing}` must raise ValueError")
-    return None if needed else "needs nothing but images"
+    return None if needed else "it needs only images"
 
 
 def _direction(case: _Case) -> str | None:

@@ -1,4 +1,4 @@
-"""The words of the library: what an image batch, a score and a reward are."""
+"""The types of the library: image batches, scores and rewards."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union, runtime_checkable

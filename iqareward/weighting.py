@@ -239,7 +239,8 @@ class AdaptiveWeighter:
         }
         for requirement, met in requirements.items():
             if not met:
-                raise ValueError(f"AdaptiveWeighter expected {requirement}, got {self}. Change that option.")
+                option = requirement.split()[0]
+                raise ValueError(f"AdaptiveWeighter expected {requirement}, got {getattr(self, option)!r}.")
 
     def __call__(
         self,

@@ -37,7 +37,7 @@ def test_good_rewards_pass(differentiable: bool) -> None:
         NoReference(contrast, higher_is_better=True, differentiable=differentiable), IMAGES, degraded=FLAT
     )
     assert not report.failed
-    assert [title for title, _ in report.skipped] == ["refuses a call without what it needs"]
+    assert [title for title, _ in report.skipped] == ["refuses a call that lacks a column it needs"]
     assert str(report).count("  ok  ") == len(report.passed)
     reward = FullReference(error, higher_is_better=False, bounds=(-1.0, 0.0), differentiable=differentiable)
     assert not check_reward(reward, IMAGES, FLAT, degraded=1 - IMAGES).failed

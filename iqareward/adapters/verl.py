@@ -57,7 +57,7 @@ async def compute_score(
         `{"score": float}`.
 
     Raises:
-        ValueError: The image was not scored, or is no uint8 image.
+        ValueError: The image was not scored, or is not a uint8 image.
         RuntimeError: `device` is CUDA and this worker sees none.
 
     Example:

@@ -25,9 +25,9 @@ Reference = Annotated[
     Path | None,
     typer.Option(help="Folder of references with the same names and any suffix, or one file for all images."),
 ]
-Device = Annotated[str, typer.Option(help="Where to score, e.g. cuda.")]
+Device = Annotated[str, typer.Option(help="Device to score on, e.g. cuda.")]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images per batch; fewer if they take over 512 MiB as float32, references included.")
+    int, typer.Option(min=1, help="Images per batch; fewer if they and their references exceed 512 MiB.")
 ]
 
 
@@ -45,7 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Image-quality rewards: list them, score files with them, check your own, and train with them.",
+    help="Image-quality rewards: list them, score and compare images, check your own, serve them, and train with them.",
 )
 
 
@@ -106,10 +106,12 @@ def any_command(version: _Version = False) -> None:
 
 @app.command("list")
 def list_rewards(
-    pyiqa: Annotated[bool, typer.Option("--pyiqa", help="List pyiqa's metrics (non-commercial licence).")] = False,
+    pyiqa: Annotated[
+        bool, typer.Option("--pyiqa", help="List pyiqa's metrics instead (non-commercial licence).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all facts.")] = False,
 ) -> None:
-    """List every reward that has a name, one line each. A terminal cuts long lines, a pipe does not."""
+    """List the named rewards, one per line. Long lines are cut in a terminal, but not in a pipe."""
     from iqareward.cli.doctor import LEGEND, list_lines, list_rewards
 
     rows = list_rewards(pyiqa=pyiqa)
@@ -134,14 +136,19 @@ def score(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this .csv or .jsonl file; run again to resume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output instead of resuming.")] = False,
-    summary: Annotated[Path | None, typer.Option(help="Write mean, std and count to this .csv or .json file.")] = None,
-    published: Annotated[bool, typer.Option("--published", help="Add what papers print where it differs.")] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="Also write mean, std and count to this .csv or .json file.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Also show scores on the scale used in papers, where it differs.")
+    ] = False,
     device: Device = "cpu",
     batch_size: BatchSize = 8,
 ) -> None:
-    """Score image files: higher is better.
+    """Score image files. Higher is better for every reward.
 
-    Exit code 0: every image has every score. 1: some scores are missing, and a line says why. 2: the command failed.
+    Exit codes: 0 = every image has every score; 1 = some scores are missing (the reasons are printed); 2 = the
+    command failed.
     """
     from iqareward.cli.score import Job, run
 
@@ -158,15 +165,20 @@ def score(
 
 @app.command()
 def check(
-    reward: Annotated[str, typer.Argument(help="module:object (a reward, or a class to call), or a name of `list`.")],
+    reward: Annotated[
+        str,
+        typer.Argument(
+            help="module:object (a reward, or a class that makes one), or a name shown by `iqareward list`."
+        ),
+    ],
     images: Annotated[Path | None, typer.Option(help="Folder of photographs; default: generated images.")] = None,
-    degraded: Annotated[Path | None, typer.Option(help="Folder of worse versions with the same file names.")] = None,
-    direction: Annotated[bool, typer.Option(help="Check that worse images score lower.")] = True,
-    size: Annotated[int, typer.Option(min=16, help="Side of the test images in pixels.")] = 224,
+    degraded: Annotated[Path | None, typer.Option(help="Folder of degraded versions with the same file names.")] = None,
+    direction: Annotated[bool, typer.Option(help="Check that degraded images score lower.")] = True,
+    size: Annotated[int, typer.Option(min=16, help="Side length of the test images in pixels.")] = 224,
 ) -> None:
-    """Test a reward against the whole contract (iqareward.check_reward). Exit code 1 if it breaks it.
+    """Test a reward against the whole contract, as iqareward.check_reward does. Exit code 1 if a check fails.
 
-    The worse images are coarse and noisy copies unless --degraded names a folder of others.
+    Without --degraded, the degraded images are coarse and noisy copies.
     """
     from iqareward.cli.check import find_reward, run_check
     from iqareward.testing import RewardContractError
@@ -191,16 +203,17 @@ def compare(
     per_image: Annotated[
         Path | None, typer.Option(help="Also write the scores of each image to this CSV file.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Write the page of image pairs, at most 32 MiB, to this file.")] = Path(
+    output: Annotated[Path, typer.Option(help="HTML file for the page of image pairs (at most 32 MiB).")] = Path(
         "comparison.html"
     ),
     pairs: Annotated[int, typer.Option(min=0, help="Number of image pairs on the page.")] = 24,
     device: Device = "cpu",
     batch_size: BatchSize = 8,
 ) -> None:
-    """Compare folders of results with the first: paired differences with intervals, and a page of image pairs.
+    """Compare folders of results with the first one: paired differences with confidence intervals, and a page of
+    image pairs.
 
-    Exit code 1 if some images were left out.
+    Exit code 1 if any images were left out.
     """
     from iqareward.atomic import write_text
     from iqareward.cli.compare import WRITERS, scores_csv, show, summary
@@ -230,7 +243,7 @@ def compare(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Check packages, devices and rewards, and print commands that install what is missing.
+    """Check packages, devices and rewards, and print the commands that install whatever is missing.
 
     Exit code 1 if an installed package is broken or too old.
     """
@@ -247,9 +260,13 @@ def doctor(
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Option(help="TOML file with the settings.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the folder `output`.")] = False,
-    example: Annotated[bool, typer.Option("--example", help="Print a file with all settings and exit.")] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the settings; --example prints one.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume the run in the folder named by the setting `output`.")
+    ] = False,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print an example file with all settings and exit.")
+    ] = False,
 ) -> None:
     """Train a restorer on a folder of images: SFT, then difficulty-adaptive RL with a reward of your choice."""
     from iqareward.cli.train import EXAMPLE, run
@@ -279,11 +296,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 = all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     address: Annotated[
-        str | None, typer.Option(help="Address of a running Ray cluster, or auto; default: start one.")
+        str | None, typer.Option(help="Address of a running Ray cluster, or auto; default: start a local one.")
     ] = None,
     replicas: Annotated[str, typer.Option(help="Number of processes per reward, or auto.")] = "auto",
-    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs per process; 0.5 = two share one, 0 = CPU.")] = 0,
-    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs per process, and its number of threads.")] = 1,
+    num_gpus: Annotated[
+        float, typer.Option(min=0, help="GPUs per process; 0.5 = two processes share one, 0 = CPU.")
+    ] = 0,
+    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs, and threads, per process.")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of images in a batch.")] = 32,
     max_wait_ms: Annotated[
         float, typer.Option(min=0, help="Maximum time to wait for more requests before a batch is scored.")
@@ -291,13 +310,15 @@ def serve(
     max_body_mib: Annotated[int, typer.Option(min=1, help="Maximum size of a request in MiB.")] = 256,
     max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images in a request.")] = 1024,
     deadline: Annotated[float, typer.Option(min=0.1, help="Time limit of a request in seconds.")] = 120,
-    jpeg: Annotated[str, typer.Option(help="Score JPEG files: never or always.")] = "never",
+    jpeg: Annotated[str, typer.Option(help="Accept JPEG files: never or always.")] = "never",
     token_env: Annotated[
         str,
-        typer.Option(help="Environment variable that holds the token clients must send; no token if it is not set."),
+        typer.Option(
+            help="Environment variable that holds the token clients must send; if it is unset, none is needed."
+        ),
     ] = "IQAREWARD_TOKEN",
 ) -> None:
-    """Serve rewards over HTTP with Ray Serve, until Ctrl-C. With --address, deploy them there and return."""
+    """Serve rewards over HTTP with Ray Serve until Ctrl-C. With --address, deploy them to that cluster and exit."""
     from iqareward.cli.serve import Job, run
 
     job = Job(

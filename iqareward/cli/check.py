@@ -36,7 +36,7 @@ def find_reward(spec: str) -> object:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ValueError(
-                f"{spec!r}: there is no module {error.name}, neither here nor among those installed."
+                f"{spec!r}: there is no module {error.name} in this folder or among the installed packages."
             ) from error
         raise _failure(spec, "can be imported", error) from error
     for part in path.split("."):

@@ -280,7 +280,7 @@ def scores_csv(comparison: Comparison) -> str:
             lines.append([str(image), title, str(file), *numbers, "; ".join(reasons.pop(file, ()))])
     for file, texts in reasons.items():
         lines.append(["", "", str(file), *("" for _ in comparison.rewards), "; ".join(texts)])
-    texts = (0, 1, 2, len(lines[0]) - 1)  # columns that are no numbers
+    texts = (0, 1, 2, len(lines[0]) - 1)  # columns that are not numbers
     return "".join(
         csv_line(no_formula(printable(cell)) if place in texts else cell for place, cell in enumerate(line))
         for line in lines

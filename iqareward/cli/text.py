@@ -16,7 +16,7 @@ def printable(text: object) -> str:
 
 
 def plain(text: object) -> Text:
-    """Text for a cell or title of rich, in which `[red]` and `:b:` are no markup."""
+    """Text for a cell or title of rich, in which `[red]` and `:b:` are not markup."""
     return Text(printable(text))
 
 

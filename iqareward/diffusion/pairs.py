@@ -52,7 +52,7 @@ class SyntheticPairs:
         seed: Integer >= 0; another seed is another data set, for instance a held-out one.
 
     Raises:
-        ValueError: There would be no input or no pixel.
+        ValueError: There would be no inputs or no pixels.
 
     Example:
         >>> pairs = SyntheticPairs(100, size=32)

@@ -1,4 +1,4 @@
-"""Remember scores, so that images that come again are not scored again."""
+"""Remember scores, so that repeated images are not scored again."""
 
 import hashlib
 import sqlite3

@@ -1,4 +1,4 @@
-"""One call of a reward: check its columns, group them by size, cut, merge and score them."""
+"""One call of a reward: check its columns, group them by size, split, merge and score them."""
 
 import asyncio
 import concurrent.futures

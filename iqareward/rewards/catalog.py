@@ -1,4 +1,4 @@
-"""Every reward that has a name, in one literal table; `load` builds them and their weighted sums."""
+"""The table of all named rewards; `load` builds them and their weighted sums."""
 
 import ast
 import difflib
@@ -415,8 +415,8 @@ def _unreadable(spec: str) -> ValueError:
     match = _TERM.fullmatch(text)
     if match is None:
         return ValueError(
-            f"{spec!r} is no reward: expected names or a sum such as '0.7*haarpsi + 0.3*psnr[10, 50]', could not read "
-            f"{text!r}."
+            f"{spec!r} is not a reward: expected a name or a sum such as '0.7*haarpsi + 0.3*psnr[10, 50]', could not "
+            f"read {text!r}."
         )
     name = match["name"].partition("+")[0]
     wanted = _key(name.removeprefix(PYIQA_PREFIX))
@@ -429,4 +429,6 @@ def _unreadable(spec: str) -> ValueError:
     if wanted in theirs:
         near = [theirs[wanted]]
     hint = f"did you mean {', '.join(near[:3])}? " if near else ""
-    return ValueError(f"unknown reward {name!r}; {hint}`iqareward list` shows all, `iqareward list --pyiqa` pyiqa's.")
+    return ValueError(
+        f"unknown reward {name!r}; {hint}`iqareward list` shows all names, `iqareward list --pyiqa` those of pyiqa."
+    )

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: log several, sum them, take the worst, put a floor under fidelity, bring one to [0, 1]."""
+"""Combine rewards: log several, sum them, take the worst, require a minimum fidelity, map one to [0, 1]."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def evaluate(
         rewards: with unique names.
         images: `[B, 3, H, W]` float RGB in [0, 1], or a sequence of `[3, H, W]`.
         references: of the same shapes, for rewards that need them.
-        inputs: the degraded pictures, for rewards that need them.
+        inputs: the degraded images, for rewards that need them.
         prompts: one per image, for rewards that need them.
 
     Returns:
@@ -67,6 +67,7 @@ class WeightedSum(Combined):
 
     Raises:
         ValueError: no terms, two rewards of the same name, or a weight that is not finite in float32.
+        TypeError: a term that is not a (weight, reward) pair.
 
     Example:
         >>> import torch, iqareward
@@ -79,7 +80,10 @@ class WeightedSum(Combined):
 
     def __init__(self, terms: Sequence[tuple[float, Reward]], *, name: str | None = None) -> None:
         pairs = list(terms)
-        self.weights = tuple(float(weight) for weight, _ in pairs)
+        try:
+            self.weights = tuple(float(weight) for weight, _ in pairs)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"WeightedSum expected `terms` as (weight, reward) pairs, got {terms!r}.") from error
         parts = [reward for _, reward in pairs]
         check_names("WeightedSum", parts)
         if not all(abs(weight) <= torch.finfo(torch.float32).max for weight in self.weights):

@@ -33,7 +33,7 @@ _reasons: ContextVar[list[str] | None] = ContextVar("reasons", default=None)
 
 
 class BaseReward(ABC):
-    """The facts, the call, and the moves between devices that every reward shares.
+    """The attributes, the call, and the device moves that every reward shares.
 
     A class of yours derives from `ImageReward`, `Combined` or `Wrapper` rather than from this one.
 
@@ -242,7 +242,7 @@ class ImageReward(BaseReward):
         sizes = [self._rows_at_once(bucket.images.shape[2:], device) for bucket in buckets]
         score: Callable[..., Any] = partial(self._of_piece, measure, device, width)
         fits = sum(bucket.num_rows / size for bucket, size in zip(buckets, sizes, strict=True)) <= 1
-        # the pieces of a CPU's cache are no bound on memory, unless they were asked for
+        # pieces that fit a CPU's cache do not bound the memory, unless the user chose their size
         bounded = self.batch_size is not None or device.type != "cpu"
         if self.differentiable and bounded and not fits and not self._recomputes_layers:
             score = partial(recomputed, score)
@@ -390,7 +390,10 @@ def _joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool, bool]:
 
 
 def check_names(who: str, rewards: Sequence[Reward]) -> None:
-    """Refuse an empty list of rewards, and rewards with the same name."""
+    """Refuse an empty list of rewards, names in place of rewards, and rewards with the same name."""
+    for reward in rewards:
+        if isinstance(reward, str):
+            raise TypeError(f"{who} expected rewards, got the name {reward!r}. iqareward.load({reward!r}) makes one.")
     names = [reward.name for reward in rewards]
     if not names:
         raise ValueError(f"{who} expected at least one reward, got none.")

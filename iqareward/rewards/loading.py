@@ -1,4 +1,4 @@
-"""Lazily loaded weights, the devices they live on, and the defaults that foreign code expects."""
+"""Lazily loaded weights, their devices, and the global defaults that third-party code expects."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Lift a metric, a function from image batches to `[B]` numbers, to a reward."""
+"""Make a reward from a metric: a function from image batches to `[B]` numbers."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -11,8 +11,8 @@ from iqareward.types import Bounds
 
 
 @dataclass(frozen=True)
-class _OfMetric(ImageReward):
-    """What a reward of a function is; the same whether it looks at references or not."""
+class _MetricReward(ImageReward):
+    """A reward that calls a metric function, with or without references."""
 
     metric: Callable[..., Tensor]
     _: KW_ONLY
@@ -34,7 +34,7 @@ class _OfMetric(ImageReward):
 
 
 @final
-class FullReference(_OfMetric):
+class FullReference(_MetricReward):
     """A reward from any full-reference metric: how close each image is to its reference.
 
     Args:
@@ -62,7 +62,7 @@ class FullReference(_OfMetric):
 
 
 @final
-class NoReference(_OfMetric):
+class NoReference(_MetricReward):
     """A reward from any no-reference metric: how good each image looks on its own.
 
     Args:

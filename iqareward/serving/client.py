@@ -191,7 +191,7 @@ def checked_token(text: str, source: str) -> str:
 
 
 def token_in(variable: str) -> str | None:
-    """The token in an environment variable; None if it is not set, a ValueError if it is set to what is no token."""
+    """The token in an environment variable, None if it is not set; raises ValueError for a malformed token."""
     text = os.environ.get(variable)
     return None if text is None else checked_token(text, f"${variable}")
 

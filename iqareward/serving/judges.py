@@ -262,7 +262,7 @@ def _alternatives(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for entry in entries:
         text, logprob = _text(entry), float(entry["logprob"])
         if not logprob < _ROUNDING:
-            raise ValueError(f"{logprob} is no log-probability")
+            raise ValueError(f"{logprob} is not a log-probability")
         found[text] = float(np.logaddexp(found.get(text, -math.inf), logprob))  # ids of the same text are one answer
     total = math.fsum(map(math.exp, found.values()))
     if not 0 < total < 1 + 10 * _ROUNDING:

@@ -1,4 +1,4 @@
-"""A process that speaks HTTP/1.1 by itself, so that a request reaches us without a detour through Ray's proxy."""
+"""A process with its own HTTP/1.1 server, so that requests need not pass through Ray's proxy."""
 
 import asyncio
 import socket

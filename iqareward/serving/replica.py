@@ -1,4 +1,4 @@
-"""A process that holds one reward: it merges concurrent calls into batches and never passes an exception on."""
+"""A process that holds one reward: it merges concurrent calls into batches, and returns errors as values."""
 
 import asyncio
 import os

@@ -265,14 +265,14 @@ def _count_pixels(content: bytes, index: int, limits: Limits, allow_lossy: bool)
             raise ServiceError(413, "too_many_pixels", str(cause), index=index) from None
         if cause is None or isinstance(cause, UnidentifiedImageError):  # no image, or not one still image
             expected = f"expected a still PNG or lossless WebP file: {error.reason}."
-            raise ServiceError(415, "unsupported_picture", expected, index=index) from None
+            raise ServiceError(415, "unsupported_image", expected, index=index) from None
         raise _broken(index, error) from error
     if not allow_lossy and not _is_lossless(kind, content):
         expected = (
             f"expected a PNG or a lossless WebP file, got a lossy {kind}: its artefacts would be scored. "
             "Send the original pixels, or start the server with --jpeg always."
         )
-        raise ServiceError(415, "lossy_picture", expected, index=index)
+        raise ServiceError(415, "lossy_image", expected, index=index)
     if width * height > limits.max_pixels:
         expected = f"expected at most {limits.max_pixels} pixels, got {width} x {height}."
         raise ServiceError(413, "too_many_pixels", expected, index=index)
@@ -280,7 +280,7 @@ def _count_pixels(content: bytes, index: int, limits: Limits, allow_lossy: bool)
 
 
 def _broken(index: int, error: UnreadableImageError) -> ServiceError:
-    return ServiceError(422, "broken_picture", f"the image cannot be decoded ({error.reason}).", index=index)
+    return ServiceError(422, "broken_image", f"the image cannot be decoded ({error.reason}).", index=index)
 
 
 def _without_full_opacity(array: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Rewards made of rewards: components stay unweighted, sums and minima are what they say, guards hold."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from iqareward import (
     WeightedSum,
     check_reward,
     evaluate,
+    load,
     load_map,
     save_map,
 )
@@ -239,3 +241,16 @@ def test_files_that_are_no_maps(content: bytes, tmp_path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="save_map writes one"):
         load_map(path)
+
+
+def test_names_are_refused_where_rewards_are_expected() -> None:
+    """A combination of names says how to load them."""
+    with pytest.raises(TypeError, match=r"got the name 'ssim'. iqareward.load"):
+        SoftMin(["ssim", "haarpsi"], temperature=0.1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("terms", [{"ssim": 1.0}, [(load("ssim"), 1.0)], [load("ssim")]])
+def test_terms_are_pairs_with_the_weight_first(terms: Any) -> None:
+    """A weighted sum of anything but (weight, reward) pairs says what it expected."""
+    with pytest.raises(TypeError, match=r"expected `terms` as \(weight, reward\) pairs"):
+        WeightedSum(terms)

@@ -156,7 +156,7 @@ def test_lossy_images():
     for kind, status in (("JPEG", 415), ("PNG", 200)):
         response = post(app, "/flow_grpo", content=pickle.dumps({"images": [encoded(None, kind)]}))
         assert response.status_code == status
-        assert ("lossy_picture" in str(pickle.loads(response.content))) == (status == 415)
+        assert ("lossy_image" in str(pickle.loads(response.content))) == (status == 415)
 
 
 def test_the_token_is_passed_on():

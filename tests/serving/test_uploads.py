@@ -101,7 +101,7 @@ def test_camera_jpeg_with_a_preview(jpeg, status):
         local = iqareward.load("piqe")(iqareward.to_images([Image.open(io.BytesIO(content))]))
         assert torch.equal(decode_answer(response.content).scores["piqe"], local)
     else:
-        assert error_of(response) == (415, "lossy_picture")
+        assert error_of(response) == (415, "lossy_image")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_lossy_files_are_refused_unless_asked_for(app, kind, options):
     """A JPEG or a lossy WebP names itself and the switch; with the switch it is scored."""
     content = encoded(None, kind, **options)
     response = post(app, files=form("images", encoded(), content), data={"reward": "piqe"})
-    assert error_of(response) == (415, "lossy_picture")
+    assert error_of(response) == (415, "lossy_image")
     assert response.json()["error"]["index"] == 1
     assert "--jpeg always" in response.json()["error"]["message"]
     allowed = application({"piqe": served(iqareward.load("piqe"))}, Settings(jpeg="always"))
@@ -143,14 +143,14 @@ ANIMATION = encoded(picture(), "WEBP", save_all=True, append_images=[picture(1)]
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ([b""], (415, "unsupported_picture")),
-        ([b"GIF89a" + b"\x00" * 50], (415, "unsupported_picture")),
-        ([encoded(None, "BMP")], (415, "unsupported_picture")),
-        ([ANIMATION], (415, "unsupported_picture")),
-        ([encoded()[:200]], (422, "broken_picture")),
+        ([b""], (415, "unsupported_image")),
+        ([b"GIF89a" + b"\x00" * 50], (415, "unsupported_image")),
+        ([encoded(None, "BMP")], (415, "unsupported_image")),
+        ([ANIMATION], (415, "unsupported_image")),
+        ([encoded()[:200]], (422, "broken_image")),
         ([bomb(30_000, 30_000)], (413, "too_many_pixels")),
         ([bomb(2**31 - 1, 2**31 - 1)], (413, "too_many_pixels")),
-        ([bomb(64, 64)], (422, "broken_picture")),
+        ([bomb(64, 64)], (422, "broken_image")),
         ([bomb(9000, 9000)], (413, "too_many_pixels")),
     ],
 )  # fmt: skip

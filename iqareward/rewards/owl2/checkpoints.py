@@ -328,7 +328,7 @@ class _Adapter:
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if match is None:
             raise ValueError(
-                f"{file.path} holds {key}, which is no LoRA weight. Merge the adapter with peft and pass the result."
+                f"{file.path} holds {key}, which is not a LoRA weight. Merge the adapter with peft and pass the result."
             )
         name, target = f"{match[1]}.weight", self.down if match[2] == "A" else self.up
         if len(shapes.get(name, ())) != 2:

@@ -1,4 +1,4 @@
-"""What mPLUG-Owl2 is given: pixels as its Pillow pipeline makes them, and the scorers' prompts as token ids."""
+"""The inputs of mPLUG-Owl2: pixels as its Pillow pipeline makes them, and the scorers' prompts as token ids."""
 
 from typing import Literal, NamedTuple
 

@@ -1,4 +1,4 @@
-"""What vision-language models are given: pixels as their own processors make them, and prompts as token ids."""
+"""The inputs of vision-language models: pixels as their own processors make them, and prompts as token ids."""
 
 import math
 from collections.abc import Callable, Sequence
