@@ -98,7 +98,7 @@ class MonitorReport:
 
 
 class HackingMonitor:
-    """Raise an alarm when the training reward rises while held-out judges fall, or while the images drift.
+    """Raise an alarm when the training reward rises while held-out rewards fall, or while the images drift.
 
     Every call compares the same held-out inputs with themselves before RL. A change counts if it is more than `z`
     standard errors from 0 and more than `effect` standard deviations over the images. Judges alarm when they fall.
@@ -106,8 +106,8 @@ class HackingMonitor:
     get as sharp as the ground truth are what was asked for.
 
     Args:
-        judges: `judge(images, references=...) -> [V]` by name, higher is better: rewards and fidelity metrics that are
-            not part of the training reward.
+        held_out: `reward(images, references=...) -> [V]` by name, higher is better: rewards and fidelity metrics
+            that are not part of the training reward.
         statistics: `statistic(images) -> [V]` by name.
         z: number of standard errors that count as significant.
         effect: smallest change that matters, in standard deviations over the images before RL.
@@ -118,16 +118,16 @@ class HackingMonitor:
 
     Example:
         >>> from iqareward.functional import psnr
-        >>> truth = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        >>> clean = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         >>> monitor = HackingMonitor({"psnr": psnr}, patience=1)
-        >>> monitor.calibrate(0.9 * truth, truth, rewards=torch.zeros(8))
-        >>> monitor.update(0.6 * truth, truth, rewards=torch.ones(8)).alarms[0]
+        >>> monitor.calibrate(0.9 * clean, clean, rewards=torch.zeros(8))
+        >>> monitor.update(0.6 * clean, clean, rewards=torch.ones(8)).alarms[0]
         'psnr fell from 24.8 to 12.8 while the reward rose from 0 to 1'
     """
 
     def __init__(
         self,
-        judges: Mapping[str, Callable[..., Tensor]],
+        held_out: Mapping[str, Callable[..., Tensor]],
         *,
         statistics: Mapping[str, Callable[[Tensor], Tensor]] = STATISTICS,
         z: float = 3.0,
@@ -136,11 +136,11 @@ class HackingMonitor:
     ) -> None:
         if not (z > 0 and effect > 0 and patience >= 1):
             raise ValueError(f"HackingMonitor expected z, effect > 0 and patience >= 1, got {z}, {effect}, {patience}.")
-        self.judges, self.statistics = dict(judges), dict(statistics)
+        self.held_out, self.statistics = dict(held_out), dict(statistics)
         self.z, self.effect, self.patience = z, effect, patience
         self.history: list[MonitorReport] = []
         self._before: dict[str, Tensor] = {}
-        self._truth: dict[str, Tensor] = {}
+        self._references: dict[str, Tensor] = {}
         self._in_a_row: dict[str, int] = {}
 
     @property
@@ -158,8 +158,8 @@ class HackingMonitor:
             rewards: `[V]` training rewards of `images`.
         """
         self._before = self._measure(images, references, rewards)
-        truth = {name: statistic(references).float().cpu() for name, statistic in self.statistics.items()}
-        self._truth = {name: finite_or_nan(values) for name, values in truth.items()}
+        clean = {name: statistic(references).float().cpu() for name, statistic in self.statistics.items()}
+        self._references = {name: finite_or_nan(values) for name, values in clean.items()}
         self._in_a_row, self.history = {}, []
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ class HackingMonitor:
 
     def _measure(self, images: Tensor, references: Tensor, rewards: Tensor) -> dict[str, Tensor]:
         found = {"reward": rewards}
-        found |= {name: judge(images, references=references) for name, judge in self.judges.items()}
+        found |= {name: reward(images, references=references) for name, reward in self.held_out.items()}
         found |= {name: statistic(images) for name, statistic in self.statistics.items()}
         return {name: finite_or_nan(values.detach().float().cpu()) for name, values in found.items()}
 
@@ -216,31 +216,35 @@ class HackingMonitor:
 
     def _suspicious(self, name: str, now: dict[str, Tensor]) -> bool:
         before = self._before[name]
-        if name in self.judges:
+        if name in self.held_out:
             return self._moved(now[name] - before, before)[1] < 0
-        truth = self._truth[name]
-        return self._moved((now[name] - truth).abs() - (before - truth).abs(), before)[1] > 0
+        clean = self._references[name]
+        return self._moved((now[name] - clean).abs() - (before - clean).abs(), before)[1] > 0
 
     def _sentence(self, name: str, now: dict[str, Tensor]) -> str:
         def step(key: str) -> str:
             return f"from {float(self._before[key].nanmean()):.3g} to {float(now[key].nanmean()):.3g}"
 
-        verb = "fell" if name in self.judges else f"left the ground truth's {float(self._truth[name].nanmean()):.3g},"
+        verb = (
+            "fell"
+            if name in self.held_out
+            else f"left the ground truth's {float(self._references[name].nanmean()):.3g},"
+        )
         return f"{name} {verb} {step(name)} while the reward rose {step('reward')}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later calls depend on; without `history`."""
         before = {name: values.clone() for name, values in self._before.items()}
-        truth = {name: values.clone() for name, values in self._truth.items()}
-        return {"before": before, "truth": truth, "in_a_row": dict(self._in_a_row)}
+        clean = {name: values.clone() for name, values in self._references.items()}
+        return {"before": before, "references": clean, "in_a_row": dict(self._in_a_row)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken; ValueError if that monitor had other measures."""
-        watched = {"reward", *self.judges, *self.statistics}
+        watched = {"reward", *self.held_out, *self.statistics}
         if state["before"] and set(state["before"]) != watched:
             raise ValueError(
                 f"HackingMonitor expected the state of one that watches {sorted(watched)}, got "
-                f"{sorted(state['before'])}. Build it with the same judges and statistics."
+                f"{sorted(state['before'])}. Build it with the same held-out rewards and statistics."
             )
-        self._before, self._truth = dict(state["before"]), dict(state["truth"])
+        self._before, self._references = dict(state["before"]), dict(state["references"])
         self._in_a_row = dict(state["in_a_row"])

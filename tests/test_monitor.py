@@ -101,7 +101,7 @@ def test_state_round_trip(tmp_path):
     second.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
     assert second.calibrated
     assert second.update(noise(0.2), TRUTH, LOW + 1) == first.update(noise(0.2), TRUTH, LOW + 1)
-    with pytest.raises(ValueError, match="same judges"):
+    with pytest.raises(ValueError, match="same held-out rewards"):
         HackingMonitor({"psnr": psnr}).load_state_dict(first.state_dict())
 
 

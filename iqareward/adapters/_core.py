@@ -66,11 +66,11 @@ class Scorer:
         """`[B]` scores; an image of a sequence may be None and gets `no_image`, where NaN counts as not scored."""
         rows, call = self.present(images, **columns)
         if call is not None and len(rows) == len(images):
-            return self.settled(call.score(self.reward))
+            return self.with_policy(call.score(self.reward))
         scores = torch.full((len(images),), no_image)
         if call is not None:
             scores[rows] = call.score(self.reward).detach().cpu()
-        return self.settled(scores)
+        return self.with_policy(scores)
 
     def present(self, images: ImageLike, **columns: Any) -> tuple[Sequence[int], Call | None]:
         """The rows of the images that are not None, and the call that scores them."""
@@ -112,9 +112,9 @@ class Scorer:
         """The columns of one call by name, each from where its source says; see `column`."""
         return {name: column(source, metadata, who=self.who, **fields) for name, source in self.sources.items()}
 
-    def settled(self, scores: Scores) -> Scores:
+    def with_policy(self, scores: Scores) -> Scores:
         """The scores, with what `on_nan` says in place of those that are not finite."""
-        return settle(scores, self.on_nan, name=self.reward.name)
+        return apply_policy(scores, self.on_nan, name=self.reward.name)
 
     def _check_reward(self, differentiable: bool) -> None:
         for name in ("references", "inputs", "prompts"):
@@ -132,7 +132,7 @@ class Scorer:
             )
 
 
-def settle(scores: Scores, on_nan: OnNan, *, name: str) -> Scores:
+def apply_policy(scores: Scores, on_nan: OnNan, *, name: str) -> Scores:
     """Replace every score that is not finite by what `on_nan` says."""
     if on_nan == "nan":
         return torch.where(scores.isfinite(), scores, torch.nan)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqareward.adapters._core import UNIT, OnNan, Scorer, ValueRange, check_on_nan, column, settle
+from iqareward.adapters._core import UNIT, OnNan, Scorer, ValueRange, apply_policy, check_on_nan, column
 from iqareward.images import to_images
 from iqareward.rewards.catalog import on_unit_scale
 from iqareward.rewards.threads import ProcessLock
@@ -135,7 +135,7 @@ def install(
                 details[name] = scores.numpy()
             if groups is not None:
                 details["groups"] = _ids(column(groups, metadata, who="install"))
-            details["avg"] = settle(torch.stack(total).sum(0), on_nan, name="avg").numpy()
+            details["avg"] = apply_policy(torch.stack(total).sum(0), on_nan, name="avg").numpy()
             return details, {}
 
         return fn

@@ -73,7 +73,7 @@ async def compute_score(
         if found is not None:  # read in a thread, because a file must not stop the event loop
             columns[name] = await asyncio.to_thread(scorer.images, found, image[0].device)
     prompts = [str(ground_truth)] if batched.needs_prompts else None
-    return {"score": scorer.settled(await batched.ascore(image, prompts=prompts, **columns)).item()}
+    return {"score": scorer.with_policy(await batched.ascore(image, prompts=prompts, **columns)).item()}
 
 
 def batch_score_function(

@@ -182,7 +182,7 @@ class Summary(NamedTuple):
     mean: float | None
     std: float | None
     scored: int
-    pictures: int
+    images: int
 
 
 def summarize(columns: Sequence[str], rows: Collection[Row]) -> list[Summary]:
@@ -217,7 +217,7 @@ def show(console: Console, summary: Sequence[Summary], rows: Collection[Row]) ->
     table.add_section()
     table.add_row("mean", *(_number(column.mean) for column in summary))
     table.add_row("std", *(_number(column.std) for column in summary))
-    table.add_row("scored", *(f"{column.scored} of {column.pictures}" for column in summary))
+    table.add_row("scored", *(f"{column.scored} of {column.images}" for column in summary))
     console.print(table)
 
 

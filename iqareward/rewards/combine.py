@@ -114,9 +114,9 @@ class SoftMin(Combined):
 
     Example:
         >>> import torch, iqareward
-        >>> judges = [iqareward.load("ssim"), iqareward.load("haarpsi")]
+        >>> parts = [iqareward.load("ssim"), iqareward.load("haarpsi")]
         >>> images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        >>> iqareward.SoftMin(judges, temperature=0.1)(images, references=images)
+        >>> iqareward.SoftMin(parts, temperature=0.1)(images, references=images)
         tensor([1.])
 
     References:
