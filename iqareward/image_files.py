@@ -80,7 +80,7 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
         the folder, for a glob at the `**`, else they are the name alone.
 
     Raises:
-        ValueError: An argument brings no image.
+        ValueError: An argument matches no images.
 
     Example:
         >>> import tempfile
@@ -99,7 +99,7 @@ def find_images(paths: Sequence[str | Path]) -> ImageFiles:
         if not files:
             reasons = "; ".join(f"{path}: {reason}" for path, reason in own.items())
             raise ValueError(
-                f"'{argument}' brings no image: "
+                f"'{argument}' matches no images: "
                 f"{reasons or 'no file there has the suffix of an image, such as .png, .jpg or .tif'}."
             )
         problems |= own

@@ -470,7 +470,7 @@ def test_version() -> None:
         (["{photos}", "--reward", "ssim", "--reference", "{photos}/deep"], "none of 5 images has a reference in"),
         (["{photos}", "--reward", "piqe", "--reward", "piqe"], "given twice"),
         (["no/such/folder", "--reward", "piqe"], "no/such/folder: there is no such file or folder."),
-        (["{photos}/notes.txt/*", "--reward", "piqe"], "brings no image"),
+        (["{photos}/notes.txt/*", "--reward", "piqe"], "matches no images"),
         (["{photos}", "--reward", "piqe", "--format", "table", "--output", "x.csv"], "a table is for reading"),
         (
             ["{photos}", "--reward", "piqe", "--output", "{photos}/notes.txt", "--format", "csv"],

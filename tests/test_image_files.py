@@ -354,7 +354,7 @@ def test_globs(tmp_path: Path) -> None:
         if expected:
             assert names(find_images([f"{tmp_path}/{pattern}"]).files) == expected
         else:
-            with pytest.raises(ValueError, match="brings no image"):
+            with pytest.raises(ValueError, match="matches no images"):
                 find_images([f"{tmp_path}/{pattern}"])
 
 
@@ -382,7 +382,7 @@ def test_what_cannot_be_searched_is_reported(tmp_path: Path, monkeypatch: pytest
             "folder": "a link that leads nowhere",
             "pipe.png": "not a regular file",
         }
-    with pytest.raises(ValueError, match=r"locked' brings no image.*Permission denied"):
+    with pytest.raises(ValueError, match=r"locked' matches no images.*Permission denied"):
         find_images([tmp_path / "locked"])
 
 

@@ -352,6 +352,7 @@ class Wrapper(BaseReward):
     """
 
     def __init__(self, reward: Reward) -> None:
+        check_names(type(self).__name__, [reward])
         self.reward = reward
         self.name, self.bounds = reward.name, reward.bounds
         self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = _joint_facts([reward])

@@ -151,7 +151,7 @@ def test_nothing_to_read_is_refused(tmp_path):
     """Missing and empty folders, and sizes and numbers below 1, are errors at construction."""
     with pytest.raises(ValueError, match="expected a folder of images"):
         FolderPairs(tmp_path / "absent", size=16)
-    with pytest.raises(ValueError, match="brings no image"):
+    with pytest.raises(ValueError, match="matches no images"):
         FolderPairs(tmp_path, size=16)
     for options in ({"num_inputs": 0}, {"num_inputs": 4, "size": 0}):
         with pytest.raises(ValueError, match="SyntheticPairs expected"):

@@ -244,9 +244,11 @@ def test_files_that_are_no_maps(content: bytes, tmp_path) -> None:
 
 
 def test_names_are_refused_where_rewards_are_expected() -> None:
-    """A combination of names says how to load them."""
-    with pytest.raises(TypeError, match=r"got the name 'ssim'. iqareward.load"):
-        SoftMin(["ssim", "haarpsi"], temperature=0.1)  # pyright: ignore[reportArgumentType]
+    """A combination or wrapper of names says how to load them."""
+    names: Any = ["ssim", "haarpsi"]
+    for build in (lambda: SoftMin(names, temperature=0.1), lambda: Calibrated(names[0], AffineMap(0.0, 1.0))):
+        with pytest.raises(TypeError, match=r"got the name 'ssim'. iqareward.load"):
+            build()
 
 
 @pytest.mark.parametrize("terms", [{"ssim": 1.0}, [(load("ssim"), 1.0)], [load("ssim")]])
