@@ -23,7 +23,7 @@ def to_images(
     value_range: tuple[float, float] | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor | list[Tensor]:
-    """Any images as float32 RGB in [0, 1], ready for every reward.
+    """Convert images to float32 RGB in [0, 1], ready for every reward.
 
     Ranges are never guessed: integers are scaled by their dtype (uint8 by 255, uint16 by 65535, bool by 1), floats by
     the `value_range` that you state. Layout follows the type: tensors are channels-first, ndarrays channels-last.

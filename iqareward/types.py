@@ -23,7 +23,7 @@ Bounds: TypeAlias = tuple[float | None, float | None]
 
 @runtime_checkable
 class Reward(Protocol):
-    """What every part of this library and every adapter expects from a reward.
+    """The interface that this library and its adapters expect of a reward.
 
     Plain attributes describe it; calling it scores images. `iqareward.testing.check_reward` tests the whole contract,
     which `docs/explanation/contract.md` explains.

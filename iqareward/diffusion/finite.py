@@ -12,7 +12,7 @@ from iqareward.groups import finite_or_nan
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, because its weights, gradients or rewards are not usable; its saved files are intact.
+    """Training cannot continue, because weights, gradients or rewards are unusable; saved files are intact.
 
     Example:
         >>> try:

@@ -29,7 +29,7 @@ _MAX_FAILED_UPDATES = 5
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights of the model follow the losses.
+    """Options of the optimiser and of the mixed RL and SFT loss.
 
     Args:
         learning_rate: Learning rate of AdamW.

@@ -89,7 +89,7 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
 
 
 def load_restorer(folder: Path | str) -> PixelPolicy:
-    """The policy in a folder of `save_restorer`, or of a diffusers pipeline with a `UNet2DModel` that sees 6 channels.
+    """Load a policy from a folder of `save_restorer`, or from a diffusers pipeline with a 6-channel `UNet2DModel`.
 
     Args:
         folder: Holds `unet/` and `scheduler/`.

@@ -75,7 +75,7 @@ def rollout(
     keep_clean: Sequence[int] = (),
     condition: Condition | None = None,
 ) -> Trajectory:
-    """Restore each input several times, each time with other noise, and keep the path of the latents.
+    """Restore each input several times, each time with different noise, and keep the trajectory of the latents.
 
     The noise follows from `seed` and the input's id alone, so an input's rollouts are the same in any batch, on any
     number of processes and after a resume.
@@ -87,10 +87,10 @@ def rollout(
         group_size: Rollouts per input, K.
         num_steps: Sampling steps, T.
         eta: Noise of each step, as `policy.process` takes it; 0 is deterministic after the first noise.
-        seed: Seed of the noise; use another one for every optimiser step.
+        seed: Seed of the noise; use a different one for every optimiser step.
         window: Steps that are stochastic, while the others follow the ODE (MixGRPO); all if not given.
         keep_clean: Steps whose prediction of the clean latents is kept, for stepwise rewards.
-        condition: `policy.condition(degraded)`, if it is at hand.
+        condition: `policy.condition(degraded)`, if you have it already.
 
     Returns:
         A `Trajectory` on the device of `degraded`; decode its `sample` with `policy.decode`.
@@ -208,7 +208,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How inputs are restored during training.
+    """Options for sampling restorations during training.
 
     Args:
         group_size: Rollouts per input.

@@ -1,4 +1,4 @@
-"""Score on a background thread: many calls as one batch (`MicroBatched`), or beside the sampler (`Overlapped`)."""
+"""Score on a background thread: merge calls into batches (`MicroBatched`), or run beside the caller (`Overlapped`)."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ _WAIT_SHARE = 0.2
 
 @final
 class MicroBatched(Wrapper):
-    """The same reward for many callers at once: concurrent calls become batches, and each caller gets its own scores.
+    """Merge concurrent calls of a reward into batches, and give each caller its own scores.
 
     Trainers score one image at a time from many threads; a network is several times as fast on a batch. One worker
     thread per process does the scoring, so the reward itself is never entered twice at the same time. It waits for more
@@ -157,7 +157,7 @@ class MicroBatched(Wrapper):
 
 @final
 class Overlapped(Wrapper):
-    """The same reward on a thread of its own, and on a GPU on a stream of its own, so that it works beside the sampler.
+    """Run a reward on its own thread, and on a GPU on its own stream, while the caller samples the next batch.
 
     `submit` returns at once; the scores are there when you ask for them. Calling it is `submit(...).result()`, so it is
     a reward like any other. Work that the caller has queued on its stream comes before the scoring, and the scores
@@ -168,7 +168,7 @@ class Overlapped(Wrapper):
 
     Args:
         reward: Any reward; only one thread uses it at a time.
-        max_pending: The most unfinished calls; `submit` waits beyond that, so that images do not pile up.
+        max_pending: Maximum number of unfinished calls; `submit` waits beyond that, so that images do not pile up.
 
     Raises:
         ValueError: `max_pending` is below 1.

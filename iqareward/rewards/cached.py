@@ -115,9 +115,9 @@ _DIGEST_BYTES = 20
 
 @final
 class Cached(Wrapper):
-    """The same reward, called only once for the same pixels, references and prompts.
+    """Cache the scores of a reward by pixels, references and prompts.
 
-    This pays for images that come again and a reward that costs more than hashing them (about a millisecond for
+    This pays for repeated images and a reward that costs more than hashing them (about a millisecond for
     512 x 512 pixels). The pixels are hashed on the host, so images on a GPU are copied and waited for. Scores are
     those of the first time, bit for bit; NaN is computed again.
 

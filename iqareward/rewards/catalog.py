@@ -38,7 +38,7 @@ class Entry(NamedTuple):
         weights: where its weights come from, a hub id, "torchvision:<backbone>" or "pyiqa"; "" = it has none.
         licence: The licences of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
-        usual: the scores between which most photographs lie, from bad to best; None = nobody states them.
+        usual: the scores between which most photographs lie, from bad to best; None = unknown.
         bounds: (low, high) that no score can leave; None = unbounded.
         higher_is_better: direction of the published metric; if False the reward is its negative.
         published_range: what papers print for the scores 0 and 1 of a reward whose direction they share.
@@ -180,7 +180,7 @@ class _Term(NamedTuple):
 def load(
     spec: str | Mapping[str, float], *, device: torch.device | str | None = None, differentiable: bool = False
 ) -> Reward:
-    """The reward behind a name, or behind a weighted sum of names.
+    """Make a reward from its name, or from a weighted sum of names.
 
     A sum adds the scores as they are, so its parts must share a scale: each must lie in [-1, 1]. Write
     `"psnr[10, 50]"` for a reward that does not: a score of 10 becomes 0, one of 50 becomes 1, linear between and
@@ -215,8 +215,8 @@ def load(
         '0.7*haarpsi + 0.3*psnr[10, 50]': the first score in brackets becomes 0, the second 1.
         >>> load("nique")
         Traceback (most recent call last):
-        ValueError: unknown reward 'nique'; did you mean niqe, piqe, pyiqa:unique? `iqareward list` shows all,
-        `iqareward list --pyiqa` pyiqa's.
+        ValueError: unknown reward 'nique'; did you mean niqe, piqe, pyiqa:unique? `iqareward list` shows all names,
+        `iqareward list --pyiqa` those of pyiqa.
     """
     if isinstance(spec, Mapping):
         spec = " ".join(_part(name, weight) for name, weight in spec.items()).removeprefix("+ ")

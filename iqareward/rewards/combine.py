@@ -26,7 +26,7 @@ def evaluate(
     inputs: Images | None = None,
     prompts: Sequence[str] | None = None,
 ) -> dict[str, Scores]:
-    """Each reward's own score of each image, by name: what to log, and what to combine.
+    """Score images with several rewards and return the scores by name, to log or combine them.
 
     Args:
         rewards: with unique names.
@@ -63,7 +63,7 @@ class WeightedSum(Combined):
 
     Args:
         terms: (weight, reward) pairs; the names of the rewards must be unique.
-        name: default: the formula, e.g. `"0.7*qalign + 0.3*ssim"`.
+        name: Name of the reward; by default the formula, e.g. `"0.7*qalign + 0.3*ssim"`.
 
     Raises:
         ValueError: no terms, two rewards of the same name, or a weight that is not finite in float32.
@@ -99,7 +99,7 @@ class WeightedSum(Combined):
 
 @final
 class SoftMin(Combined):
-    """The worst of several rewards, smoothly, so that no judge can be traded against another; NaN where any is NaN.
+    """A smooth minimum of several rewards, so that none can be traded for another; NaN where any is NaN.
 
     `-T log(mean_k exp(-score_k / T))`: it lies between the smallest and the mean of the scores. The scores must share a
     scale; use `Calibrated`.
@@ -107,7 +107,7 @@ class SoftMin(Combined):
     Args:
         rewards: with unique names.
         temperature: T > 0 in units of the scores; towards 0 it becomes the plain minimum.
-        name: default: from the parts.
+        name: Name of the reward; by default made from those of the parts.
 
     Raises:
         ValueError: no rewards, two of the same name, or a temperature that is not positive.
@@ -142,7 +142,7 @@ class SoftMin(Combined):
 
 @final
 class FidelityFloor(Combined):
-    """A no-reference reward that counts only above a floor of fidelity: fidelity first, then the reward.
+    """A no-reference reward that counts only for images whose fidelity to the reference is above a floor.
 
     Where `fidelity >= floor` the score is the reward's. Below, it is `low + (fidelity - floor)`: under every score
     above the floor, and rising with fidelity, so that an image which a judge likes but which lost its content cannot
@@ -153,7 +153,7 @@ class FidelityFloor(Combined):
         fidelity: a full-reference reward, e.g. `load("psnr")`.
         floor: in units of `fidelity`.
         low: the least score that `reward` gives; default: its lower bound.
-        name: default: from the parts.
+        name: Name of the reward; by default made from those of the parts.
 
     Raises:
         ValueError: `reward` has no lower bound and `low` is not given, or both have one name.
@@ -268,7 +268,7 @@ class LogisticMap:
 @final
 @dataclass(frozen=True)
 class CDFMap:
-    """The share of the frozen set that an image beats: the empirical distribution function, linear between its knots.
+    """The share of a frozen set that an image beats: its empirical distribution function, linear between knots.
 
     Args:
         knots: strictly increasing scores.
@@ -316,12 +316,12 @@ _MAPS = {"affine": AffineMap, "logistic": LogisticMap, "cdf": CDFMap}
 
 @final
 class Calibrated(Wrapper):
-    """A reward in [0, 1]: a reward followed by a fixed monotone map of its scores; NaN stays NaN.
+    """Map the scores of a reward to [0, 1] with a fixed monotone function; NaN stays NaN.
 
     Args:
         reward: any reward.
         score_map: `AffineMap`, `LogisticMap` or `CDFMap`; `.fit(scores)` on the scores of a frozen set makes one.
-        name: default: the reward's.
+        name: Name of the result; by default that of the reward.
 
     Example:
         >>> import torch, iqareward

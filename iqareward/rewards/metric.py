@@ -35,13 +35,13 @@ class _MetricReward(ImageReward):
 
 @final
 class FullReference(_MetricReward):
-    """A reward from any full-reference metric: how close each image is to its reference.
+    """Make a reward from any full-reference metric, which says how close each image is to its reference.
 
     Args:
         metric: `metric(images, references) -> [B]` on float32 `[B, 3, H, W]` in [0, 1], each image on its own. A
             module-level function or a picklable callable, so that the reward can be sent to workers.
         higher_is_better: direction of the metric; if False the reward is its negative.
-        name: default: the metric's `__name__`.
+        name: Name of the reward; by default the metric's `__name__`.
         bounds: The lowest and highest score of the reward, that is after the sign.
         min_side: images with a shorter side give NaN.
         differentiable: keep the graph from scores to pixels.
@@ -63,12 +63,12 @@ class FullReference(_MetricReward):
 
 @final
 class NoReference(_MetricReward):
-    """A reward from any no-reference metric: how good each image looks on its own.
+    """Make a reward from any no-reference metric, which scores each image on its own.
 
     Args:
         metric: `metric(images) -> [B]`; otherwise as in `FullReference`.
         higher_is_better: direction of the metric; if False the reward is its negative.
-        name: default: the metric's `__name__`.
+        name: Name of the reward; by default the metric's `__name__`.
         bounds: The lowest and highest score of the reward, that is after the sign.
         min_side: images with a shorter side give NaN.
         differentiable: keep the graph from scores to pixels.

@@ -170,7 +170,7 @@ def pyiqa_bounds(metric: str) -> Bounds:
 
 @final
 class PyIQAReward(ImageReward):
-    """Any metric of pyiqa by its name there, higher is better, one score per image whatever the batch holds.
+    """A metric of pyiqa as a reward: higher is better, and each score is independent of the batch.
 
     Mode, direction and range are those of the installed pyiqa's configuration; version 0.1.16 is tested.
 

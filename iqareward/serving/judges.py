@@ -85,7 +85,7 @@ class ServedVLMReward(HttpReward):
             model name is raised in any case.
         min_mass: probability that the tokens that count must hold; below it the score is NaN, whatever `on_error` is.
         token_variable: environment variable with the bearer token; nothing is sent if it is not set.
-        name: default: `"served:<model>"`.
+        name: Name of the reward; by default `"served:<model>"`.
 
     Raises:
         ImportError: httpx2 is missing.

@@ -112,7 +112,7 @@ class _Owl2Reward(ImageReward):
 
 @final
 class QAlignReward(_Owl2Reward):
-    """How good a large multimodal model finds each image: its expected level between "bad" and "excellent".
+    """Q-Align: the expected quality level of each image, from "bad" to "excellent", by a large multimodal model.
 
     Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
 
@@ -177,7 +177,7 @@ class QAlignReward(_Owl2Reward):
 
 @final
 class DeQAReward(_Owl2Reward):
-    """How good DeQA-Score finds each image, in process: no second environment and no HTTP server.
+    """DeQA-Score: the expected quality level of each image, in this process instead of behind an HTTP server.
 
     Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call. `device`, `dtype`,
     `differentiable`, `batch_size`, `compiled` and `quant` are those of `QAlignReward`.

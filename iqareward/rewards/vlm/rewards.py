@@ -198,7 +198,7 @@ class _LevelReward(_VLMReward):
 
 @final
 class LevelReward(_LevelReward):
-    """How good a vision-language model finds each image: its expected level, such as between "bad" and "excellent".
+    """The expected quality level that a vision-language model gives each image, such as "bad" to "excellent".
 
     One forward pass, no sampling and no parsing: the same image always gets the same score. Images are rounded to 8
     bits and resized as Pillow does it, on their device, because that is what these models were trained on. Needs the
@@ -284,7 +284,7 @@ class QReAlignReward(_LevelReward):
 
 
 def zero_shot_level_reward(model: Source, scale: Scale = "unit", **options: Any) -> LevelReward:
-    """Q-Align's question to a general model that was never trained on it.
+    """Ask Q-Align's question of a general model that was not trained on it.
 
     Args:
         model: Hub id, folder, or pair (model, processor), as in `LevelReward`.
