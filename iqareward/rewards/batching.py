@@ -120,10 +120,10 @@ class MicroBatched(Wrapper):
 
     def close(self) -> None:
         """Score what is in the queue, then end the worker of this process, for every copy; later calls fail."""
-        worker = self._running().worker
-        worker.refuse_from_within(f"MicroBatched of {self.name}")
-        _BATCHERS.get().forget(self.key)  # whoever comes later gets a new one
-        worker.close()
+        batcher = self._running()
+        batcher.worker.refuse_from_within(f"MicroBatched of {self.name}")
+        _BATCHERS.get().forget(self.key, batcher)  # whoever comes later gets a new one
+        batcher.worker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -293,10 +293,14 @@ class _Inbox:
 
     def put(self, job: _Job, user: str) -> None:
         with self._closing:
-            if self._is_closed:
-                reason = "was called while the interpreter exits." if self.is_silent else "is closed; make a new one."
-                raise RuntimeError(f"{user} {reason}")
+            self.refuse_if_closed(user)
             self._jobs.put(job)
+
+    def refuse_if_closed(self, user: str) -> None:
+        """Raise a RuntimeError that says why no more jobs are accepted."""
+        if self._is_closed:
+            reason = "was called while the interpreter exits." if self.is_silent else "is closed; make a new one."
+            raise RuntimeError(f"{user} {reason}")
 
     def get(self, timeout: float | None = None) -> _Job | None:
         """The next job; None after the last one of a closed inbox; `queue.Empty` when the time is over."""
@@ -414,9 +418,10 @@ class _Batchers:
         with self._lock:
             return key in self._by_key
 
-    def forget(self, key: str) -> None:
+    def forget(self, key: str, batcher: _Batcher) -> None:
         with self._lock:
-            self._by_key.pop(key, None)
+            if self._by_key.get(key) is batcher:  # else it was closed before, and a copy has begun a new one
+                del self._by_key[key]
 
 
 _BATCHERS = PerProcess(_Batchers)
@@ -543,7 +548,8 @@ class _Background:
 
     def submit(self, reward: Reward, call: Call) -> PendingScores:
         job, user = _Job(call, reward), f"Overlapped of {reward.name}"
-        self._worker.refuse_from_within(user)  # before it waits for room
+        self._worker.refuse_from_within(user)  # before it waits for room, which a silent worker never makes
+        self._worker.inbox.refuse_if_closed(user)
         self._free.acquire()
         job.future.add_done_callback(lambda _: self._free.release())  # cancelled ones too
         return PendingScores(self._worker.submit(job, user).future)

@@ -278,6 +278,20 @@ def test_close_answers_what_was_accepted_and_refuses_the_rest() -> None:
         reward(flat(0.5))
 
 
+def test_closing_again_leaves_the_worker_of_later_copies() -> None:
+    """A second `close` ends nothing that was begun since: copies made later still share their worker."""
+    reward = MicroBatched(Brightness())
+    reward(flat(0.5))
+    reward.close()
+    later = pickle.loads(pickle.dumps(reward))
+    later(flat(0.5))
+    reward.close()
+    latest = pickle.loads(pickle.dumps(reward))
+    latest(flat(0.5))
+    assert latest.reward is later.reward
+    later.close()
+
+
 def test_copies_share_the_worker_and_its_weights() -> None:
     """Pickled copies in one process find the running worker; the last user takes it with it."""
     reward = MicroBatched(Brightness())

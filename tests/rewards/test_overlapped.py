@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -121,6 +123,24 @@ def test_gradients_cross_threads(photographs: Tensor) -> None:
 def test_no_graph_without_gradients() -> None:
     """A reward that says it has no gradients gives none, even if it would build a graph."""
     assert not Overlapped(Brightness())(flat(0.5).requires_grad_()).requires_grad
+
+
+def test_a_call_at_exit_is_refused_even_without_room() -> None:
+    """A call by an exit handler fails; it does not wait for room that a call under way will never give back."""
+    script = (
+        "import atexit\n"
+        "def late():\n"
+        "    try: reward.submit(flat(0.5))\n"
+        "    except RuntimeError as error: print(error)\n"
+        "atexit.register(late)\n"  # before the imports, so that it runs after the handlers that these register
+        "from iqareward import Overlapped\n"
+        "from tests.rewards.counting import Brightness, flat\n"
+        "reward = Overlapped(Brightness(seconds=0.5), max_pending=1)\n"
+        "pending = reward.submit(flat(0.5))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    refused = "Overlapped of brightness was called while the interpreter exits.\n"
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", refused)
 
 
 def test_copies_and_collection() -> None:
