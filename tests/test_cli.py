@@ -601,7 +601,7 @@ bare, nothing, anonymous = object(), None, lambda images: contrast(images)
 def test_check_reports_whatever_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, complaint: str
 ) -> None:
-    """What is no reward, or ends the program, is a failure in one line with exit code 1, never a traceback."""
+    """What is not a reward, or ends the program, is a failure in one line with exit code 1, never a traceback."""
     modules = {
         "odd": ODD_MODULE,
         "fails": "raise RuntimeError('no [weights]')",

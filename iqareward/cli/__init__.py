@@ -132,7 +132,7 @@ def score(
     reward: RewardNames,
     reference: Reference = None,
     output_format: Annotated[
-        Format | None, typer.Option("--format", help="Default: table, or as the suffix of --output.")
+        Format | None, typer.Option("--format", help="Output format; default: table, or that of --output.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this .csv or .jsonl file; run again to resume.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output instead of resuming.")] = False,
