@@ -292,7 +292,7 @@ LORA = f"base_model.model.{ADAPTED[0]}.lora_"
             lambda t: t.update({"base_model.model.lm_body.lora_A.weight": torch.ones(2, 32)}),
             r"no matrix lm_body\.weight",
         ),
-        (lambda t: t.update({LORA + "magnitude": torch.ones(2)}), r"lora_magnitude.*no LoRA weight"),
+        (lambda t: t.update({LORA + "magnitude": torch.ones(2)}), r"lora_magnitude.*not a LoRA weight"),
     ],
 )
 def test_damaged_adapters_are_refused(tmp_path, model, change, message) -> None:
