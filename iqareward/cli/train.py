@@ -294,7 +294,7 @@ def _finish(
         tell(f"  {name}, held-out images: {first:.4g} before RL, {last:.4g} after {looks[-1]['update']} updates")
     if looks[-1]["alarms"]:
         tell(f"The monitor warns: {looks[-1]['alarms']}")
-    tell(f"{model}/ is the trained restorer, for iqareward.diffusion.restorer.load_restorer")
+    tell(f"{model}/ is the trained restorer, for iqareward.diffusion.load_restorer")
     tell(f"{trainer.history_file} has a line per update; samples-*.png beside it show held-out images")
     tell(f"{trainer.checkpoint}: with --resume and more `updates` the run goes on")
     return model
