@@ -31,7 +31,7 @@ def evaluate(
     Args:
         rewards: with unique names.
         images: `[B, 3, H, W]` float RGB in [0, 1], or a sequence of `[3, H, W]`.
-        references: of the same shapes, for rewards that need them.
+        references: The ground truth, in the same shapes, for rewards that need it.
         inputs: the degraded images, for rewards that need them.
         prompts: one per image, for rewards that need them.
 
