@@ -72,6 +72,7 @@ class MicroBatched(Wrapper):
         max_bytes: int = 2**29,
         key: str | None = None,
     ) -> None:
+        super().__init__(reward)
         if reward.differentiable:
             raise ValueError(
                 f"MicroBatched expected a reward without gradients, got {reward.name} with differentiable=True: "
@@ -82,7 +83,6 @@ class MicroBatched(Wrapper):
                 "MicroBatched expected max_batch >= 1, max_wait_ms >= 0 and max_bytes >= 1, got "
                 f"{max_batch}, {max_wait_ms} and {max_bytes}."
             )
-        super().__init__(reward)
         self.limits = _Limits(max_batch, max_wait_ms / 1000, max_bytes)
         self.key = key or uuid.uuid4().hex
         self._batcher: _Batcher | None = None

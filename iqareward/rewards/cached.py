@@ -153,11 +153,11 @@ class Cached(Wrapper):
         version: str = "",
         cache_nan: bool = False,
     ) -> None:
+        super().__init__(reward)
         if reward.differentiable:
             raise ValueError(f"Cached expected a reward without gradients, got {reward.name} with differentiable=True.")
         if max_entries < 1 or max_bytes < 1:
             raise ValueError(f"Cached expected max_entries and max_bytes >= 1, got {max_entries} and {max_bytes}.")
-        super().__init__(reward)
         self._prefix = repr((iqareward.__version__, reward.name, version)).encode()
         self._store = PerProcess(partial(_Store, max_entries, directory, max_bytes, cache_nan))
 

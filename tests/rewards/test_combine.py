@@ -1,6 +1,8 @@
 """Rewards made of rewards: components stay unweighted, sums and minima are what they say, guards hold."""
 
 import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,12 +13,15 @@ from torch import Tensor
 
 from iqareward import (
     AffineMap,
+    Cached,
     Calibrated,
     CDFMap,
     FidelityFloor,
     FullReference,
     LogisticMap,
+    MicroBatched,
     NoReference,
+    Overlapped,
     SoftMin,
     WeightedSum,
     check_reward,
@@ -246,7 +251,12 @@ def test_files_that_are_no_maps(content: bytes, tmp_path) -> None:
 def test_names_are_refused_where_rewards_are_expected() -> None:
     """A combination or wrapper of names says how to load them."""
     names: Any = ["ssim", "haarpsi"]
-    for build in (lambda: SoftMin(names, temperature=0.1), lambda: Calibrated(names[0], AffineMap(0.0, 1.0))):
+    builds: list[Callable[[], Any]] = [
+        lambda: SoftMin(names, temperature=0.1),
+        lambda: Calibrated(names[0], AffineMap(0.0, 1.0)),
+        *(partial(wrapper, names[0]) for wrapper in (MicroBatched, Cached, Overlapped)),
+    ]
+    for build in builds:
         with pytest.raises(TypeError, match=r"got the name 'ssim'. iqareward.load"):
             build()
 
