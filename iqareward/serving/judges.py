@@ -21,7 +21,7 @@ from torch import Tensor
 
 from iqareward.rewards.calls import Call
 from iqareward.rewards.core import reward_mode, sanitize
-from iqareward.rewards.vlm.presets import LevelPreset, RatingPreset
+from iqareward.rewards.vlm.presets import LevelPreset, RatingPreset, check_preset
 from iqareward.serving.client import HttpReward, RemoteError, together
 from iqareward.types import Images, Scores
 
@@ -93,7 +93,7 @@ class ServedVLMReward(HttpReward):
         RemoteError: no usable answer, and `on_error` is `"raise"` (at a call).
 
     Example:
-        >>> from iqareward.rewards.vlm.presets import ZERO_SHOT_LEVELS
+        >>> from iqareward.rewards import ZERO_SHOT_LEVELS
         >>> reward = ServedVLMReward("http://127.0.0.1:8000/v1", "Qwen/Qwen2.5-VL-72B-Instruct", ZERO_SHOT_LEVELS)
         >>> reward.name, reward.bounds  # nothing is sent yet
         ('served:Qwen/Qwen2.5-VL-72B-Instruct', (0.0, 1.0))
@@ -113,6 +113,7 @@ class ServedVLMReward(HttpReward):
         token_variable: str = "IQAREWARD_VLM_TOKEN",
         name: str = "",
     ) -> None:
+        check_preset("ServedVLMReward", preset, LevelPreset, RatingPreset)
         if scale not in ("unit", "mos"):
             raise ValueError(f'ServedVLMReward expected `scale` "unit" or "mos", got {scale!r}.')
         if not 0 < min_mass <= 1:

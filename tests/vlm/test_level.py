@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import iqareward
 from benchmarks.meter import Meter
 from iqareward.rewards import core
 from iqareward.rewards.vlm import inputs
@@ -368,3 +369,17 @@ def test_old_transformers_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "5.2.0")
     with pytest.raises(ImportError, match=r"(?s)transformers>=5\.7.*upgrade"):
         reward("qwen2_5_vl")(tiny.images(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda preset: iqareward.LevelReward("owner/name", preset),
+        lambda preset: iqareward.RatingReward("owner/name", preset),
+        lambda preset: iqareward.ServedVLMReward("http://127.0.0.1:1/v1", "name", preset),
+    ],
+)
+def test_a_name_is_not_a_preset(make) -> None:
+    """What is not a preset is refused when the reward is made."""
+    with pytest.raises(TypeError, match=r"Preset.*got str.*iqareward\.rewards"):
+        make("q_insight")

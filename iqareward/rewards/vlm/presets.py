@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 Task = Literal["quality", "aesthetics"]
 Size = Literal["mini", "lite", "pro"]
@@ -206,6 +206,15 @@ class RatingPreset:
 
 
 # hub ids
+def check_preset(who: str, preset: Any, *kinds: type) -> None:
+    """Refuse anything but a preset of one of these kinds, such as its name."""
+    if not isinstance(preset, kinds):
+        raise TypeError(
+            f"{who} expected `preset` as a {' or '.join(kind.__name__ for kind in kinds)}, got "
+            f"{type(preset).__name__}. Import one such as ZERO_SHOT_LEVELS from iqareward.rewards, or make your own."
+        )
+
+
 Q_REALIGN_MODELS: dict[Size, str] = {
     "mini": "q-future/Q-ReAlign-Mini-0.8B",
     "lite": "q-future/Q-ReAlign-Lite-4B",

@@ -30,6 +30,7 @@ from iqareward.rewards.vlm.presets import (
     RatingPreset,
     Size,
     Task,
+    check_preset,
     parse_rating,
 )
 from iqareward.types import Bounds, Images, Scores
@@ -150,6 +151,7 @@ class _LevelReward(_VLMReward):
         differentiable: bool,
         batch_size: int,
     ) -> None:
+        check_preset(name, preset, LevelPreset)
         columns = len(preset.levels) + 1  # one more for the mass of all levels
         super().__init__(name, model, columns, scale, device, dtype, differentiable, batch_size)
         self.preset = preset
@@ -332,6 +334,7 @@ class _RatingReward(_VLMReward):
         differentiable: bool,
         batch_size: int,
     ) -> None:
+        check_preset(name, preset, RatingPreset)
         super().__init__(name, model, 2, scale, device, dtype, differentiable, batch_size)
         self.preset = preset
         low, high = float(preset.ratings.low), float(preset.ratings.high)
