@@ -189,8 +189,8 @@ def test_summary(photos: Path, tmp_path: Path) -> None:
         assert f"{std:.4f}" in shown
         assert "4 of 5" in shown
         found = {line["name"]: line for line in json.loads((tmp_path / "s.json").read_text())}
-        assert found["piqe"] == {"name": "piqe", "mean": mean, "std": std, "scored": 4, "pictures": 5}
-        assert found["niqe"] == {"name": "niqe", "mean": None, "std": None, "scored": 0, "pictures": 5}
+        assert found["piqe"] == {"name": "piqe", "mean": mean, "std": std, "scored": 4, "images": 5}
+        assert found["niqe"] == {"name": "niqe", "mean": None, "std": None, "scored": 0, "images": 5}
     run(*job, "--summary", tmp_path / "s.csv", code=1)
     assert rows_in_summary(tmp_path / "s.csv")["piqe"] == [str(mean), str(std), "4", "5"]
 
