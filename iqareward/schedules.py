@@ -33,8 +33,11 @@ __all__ = [
 ]
 
 Signal: TypeAlias = Literal["difficulty", "pass_rate"]
-"""What a weighting goes by: a distance to the ground truth (large = hard), or the share of an input's rollouts that
-pass (small = hard)."""
+"""The signal that a weighting takes.
+
+"difficulty": a distance to the ground truth; large means hard.
+"pass_rate": the share of an input's rollouts that pass; small means hard.
+"""
 
 # HPT's: (RL, SFT) for 0 to 8 solved of 8 rollouts.
 _HPT_TABLE = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125), *[(1.0, 0.0)] * 4)

@@ -13,7 +13,7 @@ from iqareward.groups import check_ids, check_rows, is_distributed
 from iqareward.types import Groups
 
 Direction: TypeAlias = Literal["hard_to_rl", "hard_to_sft"]
-"""Whether hard inputs get more RL, or more SFT as in recipes for language models."""
+"""Hard inputs get more RL ("hard_to_rl"), or more SFT ("hard_to_sft", as in training recipes for language models)."""
 
 _SMALLEST_DIFFICULTY = 1e-6  # so that every logarithm exists
 _SMALLEST_SPREAD = 0.05  # so that noise does not tell equally hard inputs apart

@@ -1,4 +1,4 @@
-"""What all adapters share: finding the reward, converting the trainer's values, and images without a score."""
+"""Code that all adapters share: find the reward, convert the trainer's values, and handle images without a score."""
 
 import importlib
 import logging
@@ -21,7 +21,7 @@ ValueRange: TypeAlias = tuple[float, float]
 """(black, white) of floating-point pixels."""
 
 OnNan: TypeAlias = Literal["raise", "mean", "worst", "nan"] | float
-"""What a trainer receives for an image that was not scored. Every substitute but NaN is logged.
+"""The value that a trainer receives for an image without a score. Every value but NaN is logged.
 
 "raise": a ValueError that names the images, so that training stops; the default everywhere.
 "mean": the mean of the images scored in the same call, which gives nearly no advantage.

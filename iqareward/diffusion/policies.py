@@ -14,7 +14,7 @@ from iqareward.diffusion.processes import NoiseProcess
 from iqareward.functional._chunks import rows_at_once
 
 Condition = dict[str, Tensor]
-"""What the network sees of the degraded images: named tensors whose first dimension is the batch."""
+"""The network's input besides the noisy latents: named tensors, made from the degraded images, batch first."""
 
 
 class Policy(Protocol):
@@ -71,7 +71,7 @@ def denoising_loss(policy: Policy, clean: Tensor, condition: Condition, noise: T
     Args:
         policy: The model.
         clean: `[B, ...]` latents of the references.
-        condition: What the network sees of the same inputs.
+        condition: The result of `policy.condition` for the same inputs.
         noise: `[B, ...]` standard normal.
         times: `[B]` from `policy.process.draw_times`.
 

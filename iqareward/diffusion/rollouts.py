@@ -155,7 +155,7 @@ class Experience:
     Attributes:
         ids: B ids of the inputs.
         references: `[B, 3, H, W]` ground truth.
-        condition: What the network sees of the B inputs.
+        condition: The condition of the B inputs, from the policy.
         trajectory: The N rollouts.
         rewards: `[S, N]` fp32, NaN = not scored; one row per scored step, the sample last.
         distances: `[N]` >= 0 from the samples to the references, NaN where unknown.

@@ -125,14 +125,14 @@ def pyiqa_configs() -> dict[str, dict[str, Any]]:
     Raises:
         ImportError: pyiqa is not installed.
     """
+    name, spec = "pyiqa.default_model_configs", None
     package = importlib.util.find_spec("pyiqa")
-    if package is None or package.submodule_search_locations is None:
-        return require("pyiqa.default_model_configs", extra="pyiqa", purpose="PyIQAReward").DEFAULT_CONFIGS
-    # the file alone, in a millisecond: pyiqa as a whole takes seconds to import
-    file = Path(package.submodule_search_locations[0]) / "default_model_configs.py"
-    spec = importlib.util.spec_from_file_location("pyiqa.default_model_configs", file)
-    assert spec is not None
-    assert spec.loader is not None
+    if package is not None and package.submodule_search_locations:
+        # the file alone, in a millisecond: pyiqa as a whole takes seconds to import
+        file = Path(package.submodule_search_locations[0]) / "default_model_configs.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        return require(name, extra="pyiqa", purpose="PyIQAReward").DEFAULT_CONFIGS
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return dict(module.DEFAULT_CONFIGS)

@@ -1,4 +1,4 @@
-"""What the server accepts: settings, errors, limits on memory, and the readers of request bodies."""
+"""Read and check requests: server settings, errors, memory limits, and parsers of request bodies."""
 
 import asyncio
 import threading
