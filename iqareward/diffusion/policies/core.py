@@ -1,0 +1,413 @@
+"""What the trainer asks of a restoration model, and two bases that leave little to write for a model of your own."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from iqareward.diffusion.batches import Batch
+from iqareward.diffusion.conditions import Condition, concatenated
+from iqareward.diffusion.noise import Noise
+from iqareward.diffusion.processes import NoiseProcess, Step, Transition
+
+
+class Policy(Protocol):
+    """A restoration model as the trainer uses it; derive from `DiffusionPolicy` or `FeedForwardPolicy` to get most of it.
+
+    A step keeps nothing in the policy: the trainer repeats steps for parts of a batch, to replay them and to
+    differentiate through them.
+
+    Attributes:
+        model: All that trains; called as `self.model`, because it is exchanged while older weights are asked.
+        num_steps: Steps of the sampler that the model ships with.
+        eta: Noise of each of its steps; 0 is deterministic after the first noise.
+
+    Example:
+        >>> import torch
+        >>> from iqareward.diffusion import Batch, Noise, build_restorer
+        >>> policy: Policy = build_restorer((8, 16))
+        >>> condition = policy.condition(Batch((3,), torch.rand(1, 3, 8, 8)), Noise((3,)))
+        >>> latents = policy.start(condition, Noise((3,)))
+        >>> policy.step(latents, policy.schedule(condition, 5)[0], condition, eta=1.0).mean.shape
+        torch.Size([1, 3, 8, 8])
+    """
+
+    model: nn.Module
+    num_steps: int
+    eta: float
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model and every frozen part."""
+        ...
+
+    def condition(self, batch: Batch, noise: Noise) -> Condition:
+        """What the steps need to know of the inputs, one row each; computed once per input."""
+        ...
+
+    def schedule(self, condition: Condition, num_steps: int) -> Sequence[Step]:
+        """The steps of the sampler; what they are may depend on the size of the inputs."""
+        ...
+
+    def start(self, condition: Condition, noise: Noise) -> Tensor:
+        """Latents `[N, ...]` before the first step."""
+        ...
+
+    def step(self, latents: Tensor, step: Step, condition: Condition, *, eta: float) -> Transition:
+        """The Gaussian that the next latents are drawn from; with a gradient if enabled."""
+        ...
+
+    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
+        """Images `[N, 3, H, W]` in the size of the references, in [0, 1] up to overshoots; the caller clamps."""
+        ...
+
+    def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
+        """The model's own supervised loss `[B]` for references `[B, 3, H, W]` in [0, 1]."""
+        ...
+
+    def reconstruct(self, references: Tensor, condition: Condition) -> Tensor:
+        """The references as the model can reach them at best: encoded and decoded."""
+        ...
+
+
+class _Parts:
+    """Moves what a policy consists of."""
+
+    model: nn.Module
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model and every frozen part: modules, tensors and objects with `to` among the attributes."""
+        for name, value in vars(self).items():
+            if isinstance(value, nn.Module):
+                value.to(device)
+            elif isinstance(value, Tensor) or (hasattr(value, "to") and not isinstance(value, type)):
+                setattr(self, name, value.to(device))
+        return self
+
+
+class DiffusionPolicy(_Parts, ABC):
+    """A conditional diffusion model: write `condition`, `encode`, `predict` and `decode`, the rest follows.
+
+    Attributes:
+        model: All that trains.
+        process: How noise is added and taken away.
+        num_steps: Steps of the sampler that the model ships with.
+        eta: Noise of each of its steps, as the process takes it.
+        guidance_scale: Scale of classifier-free guidance in sampling; 1 is none. Supervised losses never use it.
+
+    Example:
+        >>> import diffusers, torch
+        >>> from iqareward.diffusion import DDIM
+        >>> class SuperResolution(DiffusionPolicy):
+        ...     def __init__(self, unet):
+        ...         self.model, self.process = unet, DDIM(diffusers.DDIMScheduler())
+        ...     def condition(self, batch, noise):
+        ...         return {"latents": 2 * torch.nn.functional.interpolate(batch.degraded, scale_factor=4) - 1}
+        ...     def encode(self, images, condition):
+        ...         return 2 * images - 1
+        ...     def predict(self, latents, times, condition):
+        ...         return self.model(torch.cat([latents, condition["latents"]], 1), times).sample
+        ...     def decode(self, latents, condition):
+        ...         return (latents + 1) / 2
+    """
+
+    model: nn.Module
+    process: NoiseProcess
+    num_steps: int = 50
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+
+    @abstractmethod
+    def condition(self, batch: Batch, noise: Noise) -> Condition:
+        """What `predict` needs of the inputs, one row each; under "latents" what has the shape of the latents."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, condition: Condition) -> Tensor:
+        """Latents `[B, ...]` of clean images `[B, 3, H, W]` in [0, 1]."""
+
+    @abstractmethod
+    def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """The network's output `[N, ...]` for `latents` `[N, ...]` at `times` `[N]`; with a gradient if enabled."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
+        """Images `[N, 3, H, W]` of clean latents, in [0, 1] up to overshoots."""
+
+    def unconditional(self, condition: Condition) -> Condition:
+        """The condition that guidance leads away from, for instance with the negative prompt."""
+        raise NotImplementedError(f"{type(self).__name__} expected guidance_scale=1, as it has no `unconditional`.")
+
+    def anchor(self, condition: Condition) -> Tensor | None:
+        """Latents of the degraded images, for processes that end there instead of in pure noise."""
+        return None
+
+    def latent_shape(self, condition: Condition) -> tuple[int, ...]:
+        """Shape of one row of latents: that of the condition's "latents"."""
+        return tuple(condition["latents"].shape[1:])
+
+    def schedule(self, condition: Condition, num_steps: int) -> Sequence[Step]:
+        """The steps of the process."""
+        return self.process.schedule(num_steps)
+
+    def start(self, condition: Condition, noise: Noise) -> Tensor:
+        """The noisy end of the process."""
+        return self.process.start(noise("start", self.latent_shape(condition)), anchor=self.anchor(condition))
+
+    def guided(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """The output that sampling follows: guided, if `guidance_scale` is not 1."""
+        if self.guidance_scale == 1:
+            return self.predict(latents, times, condition)
+        both = concatenated(self.unconditional(condition), condition)
+        without, given = self.predict(latents.repeat(2, *[1] * (latents.ndim - 1)), times.repeat(2), both).chunk(2)
+        return without + self.guidance_scale * (given - without)
+
+    def step(self, latents: Tensor, step: Step, condition: Condition, *, eta: float) -> Transition:
+        """The step of the process for the guided output."""
+        times = torch.full((latents.shape[0],), step.time, device=latents.device)
+        output = self.guided(latents, times, condition)
+        return self.process.transition(output, latents, step, eta=eta, anchor=self.anchor(condition))
+
+    def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
+        """The denoising loss."""
+        return denoising_loss(self, self.encode(references, condition), condition, noise)
+
+    def reconstruct(self, references: Tensor, condition: Condition) -> Tensor:
+        """The references, encoded and decoded."""
+        return self.decode(self.encode(references, condition), condition)
+
+
+def denoising_loss(policy: DiffusionPolicy, clean: Tensor, condition: Condition, noise: Noise) -> Tensor:
+    """Mean squared error of the network's output per row: the loss that diffusion models are trained with.
+
+    Args:
+        policy: The model; its plain output, without guidance.
+        clean: `[B, ...]` latents of the references.
+        condition: The result of `policy.condition` for the same inputs.
+        noise: Draws times and noise.
+
+    Returns:
+        `[B]` fp32.
+
+    Example:
+        >>> from iqareward.diffusion import Batch, build_restorer
+        >>> policy, batch, noise = build_restorer((8, 16)), Batch((0, 1), torch.rand(2, 3, 8, 8)), Noise((0, 1))
+        >>> condition = policy.condition(batch, noise)
+        >>> denoising_loss(policy, policy.encode(batch.degraded, condition), condition, noise).shape
+        torch.Size([2])
+
+    References:
+        Ho, Jain, Abbeel, Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239
+    """
+    process, anchor = policy.process, policy.anchor(condition)
+    fresh, times = noise("noise", clean.shape[1:]), process.draw_times(noise.uniform("times"))
+    latents = process.add_noise(clean, fresh, times, anchor=anchor)
+    target = process.target(clean, fresh, times, anchor=anchor)
+    output = policy.predict(latents, times, condition)
+    return (output.float() - target.float()).square().flatten(1).mean(1)
+
+
+class FeedForwardPolicy(_Parts):
+    """Any network that maps a degraded image to a restored one in one pass: regression or GAN models.
+
+    Rollouts explore with Gaussian noise of standard deviation `eta` around the network's answer.
+
+    Args:
+        network: Called with images `[B, 3, h, w]` in [0, 1]; returns `[B, 3, H, W]` in [0, 1] up to overshoots.
+        multiple: The sides that the network takes are multiples of this; others are padded by reflection, and what
+            belongs to the padding is cut off again.
+
+    Example:
+        >>> import torch
+        >>> from iqareward.diffusion import Batch, Noise
+        >>> policy = FeedForwardPolicy(nn.Conv2d(3, 3, 3, padding=1))
+        >>> condition = policy.condition(Batch((0,), torch.rand(1, 3, 16, 16)), Noise((0,)))
+        >>> policy.step(policy.start(condition, Noise((0,))), policy.schedule(condition, 1)[0], condition, eta=0.1).std
+        0.1
+    """
+
+    num_steps = 1
+    eta = 0.0
+    _STEP: ClassVar[Step] = Step(time=0.0, now=1.0, then=0.0)
+
+    def __init__(self, network: nn.Module, *, multiple: int = 1) -> None:
+        self.model, self.multiple = network, multiple
+
+    def condition(self, batch: Batch, noise: Noise) -> Condition:
+        """The degraded images."""
+        return {"degraded": batch.degraded}
+
+    def schedule(self, condition: Condition, num_steps: int) -> Sequence[Step]:
+        """One step."""
+        return (self._STEP,)
+
+    def start(self, condition: Condition, noise: Noise) -> Tensor:
+        """The degraded images."""
+        return condition["degraded"]
+
+    def step(self, latents: Tensor, step: Step, condition: Condition, *, eta: float) -> Transition:
+        """A Gaussian around the network's answer."""
+        restored = self.restore(condition["degraded"])
+        return Transition(restored, eta, restored)
+
+    def restore(self, degraded: Tensor) -> Tensor:
+        """The network's answer `[B, 3, H, W]` fp32, padded and cropped as it needs."""
+        height, width = degraded.shape[-2:]
+        below, right = -height % self.multiple, -width % self.multiple
+        images = degraded.to(dtype_of(self.model))
+        if below or right:
+            images = nn.functional.pad(images, (0, right, 0, below), mode="reflect")
+        restored = self.model(images).float()
+        factor = restored.shape[-1] / images.shape[-1]
+        return restored[..., : round(height * factor), : round(width * factor)]
+
+    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
+        """The images themselves."""
+        return latents
+
+    def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
+        """Mean absolute error, the loss of most such networks."""
+        return (self.restore(condition["degraded"]) - references).abs().flatten(1).mean(1)
+
+    def reconstruct(self, references: Tensor, condition: Condition) -> Tensor:
+        """The references: nothing is encoded."""
+        return references
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a network's first floating-point weight."""
+    return next(weight.dtype for weight in module.parameters() if weight.is_floating_point())
+
+
+@contextmanager
+def evaluating(policy: Policy) -> Generator[None]:
+    """Within this context dropout and drop path of the model are off, so that a step repeats itself."""
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        yield
+    finally:
+        policy.model.train(training)
+
+
+def add_lora(model: nn.Module, *, rank: int = 16, targets: str | list[str] = "all-linear") -> nn.Module:
+    """Add low-rank adapters with peft; they are the only weights that train from here on.
+
+    Args:
+        model: A network of diffusers or any other module.
+        rank: Rank of the adapters, also their alpha.
+        targets: Names of the layers that get one, or peft's "all-linear".
+
+    Returns:
+        A `peft.PeftModel`; with its adapters off it is the model from before, the reference policy for KL.
+
+    Example:
+        >>> model = add_lora(nn.Sequential(nn.Linear(100, 100)), rank=2, targets=["0"])
+        >>> sum(weights.numel() for weights in model.parameters() if weights.requires_grad)
+        400
+
+    References:
+        Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, https://arxiv.org/abs/2106.09685
+    """
+    from peft import LoraConfig, PeftModel
+
+    # Not `get_peft_model`: for "all-linear" it looks for a configuration that only transformers models have.
+    return PeftModel(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"))  # pyright: ignore[reportArgumentType]
+
+
+class Versions:
+    """A policy's weights from before RL and from a moment ago, to compare its answers with.
+
+    Args:
+        policy: The model as it is now.
+        reference: Keep the weights from before RL. A LoRA model needs no copy: its adapters are switched off.
+        old: Keep the weights of the policy that samples.
+
+    Example:
+        >>> from iqareward.diffusion import build_restorer
+        >>> policy = build_restorer((8, 16))
+        >>> versions = Versions(policy, reference=True)
+        >>> with versions.reference():
+        ...     torch.is_grad_enabled()
+        False
+    """
+
+    def __init__(self, policy: Policy, *, reference: bool = False, old: bool = False) -> None:
+        self.policy = policy
+        self._has_adapters = hasattr(policy.model, "disable_adapter")
+        self._reference = self._copy() if reference and not self._has_adapters else None
+        self._old = self._copy() if old else None
+
+    def _copy(self) -> list[Tensor]:
+        return [weight.detach().clone() for weight in self._weights()]
+
+    def _weights(self) -> list[Tensor]:
+        return [weight for weight in self.policy.model.parameters() if weight.requires_grad]
+
+    @contextmanager
+    def reference(self) -> Generator[None]:
+        """Within this context the policy acts as before RL, without a gradient."""
+        if self._has_adapters:
+            model: Any = self.policy.model
+            with torch.no_grad(), model.disable_adapter():
+                yield
+        elif self._reference is None:
+            raise ValueError("Versions expected reference=True, to know the weights from before RL.")
+        else:
+            with torch.no_grad(), self._swapped(self._reference):
+                yield
+
+    @contextmanager
+    def old(self) -> Generator[None]:
+        """Within this context the policy acts as the one that samples, without a gradient."""
+        if self._old is None:
+            raise ValueError("Versions expected old=True, to know the weights of the policy that samples.")
+        with torch.no_grad(), self._swapped(self._old):
+            yield
+
+    @contextmanager
+    def sampling(self) -> Generator[None]:
+        """Within this context the policy samples: with its old weights if they are kept, else as it is."""
+        if self._old is None:
+            yield
+            return
+        with self.old():
+            yield
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the old weights to `decay * old + (1 - decay) * now`."""
+        if self._old is not None:
+            for old, now in zip(self._old, self._weights(), strict=True):
+                old.lerp_(now.detach().to(old.dtype), 1 - decay)
+
+    @contextmanager
+    def _swapped(self, others: list[Tensor]) -> Generator[None]:
+        # The storages change places, nothing is copied: graphs that were recorded before keep their tensors.
+        weights = self._weights()
+        own = [weight.data for weight in weights]
+        for weight, other in zip(weights, others, strict=True):
+            weight.data = other
+        try:
+            yield
+        finally:
+            for weight, data in zip(weights, own, strict=True):
+                weight.data = data
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that cannot be had again after a restart."""
+        return {"reference": self._reference, "old": self._old}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict()` was taken."""
+        for name, own in (("reference", self._reference), ("old", self._old)):
+            if own is not None and state.get(name) is not None:
+                for weight, saved in zip(own, state[name], strict=True):
+                    weight.copy_(saved)
+
+
+def frozen(module: Any) -> Any:
+    """A module that does not train, in eval mode."""
+    return module.requires_grad_(False).eval()
+
