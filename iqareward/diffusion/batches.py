@@ -21,7 +21,7 @@ class Batch:
     Args:
         ids: Id of each input, B integers >= 0.
         degraded: `[B, 3, h, w]` fp32 in [0, 1].
-        references: `[B, 3, H, W]` fp32 in [0, 1], the ground truth; None if there is none. H and W may differ from h, w.
+        references: `[B, 3, H, W]` fp32 in [0, 1], the ground truth, whose size may be another; None without one.
         prompts: A prompt for each input.
         tasks: The name of each input's task.
         usable: `[B]` bool, whether every pixel of an input was finite; all are if not given.
@@ -50,9 +50,9 @@ class Batch:
         """Each input `times` times, side by side."""
         rows = [row for row in range(len(self)) for _ in range(times)]
         return self._mapped(
-            lambda value: value.repeat_interleave(times, 0)
-            if isinstance(value, Tensor)
-            else tuple(value[row] for row in rows)
+            lambda value: (
+                value.repeat_interleave(times, 0) if isinstance(value, Tensor) else tuple(value[row] for row in rows)
+            )
         )
 
     def to(self, device: torch.device | str) -> "Batch":
