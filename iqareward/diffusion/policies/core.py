@@ -15,7 +15,7 @@ from iqareward.diffusion.processes import NoiseProcess, Step, Transition
 
 
 class Policy(Protocol):
-    """A restoration model as the trainer uses it; derive from `DiffusionPolicy` or `FeedForwardPolicy` to get most of it.
+    """A restoration model as the trainer uses it; `DiffusionPolicy` and `FeedForwardPolicy` give most of it.
 
     A step keeps nothing in the policy: the trainer repeats steps for parts of a batch, to replay them and to
     differentiate through them.
