@@ -1,6 +1,6 @@
 """Policies on the transformer of Stable Diffusion 3."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -8,38 +8,35 @@ from torch import Tensor, nn
 from iqareward.diffusion.batches import Batch
 from iqareward.diffusion.conditions import Condition
 from iqareward.diffusion.noise import Noise
-from iqareward.diffusion.policies._old import Autoencoder
+from iqareward.diffusion.policies.autoencoders import Autoencoder
 from iqareward.diffusion.policies.core import DiffusionPolicy, dtype_of, frozen, trainable
-from iqareward.diffusion.policies.prompts import Prompts, prompts_of
+from iqareward.diffusion.policies.prompts import PipelinePrompts, PromptedPolicy, Prompts
 from iqareward.diffusion.processes import FlowSDE, NoiseProcess
 
 
-class SD3ControlNetPolicy(DiffusionPolicy):
-    """Stable Diffusion 3 steered by a ControlNet that sees the degraded image; one of the two trains.
+class SD3ControlNetPolicy(PromptedPolicy):
+    """Stable Diffusion 3 steered by a `diffusers.SD3ControlNetModel` that sees the degraded image.
 
-    It samples as `diffusers.StableDiffusion3ControlNetPipeline` does, with guidance away from a negative prompt.
+    It samples as `diffusers.StableDiffusion3ControlNetPipeline` does, except that the autoencoder's latents of the
+    degraded image are their mean instead of a sample.
 
     Args:
         transformer: The `SD3Transformer2DModel`.
-        controlnet: The `SD3ControlNetModel`.
+        controlnet: The ControlNet. What is frozen may be in bfloat16.
         autoencoder: The frozen autoencoder.
         process: `FlowSDE` or `FlowCPS` of the model's scheduler.
         prompts: Gives "prompt" `[B, L, D]` and "pooled" `[B, P]` for a batch, e.g. a `FixedPrompt`.
-        negative: The same for the negative prompts; needed for guidance.
-        trains: Which of the two trains, all of its weights that have `requires_grad`; the other is frozen.
-        guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
-        num_steps: Steps of the sampler.
-        eta: Noise of each step, as the process takes it.
-
-    Raises:
-        ValueError: There is guidance, and there are no negative prompts.
+        negative: The same for what guidance leads away from.
+        train: "controlnet" or "transformer": the network that trains, or of one with adapters only these.
+        conditioning_scale: Factor of the ControlNet's residuals.
+        options: `guidance_scale`, `num_steps` and `eta`.
 
     Example:
-        >>> def policy_of(folder):
+        >>> def build(folder):
         ...     import diffusers
         ...     controlnet = diffusers.SD3ControlNetModel.from_pretrained(f"{folder}/controlnet")
         ...     pipeline = diffusers.StableDiffusion3ControlNetPipeline.from_pretrained(folder, controlnet=controlnet)
-        ...     return SD3ControlNetPolicy.from_pipeline(pipeline, prompt="a sharp photograph")
+        ...     return SD3ControlNetPolicy.from_pipeline(pipeline, prompt="a sharp photograph", guidance_scale=7.0)
 
     References:
         Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024,
@@ -57,116 +54,91 @@ class SD3ControlNetPolicy(DiffusionPolicy):
         prompts: Prompts,
         negative: Prompts | None = None,
         *,
-        trains: Literal["controlnet", "transformer"] = "controlnet",
-        guidance_scale: float = 7.0,
-        num_steps: int = 28,
-        eta: float = 0.0,
+        train: Literal["controlnet", "transformer"] = "controlnet",
+        conditioning_scale: float = 1.0,
+        **options: Any,
     ) -> None:
-        if guidance_scale != 1 and negative is None:
-            raise ValueError(
-                f"SD3ControlNetPolicy expected negative prompts for guidance_scale={guidance_scale}, got none. "
-                "Give `negative`, or guidance_scale=1."
-            )
-        model, other = (controlnet, transformer) if trains == "controlnet" else (transformer, controlnet)
-        self.model, self.other, self.trains = model, frozen(other), trains
-        self.autoencoder, self.process, self.prompts, self.negative = autoencoder, process, prompts, negative
-        self.guidance_scale, self.num_steps, self.eta = guidance_scale, num_steps, eta
+        super().__init__(autoencoder, process, prompts, negative, **options)
+        model, other = (controlnet, transformer) if train == "controlnet" else (transformer, controlnet)
+        self.model, self.other, self.train = model, frozen(other), train
+        self.conditioning_scale = conditioning_scale
+        config: Any = controlnet.config
+        # The ControlNets of SD3.5 read no prompt; those of InstantX no pooled one, and latents without a shift.
+        self._reads_prompt = config.joint_attention_dim is not None
+        self._plain = config.force_zeros_for_pooled_projection
 
     @classmethod
     def from_pipeline(
         cls,
         pipeline: Any,
         *,
-        prompt: str | None = "",
+        prompt: str = "",
         negative_prompt: str = "",
-        trains: Literal["controlnet", "transformer"] = "controlnet",
+        train: Literal["controlnet", "transformer"] = "controlnet",
         lora_rank: int | None = None,
-        gradient_checkpointing: bool = False,
+        checkpointing: bool = False,
         guidance_scale: float = 7.0,
-        num_steps: int = 28,
-        eta: float = 0.0,
-    ) -> "SD3ControlNetPolicy":
-        """The policy of a loaded `diffusers.StableDiffusion3ControlNetPipeline`, made of its own parts.
+        **options: Any,
+    ) -> Self:
+        """The policy of a `diffusers.StableDiffusion3ControlNetPipeline`, with its networks and scheduler.
 
         Args:
             pipeline: The pipeline, with one ControlNet.
-            prompt: The prompt of all inputs; None if each input brings its own.
-            negative_prompt: The prompt that guidance leads away from.
-            trains: Which of the two trains.
+            prompt: For inputs without a prompt of their own.
+            negative_prompt: What guidance leads away from.
+            train: "controlnet" or "transformer".
             lora_rank: Rank of LoRA adapters on what trains; None trains all of its weights.
-            gradient_checkpointing: Recompute activations in the backward pass, for less memory.
+            checkpointing: Recompute activations in the backward pass, for less memory.
             guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
-            num_steps: Steps of the sampler.
-            eta: Noise of each step, as `FlowSDE` takes it.
+            options: The policy's own.
         """
         parts = {"transformer": pipeline.transformer, "controlnet": pipeline.controlnet}
-        if gradient_checkpointing:
+        if checkpointing:
             for part in parts.values():  # the gradient passes through the frozen one as well
                 part.enable_gradient_checkpointing()
-        parts[trains] = trainable(parts[trains], lora_rank=lora_rank)
+        parts[train] = trainable(parts[train], lora_rank=lora_rank)
         return cls(
             **parts,
             autoencoder=Autoencoder(pipeline.vae),
             process=FlowSDE(pipeline.scheduler),
-            prompts=prompts_of(pipeline, _encoded, prompt),
-            negative=None if guidance_scale == 1 else prompts_of(pipeline, _encoded, negative_prompt),
-            trains=trains,
+            prompts=PipelinePrompts(pipeline, _encoded, prompt),
+            negative=None if guidance_scale == 1 else PipelinePrompts(pipeline, _encoded, negative_prompt).fixed,
+            train=train,
             guidance_scale=guidance_scale,
-            num_steps=num_steps,
-            eta=eta,
+            **options,
         )
 
-    @property
-    def transformer(self) -> Any:
-        """The transformer."""
-        return self.model if self.trains == "transformer" else self.other
-
-    @property
-    def controlnet(self) -> Any:
-        """The ControlNet."""
-        return self.model if self.trains == "controlnet" else self.other
-
     def condition(self, batch: Batch, noise: Noise) -> Condition:
-        """Latents of the degraded images for the ControlNet, and the embeddings of the prompts."""
-        latents = self.autoencoder.encode(batch.degraded)
-        if self.controlnet.config.force_zeros_for_pooled_projection:  # such ControlNets know latents without the shift
-            latents = latents + self.autoencoder.shift * self.autoencoder.scale
-        negative = None if self.negative is None else self.negative(batch)
-        return {"latents": latents, "prompts": self.prompts(batch), "negative": negative}
-
-    def unconditional(self, condition: Condition) -> Condition:
-        """The condition with the negative prompts."""
-        return {**condition, "prompts": condition["negative"]}
-
-    def encode(self, images: Tensor, condition: Condition) -> Tensor:
-        """Latents of the autoencoder."""
-        return self.autoencoder.encode(images)
+        """Latents of the degraded images as the ControlNet knows them, and the embeddings of the prompts."""
+        condition = super().condition(batch, noise)
+        if self._plain:
+            config = self.autoencoder.vae.config
+            condition["latents"] = condition["latents"] + (config.shift_factor or 0.0) * config.scaling_factor
+        return condition
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The velocity."""
+        controlnet, transformer = (self.model, self.other)[:: 1 if self.train == "controlnet" else -1]
         prompt, pooled = condition["prompts"]["prompt"], condition["prompts"]["pooled"]
-        control, config = dtype_of(self.controlnet), self.controlnet.config
-        residuals = self.controlnet(
-            hidden_states=latents.to(control),
+        # What trains is usually float32, what is frozen bfloat16.
+        own, other = dtype_of(controlnet), dtype_of(transformer)
+        residuals = controlnet(
+            hidden_states=latents.to(own),
             timestep=times,
-            # The ControlNets of SD3.5 read no prompt, those of InstantX read no pooled one.
-            encoder_hidden_states=None if config.joint_attention_dim is None else prompt.to(control),
-            pooled_projections=pooled.to(control) * (not config.force_zeros_for_pooled_projection),
-            controlnet_cond=condition["latents"].to(control),
+            encoder_hidden_states=prompt.to(own) if self._reads_prompt else None,
+            pooled_projections=torch.zeros_like(pooled, dtype=own) if self._plain else pooled.to(own),
+            controlnet_cond=condition["latents"].to(own),
+            conditioning_scale=self.conditioning_scale,
             return_dict=False,
         )[0]
-        dtype = dtype_of(self.transformer)
-        return self.transformer(
-            hidden_states=latents.to(dtype),
+        return transformer(
+            hidden_states=latents.to(other),
             timestep=times,
-            encoder_hidden_states=prompt.to(dtype),
-            pooled_projections=pooled.to(dtype),
-            block_controlnet_hidden_states=[residual.to(dtype) for residual in residuals],
-        ).sample
-
-    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
-        """Images of the autoencoder."""
-        return self.autoencoder.decode(latents)
+            encoder_hidden_states=prompt.to(other),
+            pooled_projections=pooled.to(other),
+            block_controlnet_hidden_states=[residual.to(other) for residual in residuals],
+            return_dict=False,
+        )[0]
 
 
 class FlowPolicy(DiffusionPolicy):
@@ -222,8 +194,6 @@ class FlowPolicy(DiffusionPolicy):
         return self.autoencoder.decode(latents)
 
 
-def _encoded(pipeline: Any, prompts: list[str], images: Tensor) -> Condition:
-    prompt, _, pooled, _ = pipeline.encode_prompt(
-        prompts, None, None, device=images.device, do_classifier_free_guidance=False
-    )
+def _encoded(pipeline: Any, prompts: list[str], device: Any) -> Condition:
+    prompt, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False)
     return {"prompt": prompt, "pooled": pooled}
