@@ -1,5 +1,6 @@
 """What the loop reads: batches of inputs that share their sizes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -37,12 +38,21 @@ class Batch:
 
     def select(self, rows: slice) -> "Batch":
         """These inputs."""
-        return replace(self, **{name: value and value[rows] if not isinstance(value, Tensor) else value[rows] for name, value in self._items()})
+        return self._mapped(lambda value: value[rows])
+
+    def repeat(self, times: int) -> "Batch":
+        """Each input `times` times, side by side."""
+        rows = [row for row in range(len(self)) for _ in range(times)]
+        return self._mapped(
+            lambda value: value.repeat_interleave(times, 0)
+            if isinstance(value, Tensor)
+            else tuple(value[row] for row in rows)
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same inputs on another device."""
-        moved = {name: value.to(device) for name, value in self._items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return self._mapped(lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
-    def _items(self) -> list[tuple[str, Any]]:
-        return [(item.name, getattr(self, item.name)) for item in fields(self)]
+    def _mapped(self, function: Callable[[Any], Any]) -> "Batch":
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: value if value is None else function(value) for name, value in values.items()})
