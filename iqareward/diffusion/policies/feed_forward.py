@@ -87,7 +87,7 @@ class FeedForwardPolicy(Parts):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, loss: Loss = l1) -> Self:
-        """Load a checkpoint whose architecture and sizes the package spandrel recognises, e.g. of SwinIR, HAT or NAFNet.
+        """Load a checkpoint of SwinIR, HAT, NAFNet or any other architecture that the package spandrel recognises.
 
         No code of the file is run. Restormer and others with a licence of their own are recognised after
         `spandrel_extra_arches.install()` of that package.
@@ -114,7 +114,7 @@ class FeedForwardPolicy(Parts):
         except Exception as error:  # whatever the detection raises for a file of another kind
             raise ValueError(
                 f"FeedForwardPolicy expected {path} to hold a network that spandrel recognises, which it does not "
-                f"({type(error).__name__}: {str(error)[:200]}). Build the network and pass it to FeedForwardPolicy(...)."
+                f"({type(error).__name__}: {error!s:.200}). Build the network and pass it to FeedForwardPolicy(...)."
             ) from error
         check_values(path, loaded.model.state_dict(), may_be_zero=True)
         size = loaded.size_requirements
@@ -135,7 +135,10 @@ class FeedForwardPolicy(Parts):
             return False
         side = max(64, self.minimum)
         images = torch.linspace(0, 1, 3 * side * side).view(1, 3, side, side)
-        answer, plain = loaded(images), self.model(images)
+        try:
+            answer, plain = loaded(images), self.model(images)
+        except RuntimeError:  # it takes more channels than the image has
+            return False
         return isinstance(plain, Tensor) and torch.allclose(plain.clamp(0, 1), answer, atol=1e-4)
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
