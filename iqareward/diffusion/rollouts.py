@@ -57,7 +57,9 @@ class Trajectory:
     def rows(self, rows: slice) -> "Trajectory":
         """The paths of these rollouts."""
         clean = {step: latents[rows] for step, latents in self.clean.items()}
-        return replace(self, latents=tuple(each[rows] for each in self.latents), log_probs=self.log_probs[:, rows], clean=clean)
+        return replace(
+            self, latents=tuple(each[rows] for each in self.latents), log_probs=self.log_probs[:, rows], clean=clean
+        )
 
 
 @torch.no_grad()

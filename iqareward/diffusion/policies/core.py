@@ -333,18 +333,16 @@ class Versions:
                 weight.data = data
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights that cannot be had again after a restart."""
-        return {"reference": self._reference, "old": self._old}
+        """The old weights; those from before RL come with the policy that a run begins with."""
+        return {"old": self._old}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken."""
-        for name, own in (("reference", self._reference), ("old", self._old)):
-            if own is not None and state.get(name) is not None:
-                for weight, saved in zip(own, state[name], strict=True):
-                    weight.copy_(saved)
+        if self._old is not None and state["old"] is not None:
+            for weight, saved in zip(self._old, state["old"], strict=True):
+                weight.copy_(saved)
 
 
 def frozen(module: Any) -> Any:
     """A module that does not train, in eval mode."""
     return module.requires_grad_(False).eval()
-
