@@ -57,8 +57,8 @@ def charbonnier(images: Tensor, references: Tensor) -> Tensor:
 class FeedForwardPolicy(Parts):
     """Any network that maps a degraded image to a restored one in one pass, such as SwinIR, HAT, NAFNet or Restormer.
 
-    Rollouts explore with Gaussian noise of standard deviation `eta` around the network's answer, the same for every
-    pixel value; 0.02 to 0.05 is visible. Validation shows the answer itself. Rewards with a gradient need no noise:
+    Rollouts explore with Gaussian noise around the network's answer, independent for every pixel value and of standard
+    deviation `exploration`; validation shows the answer itself. Rewards with a gradient need no noise:
     `DirectRewardGradient` differentiates through the network.
 
     Args:
@@ -78,8 +78,7 @@ class FeedForwardPolicy(Parts):
         0.1
     """
 
-    num_steps = 1
-    eta = 0.0
+    num_steps, eta, exploration = 1, 0.0, 0.02
     _STEP: ClassVar[Step] = Step(time=0.0, now=1.0, then=0.0)
 
     def __init__(self, network: nn.Module, *, multiple: int = 1, minimum: int = 1, loss: Loss = l1) -> None:
