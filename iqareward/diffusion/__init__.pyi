@@ -1,3 +1,6 @@
+from .batches import Batch as Batch
+from .batches import batches as batches
+from .batches import read_ahead as read_ahead
 from .degradations import Degradation as Degradation
 from .finite import TrainingError as TrainingError
 from .learner import TrainConfig as TrainConfig

@@ -1,30 +1,26 @@
-"""Turn losses into optimiser steps: the mixed updates of RL, and the supervised training before it."""
+"""Turn experiences into optimiser steps: RL where inputs are hard, SFT as they come near their ground truth."""
 
-import copy
 import math
-import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iqareward.diffusion.checkpoint import append_line, load_trained_weights, trained_weights
-from iqareward.diffusion.finite import TrainingError, is_count, require_options, require_usable_weights, step_if_finite
-from iqareward.diffusion.objectives import Objective, RLTerm, sft_loss
-from iqareward.diffusion.pairs import InputOrder, Pairs, read_batch
-from iqareward.diffusion.policies import Policy, unwrapped
-from iqareward.diffusion.progress import progress_bar
+from iqareward.diffusion.checkpoint import load_trained_weights, trained_weights
+from iqareward.diffusion.conditions import select
+from iqareward.diffusion.finite import TrainingError, is_count, require_options
+from iqareward.diffusion.noise import Noise
+from iqareward.diffusion.objectives import Objective
+from iqareward.diffusion.policies.core import Policy, Versions, evaluating
 from iqareward.diffusion.rollouts import Experience
+from iqareward.diffusion.updates import MakeOptimizer, MakeSchedule, Updates, supervising
 from iqareward.seeds import sub_seed
-from iqareward.weighting import GradientBalance, LossWeights, gradient_norm, mixed_loss
+from iqareward.weighting import GradientBalance, LossWeights, gradient_norm
 
-OBJECTIVE, SFT = 1, 2  # purposes of random numbers in RL
-SFT_ORDER, SFT_NOISE = 0, 1  # and in `supervised`
-_MAX_FAILED_UPDATES = 5
+OBJECTIVE, SFT, DROPOUT = 1, 2, 3  # purposes of random numbers
 
 
 @dataclass(frozen=True)
@@ -34,12 +30,19 @@ class TrainConfig:
     Args:
         learning_rate: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
+        optimizer: Makes another optimiser, e.g. `lambda weights: bnb.optim.AdamW8bit(weights, lr=1e-5)`; the two
+            options above are not used then.
+        lr_schedule: Makes a learning-rate schedule of the optimiser, stepped with it, e.g. one of diffusers'
+            `get_scheduler`; constant if not given.
         max_grad_norm: Longer gradients are shortened to this.
-        inputs_per_update: Inputs of one optimiser step, over all processes.
-        micro_batch: Inputs per backward pass; fewer take less memory and give the same step.
+        inputs_per_update: Inputs whose rollouts are sampled for one update, over all processes.
+        minibatches: Optimiser steps that share the inputs of an update.
+        epochs: How often the rollouts of an update are used.
+        rows_at_once: Rollouts, or inputs in SFT, per pass through the network; fewer take less memory and give the same
+            step. All if None.
         kl_beta: Weight of the divergence from the policy before RL.
         sft_scale: Factor of the SFT loss; "balanced" makes both gradients equally long (`GradientBalance`), measured on
-            the first part of the update, so it depends on `micro_batch` and the number of processes.
+            the first parts of the update, so it depends on `rows_at_once` and the number of processes.
         balance_every: Updates between two measurements of the gradients.
         std_floor: If the rewards of an input spread no more than this, it has no RL signal; set it to the noise of the
             reward.
@@ -51,15 +54,19 @@ class TrainConfig:
         ValueError: An option is out of its range.
 
     Example:
-        >>> TrainConfig(inputs_per_update=8, micro_batch=2, sft_scale="balanced").kl_beta
+        >>> TrainConfig(inputs_per_update=8, minibatches=4, epochs=2).kl_beta  # eight optimiser steps per update
         0.0
     """
 
     learning_rate: float = 1e-5
     weight_decay: float = 1e-4
+    optimizer: MakeOptimizer | None = None
+    lr_schedule: MakeSchedule | None = None
     max_grad_norm: float = 1.0
     inputs_per_update: int = 8
-    micro_batch: int | None = None
+    minibatches: int = 1
+    epochs: int = 1
+    rows_at_once: int | None = 4
     kl_beta: float = 0.0
     sft_scale: float | str = 1.0
     balance_every: int = 10
@@ -74,7 +81,9 @@ class TrainConfig:
             "weight_decay": ("in [0, inf)", 0 <= self.weight_decay < math.inf),
             "max_grad_norm": ("in (0, inf]", self.max_grad_norm > 0),
             "inputs_per_update": (count, is_count(self.inputs_per_update)),
-            "micro_batch": (f"{count}, or None", self.micro_batch is None or is_count(self.micro_batch)),
+            "minibatches": (count, is_count(self.minibatches)),
+            "epochs": (count, is_count(self.epochs)),
+            "rows_at_once": (f"{count}, or None", self.rows_at_once is None or is_count(self.rows_at_once)),
             "kl_beta": ("in [0, inf)", 0 <= self.kl_beta < math.inf),
             "sft_scale": (
                 "in [0, inf), or 'balanced'",
@@ -88,102 +97,179 @@ class TrainConfig:
         require_options(self, requirements)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some inputs of an experience, with their weights `[b]`."""
+
+    experience: Experience
+    inputs: slice
+    weights: LossWeights
+
+    def pieces(self, first: int, stop: int, size: int | None) -> list[slice]:
+        """Slices of at most `size` rows."""
+        size = size or stop - first
+        return [slice(start, min(start + size, stop)) for start in range(first, stop, size)]
+
+
 class Learner:
-    """Takes optimiser steps; the policy's module is replaced by the one that accelerate prepares."""
+    """Takes the optimiser steps of an update."""
 
     def __init__(self, policy: Policy, objective: Objective, config: TrainConfig, accelerator: Any) -> None:
         self.policy, self.objective, self.options, self.accelerator = policy, objective, config, accelerator
-        adapters = hasattr(policy.model, "disable_adapter")
-        # `reference_policy` takes no gradient of it. Its weights keep their flag: torch.matmul chooses another kernel
-        # for weights without one, and the divergence of the same weights would then not be exactly zero.
-        frozen = copy.deepcopy(policy.model) if config.kl_beta and not adapters else None
-        self.frozen = None if frozen is None else accelerator.prepare_model(frozen, evaluation_mode=True)
-        weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
-        rate, decay = config.learning_rate, config.weight_decay
-        optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
-        policy.model, self.optimizer = accelerator.prepare(policy.model, optimizer)
-        self.weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+
+        def adamw(weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+        self.updates = Updates(
+            policy, accelerator, config.optimizer or adamw, config.lr_schedule, max_grad_norm=config.max_grad_norm
+        )
+        self.weights = self.updates.weights
+        compared = config.kl_beta > 0 or objective.needs_reference
+        self.versions = Versions(policy, reference=compared, old=objective.keeps_old)
         self.balance = GradientBalance() if config.sft_scale == "balanced" else None
-        self.ema = _average(self.weights, config.ema_decay) if config.ema_decay else None
+        self.ema = averaged_weights(self.weights, config.ema_decay) if config.ema_decay else None
 
-    def step(self, experience: Experience, weights: LossWeights, *, update: int, seed: int) -> dict[str, Any]:
-        """Compute the terms of the loss part by part, then move the weights once, if the gradient is finite.
+    def learn(
+        self, experiences: Sequence[Experience], weights: LossWeights, *, update: int, seed: int
+    ) -> dict[str, Any]:
+        """Take the optimiser steps of one update.
 
-        Otherwise weights, averages and the optimiser stay as they are, in all processes alike.
+        A step whose gradient is not finite leaves weights, averages and the optimiser as they are, in all processes
+        alike.
 
         Args:
-            experience: The inputs of this process.
-            weights: `[B]` RL and SFT weights.
-            update: Number of the optimiser step.
+            experiences: The inputs of this process, parted by their sizes.
+            weights: `[B]` RL and SFT weights of all of them, in this order.
+            update: Number of the update.
             seed: Seed of the noise of both losses.
 
         Returns:
-            Means over the inputs of all processes that have a weight: `rl_loss`, `sft_loss`, `kl`; `grad_norm` before
-            clipping; `skipped`, 1 if the gradient was not finite; and `problem`, the reason in words. While a scaler
-            of fp16 searches its scale, steps are skipped without a problem.
+            Means over the inputs of all processes that have a weight: `rl_loss`, `sft_loss`, `kl`; `ratio`, the mean
+            distance of importance ratios from 1; `grad_norm` before clipping; `skipped`, the share of steps whose
+            gradient was not finite; and `problem`, the reason in words. While a scaler of fp16 searches its scale,
+            steps are skipped without a problem.
         """
-        terms, size = list(self.objective.terms(experience)), self.options.micro_batch or len(experience)
-        parts = [slice(start, min(start + size, len(experience))) for start in range(0, len(experience), size)]
-        work = [(part, term) for part in parts for term in terms]
-        measure = self.balance is not None and update % self.options.balance_every == 0
-        losses: list[Tensor] = []
-        for number, (part, term) in enumerate(work):
-            whole = number == len(work) - 1
-            with nullcontext() if whole else self.accelerator.no_sync(self.policy.model):
-                inputs = experience.select(part)
-                rl, sft = self._losses(inputs, term, seed)
-                if measure and number == 0:
-                    self._balance(rl.loss.mean(), sft.mean())
-                share = len(inputs) / len(experience) / len(terms)
-                loss = self._mixed(rl, sft, LossWeights(weights.rl[part], weights.sft[part]))
-                self.accelerator.backward(loss * share)
-            losses.append(torch.stack([rl.loss, sft, rl.kl]).detach())
-        norm = self.accelerator.clip_grad_norm_(self.weights, self.options.max_grad_norm)
-        counted = torch.cat([(weights.rl + weights.sft > 0)[part] for part, _ in work])
-        sums = torch.where(counted, torch.cat(losses, 1), 0.0).sum(1)
-        # The only wait before the step. Reduced, the figures are the same everywhere, and so is what follows from them.
-        reduced = self.accelerator.reduce(torch.cat([sums, counted.sum().view(1), norm.float().view(1)]), "sum")
-        *means, count, norm = reduced.tolist()
-        record: dict[str, Any] = {
-            name: mean / max(count, 1) for name, mean in zip(("rl_loss", "sft_loss", "kl"), means, strict=True)
-        }
-        record["grad_norm"] = norm / self.accelerator.num_processes
-        step = step_if_finite(self.accelerator, self.optimizer, norm)
-        record |= {"skipped": int(not step.moved), "problem": ""}
-        if step.moved:
-            self._check_and_average(update, record["grad_norm"])
+        records: list[dict[str, Any]] = []
+        steps = self.options.epochs * self.options.minibatches
+        for step in range(steps):
+            parts = _minibatch(experiences, weights, step % self.options.minibatches, self.options.minibatches)
+            measure = self.balance is not None and step == 0 and update % self.options.balance_every == 0
+            records.append(self._step(parts, update=update, seed=sub_seed(seed, step), measure=measure))
+        if self.objective.keeps_old:
+            self.versions.follow(self.objective.old_decay(update))
+        problems = [record.pop("problem") for record in records]
+        means = {name: sum(record[name] for record in records) / steps for name in records[0]}
+        return means | {"problem": next((text for text in problems if text), "")}
+
+    def _step(self, parts: Sequence[_Part], *, update: int, seed: int, measure: bool) -> dict[str, Any]:
+        taking_part = torch.cat([part.weights.taking_part for part in parts])
+        count = taking_part.sum().clamp(min=1)
+        rl = self._reinforce(parts, count, seed, measure)
+        sft = self._supervise(parts, count, seed, measure)
+        if self.balance is not None and measure:
+            both = torch.stack([rl.norm, sft.norm])
+            if not bool(both.isnan().any()):
+                rl_norm, sft_norm = self.accelerator.reduce(both, "mean").unbind()
+                self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
+        figures = torch.stack([rl.loss, sft.loss, rl.kl, rl.ratio, taking_part.sum().float()])
+        totals, norm, step = self.updates.step(figures, update=update + 1)
+        *sums, total = totals
+        names = ("rl_loss", "sft_loss", "kl", "ratio")
+        record: dict[str, Any] = {name: value / max(total, 1) for name, value in zip(names, sums, strict=True)}
+        record |= {"grad_norm": norm, "skipped": float(not step.moved), "problem": ""}
+        if step.moved and self.ema is not None:
+            self.ema.step(self.weights)
         elif step.failed:
-            ids = [input_id for part, _ in work for input_id in experience.ids[part]]
-            record["problem"] = f"skipped, because the {_cause(torch.cat(losses, 1), ids)} is not finite"
+            record["problem"] = f"skipped, because the {self._cause([*rl.bad, *sft.bad], parts)} is not finite"
         return record
 
-    def _check_and_average(self, update: int, norm: float) -> None:
-        rate = self.options.learning_rate
-        require_usable_weights(self.weights, update=update + 1, norm=norm, learning_rate=rate)
-        if self.ema is not None:
-            self.ema.step(self.weights)
+    def _reinforce(self, parts: Sequence[_Part], count: Tensor, seed: int, measure: bool) -> "_Figures":
+        """Add the gradient of the RL loss, piece by piece and term by term."""
+        found = _Figures.none(count.device)
+        with evaluating(self.policy):
+            for part in parts:
+                experience, size = part.experience, part.experience.group_size
+                terms = list(self.objective.terms(experience))
+                if not terms:
+                    raise TrainingError(
+                        f"{type(self.objective).__name__} has nothing to learn from: no step of the rollouts is "
+                        "stochastic. Raise `eta` of RolloutConfig, widen its window, or take another objective."
+                    )
+                at_once = self.options.rows_at_once
+                if at_once is not None and self.objective.whole_groups:
+                    at_once = max(at_once // size, 1) * size
+                rows = part.pieces(part.inputs.start * size, part.inputs.stop * size, at_once)
+                per_row = LossWeights(*(each.repeat_interleave(size) for each in part.weights))
+                first = part.inputs.start * size
+                for piece in rows:
+                    own = per_row.rows(slice(piece.start - first, piece.stop - first))
+                    rollouts = experience.rollouts(piece, seed=sub_seed(seed, OBJECTIVE))
+                    for term in terms:
+                        rl = self.objective(
+                            self.policy, rollouts, term, versions=self.versions, kl=self.options.kl_beta > 0
+                        )
+                        if measure and found.norm.isnan():
+                            found.norm = gradient_norm(rl.loss.mean(), self.weights)
+                        loss = own.rl * torch.where(own.rl > 0, rl.loss, 0.0)
+                        loss = loss + self.options.kl_beta * torch.where(own.taking_part, rl.kl, 0.0)
+                        share = 1 / (size * len(terms))
+                        self.updates.backward(loss.sum() * share / count)
+                        counted = own.taking_part
+                        found.add(rl.loss, counted, share)
+                        found.kl = found.kl + torch.where(counted, rl.kl.detach(), 0.0).sum() * share
+                        if rl.ratio is not None:
+                            off = (rl.ratio.detach() - 1).abs()
+                            found.ratio = found.ratio + torch.where(counted, off, 0.0).sum() * share
+                        found.watch(rl.loss, rollouts.batch.ids)
+        return found
 
-    def _losses(self, experience: Experience, term: int, seed: int) -> tuple[RLTerm, Tensor]:
-        """The RL term and the SFT loss `[B]`, both with fresh noise for every term."""
-        kl = self.options.kl_beta > 0
-        rl = self.objective(self.policy, experience, term, seed=sub_seed(seed, OBJECTIVE), frozen=self.frozen, kl=kl)
-        ids, references, condition = experience.ids, experience.references, experience.condition
-        return rl, sft_loss(self.policy, ids, references, condition, seed=sub_seed(seed, SFT), term=term)
+    def _supervise(self, parts: Sequence[_Part], count: Tensor, seed: int, measure: bool) -> "_Figures":
+        """Add the gradient of the SFT loss of the inputs that have a ground truth."""
+        found, scale = _Figures.none(count.device), self._sft_scale
+        with supervising(self.policy, seed, DROPOUT):
+            for part in parts:
+                experience = part.experience
+                if experience.batch.references is None:
+                    continue
+                for piece in part.pieces(part.inputs.start, part.inputs.stop, self.options.rows_at_once):
+                    own = part.weights.rows(slice(piece.start - part.inputs.start, piece.stop - part.inputs.start))
+                    batch = experience.batch.select(piece)
+                    noise = Noise(batch.ids, seed=sub_seed(seed, SFT), device=count.device)
+                    assert batch.references is not None, "selected from a batch that has them"
+                    losses = self.policy.sft_loss(batch.references, select(experience.condition, piece), noise)
+                    if measure and found.norm.isnan():
+                        found.norm = gradient_norm(losses.mean(), self.weights)
+                    loss = scale * own.sft * torch.where(own.sft > 0, losses, 0.0)
+                    self.updates.backward(loss.sum() / count)
+                    found.add(losses, own.taking_part, 1.0)
+                    found.watch(losses, batch.ids)
+        return found
 
-    def _mixed(self, rl: RLTerm, sft: Tensor, weights: LossWeights) -> Tensor:
+    @property
+    def _sft_scale(self) -> float | Tensor:
         scale = self.options.sft_scale if self.balance is None else self.balance.sft_scale
         assert not isinstance(scale, str), "'balanced' has a balance"
-        return mixed_loss(rl.loss, sft, weights, rl.kl, beta=self.options.kl_beta, sft_scale=scale)
+        return scale
 
-    def _balance(self, rl_loss: Tensor, sft_loss: Tensor) -> None:
-        assert self.balance is not None, "only called to balance"
-        norms = torch.stack([gradient_norm(loss, self.weights) for loss in (rl_loss, sft_loss)])
-        rl_norm, sft_norm = self.accelerator.reduce(norms, "mean").unbind()
-        self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
+    def _cause(self, watched: Sequence[tuple[Tensor, tuple[int, ...]]], parts: Sequence[_Part]) -> str:
+        """What made a gradient not finite: the inputs of any process whose loss shows it, or else all."""
+        from accelerate.utils import gather_object
+
+        bad = [
+            input_id
+            for losses, ids in watched
+            for input_id, finite in zip(ids, losses.isfinite().tolist(), strict=True)
+            if not finite
+        ]
+        ids = [input_id for part in parts for input_id in part.experience.batch.ids[part.inputs]]
+        everyones_bad, everyone = gather_object(bad), gather_object(ids)
+        if everyones_bad:
+            return f"loss of inputs {sorted(set(everyones_bad))}"
+        return f"gradient over inputs {sorted(set(everyone))}"
 
     def named_weights(self) -> dict[str, Tensor]:
         """The weights that train, by name, as they are."""
-        named = unwrapped(self.policy.model).named_parameters()
+        named = self.policy.model.named_parameters()
         return {name: weight.detach() for name, weight in named if weight.requires_grad}
 
     @contextmanager
@@ -201,27 +287,28 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
-        scaler = self.accelerator.scaler
         return {
-            "model": trained_weights(unwrapped(self.policy.model)),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "model": trained_weights(self.policy.model),
+            "updates": self.updates.state_dict(),
+            "versions": self.versions.state_dict(),
             "balance": None if self.balance is None else self.balance.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken, with the learning rate and decays of this learner."""
-        load_trained_weights(unwrapped(self.policy.model), state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = self.options.learning_rate, self.options.weight_decay
-        for name, own in (("balance", self.balance), ("ema", self.ema), ("scaler", self.accelerator.scaler)):
+        load_trained_weights(self.policy.model, state["model"])
+        self.updates.load_state_dict(state["updates"])
+        self.versions.load_state_dict(state["versions"])
+        if self.options.optimizer is None and self.options.lr_schedule is None:
+            for group in self.updates.optimizer.param_groups:
+                group["lr"], group["weight_decay"] = self.options.learning_rate, self.options.weight_decay
+        for name, own in (("balance", self.balance), ("ema", self.ema)):
             if own is not None and state[name] is not None:
                 own.load_state_dict(state[name])
         if self.ema is not None:
             if state["ema"] is None:
-                self.ema = _average(self.weights, self.options.ema_decay)
+                self.ema = averaged_weights(self.weights, self.options.ema_decay)
             self.ema.decay = self.options.ema_decay
             self.ema.to(self.accelerator.device)
         if self.balance is not None and self.balance.rl_norm is not None and self.balance.sft_norm is not None:
@@ -231,127 +318,43 @@ class Learner:
             )
 
 
-def _cause(losses: Tensor, ids: Sequence[int]) -> str:
-    """What made a gradient not finite: the inputs of any process whose `losses` `[3, N]` show it, or else all."""
-    from accelerate.utils import gather_object
+@dataclass
+class _Figures:
+    """What is logged of one of the two losses: sums over inputs that have a weight."""
 
-    finite = losses.isfinite().all(0).tolist()
-    bad = gather_object([input_id for input_id, good in zip(ids, finite, strict=True) if not good])
-    everyone = gather_object(list(ids))
-    return f"loss of inputs {sorted(set(bad))}" if bad else f"gradient over inputs {sorted(set(everyone))}"
+    loss: Tensor
+    kl: Tensor
+    ratio: Tensor
+    norm: Tensor  # of the gradient of the first piece, NaN where not measured
+    bad: list[tuple[Tensor, tuple[int, ...]]]
+
+    @classmethod
+    def none(cls, device: torch.device) -> "_Figures":
+        zero = torch.zeros((), device=device)
+        return cls(zero, zero, zero, torch.full_like(zero, torch.nan), [])
+
+    def add(self, losses: Tensor, counted: Tensor, share: float) -> None:
+        self.loss = self.loss + torch.where(counted, losses.detach().float(), 0.0).sum() * share
+
+    def watch(self, losses: Tensor, ids: tuple[int, ...]) -> None:
+        self.bad.append((losses.detach(), ids))
 
 
-def _average(weights: Sequence[Tensor], decay: float) -> Any:
+def _minibatch(experiences: Sequence[Experience], weights: LossWeights, place: int, parts: int) -> list[_Part]:
+    """Minibatch `place` of `parts`: a share of all inputs, in order, parted by experience."""
+    total = sum(map(len, experiences))
+    first, stop = total * place // parts, total * (place + 1) // parts
+    found, before = [], 0
+    for experience in experiences:
+        low, high = max(first - before, 0), min(stop - before, len(experience))
+        if low < high:
+            found.append(_Part(experience, slice(low, high), weights.rows(slice(before + low, before + high))))
+        before += len(experience)
+    return found
+
+
+def averaged_weights(weights: Sequence[Tensor], decay: float, **options: Any) -> Any:
+    """The running average of weights, as diffusers keeps it."""
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(weights, decay=decay)  # pyright: ignore[reportArgumentType]
-
-
-def supervised(
-    policy: Policy,
-    pairs: Pairs,
-    *,
-    num_updates: int,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float = 1e-4,
-    max_grad_norm: float = 1.0,
-    ema_decay: float = 0.0,
-    accelerator: Any = None,
-    history_file: Path | None = None,
-    show_progress: bool = True,
-    seed: int = 0,
-) -> list[float]:
-    """Train the policy's model on its own supervised loss, with AdamW and a cosine decay of the learning rate.
-
-    The random numbers of an update follow from the seed, its number and the inputs' ids. `policy.model` is the bare
-    module again when this returns, ready for `DifficultyAdaptiveTrainer`. An update whose gradient is not finite is
-    skipped with a warning, and an input with a pixel that is not finite is left out of its update.
-
-    Args:
-        policy: The model; weights that do not require a gradient stay.
-        pairs: Degraded images and their ground truth.
-        num_updates: Optimiser steps.
-        batch_size: Inputs per update, over all processes.
-        learning_rate: Learning rate at the start; it falls to 0.
-        weight_decay: Weight decay of AdamW.
-        max_grad_norm: Longer gradients are shortened to this.
-        ema_decay: Above 0, the model ends with the running average of its weights.
-        accelerator: Accelerate's `Accelerator`; a default one if not given. Its trackers get the loss as "sft/loss".
-        history_file: Gets a JSON line per update; earlier content is removed.
-        show_progress: Show a progress bar, or lines where there is no terminal.
-        seed: Seed of all random numbers.
-
-    Returns:
-        The mean loss of each update.
-
-    Raises:
-        ValueError: There are fewer pairs than `batch_size`.
-        TrainingError: A step made weights that are not finite; or five updates in a row, or the last one, were skipped.
-
-    Example:
-        >>> from iqareward.diffusion import SyntheticPairs, build_restorer
-        >>> options = {"num_updates": 2, "batch_size": 2, "learning_rate": 1e-3, "show_progress": False}
-        >>> len(supervised(build_restorer((8, 16)), SyntheticPairs(4, size=16), **options))
-        2
-
-    References:
-        Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2017, https://arxiv.org/abs/1711.05101
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import gather_object
-    from diffusers.training_utils import EMAModel
-
-    accelerator = Accelerator() if accelerator is None else accelerator
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    order = InputOrder(len(pairs), batch_size, sub_seed(seed, SFT_ORDER))
-    weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay)
-    policy.model, optimizer = accelerator.prepare(policy.model, optimizer)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.optimizer, max(num_updates, 1))
-    average = EMAModel(weights, decay=ema_decay, use_ema_warmup=True) if ema_decay else None
-    losses: list[float] = []
-    failures, why = 0, ""
-    if history_file is not None and accelerator.is_main_process:
-        history_file.unlink(missing_ok=True)
-    with progress_bar("SFT", num_updates, shown=show_progress and accelerator.is_main_process) as advance:
-        for update in range(num_updates):
-            ids = order.ids(update, rank=rank, world=world)
-            degraded, references, usable = read_batch(pairs, ids, device)
-            noise_seed = sub_seed(seed, SFT_NOISE, update)
-            with torch.no_grad():
-                condition = policy.condition(degraded)
-            losses_of = sft_loss(policy, ids, references, condition, seed=noise_seed)
-            loss = (usable * losses_of).sum() / usable.sum().clamp(min=1)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(weights, max_grad_norm)
-            figures: Any = accelerator.reduce(torch.stack([norm.float(), loss.detach().float()]), "mean")
-            norm, mean_loss = figures.tolist()
-            step = step_if_finite(accelerator, optimizer, norm)
-            schedule.step()
-            failures = failures + 1 if step.failed else 0
-            if step.moved:
-                require_usable_weights(weights, update=update + 1, norm=norm, learning_rate=learning_rate)
-                if average is not None:
-                    average.step(weights)
-            elif step.failed:
-                everyone = sorted(gather_object(list(ids)))
-                why = f"the gradient over inputs {everyone} is not finite"
-                warnings.warn(f"update {update + 1} of SFT: skipped, because {why}", RuntimeWarning, stacklevel=2)
-            record = {"update": update + 1, "sft_loss": mean_loss, "grad_norm": norm, "skipped": int(not step.moved)}
-            if history_file is not None and accelerator.is_main_process:
-                append_line(history_file, record)
-            accelerator.log({"sft/loss": mean_loss, "sft/grad_norm": norm}, update + 1)
-            if failures == _MAX_FAILED_UPDATES:
-                break
-            losses.append(mean_loss)
-            advance(record)
-    policy.model = accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
-    if failures:
-        raise TrainingError(
-            f"SFT ended with failed updates: {why}, {failures} times in a row. The weights may be finite and yet "
-            f"useless. Look at those inputs, and lower learning_rate, which is {learning_rate:g}."
-        )
-    if average is not None:
-        average.copy_to(weights)
-    return losses
+    return EMAModel(weights, decay=decay, **options)  # pyright: ignore[reportArgumentType]

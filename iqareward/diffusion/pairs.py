@@ -1,48 +1,133 @@
 """Training data: pairs of a degraded image and its reference, by id, and the order in which they are used."""
 
-from collections.abc import Sequence
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from iqareward.diffusion.degradations import Degradation
-from iqareward.diffusion.finite import finite_inputs
 from iqareward.diffusion.textures import synthetic_images
 from iqareward.image_files import References, UnreadableImageError, find_images, read_image
 from iqareward.images import to_images
-from iqareward.seeds import generator, id_list, uniform
+from iqareward.seeds import generator, id_list, sub_seed, uniform
 
+_ROUNDING = 1e-3  # a resized image in [0, 1] may leave it by this
 READERS = 8  # threads that read a batch; Pillow decodes outside the interpreter lock
 
 
-class Pairs(Protocol):
-    """Training data as the trainer reads it: the number of inputs, and the degraded image and reference of each.
+Item: TypeAlias = Mapping[str, Any]
+"""One input: "lq", and where there is one "gt", "prompt" and "task"."""
 
-    An id always gives the same pair, because difficulty and reward histories are kept per id.
+
+class Pairs(Protocol):
+    """A data set of the training loop: any map-style `torch.utils.data.Dataset`, or a list.
+
+    An item is a mapping with `lq`, the degraded image `[3, h, w]` float in [0, 1]; optionally `gt`, its ground truth
+    `[3, H, W]`, which may be larger; and optionally the strings `prompt` and `task`. `degraded` and `reference` are
+    accepted as other names of `lq` and `gt`. An id always gives the same item, because difficulty and reward histories
+    are kept per id; random numbers of torch, NumPy and Python that a data set draws are seeded by the id while it is
+    read.
 
     Example:
-        >>> pairs: Pairs = SyntheticPairs(4, size=16)  # any object with these two methods
-        >>> len(pairs), pairs.batch([0, 3])[0].shape
-        (4, torch.Size([2, 3, 16, 16]))
+        >>> pairs: Pairs = [{"lq": torch.zeros(3, 16, 16), "gt": torch.zeros(3, 64, 64), "task": "x4"}]
+        >>> len(pairs), sorted(pairs[0])
+        (1, ['gt', 'lq', 'task'])
     """
 
     def __len__(self) -> int:
         """Number of inputs; ids are 0 to this number - 1."""
         ...
 
-    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(degraded, references), both `[B, 3, H, W]` float32 in [0, 1] on the CPU, in the order of `ids`."""
+    def __getitem__(self, index: int, /) -> Item:
+        """The input with this id."""
         ...
 
 
+class PairSet(Dataset[Item], ABC):
+    """A data set whose items depend on their ids alone, and of which several are read at once."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _items(self, ids: list[int]) -> list[Item]: ...
+
+    def __getitem__(self, index: int) -> Item:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, ids: Sequence[int]) -> list[Item]:
+        """The items of these ids, in their order."""
+        checked = id_list(type(self).__name__, ids)
+        if max(checked) >= len(self):  # IndexError ends a `for` loop over the data set
+            raise IndexError(f"{type(self).__name__} expected ids in [0, {len(self)}), got {max(checked)}.")
+        return self._items(checked)
+
+
+def read_items(pairs: Pairs, ids: Sequence[int]) -> list[Item]:
+    """The items of these ids; a data set that draws random numbers draws the same ones each time an id is read."""
+    if isinstance(pairs, PairSet):
+        return pairs.__getitems__(ids)
+    items: list[Item] = []
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        for input_id in ids:
+            seed = sub_seed(0, input_id)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # that of the CPU: torch.manual_seed would disturb the GPU's too
+            items.append(pairs[input_id])
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
+    return items
+
+
+def checked_item(item: Any, input_id: int) -> dict[str, Any]:
+    """The item with the names `lq`, `gt`, `prompt`, `task` and fp32 images; ValueError for one that is not an item."""
+    if not isinstance(item, Mapping):
+        raise ValueError(f"Input {input_id}: expected a mapping with 'lq', got {type(item).__name__}. Return a dict.")
+    found: dict[str, Any] = {}
+    for name, other in (("lq", "degraded"), ("gt", "reference"), ("prompt", ""), ("task", "")):
+        values = [item[key] for key in (name, other) if item.get(key) is not None]
+        if len(values) > 1:
+            raise ValueError(f"Input {input_id}: expected '{name}' or '{other}', got both. Remove one.")
+        if values:
+            found[name] = _checked_image(values[0], name, input_id) if other else values[0]
+    if "lq" not in found:
+        raise ValueError(f"Input {input_id}: expected the degraded image as 'lq', got the keys {list(item)}.")
+    for name in ("prompt", "task"):
+        if not isinstance(found.get(name, ""), str):
+            raise ValueError(f"Input {input_id}: expected '{name}' as a string, got {type(found[name]).__name__}.")
+    return found
+
+
+def _checked_image(image: Any, name: str, input_id: int) -> Tensor:
+    expected = f"Input {input_id}: expected '{name}' as a float tensor [3, h, w] in [0, 1], got"
+    if not isinstance(image, Tensor):
+        raise ValueError(f"{expected} {type(image).__name__}. Convert it with iqareward.to_images(...)[0].")
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel() or not image.is_floating_point():
+        raise ValueError(f"{expected} {image.dtype} {list(image.shape)}. Convert it with iqareward.to_images(...)[0].")
+    image = image.detach().float()
+    low, high = (float(value) for value in image.aminmax())
+    if low < -_ROUNDING or high > 1 + _ROUNDING:  # false for NaN, which costs one input and not the run
+        if math.isfinite(low) and math.isfinite(high):
+            raise ValueError(f"{expected} {low:g} to {high:g}. Scale or clamp it.")
+    return image.clamp(0, 1) if low < 0 or high > 1 else image
+
+
 @dataclass(frozen=True)
-class SyntheticPairs:
+class SyntheticPairs(PairSet):
     """Synthetic images, degraded as they are read, with a known severity each: experiments without a download.
 
     Args:
@@ -56,9 +141,8 @@ class SyntheticPairs:
 
     Example:
         >>> pairs = SyntheticPairs(100, size=32)
-        >>> degraded, references = pairs.batch([4, 7])
-        >>> degraded.shape, pairs.severities([4, 7]).shape
-        (torch.Size([2, 3, 32, 32]), torch.Size([2]))
+        >>> pairs[4]["lq"].shape, pairs.severities([4, 7]).shape
+        (torch.Size([3, 32, 32]), torch.Size([2]))
     """
 
     num_inputs: int
@@ -75,17 +159,16 @@ class SyntheticPairs:
 
     def severities(self, ids: Sequence[int]) -> Tensor:
         """How strongly each input is degraded, `[B]` uniform in [0, 1), larger = worse."""
-        return _severities(_checked_ids("SyntheticPairs", ids, len(self)), self.seed)
+        return _severities(id_list("SyntheticPairs", ids), self.seed)
 
-    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(degraded, references), both `[B, 3, size, size]` float32 in [0, 1] on the CPU, in the order of `ids`."""
-        ids = _checked_ids("SyntheticPairs", ids, len(self))
+    def _items(self, ids: list[int]) -> list[Item]:
         references = synthetic_images(ids, size=self.size, seed=self.seed)
-        return self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed), references
+        degraded = self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed)
+        return _pairs(degraded, references)
 
 
 @dataclass(frozen=True)
-class FolderPairs:
+class FolderPairs(PairSet):
     """Pairs from the images of a folder, degraded as they are read, or from two folders that hold the same scenes.
 
     Each id is one random crop of one file: with C crops per file, ids k * C to k * C + C - 1 belong to file k, in the
@@ -108,9 +191,8 @@ class FolderPairs:
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Image.new("RGB", (40, 30), "red").save(f"{folder}/red.png")
-        ...     degraded, references = FolderPairs(folder, size=16).batch([0])
-        >>> references.amax((2, 3))
-        tensor([[1., 0., 0.]])
+        ...     FolderPairs(folder, size=16)[0]["gt"].amax((1, 2))
+        tensor([1., 0., 0.])
     """
 
     folder: str | Path
@@ -159,20 +241,14 @@ class FolderPairs:
     def __len__(self) -> int:
         return len(self.names) * self.crops
 
-    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(degraded, references), both `[B, 3, size, size]` float32 in [0, 1] on the CPU, in the order of `ids`.
-
-        Raises:
-            ValueError: A file cannot be read, is smaller than the crop, or its pair differs in size; it is named.
-        """
-        ids = _checked_ids("FolderPairs", ids, len(self))
+    def _items(self, ids: list[int]) -> list[Item]:
         corners = uniform(ids, 2, seed=self.seed, purpose="crop").tolist()
         with ThreadPoolExecutor(READERS) as readers:
             rows = list(readers.map(self._crops, ids, corners))
         references = torch.stack([row[0] for row in rows])
         if self.degraded_folder is not None:
-            return torch.stack([row[1] for row in rows]), references
-        return self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed), references
+            return _pairs([row[1] for row in rows], references)
+        return _pairs(self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed), references)
 
     def _crops(self, input_id: int, corner: tuple[float, float]) -> list[Tensor]:
         """The reference `[3, size, size]`, followed by the degraded image if it is a file."""
@@ -209,15 +285,12 @@ def _severities(ids: list[int], seed: int) -> Tensor:
     return uniform(ids, seed=seed, purpose="severity")
 
 
-def _checked_ids(caller: str, ids: Sequence[int], num_inputs: int) -> list[int]:
-    checked = id_list(caller, ids)
-    if max(checked) >= num_inputs:
-        raise ValueError(f"{caller} expected ids in [0, {num_inputs}), got {max(checked)}.")
-    return checked
+def _pairs(degraded: Iterable[Tensor], references: Iterable[Tensor]) -> list[Item]:
+    return [{"lq": lq, "gt": gt} for lq, gt in zip(degraded, references, strict=True)]
 
 
 @dataclass(frozen=True)
-class Subset:
+class Subset(PairSet):
     """Some inputs of a data set, with ids from 0, for example to split a folder into training and held-out inputs.
 
     Args:
@@ -230,7 +303,7 @@ class Subset:
     Example:
         >>> everything = SyntheticPairs(10, size=16)
         >>> held_out = Subset(everything, (8, 9))
-        >>> bool((held_out.batch([1])[0] == everything.batch([9])[0]).all())
+        >>> bool((held_out[1]["lq"] == everything[9]["lq"]).all())
         True
     """
 
@@ -244,13 +317,12 @@ class Subset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(degraded, references) of these ids, in their order."""
-        return self.pairs.batch([self.ids[place] for place in ids])
+    def _items(self, ids: list[int]) -> list[Item]:
+        return read_items(self.pairs, [self.ids[place] for place in ids])
 
 
 @dataclass(frozen=True, eq=False)
-class StoredPairs:
+class StoredPairs(PairSet):
     """Pairs that are made once and kept in memory.
 
     Args:
@@ -267,16 +339,21 @@ class StoredPairs:
 
     @classmethod
     def of(cls, pairs: Pairs) -> "StoredPairs":
-        """All of `pairs`."""
-        return cls(*pairs.batch(range(len(pairs))))
+        """All of `pairs`, which have one size and a ground truth; `list(pairs)` stores any others."""
+        ids = range(len(pairs))
+        items = [checked_item(*item) for item in zip(read_items(pairs, ids), ids, strict=True)]
+        shapes = {tuple(item[name].shape if name in item else None for name in ("lq", "gt")) for item in items}
+        if len(shapes) != 1 or "gt" not in items[0]:
+            raise ValueError(
+                f"StoredPairs expected inputs of one size with ground truth, got {shapes}. Use list(pairs)."
+            )
+        return cls(torch.stack([item["lq"] for item in items]), torch.stack([item["gt"] for item in items]))
 
     def __len__(self) -> int:
         return len(self.degraded)
 
-    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(degraded, references) of these ids, in their order."""
-        rows = list(ids)
-        return self.degraded[rows], self.references[rows]
+    def _items(self, ids: list[int]) -> list[Item]:
+        return _pairs(self.degraded[ids], self.references[ids])
 
 
 @dataclass(frozen=True)
@@ -305,15 +382,3 @@ class InputOrder:
         start = batch * self.batch_size
         first, last = (self.batch_size * place // world for place in (rank, rank + 1))
         return order[start + first : start + last]
-
-
-def read_batch(pairs: Pairs, ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Degraded images and references `[B, 3, H, W]` on `device`, and `[B]` whether all their pixels are finite.
-
-    A pair with a pixel that is not finite becomes grey, so that it cannot spoil the others of its batch; give it no
-    weight in the loss.
-    """
-    images = pairs.batch(ids)
-    usable = finite_inputs(*images)
-    degraded, references = (torch.where(usable.view(-1, 1, 1, 1), batch, 0.5).to(device) for batch in images)
-    return degraded, references, usable.to(device)

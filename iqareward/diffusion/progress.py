@@ -101,3 +101,10 @@ def _show_alarms(console: Any, record: Mapping[str, Any]) -> None:
 
 def _print(console: Any, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Show a line on the error stream."""
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)

@@ -1,47 +1,47 @@
 """Sample several restorations of each input, score them and compare them with each other and with the reference."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iqareward.advantages import RewardMemory, group_advantages
+from iqareward.advantages import RewardMemory, combine_advantages, group_advantages
 from iqareward.difficulty import pass_rate, reference_distance
+from iqareward.diffusion.batches import Batch
+from iqareward.diffusion.conditions import Condition, check_condition, repeat, select
 from iqareward.diffusion.finite import is_count, require_options
-from iqareward.diffusion.policies import Condition, Policy, repeat, select
+from iqareward.diffusion.noise import Noise
+from iqareward.diffusion.policies.core import Policy
 from iqareward.diffusion.processes import Step, Transition
 from iqareward.groups import finite_or_nan, gather_rows
 from iqareward.rewards.batching import Overlapped
-from iqareward.seeds import noise_per_input
 from iqareward.types import Reward
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """K rollouts of each of B inputs, N = B * K rows, the rollouts of an input side by side.
+    """The paths of N rollouts.
 
     Only latents and log-probabilities are kept: the network's activations are recomputed step by step in training.
 
     Attributes:
-        latents: `[T + 1, N, ...]` fp32, from noise to the sample.
+        latents: T + 1 tensors `[N, ...]` fp32, from the start to the sample.
         log_probs: `[T, N]` fp32, per element (see `Transition.log_prob`); 0 at deterministic steps.
         schedule: The T steps.
         etas: The eta of each step; 0 outside of the window.
         stds: Standard deviation of each step; 0 where it was deterministic.
-        group_size: Rollouts per input, K.
         clean: Maps a step in `keep_clean` to the clean latents `[N, ...]` predicted there.
     """
 
-    latents: Tensor
+    latents: tuple[Tensor, ...]
     log_probs: Tensor
     schedule: tuple[Step, ...]
     etas: tuple[float, ...]
     stds: tuple[float, ...]
-    group_size: int
     clean: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -54,156 +54,79 @@ class Trajectory:
         """The steps that drew noise; a policy gradient learns from these only."""
         return tuple(index for index, std in enumerate(self.stds) if std > 0)
 
-    def select(self, inputs: slice) -> "Trajectory":
-        """The rollouts of these inputs."""
-        rollouts = slice(inputs.start * self.group_size, inputs.stop * self.group_size)
-        clean = {step: latents[rollouts] for step, latents in self.clean.items()}
-        return replace(self, latents=self.latents[:, rollouts], log_probs=self.log_probs[:, rollouts], clean=clean)
+    def rows(self, rows: slice) -> "Trajectory":
+        """The paths of these rollouts."""
+        clean = {step: latents[rows] for step, latents in self.clean.items()}
+        return replace(
+            self, latents=tuple(each[rows] for each in self.latents), log_probs=self.log_probs[:, rows], clean=clean
+        )
 
 
 @torch.no_grad()
 def rollout(
     policy: Policy,
-    degraded: Tensor,
+    condition: Condition,
+    noise: Noise,
     *,
-    ids: Sequence[int],
-    group_size: int,
-    num_steps: int,
-    eta: float,
-    seed: int,
+    num_steps: int | None = None,
+    eta: float | None = None,
     window: range | None = None,
     keep_clean: Sequence[int] = (),
-    condition: Condition | None = None,
 ) -> Trajectory:
-    """Restore each input several times, each time with different noise, and keep the trajectory of the latents.
+    """Restore each row once, and keep the trajectory of the latents.
 
-    The noise follows from `seed` and the input's id alone, so an input's rollouts are the same in any batch, on any
-    number of processes and after a resume.
+    A row's noise follows from its id and copy alone, so its rollout is the same in any batch, on any number of
+    processes and after a resume.
 
     Args:
         policy: The model.
-        degraded: `[B, 3, H, W]` in [0, 1].
-        ids: B integers >= 0, one per input.
-        group_size: Rollouts per input, K.
-        num_steps: Sampling steps, T.
-        eta: Noise of each step, as `policy.process` takes it; 0 is deterministic after the first noise.
-        seed: Seed of the noise; use a different one for every optimiser step.
+        condition: N rows: the result of `policy.condition`, each repeated for every rollout of its input.
+        noise: N rows.
+        num_steps: Sampling steps; those of the sampler that the policy ships with, if not given.
+        eta: Noise of each step, as the policy takes it; that of its own sampler, if not given.
         window: Steps that are stochastic, while the others follow the ODE (MixGRPO); all if not given.
         keep_clean: Steps whose prediction of the clean latents is kept, for stepwise rewards.
-        condition: `policy.condition(degraded)`, if you have it already.
 
     Returns:
-        A `Trajectory` on the device of `degraded`; decode its `sample` with `policy.decode`.
+        A `Trajectory`; decode its `sample` with `policy.decode`.
 
     Raises:
-        ValueError: Ids and images differ in number, or the window leaves the schedule.
+        ValueError: The window leaves the schedule.
 
     Example:
-        >>> from iqareward.diffusion import build_restorer
-        >>> degraded = torch.rand(2, 3, 8, 8)
-        >>> options = dict(group_size=3, num_steps=4, eta=1.0, seed=0)
-        >>> trajectory = rollout(build_restorer((8, 16)), degraded, ids=[7, 9], **options)
+        >>> from iqareward.diffusion import Batch, build_restorer
+        >>> policy, noise = build_restorer((8, 16)), Noise((7, 7, 9, 9), (0, 1, 0, 1))
+        >>> condition = policy.condition(Batch(noise.ids, torch.rand(4, 3, 8, 8)), noise)
+        >>> trajectory = rollout(policy, condition, noise, num_steps=4, eta=1.0)
         >>> trajectory.sample.shape, trajectory.stochastic
-        (torch.Size([6, 3, 8, 8]), (0, 1, 2))
+        (torch.Size([4, 3, 8, 8]), (0, 1, 2))
 
     References:
         Li et al., MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE, 2025,
         https://arxiv.org/abs/2507.21802
     """
-    if len(ids) != degraded.shape[0]:
-        raise ValueError(f"rollout expected one id per image, got {len(ids)} ids for {degraded.shape[0]} images.")
-    schedule = tuple(policy.process.schedule(num_steps))
+    schedule = tuple(policy.schedule(condition, policy.num_steps if num_steps is None else num_steps))
     window = range(len(schedule)) if window is None else window
     if len(window) and not (min(window) >= 0 and max(window) < len(schedule)):
         raise ValueError(f"rollout expected `window` within range({len(schedule)}), got {window}.")
-    condition = repeat(policy.condition(degraded) if condition is None else condition, group_size)
-    shape = policy.latent_shape(degraded)
+    eta = policy.eta if eta is None else eta
     etas = tuple(eta if index in window else 0.0 for index in range(len(schedule)))
-
-    def noise(step: int) -> Tensor:
-        return noise_per_input(ids, group_size, shape, seed=seed, step=step, device=degraded.device)
-
-    path, log_probs, stds, clean = [noise(0)], [], [], {}
+    latents = policy.start(condition, noise)
+    path, log_probs, stds, clean = [latents.float()], [], [], {}
     for index, (step, step_eta) in enumerate(zip(schedule, etas, strict=True)):
-        transition = _take_step(policy, path[-1], step, step_eta, condition)
-        fresh = transition.std * noise(index + 1) if transition.std else 0.0
-        path.append(transition.mean + fresh)
+        transition = policy.step(path[-1], step, condition, eta=step_eta)
+        mean = transition.mean
+        path.append(mean + transition.std * noise(index, mean.shape[1:]) if transition.std else mean)
         log_probs.append(transition.log_prob(path[-1]))
         stds.append(transition.std)
         if index in keep_clean:
             clean[index] = transition.clean
-    return Trajectory(torch.stack(path), torch.stack(log_probs), schedule, etas, tuple(stds), group_size, clean)
-
-
-def _take_step(policy: Policy, latents: Tensor, step: Step, eta: float, condition: Condition) -> Transition:
-    """The Gaussian of one step of the policy from `latents` `[N, ...]`; with a gradient to the model if enabled."""
-    times = torch.full((latents.shape[0],), step.time, device=latents.device)
-    output = policy.predict(latents, times, condition)
-    return policy.process.transition(output, latents, step, eta=eta)
+    return Trajectory(tuple(path), torch.stack(log_probs), schedule, etas, tuple(stds), clean)
 
 
 def replay(policy: Policy, trajectory: Trajectory, index: int, condition: Condition) -> Transition:
-    """Step `index` of a trajectory under the policy as it is now, given the condition of all its rollouts."""
-    step, eta = trajectory.schedule[index], trajectory.etas[index]
-    return _take_step(policy, trajectory.latents[index], step, eta, condition)
-
-
-@dataclass(frozen=True)
-class Experience:
-    """B inputs of one process with K rollouts each, N = B * K rows, the rollouts of an input side by side.
-
-    Attributes:
-        ids: B ids of the inputs.
-        references: `[B, 3, H, W]` ground truth.
-        condition: The condition of the B inputs, from the policy.
-        trajectory: The N rollouts.
-        rewards: `[S, N]` fp32, NaN = not scored; one row per scored step, the sample last.
-        distances: `[N]` >= 0 from the samples to the references, NaN where unknown.
-        advantages: `[S, N]`, 0 where unknown.
-        has_signal: `[B]` whether the rewards of an input differ at all.
-        usable: `[B]` whether all pixels of an input are finite; others get no weight.
-    """
-
-    ids: tuple[int, ...]
-    references: Tensor
-    condition: Condition
-    trajectory: Trajectory
-    rewards: Tensor
-    distances: Tensor
-    advantages: Tensor
-    has_signal: Tensor
-    usable: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def difficulty(self) -> Tensor:
-        """`[B]` >= 0, mean distance of an input's samples to its reference; NaN where unknown."""
-        return self.distances.view(len(self), -1).nanmean(1)
-
-    def pass_rate(self, distance: float) -> Tensor:
-        """`[B]` share of an input's samples within `distance` of the reference; NaN where unknown."""
-        size = self.trajectory.group_size
-        inputs = torch.arange(len(self), device=self.distances.device).repeat_interleave(size)
-        return pass_rate(-self.distances, inputs, threshold=-distance)[::size]
-
-    def select(self, inputs: slice) -> "Experience":
-        """The experience of these inputs."""
-        size = self.trajectory.group_size
-        rollouts = slice(inputs.start * size, inputs.stop * size)
-        return replace(
-            self,
-            ids=self.ids[inputs],
-            references=self.references[inputs],
-            condition=select(self.condition, inputs),
-            trajectory=self.trajectory.select(inputs),
-            rewards=self.rewards[:, rollouts],
-            distances=self.distances[rollouts],
-            advantages=self.advantages[:, rollouts],
-            has_signal=self.has_signal[inputs],
-            usable=self.usable[inputs],
-        )
+    """Step `index` of a trajectory under the policy as it is now, given the condition of its rows."""
+    return policy.step(trajectory.latents[index], trajectory.schedule[index], condition, eta=trajectory.etas[index])
 
 
 @dataclass(frozen=True)
@@ -212,8 +135,8 @@ class RolloutConfig:
 
     Args:
         group_size: Rollouts per input.
-        num_steps: Sampling steps.
-        eta: Noise of each step, as the policy's process takes it.
+        num_steps: Sampling steps; those of the sampler that the policy ships with, if None.
+        eta: Noise of each step, as the policy takes it; the policy's `exploration`, if not given.
         window: Steps that are stochastic; all if not given.
         reward_steps: Steps whose predicted clean image is scored as well; only the sample if empty.
         inputs_at_once: Inputs sampled and scored together; all if not given.
@@ -222,33 +145,124 @@ class RolloutConfig:
         ValueError: An option is out of its range, or `reward_steps` do not rise.
 
     Example:
-        >>> RolloutConfig(group_size=8, num_steps=10, window=range(2, 6)).eta  # four of ten steps are stochastic
-        1.0
+        >>> RolloutConfig(group_size=8, num_steps=10, window=range(2, 6)).inputs_at_once is None
+        True
     """
 
     group_size: int = 8
-    num_steps: int = 10
-    eta: float = 1.0
+    num_steps: int | None = 10
+    eta: float | None = None
     window: range | None = None
     reward_steps: tuple[int, ...] = ()
     inputs_at_once: int | None = None
 
     def __post_init__(self) -> None:
         steps, count = self.reward_steps, "as an integer >= 1"
-        rising = list(steps) == sorted(set(steps)) and all(0 <= step < self.num_steps for step in steps)
+        end = math.inf if self.num_steps is None else self.num_steps
+        rising = list(steps) == sorted(set(steps)) and all(0 <= step < end for step in steps)
         requirements = {
             "group_size": (count, is_count(self.group_size)),
-            "num_steps": (count, is_count(self.num_steps)),
-            "eta": ("in [0, inf)", 0 <= self.eta < math.inf),
+            "num_steps": (f"{count}, or None", self.num_steps is None or is_count(self.num_steps)),
+            "eta": ("in [0, inf), or None", self.eta is None or 0 <= self.eta < math.inf),
             "reward_steps": ("in [0, num_steps) and in rising order", rising),
             "inputs_at_once": (f"{count}, or None", self.inputs_at_once is None or is_count(self.inputs_at_once)),
         }
         require_options(self, requirements)
 
 
-def images_of(policy: Policy, latents: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Rollouts:
+    """Some rollouts of an experience, as an objective learns from them: every field has one row per rollout.
+
+    Attributes:
+        batch: The input of each rollout.
+        condition: Its condition.
+        noise: Fresh random numbers for each rollout.
+        trajectory: Its path.
+        advantages: `[S, n]`, one row per scored step, the sample last; 0 where unknown.
+        group_size: Rollouts per input, side by side; all of an input are here if the objective has `whole_groups`.
+    """
+
+    batch: Batch
+    condition: Condition
+    noise: Noise
+    trajectory: Trajectory
+    advantages: Tensor
+    group_size: int
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def advantage_of(self, step: int) -> Tensor:
+        """`[n]` advantages of a step: that of the first scored image after it, or else of the sample."""
+        # The clean image predicted at a step follows from the latents before it, so it rewards the steps up to there.
+        scored = [*self.trajectory.clean, len(self.trajectory.schedule)]
+        return self.advantages[next(row for row, after in enumerate(scored) if after > step)]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """B inputs of one size with K rollouts each, N = B * K rows, the rollouts of an input side by side.
+
+    Attributes:
+        batch: The inputs; `references` are what SFT learns from.
+        condition: Their condition, from the policy.
+        trajectory: The N rollouts.
+        rewards: `[S, N]` fp32, NaN = not scored; one row per scored step, the sample last. The weighted sum of several.
+        parts: `[R, S, N]` fp32, each reward alone.
+        distances: `[N]` >= 0 from the samples to the references, NaN where unknown.
+        advantages: `[S, N]`, 0 where unknown.
+        has_signal: `[B]` whether the rewards of an input differ at all.
+        group_size: Rollouts per input, K.
+    """
+
+    batch: Batch
+    condition: Condition
+    trajectory: Trajectory
+    rewards: Tensor
+    parts: Tensor
+    distances: Tensor
+    advantages: Tensor
+    has_signal: Tensor
+    group_size: int
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def num_rollouts(self) -> int:
+        """N."""
+        return len(self.batch) * self.group_size
+
+    @property
+    def difficulty(self) -> Tensor:
+        """`[B]` >= 0, mean distance of an input's samples to its reference; NaN where unknown."""
+        return self.distances.view(len(self), -1).nanmean(1)
+
+    def pass_rate(self, distance: float) -> Tensor:
+        """`[B]` share of an input's samples within `distance` of the reference; NaN where unknown."""
+        inputs = torch.arange(len(self), device=self.distances.device).repeat_interleave(self.group_size)
+        return pass_rate(-self.distances, inputs, threshold=-distance)[:: self.group_size]
+
+    def rollouts(self, rows: slice, *, seed: int) -> Rollouts:
+        """These rollouts, with their inputs repeated; `seed` is that of the fresh noise."""
+        size = self.group_size
+        inputs = slice(rows.start // size, -(-rows.stop // size))
+        mine = slice(rows.start - inputs.start * size, rows.stop - inputs.start * size)
+        noise = Noise.of_groups(self.batch.ids[inputs], size, seed=seed, device=self.rewards.device)
+        return Rollouts(
+            self.batch.select(inputs).repeat(size).select(mine),
+            select(repeat(select(self.condition, inputs), size), mine),
+            noise.rows(mine),
+            self.trajectory.rows(rows),
+            self.advantages[:, rows],
+            size,
+        )
+
+
+def images_of(policy: Policy, latents: Tensor, condition: Condition) -> Tensor:
     """Images `[N, 3, H, W]` fp32 in [0, 1] of clean latents."""
-    return policy.decode(latents).float().clamp(0, 1)
+    return policy.decode(latents, condition).float().clamp(0, 1)
 
 
 def checked_scores(scores: Any, *, name: str, count: int) -> Tensor:
@@ -261,77 +275,37 @@ def checked_scores(scores: Any, *, name: str, count: int) -> Tensor:
     return finite_or_nan(scores.float())
 
 
-@torch.no_grad()
-def collect(
-    policy: Policy,
-    reward: Reward,
-    degraded: Tensor,
-    references: Tensor,
-    ids: Sequence[int],
-    config: RolloutConfig,
-    *,
-    seed: int,
-    metric: Callable[..., Tensor],
-) -> tuple[Trajectory, Condition, Tensor, Tensor]:
-    """Sample the inputs part by part; an `Overlapped` reward scores each part while the next is sampled.
+def columns_for(reward: Callable[..., Any], batch: Batch) -> dict[str, Any]:
+    """What belongs to the images of `batch` and the reward takes, as keyword arguments.
 
-    Returns:
-        The trajectory, the condition, rewards `[S, N]` (NaN = not scored) and distances to the references `[N]`.
+    `references`, `prompts`, `ids` and `tasks` go to every reward of the library, and `inputs`, the degraded images, to
+    those that need them; a plain function gets those that it names.
     """
-    condition = policy.condition(degraded)
-    size = config.inputs_at_once or len(ids)
-    trajectories, distances, pending = [], [], []
-    for start in range(0, len(ids), size):
-        part = slice(start, min(start + size, len(ids)))
-        trajectory = rollout(
-            policy,
-            degraded[part],
-            ids=ids[part],
-            group_size=config.group_size,
-            num_steps=config.num_steps,
-            eta=config.eta,
-            seed=seed,
-            window=config.window,
-            keep_clean=config.reward_steps,
-            condition=select(condition, part),
-        )
-        side_by_side = references[part].repeat_interleave(config.group_size, 0)
-        # Step by step, because the images of all steps would not fit into memory at once.
-        submit = partial(
-            _submit, reward, references=side_by_side, degraded=degraded[part], group_size=config.group_size
-        )
-        steps = [submit(images_of(policy, trajectory.clean[step])) for step in config.reward_steps]
-        images = images_of(policy, trajectory.sample)
-        pending.append([*steps, submit(images)])
-        distances.append(reference_distance(images, side_by_side, metric))
-        trajectories.append(trajectory)
-    rewards = torch.cat([torch.stack([scores().to(degraded.device) for scores in steps]) for steps in pending], 1)
-    return _joined(trajectories), condition, rewards, torch.cat(distances)
+    columns: dict[str, Any] = {
+        "references": batch.references,
+        "inputs": batch.degraded,
+        "prompts": None if batch.prompts is None else list(batch.prompts),
+        "ids": list(batch.ids),
+        "tasks": None if batch.tasks is None else list(batch.tasks),
+    }
+    columns = {name: value for name, value in columns.items() if value is not None}
+    if isinstance(reward, Overlapped):
+        reward, taken = reward.reward, {"references", "prompts", "inputs"}
+    elif isinstance(reward, Reward):
+        taken = set(columns)
+    else:
+        parameters = inspect.signature(reward).parameters.values()
+        every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        taken = set(columns) if every else {parameter.name for parameter in parameters}
+    if isinstance(reward, Reward) and not getattr(reward, "needs_inputs", False):
+        taken -= {"inputs"}  # they would be moved, hashed or sent for nothing
+    return {name: value for name, value in columns.items() if name in taken}
 
 
-def compare(rewards: Tensor, groups: Tensor, *, std_floor: float, memory: RewardMemory | None) -> tuple[Tensor, Tensor]:
-    """Advantages `[S, N]`, and whether each rollout's input has a signal `[N]`, with the statistics of all processes.
-
-    Each scored step is compared with the same step of the other rollouts only. A `memory` compares the sample with the
-    input's own history instead, and is updated.
-    """
-    gathered, mine = gather_rows(rewards.T.contiguous(), groups)
-    all_rewards, all_groups = gathered
-    parts = [group_advantages(step, all_groups, std_floor=std_floor) for step in all_rewards.unbind(1)]
-    if memory is not None:
-        memory.update(all_rewards[:, -1], all_groups)
-        parts[-1] = memory.advantages(all_rewards[:, -1], all_groups)
-    values = torch.stack([part.values for part in parts])
-    return values[:, mine], parts[-1].has_signal[mine]
-
-
-def _submit(
-    reward: Reward, images: Tensor, references: Tensor, degraded: Tensor, group_size: int
-) -> Callable[[], Tensor]:
+def scored(reward: Callable[..., Any], images: Tensor, batch: Batch) -> Callable[[], Tensor]:
+    """Score images of `batch`; the scores `[N]` are there when the result is called, at once unless overlapped."""
     name, count = getattr(reward, "name", type(reward).__name__), images.shape[0]
-    columns: dict[str, Any] = {"references": references}
-    if getattr(reward, "needs_inputs", False):
-        columns["inputs"] = degraded.repeat_interleave(group_size, 0)
+    columns = columns_for(reward, batch)
     if isinstance(reward, Overlapped):
         pending = reward.submit(images, **columns)
         return lambda: checked_scores(pending.result(), name=name, count=count)
@@ -339,7 +313,169 @@ def _submit(
     return lambda: scores
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Rollouts of a batch with their scores, not yet compared with each other; fields as in `Experience`."""
+
+    batch: Batch
+    condition: Condition
+    trajectory: Trajectory
+    parts: Tensor
+    distances: Tensor
+
+
+@torch.no_grad()
+def collect(
+    policy: Policy,
+    rewards: Sequence[Callable[..., Any]],
+    batch: Batch,
+    config: RolloutConfig,
+    *,
+    seed: int,
+    distance: Callable[[Tensor, Batch], Tensor],
+    reachable: bool = False,
+) -> Sampled:
+    """Sample the inputs part by part; an `Overlapped` reward scores each part while the next is sampled.
+
+    Args:
+        policy: The model.
+        rewards: Each scores the images.
+        batch: The inputs.
+        config: How they are sampled.
+        seed: Seed of the noise.
+        distance: `distance(images, inputs)` `[N]`: how far restored images are from where they should be.
+        reachable: Compare with the references as the policy can reach them at best, encoded and decoded.
+    """
+    size = config.group_size
+    condition = check_condition(
+        policy.condition(batch, Noise(batch.ids, seed=seed, device=batch.degraded.device).of(0)),
+        len(batch),
+        caller=type(policy).__name__,
+    )
+    trajectories, distances, pending = [], [], []
+    at_once = config.inputs_at_once or len(batch)
+    for start in range(0, len(batch), at_once):
+        part = slice(start, min(start + at_once, len(batch)))
+        inputs, own = batch.select(part), select(condition, part)
+        if reachable and inputs.references is not None:
+            inputs = replace(inputs, references=policy.reconstruct(inputs.references, own).float().clamp(0, 1))
+        side_by_side, own = inputs.repeat(size), repeat(own, size)
+        trajectory = rollout(
+            policy,
+            own,
+            Noise.of_groups(inputs.ids, size, seed=seed, device=batch.degraded.device),
+            num_steps=config.num_steps,
+            eta=policy.exploration if config.eta is None else config.eta,
+            window=config.window,
+            keep_clean=config.reward_steps,
+        )
+        # Step by step, because the images of all steps would not fit into memory at once.
+        steps = []
+        for latents in (*trajectory.clean.values(), trajectory.sample):
+            images = images_of(policy, latents, own)
+            steps.append([scored(reward, images, side_by_side) for reward in rewards])
+        pending.append(steps)
+        distances.append(distance(images, side_by_side))  # of the sample, the last
+        trajectories.append(trajectory)
+    device = batch.degraded.device
+    parts = [
+        torch.stack([torch.stack([scores().to(device) for scores in step]) for step in steps], 1) for steps in pending
+    ]
+    return Sampled(batch, condition, _joined(trajectories), torch.cat(parts, 2), torch.cat(distances))
+
+
+def compare(
+    sampled: Sequence[Sampled],
+    config: RolloutConfig,
+    *,
+    weights: Sequence[float],
+    std_floor: float,
+    memory: RewardMemory | None = None,
+) -> list[Experience]:
+    """Compare each rollout with the others of its input, with the statistics of all processes.
+
+    Several rewards are normalised one by one before they are added. Each scored step is compared with the same step of
+    the other rollouts only. A `memory` compares the sample with the input's own history instead, and is updated.
+    """
+    size = config.group_size
+    parts = torch.cat([each.parts for each in sampled], 2)  # [R, S, N]
+    usable = torch.cat([each.batch.usable for each in sampled]).repeat_interleave(size)
+    parts = torch.where(usable, parts, torch.nan)
+    distances = torch.where(usable, torch.cat([each.distances for each in sampled]), torch.nan)
+    ids = [input_id for each in sampled for input_id in each.batch.ids]
+    groups = torch.tensor(ids).to(parts.device, non_blocking=True).repeat_interleave(size)
+    (gathered, everyones), mine = gather_rows(parts.permute(2, 1, 0).flatten(1).contiguous(), groups)
+    columns = gathered.unflatten(1, (parts.shape[1], parts.shape[0]))  # [N of all, S, R]
+    found = []
+    for step in columns.unbind(1):
+        if len(weights) == 1:
+            found.append(group_advantages(weights[0] * step[:, 0], everyones, std_floor=std_floor))
+        else:
+            found.append(combine_advantages(step, everyones, weights=weights, std_floor=std_floor))
+    total = _weighted_sum(parts, weights)
+    if memory is not None:
+        last = _weighted_sum(columns[:, -1].T[:, None], weights)[0]
+        memory.update(last, everyones)
+        found[-1] = memory.advantages(last, everyones)
+    advantages = torch.stack([part.values for part in found])[:, mine]
+    has_signal = found[-1].has_signal[mine].view(len(ids), -1).any(1)
+    experiences, first = [], 0
+    for each in sampled:
+        inputs = slice(first, first + len(each.batch))
+        rows = slice(inputs.start * size, inputs.stop * size)
+        first = inputs.stop
+        experiences.append(
+            Experience(
+                each.batch,
+                each.condition,
+                each.trajectory,
+                total[:, rows],
+                parts[:, :, rows],
+                distances[rows],
+                advantages[:, rows],
+                has_signal[inputs],
+                size,
+            )
+        )
+    return experiences
+
+
+def _weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
+    """`[S, N]` of `[R, S, N]`; NaN where a reward is missing."""
+    return sum((weight * part for weight, part in zip(weights, parts, strict=True)), torch.zeros_like(parts[0]))
+
+
 def _joined(parts: Sequence[Trajectory]) -> Trajectory:
-    latents, log_probs = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("latents", "log_probs"))
+    latents = tuple(torch.cat(step) for step in zip(*(part.latents for part in parts), strict=True))
     clean = {step: torch.cat([part.clean[step] for part in parts]) for step in parts[0].clean}
-    return replace(parts[0], latents=latents, log_probs=log_probs, clean=clean)
+    return replace(parts[0], latents=latents, log_probs=torch.cat([part.log_probs for part in parts], 1), clean=clean)
+
+
+def reference_distances(metric: Callable[..., Tensor]) -> Callable[[Tensor, Batch], Tensor]:
+    """The distance of restored images to their ground truth by `metric`, as `collect` takes it."""
+
+    def distance(images: Tensor, batch: Batch) -> Tensor:
+        if batch.references is None:
+            raise ValueError(
+                f"The inputs {sorted(set(batch.ids))[:5]} have no ground truth, so their difficulty is unknown. Give "
+                "the trainer `input_quality`, a reward that tells how good the degraded images are."
+            )
+        return reference_distance(images, batch.references, metric)
+
+    return distance
+
+
+def input_distances(quality: Reward, *, best: float | None = None) -> Callable[[Tensor, Batch], Tensor]:
+    """How far degraded images are from perfect quality, for inputs without ground truth; the same for all rollouts."""
+    top = quality.bounds[1] if best is None else best
+    if top is None:
+        raise ValueError(
+            f"input_quality expected a reward that is bounded above, got {quality.name!r}. Bound it with Calibrated."
+        )
+
+    def distance(images: Tensor, batch: Batch) -> Tensor:
+        columns = {key: value for key, value in columns_for(quality, batch).items() if key != "references"}
+        scores = checked_scores(quality(batch.degraded, **columns), name=quality.name, count=len(batch))
+        return (top - scores).clamp(min=0)
+
+    return distance

@@ -1,7 +1,8 @@
 """The trainer: RL where inputs are hard, SFT as restorations come near their ground truth."""
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,20 @@ from iqareward.diffusion.checkpoint import (
 from iqareward.diffusion.finite import TrainingError, finite_mean, require_finite
 from iqareward.diffusion.learner import Learner, TrainConfig
 from iqareward.diffusion.objectives import ClippedPolicyGradient, Objective
-from iqareward.diffusion.pairs import InputOrder, Pairs, read_batch
-from iqareward.diffusion.policies import Policy, unwrapped
-from iqareward.diffusion.progress import progress_bar
-from iqareward.diffusion.rollouts import Experience, RolloutConfig, collect, compare
+from iqareward.diffusion.batches import Batch, batches, read_ahead
+from iqareward.diffusion.noise import Noise
+from iqareward.diffusion.pairs import InputOrder, Pairs
+from iqareward.diffusion.policies.core import Policy, evaluating
+from iqareward.diffusion.progress import note, progress_bar
+from iqareward.diffusion.rollouts import (
+    Experience,
+    RolloutConfig,
+    collect,
+    compare,
+    input_distances,
+    reference_distances,
+    scored,
+)
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.groups import finite_or_nan
 from iqareward.rewards.batching import Overlapped
@@ -55,8 +66,10 @@ class DifficultyAdaptiveTrainer:
 
     Args:
         policy: The model after SFT.
-        reward: Scores the restored images; called with `images` and `references`.
-        pairs: Degraded images and their ground truth.
+        reward: Scores the restored images; called with `images` and with what it takes of `references`, `inputs` (the
+            degraded images), `prompts`, `ids` and `tasks`. Or several rewards by name, each normalised within the
+            rollouts of an input before they are added (GDPO).
+        pairs: Degraded images and their ground truth, any data set as `Pairs` describes it.
         output_dir: Folder for checkpoints, history and sample grids.
         weighter: Gives RL and SFT weights; `AdaptiveWeighter()` if not given. One that takes pass rates names the
             distance at which a rollout passes: `Schedule(partial(gate, direction="hard_to_rl"), pass_distance=0.05)`.
@@ -66,8 +79,14 @@ class DifficultyAdaptiveTrainer:
         validation: What is measured on held-out inputs.
         memory: Compares rewards with an input's own history instead of its group.
         metric: Distance to the ground truth that difficulty is made of; not the reward.
+        reward_weights: Weight of each of several rewards by name; 1 if not given.
+        input_quality: A reward of the degraded images; difficulty is how far they are from its upper bound. For data
+            without ground truth, for which there is no SFT.
+        reachable: Rewards and difficulty compare with the ground truth encoded and decoded, which is the best that a
+            latent model can reach; SFT learns from the ground truth itself.
         accelerator: Accelerate's `Accelerator`; a default one if not given.
         sft_updates: Updates of SFT before; trackers count them first.
+        num_workers: Processes that read images ahead of need.
         overlap: Score a part of the inputs while the next is sampled (`RolloutConfig.inputs_at_once`), by `Overlapped`.
             For a reward that takes much of an update; with Q-Align on the same H100, 1.4 % of one, it gained nothing.
         show_progress: Show a progress bar, or lines where there is no terminal.
@@ -95,7 +114,7 @@ class DifficultyAdaptiveTrainer:
     def __init__(
         self,
         policy: Policy,
-        reward: Reward,
+        reward: Reward | Mapping[str, Reward],
         pairs: Pairs,
         *,
         output_dir: Path | str,
@@ -106,8 +125,12 @@ class DifficultyAdaptiveTrainer:
         validation: Validation | None = None,
         memory: RewardMemory | None = None,
         metric: Callable[..., Tensor] = rmse,
+        reward_weights: Mapping[str, float] | None = None,
+        input_quality: Reward | None = None,
+        reachable: bool = False,
         accelerator: Any = None,
         sft_updates: int = 0,
+        num_workers: int = 0,
         overlap: bool = False,
         show_progress: bool = True,
         seed: int = 0,
@@ -115,7 +138,11 @@ class DifficultyAdaptiveTrainer:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator() if accelerator is None else accelerator
-        self.policy, self.reward, self.pairs, self.metric, self.seed = policy, reward, pairs, metric, seed
+        self.policy, self.pairs, self.metric, self.seed = policy, pairs, metric, seed
+        self.rewards = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+        self.reward_weights = _checked_weights(self.rewards, reward_weights)
+        self.distance = reference_distances(metric) if input_quality is None else input_distances(input_quality)
+        self.reachable, self.num_workers = reachable, num_workers
         self.weighter: Weighter = AdaptiveWeighter() if weighter is None else weighter
         check_signal("DifficultyAdaptiveTrainer", self.weighter, ("difficulty", "pass_rate"))
         if memory is not None and memory.num_inputs < len(pairs):
@@ -127,20 +154,23 @@ class DifficultyAdaptiveTrainer:
         self.output_dir, self.show_progress, self.sft_updates = Path(output_dir), show_progress, sft_updates
         self.train_config = train_config or TrainConfig()
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        if self.train_config.inputs_per_update % self.world:
+        shares = self.world * self.train_config.minibatches
+        if self.train_config.inputs_per_update % shares:
             raise ValueError(
-                f"DifficultyAdaptiveTrainer expected inputs_per_update divisible by the {self.world} processes, got "
-                f"{self.train_config.inputs_per_update}."
+                f"DifficultyAdaptiveTrainer expected inputs_per_update divisible by {self.world} processes times "
+                f"{self.train_config.minibatches} minibatches, got {self.train_config.inputs_per_update}."
             )
-        if overlap and not isinstance(reward, Reward):
-            raise TypeError(
-                "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the other "
-                f"attributes of `Reward`, got {type(reward).__name__}. Wrap it in FullReference or NoReference."
-            )
+        for each in self.rewards.values():
+            if overlap and not isinstance(each, Reward):
+                raise TypeError(
+                    "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the "
+                    f"other attributes of `Reward`, got {type(each).__name__}. Wrap it in FullReference or NoReference."
+                )
         self.order = InputOrder(len(pairs), self.train_config.inputs_per_update, sub_seed(seed, ORDER))
         self.learner = Learner(policy, objective or ClippedPolicyGradient(), self.train_config, self.accelerator)
-        self.overlapped = Overlapped(reward) if overlap else None
+        self.scorers = [Overlapped(each) if overlap else each for each in self.rewards.values()]
         self.updates, self.history, self.failures = 0, [], 0
+        self._reader: Iterator[list[Batch]] | None = None
         self.proven = False  # whether an update has gone well since the last checkpoint
         # Taken now, because a weighter may change as it is used.
         self.settings: dict[str, Any] = {
@@ -148,14 +178,17 @@ class DifficultyAdaptiveTrainer:
             "num_inputs": len(pairs),
             "pairs": described(pairs),
             "policy": described(policy, without=("model", "process")),
-            "process": described(policy.process),
+            "process": described(getattr(policy, "process", None)),
             "mixed_precision": str(self.accelerator.mixed_precision),
             "reward": described(reward),
+            "reward_weights": described(self.reward_weights),
+            "input_quality": described(input_quality),
+            "reachable": reachable,
             "metric": described(metric),
             "objective": described(self.learner.objective),
             # Without what changes memory only: it has to change where memory has run out.
             "rollout_config": described(self.rollout_config, without=("inputs_at_once",)),
-            "train_config": described(self.train_config, without=("micro_batch",)),
+            "train_config": described(self.train_config, without=("rows_at_once",)),
             "weighter": described(self.weighter, without=tuple(self.weighter.state_dict())),
             "memory": described(memory),
             "validation": described(validation),
@@ -200,7 +233,7 @@ class DifficultyAdaptiveTrainer:
                 self.accelerator.init_trackers("iqareward")
             if not (resume and self.load(allow_changes=allow_changes)):
                 self.calibrate()
-                self.history.append({"update": 0} | self.validate())
+                self.history.append({"update": 0} | self._ceiling() | self.validate())
                 self._log(self.history[0])
                 self.save()
             elif self.accelerator.is_main_process:
@@ -214,6 +247,15 @@ class DifficultyAdaptiveTrainer:
     def _updates(self, num_updates: int, save_every: int, validate_every: int) -> None:
         shown, due = self.show_progress and self.accelerator.is_main_process, False
         record: dict[str, Any] = {}
+        self._reader = read_ahead(
+            self.pairs,
+            self.order,
+            range(self.updates, num_updates),
+            self.accelerator.device,
+            num_workers=self.num_workers,
+            rank=self.rank,
+            world=self.world,
+        )
         with progress_bar("RL", num_updates, done=self.updates, shown=shown) as advance:
             while self.updates < num_updates and not (self.validation and self.validation.stopped):
                 record = self.update()
@@ -245,29 +287,65 @@ class DifficultyAdaptiveTrainer:
         """Tell the weighter how hard the inputs are for the model before RL; most schedules do not need it."""
         anchor = getattr(self.weighter, "calibrate", None)
         if anchor is not None:
-            batches = range(min(_CALIBRATION_UPDATES, len(self.pairs) // self.train_config.inputs_per_update))
-            anchor(torch.cat([self.experience(batch, CALIBRATION).difficulty for batch in batches]))
+            found = []
+            for number in range(min(_CALIBRATION_UPDATES, len(self.pairs) // self.train_config.inputs_per_update)):
+                ids = self.order.ids(number, rank=self.rank, world=self.world)
+                read = batches(self.pairs, ids, self.accelerator.device)
+                found += [each.difficulty for each in self.experiences(read, number, CALIBRATION)]
+            anchor(torch.cat(found))
+
+    @torch.no_grad()
+    def _ceiling(self) -> dict[str, float]:
+        """The rewards of the ground truth, and of what the policy can reach of it, for the first inputs."""
+        ids = self.order.ids(0, rank=self.rank, world=self.world)
+        nothing = torch.full((1,), torch.nan, device=self.accelerator.device)
+        found = {f"{kind}/{name}": [nothing] for name in self.rewards for kind in ("truth", "ceiling")}
+        for batch in batches(self.pairs, ids, self.accelerator.device):
+            if batch.references is None:
+                continue
+            with evaluating(self.policy):
+                condition = self.policy.condition(batch, self._noise(batch, CALIBRATION))
+                reached = self.policy.reconstruct(batch.references, condition).float().clamp(0, 1)
+            for name, reward in self.rewards.items():
+                found[f"truth/{name}"].append(scored(reward, batch.references, batch)())
+                found[f"ceiling/{name}"].append(scored(reward, reached, batch)())
+        means = self._means({name: torch.cat(values) for name, values in found.items()})
+        means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+        if self.show_progress and self.accelerator.is_main_process:
+            note(
+                "rewards of the ground truth, and encoded and decoded: "
+                + ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+                if means
+                else "without ground truth there is no SFT: difficulty is that of the degraded images"
+            )
+        return means
 
     def update(self) -> dict[str, Any]:
-        """One optimiser step: restore and score, weigh, learn. Returns the numbers to log."""
-        experience = self.experience(self.updates, ROLLOUT)
-        has_signal = experience.has_signal if self.learner.objective.relative else None
-        signal = self._signal(experience)
-        weights = self.weighter(**signal, has_signal=has_signal, valid=experience.usable)
-        seed = sub_seed(self.seed, LEARNING, self.updates)
-        record = self.learner.step(experience, weights, update=self.updates, seed=seed)
+        """Restore and score the inputs of an update, weigh and learn. Returns the numbers to log."""
+        ids = self.order.ids(self.updates, rank=self.rank, world=self.world)
+        read = next(self._reader) if self._reader else batches(self.pairs, ids, self.accelerator.device)
+        experiences = self.experiences(read, self.updates, ROLLOUT)
+        usable = torch.cat([each.batch.usable for each in experiences])
+        has_signal = torch.cat([each.has_signal for each in experiences])
+        signal = self._signal(experiences)
+        relative = self.learner.objective.relative
+        weights = self.weighter(**signal, has_signal=has_signal if relative else None, valid=usable)
+        record = self.learner.learn(
+            experiences, weights, update=self.updates, seed=sub_seed(self.seed, LEARNING, self.updates)
+        )
         self.weighter.update(**signal)
         self.updates += 1
-        record = {"update": self.updates} | record | self._figures(experience, weights)
-        return record | {"alarms": self._alarms(record, experience)}
+        record = {"update": self.updates} | record | self._figures(experiences, weights)
+        return record | {"alarms": self._alarms(record, experiences)}
 
-    def _alarms(self, record: dict[str, Any], experience: Experience) -> str:
+    def _alarms(self, record: dict[str, Any], experiences: Sequence[Experience]) -> str:
         """What went wrong in an update, as a warning and as text for the history; an error after too many failures."""
         from accelerate.utils import gather_object
 
-        failures, ids = [record.pop("problem")], list(experience.ids)
-        if record["scored"] == 0:
-            failures.append(f"{self.reward.name} scored no image, so RL had nothing to learn from")
+        failures, ids = [record.pop("problem")], [each for part in experiences for each in part.batch.ids]
+        for name in self.rewards:
+            if record["scored" if len(self.rewards) == 1 else f"scored/{name}"] == 0:
+                failures.append(f"{self._name(name)} scored no image, so RL had nothing to learn from it")
         failures = [text for text in failures if text]
         self.failures = self.failures + 1 if failures else 0
         self.proven = self.proven or not failures
@@ -278,7 +356,8 @@ class DifficultyAdaptiveTrainer:
             )
         notes: list[str] = []
         if record["left_out"]:
-            bad = [each for each, good in zip(ids, experience.usable.tolist(), strict=True) if not good]
+            usable = torch.cat([part.batch.usable for part in experiences]).tolist()
+            bad = [each for each, good in zip(ids, usable, strict=True) if not good]
             everyones = sorted(gather_object(bad))
             notes = [f"left out {record['left_out']:g} inputs whose pixels are not all finite: {everyones}"]
         alarms = "; ".join([*failures, *notes])
@@ -296,36 +375,42 @@ class DifficultyAdaptiveTrainer:
             f"that trained without failure: fix the cause and move it over {self.checkpoint.name} to go on from there."
         )
 
-    def _signal(self, experience: Experience) -> dict[str, Tensor]:
+    def _name(self, name: str) -> str:
+        return getattr(self.rewards[name], "name", name) if len(self.rewards) == 1 else name
+
+    def _signal(self, experiences: Sequence[Experience]) -> dict[str, Tensor]:
         """The argument `[B]` that the weighter takes, by name."""
         if self.weighter.signal == "difficulty":
-            return {"difficulty": experience.difficulty}
+            return {"difficulty": torch.cat([each.difficulty for each in experiences])}
         weighter: Any = self.weighter
-        return {"pass_rate": experience.pass_rate(weighter.pass_distance)}
+        return {"pass_rate": torch.cat([each.pass_rate(weighter.pass_distance) for each in experiences])}
 
-    def experience(self, update: int, purpose: int) -> Experience:
-        """The inputs of update number `update`, restored by this process, scored and compared with each other."""
-        ids = self.order.ids(update, rank=self.rank, world=self.world)
-        degraded, references, usable = read_batch(self.pairs, ids, self.accelerator.device)
-        trajectory, condition, rewards, distances = collect(
-            self.policy,
-            self.overlapped or self.reward,
-            degraded,
-            references,
-            ids,
+    def _noise(self, batch: Batch, purpose: int) -> Noise:
+        return Noise(batch.ids, seed=sub_seed(self.seed, purpose), device=self.accelerator.device)
+
+    def experiences(self, read: Sequence[Batch], update: int, purpose: int) -> list[Experience]:
+        """Inputs restored by this process, scored and compared with each other; one experience per size."""
+        seed = sub_seed(self.seed, purpose, update)
+        with evaluating(self.policy), self.learner.versions.sampling():
+            sampled = [
+                collect(
+                    self.policy,
+                    self.scorers,
+                    batch,
+                    self.rollout_config,
+                    seed=seed,
+                    distance=self.distance,
+                    reachable=self.reachable,
+                )
+                for batch in read
+            ]
+        return compare(
+            sampled,
             self.rollout_config,
-            seed=sub_seed(self.seed, purpose, update),
-            metric=self.metric,
+            weights=self.reward_weights,
+            std_floor=self.train_config.std_floor,
+            memory=self.memory if purpose == ROLLOUT else None,
         )
-        size = self.rollout_config.group_size
-        groups = torch.tensor(ids).to(rewards.device, non_blocking=True).repeat_interleave(size)
-        scored = usable.repeat_interleave(size)
-        rewards, distances = (torch.where(scored, values, torch.nan) for values in (rewards, distances))
-        memory = self.memory if purpose == ROLLOUT else None
-        advantages, has_signal = compare(rewards, groups, std_floor=self.train_config.std_floor, memory=memory)
-        has_signal = has_signal.view(len(ids), -1).any(1)
-        values = rewards, distances, advantages, has_signal, usable
-        return Experience(tuple(ids), references, condition, trajectory, *values)
 
     def validate(self) -> dict[str, Any]:
         """Score the held-out inputs; save their restorations, and the model if it is the best so far."""
@@ -334,7 +419,9 @@ class DifficultyAdaptiveTrainer:
         with self.learner.averaged():
             require_finite(f"The model after update {self.updates}", self.learner.named_weights())
             seed = sub_seed(self.seed, VALIDATION)
-            found = self.validation(self.policy, self.reward, seed=seed, rank=self.rank, world=self.world)
+            found = self.validation(
+                self.policy, self.rewards, self.reward_weights, seed=seed, rank=self.rank, world=self.world
+            )
             if self.accelerator.is_main_process:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 grid = self.validation.grid(found["images"], found["scores"]["reward"], update=self.updates)
@@ -342,27 +429,40 @@ class DifficultyAdaptiveTrainer:
                 save_grid(grid, file, self.accelerator.trackers, step=step)
                 if found["best"]:
                     with atomic_write(self.output_dir / "best.safetensors") as file:
-                        file.write(safetensors.torch.save(trained_weights(unwrapped(self.policy.model))))
+                        file.write(safetensors.torch.save(trained_weights(self.policy.model)))
         record = {f"validation/{name}": finite_mean(scores) for name, scores in found["scores"].items()}
         return record | {"alarms": "; ".join(found["alarms"])}
 
-    def _figures(self, experience: Experience, weights: LossWeights) -> dict[str, float]:
-        """Means of the finite values over the inputs of all processes; NaN if there are none."""
+    def _figures(self, experiences: Sequence[Experience], weights: LossWeights) -> dict[str, float]:
+        """What is logged of the inputs of all processes."""
+        rewards = torch.cat([each.rewards[-1] for each in experiences])
+        parts = torch.cat([each.parts[:, -1] for each in experiences], 1)
+        usable = torch.cat([each.batch.usable for each in experiences])
         columns = {
-            "reward": experience.rewards[-1],
-            "scored": experience.rewards[-1].isfinite().float(),
-            "difficulty": experience.difficulty,
+            "reward": rewards,
+            "scored": rewards.isfinite().float(),
+            "difficulty": torch.cat([each.difficulty for each in experiences]),
             "rl_share": weights.rl,
             "sft_share": weights.sft,
-            "has_signal": experience.has_signal.float(),
-            "left_out": 1 - experience.usable.float(),
+            "has_signal": torch.cat([each.has_signal for each in experiences]).float(),
+            "usable": usable.float(),
         }
-        finite = {name: finite_or_nan(values.float()) for name, values in columns.items()}
-        rows = [torch.stack([values.nansum(), values.isfinite().sum()]) for values in finite.values()]
+        if len(self.rewards) > 1:
+            for name, scores in zip(self.rewards, parts, strict=True):
+                columns |= {f"reward/{name}": scores, f"scored/{name}": scores.isfinite().float()}
+        means = self._means(columns)
+        left_out = round((1 - means.pop("usable")) * self.train_config.inputs_per_update)
+        return means | {"left_out": left_out}
+
+    def _means(self, columns: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means of the finite values over the inputs of all processes; NaN if there are none."""
+        if not columns:
+            return {}
+        finite = [finite_or_nan(values.float()) for values in columns.values()]
+        rows = [torch.stack([values.nansum(), values.isfinite().sum()]) for values in finite]
         totals: Any = self.accelerator.reduce(torch.stack(rows), "sum")
-        sums = dict(zip(columns, totals.tolist(), strict=True))
-        means = {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
-        return means | {"left_out": sums["left_out"][0]}
+        pairs = zip(columns, totals.tolist(), strict=True)
+        return {name: total / count if count else float("nan") for name, (total, count) in pairs}
 
     def save(self) -> None:
         """Write checkpoint and history, and keep the previous checkpoint; only the main process writes.
@@ -439,3 +539,13 @@ class DifficultyAdaptiveTrainer:
     def history_file(self) -> Path:
         """The history, one JSON object per line, written as each update ends."""
         return self.output_dir / "history.jsonl"
+
+
+def _checked_weights(rewards: Mapping[str, Any], weights: Mapping[str, float] | None) -> list[float]:
+    """The weight of each reward, in order."""
+    unknown = sorted(set(weights or {}) - set(rewards))
+    if not rewards or unknown:
+        raise ValueError(
+            f"DifficultyAdaptiveTrainer expected `reward_weights` of {list(rewards)}, got {unknown or 'no reward'}."
+        )
+    return [float((weights or {}).get(name, 1.0)) for name in rewards]

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward.atomic import atomic_write
-from iqareward.diffusion.finite import finite_inputs, finite_mean
-from iqareward.diffusion.policies import Policy
-from iqareward.diffusion.rollouts import checked_scores, images_of, rollout
+from iqareward.diffusion.batches import Batch, batches
+from iqareward.diffusion.conditions import check_condition
+from iqareward.diffusion.finite import finite_mean
+from iqareward.diffusion.noise import Noise
+from iqareward.diffusion.pairs import Pairs
+from iqareward.diffusion.policies.core import Policy, evaluating
+from iqareward.diffusion.rollouts import images_of, rollout, scored
 from iqareward.functional._checks import check_images
 from iqareward.functional.color import luma
 from iqareward.functional.psnr import psnr
@@ -32,45 +36,52 @@ class Validation:
     """A fixed set of held-out inputs and everything that is measured on their restorations.
 
     Args:
-        degraded: `[V, 3, H, W]` in [0, 1].
-        references: `[V, 3, H, W]` ground truth in [0, 1].
-        rewards: Maps names to `reward(images, references=...) -> [V]`, higher is better; not the training reward.
-        num_steps: Sampling steps; the sampler is deterministic (eta = 0) and the first noise always the same.
+        pairs: The held-out inputs, all of which are read at once and kept on the CPU.
+        rewards: Scores by name, higher is better, called as the training reward is; not the training reward.
+        num_steps: Sampling steps; those of the sampler that the policy ships with, if not given.
+        eta: Noise of each step; that of the sampler that the policy ships with, if not given.
         monitor: Compares the training reward with these rewards and with image statistics, to detect reward hacking.
         stop_on: Name of the reward that decides which model is best and when to stop.
         patience: Validations without a new best before training stops; never if not given.
         inputs_at_once: Inputs sampled together.
 
     Raises:
-        ValueError: `stop_on` is not among `rewards`, or an image has a pixel that is not finite.
+        ValueError: `stop_on` is not among `rewards`; an image has a pixel that is not finite; or there is a monitor and
+            the inputs differ in size or lack ground truth.
 
     Example:
         >>> import iqareward
-        >>> from iqareward.diffusion import build_restorer
-        >>> rewards = {"ssim": iqareward.load("ssim")}
-        >>> validation = Validation(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16), rewards, num_steps=2)
-        >>> validation(build_restorer((8, 16)), iqareward.load("gmsd"), seed=0)["scores"]["ssim"].shape
+        >>> from iqareward.diffusion import SyntheticPairs, build_restorer
+        >>> validation = Validation(SyntheticPairs(2, size=16), {"ssim": iqareward.load("ssim")}, num_steps=2)
+        >>> validation(build_restorer((8, 16)), {"gmsd": iqareward.load("gmsd")}, [1.0], seed=0)["scores"]["ssim"].shape
         torch.Size([2])
     """
 
-    degraded: Tensor
-    references: Tensor
+    pairs: Pairs
     rewards: Mapping[str, Callable[..., Tensor]]
-    num_steps: int = 10
+    num_steps: int | None = None
+    eta: float | None = None
     monitor: HackingMonitor | None = None
     stop_on: str | None = None
     patience: int | None = None
     inputs_at_once: int = 16
+    batches: list[Batch] = field(init=False, repr=False)
     best: float = field(default=float("-inf"), init=False)
     since_best: int = field(default=0, init=False)
-    first: dict[str, Tensor] | None = field(default=None, init=False)
+    first: dict[str, Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.stop_on is not None and self.stop_on not in self.rewards:
             raise ValueError(f"Validation expected `stop_on` among {list(self.rewards)}, got {self.stop_on!r}.")
-        bad = (~finite_inputs(self.degraded, self.references)).nonzero().flatten().tolist()
+        self.batches = batches(self.pairs, range(len(self.pairs)))
+        bad = [each for part in self.batches for each, good in zip(part.ids, part.usable.tolist()) if not good]
         if bad:
             raise ValueError(f"Validation expected finite pixels, got others in the inputs {bad}. Leave them out.")
+        if self.monitor is not None and (len(self.batches) > 1 or self.batches[0].references is None):
+            raise ValueError(
+                "Validation with a monitor expected inputs of one size with ground truth, got other ones. Crop them, "
+                "or leave the monitor out."
+            )
 
     @property
     def stopped(self) -> bool:
@@ -78,94 +89,133 @@ class Validation:
         return self.patience is not None and self.since_best >= self.patience
 
     @torch.no_grad()
-    def restore(self, policy: Policy, *, seed: int, inputs: slice = slice(None)) -> Tensor:
-        """The restorations `[V, 3, H, W]` of these inputs on the CPU."""
-        device = next(policy.model.parameters()).device
-        restored = []
-        for ids in torch.arange(len(self.degraded))[inputs].split(self.inputs_at_once):
-            degraded = self.degraded[ids].to(device)
-            options: dict[str, Any] = {"group_size": 1, "num_steps": self.num_steps, "eta": 0.0, "seed": seed}
-            sample = rollout(policy, degraded, ids=ids.tolist(), **options).sample
-            restored.append(images_of(policy, sample).cpu())
+    def restore(self, policy: Policy, batch: Batch, *, seed: int) -> Tensor:
+        """The restorations `[B, 3, H, W]` of some inputs on the CPU, by the sampler that the policy ships with."""
+        device, restored = next(policy.model.parameters()).device, []
+        with evaluating(policy):
+            for start in range(0, len(batch), self.inputs_at_once):
+                part = batch.select(slice(start, start + self.inputs_at_once)).to(device)
+                noise = Noise(part.ids, seed=seed, device=device)
+                condition = check_condition(
+                    policy.condition(part, noise.of(0)), len(part), caller=type(policy).__name__
+                )
+                sample = rollout(policy, condition, noise, num_steps=self.num_steps, eta=self.eta).sample
+                restored.append(images_of(policy, sample, condition).cpu())
         return torch.cat(restored)
 
-    def __call__(self, policy: Policy, reward: Reward, *, seed: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    def __call__(
+        self,
+        policy: Policy,
+        rewards: Mapping[str, Callable[..., Tensor]],
+        weights: Sequence[float],
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> dict[str, Any]:
         """Restore and score every input; with several processes each does its share and all get the whole.
 
         Args:
             policy: The model.
-            reward: The training reward, measured beside the others.
+            rewards: The training rewards, measured beside the others.
+            weights: Their weights in the sum, "reward".
             seed: Seed of the first noise.
             rank: Number of this process.
             world: Number of processes.
 
         Returns:
-            `{"images": [V, 3, H, W], "scores": {name: [V]}, "alarms": (sentences), "best": bool}`; the training reward
-            is "reward", and "best" says whether `stop_on` is better than ever before. `grid` draws it.
+            `{"images": list of [3, H, W], "scores": {name: [V]}, "alarms": (sentences), "best": bool}`, all in the
+            order of the inputs' ids; "best" says whether `stop_on` is better than ever before. `grid` draws it.
         """
-        count = len(self.degraded)
-        mine = slice(count * rank // world, count * (rank + 1) // world)
-        images, references = self.restore(policy, seed=seed, inputs=mine), self.references[mine]
-        named: dict[str, Callable[..., Tensor]] = {"reward": reward, **self.rewards}
-        columns: list[Tensor] = []
-        for name, each in named.items():
-            answer = each(images, references=references)
-            columns.append(checked_scores(answer, name=getattr(each, "name", name), count=len(images)).cpu())
-        own = torch.stack(columns, 1)
         device = next(policy.model.parameters()).device
-        (rows,), _ = gather_rows(own.to(device))
-        scores = dict(zip(named, rows.cpu().unbind(1), strict=True))
-        if world > 1:
-            images = self._gather(images, [count * (r + 1) // world - count * r // world for r in range(world)], device)
-        alarms = [f"{name} scored no held-out image" for name, found in scores.items() if found.isnan().all()]
-        if self.monitor is not None and not scores["reward"].isnan().all():
+        places: list[int] = []
+        images: list[Tensor] = []
+        rows: list[Tensor] = []
+        for batch in self.batches:
+            bounds = [len(batch) * each // world for each in range(world + 1)]
+            own = batch.select(slice(bounds[rank], bounds[rank + 1]))
+            restored = self.restore(policy, own, seed=seed) if len(own) else _nothing_of(batch)
+            scores = self._scores(rewards, weights, restored, own) if len(own) else torch.zeros(0, self._width(rewards))
+            if world > 1:
+                restored = _gathered(restored, bounds, self.inputs_at_once, device)
+                (table,), _ = gather_rows(scores.to(device))
+                scores = table.cpu()
+            places += batch.ids
+            images += restored.unbind()
+            rows.append(scores)
+        order = sorted(range(len(places)), key=places.__getitem__)
+        images, table = [images[place] for place in order], torch.cat(rows)[order]
+        names = ["reward", *([] if len(rewards) == 1 else [f"reward/{name}" for name in rewards]), *self.rewards]
+        found = dict(zip(names, table.unbind(1), strict=True))
+        alarms = [f"{name} scored no held-out image" for name, values in found.items() if values.isnan().all()]
+        if self.monitor is not None and not found["reward"].isnan().all():
+            whole, references = torch.stack(images), self.batches[0].references
+            assert references is not None, "checked when it was built"
             if self.monitor.calibrated:
-                alarms += self.monitor.update(images, self.references, scores["reward"]).alarms
+                alarms += self.monitor.update(whole, references, found["reward"]).alarms
             else:
-                self.monitor.calibrate(images, self.references, scores["reward"])
-        best = self.stop_on is not None and self._compare(finite_mean(scores[self.stop_on]))
+                self.monitor.calibrate(whole, references, found["reward"])
+        best = self.stop_on is not None and self._compare(finite_mean(found[self.stop_on]))
         if self.first is None:
-            self.first = self._first_grid(images, scores["reward"], reward)
-        return {"images": images, "scores": scores, "alarms": tuple(alarms), "best": best}
+            self.first = self._first_grid(images, found["reward"], rewards, weights)
+        return {"images": images, "scores": found, "alarms": tuple(alarms), "best": best}
 
-    def _gather(self, images: Tensor, shares: Sequence[int], device: torch.device) -> Tensor:
-        """The images of all processes on the CPU, in order, with a few of each on the device at a time."""
-        blocks: list[tuple[Tensor, ...]] = []
-        size = self.inputs_at_once
-        for start in range(0, max(shares), size):
-            (rows,), _ = gather_rows(images[start : start + size].to(device))
-            blocks.append(rows.cpu().split([min(max(share - start, 0), size) for share in shares]))
-        return torch.cat([block for of_process in zip(*blocks, strict=True) for block in of_process])
+    def _width(self, rewards: Mapping[str, Any]) -> int:
+        return 1 + (len(rewards) if len(rewards) > 1 else 0) + len(self.rewards)
 
-    def _first_grid(self, images: Tensor, rewards: Tensor, reward: Reward) -> dict[str, Tensor]:
+    def _scores(
+        self, rewards: Mapping[str, Callable[..., Tensor]], weights: Sequence[float], images: Tensor, batch: Batch
+    ) -> Tensor:
+        """`[B, columns]` on the CPU: the training reward, its parts if there are several, and the held-out rewards."""
+        parts = [scored(reward, images, batch)().cpu() for reward in rewards.values()]
+        total = sum((weight * part for weight, part in zip(weights, parts, strict=True)), torch.zeros_like(parts[0]))
+        held_out = [scored(reward, images, batch)().cpu() for reward in self.rewards.values()]
+        return torch.stack([total, *(parts if len(parts) > 1 else []), *held_out], 1)
+
+    def _shown(self) -> list[Batch]:
+        """The first inputs, one by one."""
+        single = [part.select(slice(row, row + 1)) for part in self.batches for row in range(len(part))]
+        return sorted(single, key=lambda each: each.ids)[:COLUMNS]
+
+    def _first_grid(
+        self, images: list[Tensor], scores: Tensor, rewards: Mapping[str, Any], weights: Sequence[float]
+    ) -> dict[str, Any]:
         """What all later grids show as well, in 8 bits because every checkpoint has it."""
-        references, found = self.references[:COLUMNS], {}
-        for name, shown in (("degraded", self.degraded[:COLUMNS].cpu()), ("references", references)):
-            answer = reward(shown, references=references)
-            found[name] = checked_scores(answer, name=getattr(reward, "name", name), count=len(shown)).cpu()
-        return found | {"images": _in_8_bits(images[:COLUMNS]), "rewards": rewards[:COLUMNS]}
+        found: dict[str, list[float]] = {"degraded": [], "references": []}
+        for batch, image in zip(self._shown(), images):
+            enlarged = _in_size_of(batch.degraded, image)
+            found["degraded"].append(float(self._scores(rewards, weights, enlarged, batch)[0, 0]))
+            if batch.references is not None:
+                found["references"].append(float(self._scores(rewards, weights, batch.references, batch)[0, 0]))
+        shown = [_in_8_bits(image) for image in images[:COLUMNS]]
+        return found | {"images": shown, "rewards": scores[:COLUMNS].tolist()}
 
-    def grid(self, images: Tensor, rewards: Tensor, *, update: int) -> Image.Image:
+    def grid(self, images: Sequence[Tensor], rewards: Tensor, *, update: int) -> Image.Image:
         """The first eight inputs as an RGB image: degraded, restored at first and now, and the ground truth."""
         if self.first is None:
             raise ValueError("Validation.grid expected an earlier validation, got none. Call the validation first.")
-        images, references = images[:COLUMNS], self.references[:COLUMNS]
-        rows = {"degraded": self.degraded[:COLUMNS].cpu()}
-        found = {"degraded": self.first["degraded"]}
-        if not torch.equal(_in_8_bits(images), self.first["images"]):
+        inputs, images = self._shown(), list(images[:COLUMNS])
+        rows: dict[str, list[Tensor]] = {"degraded": [batch.degraded[0] for batch in inputs]}
+        found: dict[str, list[float]] = {"degraded": self.first["degraded"]}
+        if any(not torch.equal(_in_8_bits(now), at_first) for now, at_first in zip(images, self.first["images"])):
             before = "restored\nat the start"
-            rows[before], found[before] = self.first["images"].float() / 255, self.first["rewards"]
+            rows[before] = [image.float() / 255 for image in self.first["images"]]
+            found[before] = self.first["rewards"]
         now = f"restored\nupdate {update}"
-        rows[now], found[now] = images, rewards[:COLUMNS]
-        captions = {
-            label: [
-                f"PSNR {decibels:.2f} dB   reward {score:z.4g}"
-                for decibels, score in zip(psnr(shown, references).tolist(), found[label].tolist(), strict=True)
-            ]
-            for label, shown in rows.items()
-        }
-        captions["ground truth"] = [f"reward {score:z.4g}" for score in self.first["references"].tolist()]
-        return image_grid(rows | {"ground truth": references}, captions, columns=COLUMNS)
+        rows[now], found[now] = images, rewards[:COLUMNS].tolist()
+        captions: dict[str, list[str]] = {}
+        for label, shown in rows.items():
+            captions[label] = []
+            for image, score, batch, last in zip(shown, found[label], inputs, images, strict=True):
+                text = f"reward {score:z.4g}"
+                if batch.references is not None:
+                    decibels = psnr(_in_size_of(image[None], last), batch.references)
+                    text = f"PSNR {float(decibels):.2f} dB   {text}"
+                captions[label].append(text)
+        if all(batch.references is not None for batch in inputs):
+            rows["ground truth"] = [batch.references[0] for batch in inputs if batch.references is not None]
+            captions["ground truth"] = [f"reward {score:z.4g}" for score in self.first["references"]]
+        return image_grid(rows, captions, columns=COLUMNS)
 
     def _compare(self, value: float) -> bool:
         """Whether `value` is the best so far; NaN, where nothing was scored, counts neither way."""
@@ -187,16 +237,26 @@ class Validation:
 
 
 def image_grid(
-    rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]] | None = None, *, columns: int = 8
+    rows: Mapping[str, Sequence[Tensor] | Tensor],
+    captions: Mapping[str, Sequence[str]] | None = None,
+    *,
+    columns: int = 8,
 ) -> Image.Image:
     """Images side by side, one line per entry of `rows`, with its name in front and a caption under each image.
 
-    Images whose longer side is below 256 pixels are enlarged by a whole factor without smoothing; those above 512 are
-    reduced to that.
+    The images of a column are drawn in one size, that of the largest: smaller ones are enlarged without smoothing, and
+    so are all if the longer side is below 256 pixels; above 512 they are reduced to that.
     """
     captions = captions or {}
-    drawn = {label: [_drawn(image) for image in images[:columns]] for label, images in rows.items()}
-    width, height = next(images[0].size for images in drawn.values())
+    shown = {label: list(images[:columns]) for label, images in rows.items()}
+    sizes = [
+        _size_on_grid([images[place] for images in shown.values()]) for place in range(max(map(len, shown.values())))
+    ]
+    drawn = {
+        label: [_drawn(image, size) for image, size in zip(images, sizes, strict=False)]
+        for label, images in shown.items()
+    }
+    width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)
     font, small = ImageFont.load_default(size=20), ImageFont.load_default(size=16)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + math.ceil(max(ruler.multiline_textbbox((0, 0), label, font=font)[2] for label in rows)) + GAP
@@ -220,15 +280,41 @@ def _in_8_bits(images: Tensor) -> Tensor:
     return images.float().nan_to_num(0.0).clamp(0, 1).mul(255).round().byte()
 
 
-def _drawn(image: Tensor) -> Image.Image:
+def _in_size_of(images: Tensor, like: Tensor) -> Tensor:
+    """Images `[B, 3, h, w]` enlarged to the size of `like` `[3, H, W]`, as a user without a model would."""
+    if images.shape[-2:] == like.shape[-2:]:
+        return images
+    return nn.functional.interpolate(images, size=like.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _size_on_grid(images: Sequence[Tensor]) -> tuple[int, int]:
+    """(width, height) in which a column is drawn."""
+    height, width = max((tuple(image.shape[-2:]) for image in images), key=max)
+    longer = max(height, width)
+    factor = math.ceil(MIN_SIDE / longer) if longer < MIN_SIDE else min(1.0, MAX_SIDE / longer)
+    return max(round(width * factor), 1), max(round(height * factor), 1)
+
+
+def _drawn(image: Tensor, size: tuple[int, int]) -> Image.Image:
     """An image `[3, H, W]` in a size to look at."""
     drawn = Image.fromarray(_in_8_bits(image).permute(1, 2, 0).contiguous().numpy())
-    longer = max(drawn.size)
-    if longer < MIN_SIDE:
-        factor = math.ceil(MIN_SIDE / longer)
-        return drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.NEAREST)
-    drawn.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return drawn
+    larger = size[0] > drawn.width
+    return drawn.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
+
+
+def _nothing_of(batch: Batch) -> Tensor:
+    like = batch.degraded if batch.references is None else batch.references
+    return like[:0]
+
+
+def _gathered(images: Tensor, bounds: Sequence[int], at_once: int, device: torch.device) -> Tensor:
+    """The images of all processes on the CPU, in order, with a few of each on the device at a time."""
+    shares = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    blocks: list[tuple[Tensor, ...]] = []
+    for start in range(0, max(shares), at_once):
+        (rows,), _ = gather_rows(images[start : start + at_once].to(device))
+        blocks.append(rows.cpu().split([min(max(share - start, 0), at_once) for share in shares]))
+    return torch.cat([block for of_process in zip(*blocks, strict=True) for block in of_process])
 
 
 def save_grid(grid: Image.Image, path: Path, trackers: Sequence[Any], *, step: int) -> None:

@@ -24,6 +24,7 @@ class Policy(Protocol):
         model: All that trains; called as `self.model`, because it is exchanged while older weights are asked.
         num_steps: Steps of the sampler that the model ships with.
         eta: Noise of each of its steps; 0 is deterministic after the first noise.
+        exploration: Noise of each step in rollouts, where they must differ.
 
     Example:
         >>> import torch
@@ -38,6 +39,7 @@ class Policy(Protocol):
     model: nn.Module
     num_steps: int
     eta: float
+    exploration: float
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model and every frozen part."""
@@ -95,6 +97,7 @@ class DiffusionPolicy(_Parts, ABC):
         process: How noise is added and taken away.
         num_steps: Steps of the sampler that the model ships with.
         eta: Noise of each of its steps, as the process takes it.
+        exploration: Noise of each step in rollouts.
         guidance_scale: Scale of classifier-free guidance in sampling; 1 is none. Supervised losses never use it.
 
     Example:
@@ -117,6 +120,7 @@ class DiffusionPolicy(_Parts, ABC):
     process: NoiseProcess
     num_steps: int = 50
     eta: float = 0.0
+    exploration: float = 1.0
     guidance_scale: float = 1.0
 
     @abstractmethod
@@ -211,7 +215,7 @@ def denoising_loss(policy: DiffusionPolicy, clean: Tensor, condition: Condition,
 class FeedForwardPolicy(_Parts):
     """Any network that maps a degraded image to a restored one in one pass: regression or GAN models.
 
-    Rollouts explore with Gaussian noise of standard deviation `eta` around the network's answer.
+    Rollouts explore with Gaussian noise around the network's answer, of standard deviation `exploration` in pixels.
 
     Args:
         network: Called with images `[B, 3, h, w]` in [0, 1]; returns `[B, 3, H, W]` in [0, 1] up to overshoots.
@@ -227,8 +231,7 @@ class FeedForwardPolicy(_Parts):
         0.1
     """
 
-    num_steps = 1
-    eta = 0.0
+    num_steps, eta, exploration = 1, 0.0, 0.02
     _STEP: ClassVar[Step] = Step(time=0.0, now=1.0, then=0.0)
 
     def __init__(self, network: nn.Module, *, multiple: int = 1) -> None:
@@ -396,18 +399,16 @@ class Versions:
                 weight.data = data
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights that cannot be had again after a restart."""
-        return {"reference": self._reference, "old": self._old}
+        """The old weights; those from before RL come with the policy that a run begins with."""
+        return {"old": self._old}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken."""
-        for name, own in (("reference", self._reference), ("old", self._old)):
-            if own is not None and state.get(name) is not None:
-                for weight, saved in zip(own, state[name], strict=True):
-                    weight.copy_(saved)
+        if self._old is not None and state["old"] is not None:
+            for weight, saved in zip(self._old, state["old"], strict=True):
+                weight.copy_(saved)
 
 
 def frozen(module: Any) -> Any:
     """A module that does not train, in eval mode."""
     return module.requires_grad_(False).eval()
-

@@ -1,0 +1,163 @@
+"""Steps of the optimiser over all processes: averaged gradients, finite or not taken at all."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iqareward.diffusion.finite import OptimizerStep, require_usable_weights, step_if_finite
+from iqareward.diffusion.policies.core import Policy
+from iqareward.seeds import sub_seed
+
+MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], Any]
+
+_BUCKET = 1 << 25  # elements of gradients that are averaged together
+# They shard the weights, so that checkpoints of named weights and exchanged copies of them would be of shards.
+_REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+
+
+class Updates:
+    """Moves the weights of a policy's model; gradients are averaged over the processes after the last backward pass.
+
+    There is no wrapper of `DistributedDataParallel`: weights that a loss does not reach, such as adapters in the last
+    block of a transformer, count as zero, and processes may take different numbers of backward passes.
+
+    Args:
+        policy: Moved to the accelerator's device with all its parts; its model gets autocast.
+        accelerator: Accelerate's `Accelerator`.
+        make_optimizer: Makes the optimiser of the weights.
+        make_schedule: Makes a learning-rate schedule of the optimiser; constant if not given.
+        max_grad_norm: Longer gradients are shortened to this.
+
+    Raises:
+        ValueError: No weight of the model trains, or the accelerator shards the model.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        accelerator: Any,
+        make_optimizer: MakeOptimizer,
+        make_schedule: MakeSchedule | None = None,
+        *,
+        max_grad_norm: float,
+    ) -> None:
+        kind = str(accelerator.distributed_type).rpartition(".")[2]
+        if kind in _REFUSED:
+            raise ValueError(
+                f"The trainer expected processes with whole copies of the model, got {kind}, whose checkpoints it "
+                "cannot write. Use `accelerate launch --multi_gpu`, with LoRA, bf16 or an 8-bit optimiser for memory."
+            )
+        policy.to(accelerator.device)
+        self.weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+        if not self.weights:
+            raise ValueError(
+                f"The trainer expected {type(policy).__name__}.model with weights that require a gradient, got none. "
+                "Add adapters with add_lora, or call model.requires_grad_(True)."
+            )
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self._share_first_weights(policy.model)
+        optimizer = make_optimizer(self.weights)
+        policy.model = accelerator.prepare_model(policy.model, evaluation_mode=True)
+        self.schedule = None if make_schedule is None else make_schedule(optimizer)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+
+    def _share_first_weights(self, model: nn.Module) -> None:
+        """Give every process the weights of the first."""
+        if self.accelerator.num_processes > 1:
+            for tensor in (*self.weights, *model.buffers()):
+                torch.distributed.broadcast(tensor.detach(), 0)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a part of the loss."""
+        if loss.requires_grad:
+            self.accelerator.backward(loss)
+
+    def step(self, figures: Tensor, *, update: int) -> tuple[list[float], float, OptimizerStep]:
+        """Move the weights if the gradient is finite, in all processes alike, and clear the gradient.
+
+        Args:
+            figures: Numbers of this process; they share the only wait for the device with the norm.
+            update: For the message of an error.
+
+        Returns:
+            The figures summed over the processes, the norm of the gradient before clipping, and what the step did.
+
+        Raises:
+            TrainingError: The step made weights that are not finite.
+        """
+        self._average_gradients()
+        norm = self.accelerator.clip_grad_norm_(self.weights, self.max_grad_norm)
+        norm = torch.as_tensor(norm, device=figures.device).float().view(1)
+        summed: Any = self.accelerator.reduce(torch.cat([figures.float(), norm]), "sum")
+        *totals, norm = summed.tolist()
+        norm /= self.accelerator.num_processes
+        rate = self.optimizer.param_groups[0]["lr"]
+        step = step_if_finite(self.accelerator, self.optimizer, norm)
+        if step.moved:
+            if self.schedule is not None:
+                self.schedule.step()
+            require_usable_weights(self.weights, update=update, norm=norm, learning_rate=rate)
+        return totals, norm, step
+
+    def _average_gradients(self) -> None:
+        for weight in self.weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        if self.accelerator.num_processes == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for weight in self.weights:
+            by_dtype.setdefault(weight.dtype, []).append(weight.grad)  # pyright: ignore[reportArgumentType]
+        for gradients in by_dtype.values():
+            for bucket in _buckets(gradients):
+                flat: Any = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in bucket]), "mean")
+                for gradient, mean in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+                    gradient.copy_(mean.view_as(gradient))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of optimiser, schedule and scaler."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict()` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, own in (("schedule", self.schedule), ("scaler", self.accelerator.scaler)):
+            if own is not None and state[name] is not None:
+                own.load_state_dict(state[name])
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Generator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(each.numel() for each in bucket) + gradient.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def supervising(policy: Policy, *path: int) -> Generator[None]:
+    """Within this context dropout of the model is on, with random numbers of a seed, and batch norms keep theirs."""
+    model, training = policy.model, policy.model.training
+    devices = {weight.device for weight in model.parameters() if weight.is_cuda}
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+            module.eval()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(sub_seed(*path))
+        try:
+            yield
+        finally:
+            model.train(training)
