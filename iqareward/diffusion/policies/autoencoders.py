@@ -1,4 +1,4 @@
-"""The autoencoders of diffusers behind one interface: images to the latents that a diffusion model works on, and back."""
+"""The autoencoders of diffusers behind one interface, from images to the latents of a diffusion model and back."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +44,7 @@ class Autoencoder(nn.Module):
         if not channels or not hasattr(vae, "encode"):
             raise TypeError(
                 "Autoencoder expected an AutoencoderKL, AutoencoderTiny, AutoencoderKLQwenImage, AutoencoderKLFlux2, "
-                f"AutoencoderDC or VQModel, got {type(vae).__name__}. Write `encode` and `decode` of your policy yourself."
+                f"AutoencoderDC or VQModel, got {type(vae).__name__}. Write `encode` and `decode` of your own policy."
             )
         self.vae, self.checkpointed = frozen(vae), checkpointed
         widths = config.get("block_out_channels") or config.get("decoder_block_out_channels")
