@@ -2,14 +2,15 @@ from .batches import Batch as Batch
 from .batches import batches as batches
 from .batches import read_ahead as read_ahead
 from .degradations import Degradation as Degradation
+from .degradations import DegradationModel as DegradationModel
 from .finite import TrainingError as TrainingError
+from .folders import FolderPairs as FolderPairs
 from .learner import TrainConfig as TrainConfig
 from .learner import supervised as supervised
 from .objectives import ClippedPolicyGradient as ClippedPolicyGradient
 from .objectives import DiffusionNFT as DiffusionNFT
 from .objectives import DirectRewardGradient as DirectRewardGradient
 from .objectives import clamp_straight_through as clamp_straight_through
-from .pairs import FolderPairs as FolderPairs
 from .pairs import Pairs as Pairs
 from .pairs import StoredPairs as StoredPairs
 from .pairs import Subset as Subset
