@@ -1,6 +1,9 @@
 from .batches import Batch as Batch
 from .batches import batches as batches
 from .batches import read_ahead as read_ahead
+from .blind import DegradationOrder as DegradationOrder
+from .blind import FaceDegradation as FaceDegradation
+from .blind import RealESRGANDegradation as RealESRGANDegradation
 from .degradations import Degradation as Degradation
 from .degradations import DegradationModel as DegradationModel
 from .finite import TrainingError as TrainingError
