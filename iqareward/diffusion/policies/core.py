@@ -412,3 +412,8 @@ class Versions:
 def frozen(module: Any) -> Any:
     """A module that does not train, in eval mode."""
     return module.requires_grad_(False).eval()
+
+
+def trainable(module: Any, *, lora_rank: int | None) -> nn.Module:
+    """A module that trains: LoRA adapters of this rank, or all of its weights if there is no rank."""
+    return module.requires_grad_(True) if lora_rank is None else add_lora(module, rank=lora_rank)
