@@ -1,10 +1,11 @@
 from .batches import Batch as Batch
 from .batches import batches as batches
 from .batches import read_ahead as read_ahead
+from .conditions import Condition as Condition
 from .degradations import Degradation as Degradation
 from .finite import TrainingError as TrainingError
 from .learner import TrainConfig as TrainConfig
-from .learner import supervised as supervised
+from .noise import Noise as Noise
 from .objectives import ClippedPolicyGradient as ClippedPolicyGradient
 from .objectives import DiffusionNFT as DiffusionNFT
 from .objectives import DirectRewardGradient as DirectRewardGradient
@@ -14,15 +15,14 @@ from .pairs import Pairs as Pairs
 from .pairs import StoredPairs as StoredPairs
 from .pairs import Subset as Subset
 from .pairs import SyntheticPairs as SyntheticPairs
-from .noise import Noise as Noise
 from .policies.autoencoders import Autoencoder as Autoencoder
 from .policies.colours import match_colours as match_colours
 from .policies.core import DiffusionPolicy as DiffusionPolicy
-from .policies.core import FeedForwardPolicy as FeedForwardPolicy
 from .policies.core import Policy as Policy
 from .policies.core import TrainedTogether as TrainedTogether
 from .policies.core import add_lora as add_lora
 from .policies.core import denoising_loss as denoising_loss
+from .policies.feed_forward import FeedForwardPolicy as FeedForwardPolicy
 from .policies.flux import FluxKontextPolicy as FluxKontextPolicy
 from .policies.pixel import PixelPolicy as PixelPolicy
 from .policies.prompts import FixedPrompt as FixedPrompt
@@ -48,6 +48,7 @@ from .restorer import load_restorer as load_restorer
 from .restorer import save_restorer as save_restorer
 from .rollouts import RolloutConfig as RolloutConfig
 from .rollouts import rollout as rollout
+from .supervised import supervised as supervised
 from .textures import synthetic_images as synthetic_images
 from .trainer import DifficultyAdaptiveTrainer as DifficultyAdaptiveTrainer
 from .validation import Validation as Validation

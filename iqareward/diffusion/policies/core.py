@@ -1,9 +1,9 @@
-"""What the trainer asks of a restoration model, and two bases that leave little to write for a model of your own."""
+"""What the trainer asks of a restoration model, and a base that leaves little to write for a model of your own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from iqareward.diffusion.processes import NoiseProcess, Step, Transition
 
 
 class Policy(Protocol):
-    """A restoration model as the trainer uses it; derive from `DiffusionPolicy` or `FeedForwardPolicy` to get most of it.
+    """A restoration model as the trainer uses it; `DiffusionPolicy` and `FeedForwardPolicy` give most of it.
 
     A step keeps nothing in the policy: the trainer repeats steps for parts of a batch, to replay them and to
     differentiate through them.
@@ -74,7 +74,7 @@ class Policy(Protocol):
         ...
 
 
-class _Parts:
+class Parts:
     """Moves what a policy consists of."""
 
     model: nn.Module
@@ -89,7 +89,7 @@ class _Parts:
         return self
 
 
-class DiffusionPolicy(_Parts, ABC):
+class DiffusionPolicy(Parts, ABC):
     """A conditional diffusion model: write `condition`, `encode`, `predict` and `decode`, the rest follows.
 
     Attributes:
@@ -210,72 +210,6 @@ def denoising_loss(policy: DiffusionPolicy, clean: Tensor, condition: Condition,
     target = process.target(clean, fresh, times, anchor=anchor)
     output = policy.predict(latents, times, condition)
     return (output.float() - target.float()).square().flatten(1).mean(1)
-
-
-class FeedForwardPolicy(_Parts):
-    """Any network that maps a degraded image to a restored one in one pass: regression or GAN models.
-
-    Rollouts explore with Gaussian noise around the network's answer, of standard deviation `exploration` in pixels.
-
-    Args:
-        network: Called with images `[B, 3, h, w]` in [0, 1]; returns `[B, 3, H, W]` in [0, 1] up to overshoots.
-        multiple: The sides that the network takes are multiples of this; others are padded by reflection, and what
-            belongs to the padding is cut off again.
-
-    Example:
-        >>> import torch
-        >>> from iqareward.diffusion import Batch, Noise
-        >>> policy = FeedForwardPolicy(nn.Conv2d(3, 3, 3, padding=1))
-        >>> condition = policy.condition(Batch((0,), torch.rand(1, 3, 16, 16)), Noise((0,)))
-        >>> policy.step(policy.start(condition, Noise((0,))), policy.schedule(condition, 1)[0], condition, eta=0.1).std
-        0.1
-    """
-
-    num_steps, eta, exploration = 1, 0.0, 0.02
-    _STEP: ClassVar[Step] = Step(time=0.0, now=1.0, then=0.0)
-
-    def __init__(self, network: nn.Module, *, multiple: int = 1) -> None:
-        self.model, self.multiple = network, multiple
-
-    def condition(self, batch: Batch, noise: Noise) -> Condition:
-        """The degraded images."""
-        return {"degraded": batch.degraded}
-
-    def schedule(self, condition: Condition, num_steps: int) -> Sequence[Step]:
-        """One step."""
-        return (self._STEP,)
-
-    def start(self, condition: Condition, noise: Noise) -> Tensor:
-        """The degraded images."""
-        return condition["degraded"]
-
-    def step(self, latents: Tensor, step: Step, condition: Condition, *, eta: float) -> Transition:
-        """A Gaussian around the network's answer."""
-        restored = self.restore(condition["degraded"])
-        return Transition(restored, eta, restored)
-
-    def restore(self, degraded: Tensor) -> Tensor:
-        """The network's answer `[B, 3, H, W]` fp32, padded and cropped as it needs."""
-        height, width = degraded.shape[-2:]
-        below, right = -height % self.multiple, -width % self.multiple
-        images = degraded.to(dtype_of(self.model))
-        if below or right:
-            images = nn.functional.pad(images, (0, right, 0, below), mode="reflect")
-        restored = self.model(images).float()
-        factor = restored.shape[-1] / images.shape[-1]
-        return restored[..., : round(height * factor), : round(width * factor)]
-
-    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
-        """The images themselves."""
-        return latents
-
-    def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
-        """Mean absolute error, the loss of most such networks."""
-        return (self.restore(condition["degraded"]) - references).abs().flatten(1).mean(1)
-
-    def reconstruct(self, references: Tensor, condition: Condition) -> Tensor:
-        """The references: nothing is encoded."""
-        return references
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
