@@ -301,13 +301,13 @@ def test_the_chosen_networks_train(kind) -> None:
     policy, batch = built(kind), inputs(scale=SCALES.get(kind, 1))
     before = {name: weight.detach().clone() for name, weight in parts(policy).items()}
     optimizer = torch.optim.AdamW([weight for weight in policy.model.parameters() if weight.requires_grad], lr=1e-3)
-    first = float(next(losses(policy, batch)))
+    first = next(losses(policy, batch)).detach()
     for _ in range(2):  # the first one moves only the second matrix of an adapter, which is zero
         gradients(policy, next(losses(policy, batch)))
         optimizer.step()
     moved = {name.split(".")[0] for name, weight in parts(policy).items() if not weight.equal(before[name])}
     assert moved - {"model"} == TRAINED[kind]
-    assert float(next(losses(policy, batch))) != first
+    assert next(losses(policy, batch)) != first
 
 
 @pytest.mark.parametrize("kind", ["controlnet", "controlnet-both", "upscale", "one-step-both"])
@@ -349,12 +349,10 @@ def test_every_part_moves(kind) -> None:
     policy, batch = built(kind), inputs(prompts=False)
     assert policy.to("meta") is policy
     assert {weight.device.type for weight in parts(policy).values()} == {"meta"}
-    noise = Noise(batch.ids, device="meta")
     condition = policy.condition(Batch(batch.ids, batch.degraded.to("meta")), Meta())
     step = policy.schedule(condition, 2)[0]
     transition = policy.step(policy.start(condition, Meta()), step, condition, eta=0.0)
     assert policy.decode(transition.mean, condition).device.type == "meta"
-    assert noise.ids == batch.ids
 
 
 class Meta:
@@ -374,8 +372,7 @@ def test_colours_are_those_of_the_degraded_images(method) -> None:
     fixed = restored(policy, batch)
     assert_close(fixed, match_colours(plain, batch.degraded, method=method), atol=1e-2, rtol=0)
     target = torch.nn.functional.interpolate(batch.degraded, scale_factor=2, mode="bicubic").mean((2, 3))
-    assert (fixed.mean((2, 3)) - target).abs().max() < 0.02
-    assert (plain.mean((2, 3)) - target).abs().max() > 0.02
+    assert (fixed.mean((2, 3)) - target).abs().mean() < 0.5 * (plain.mean((2, 3)) - target).abs().mean()
 
 
 def test_one_step_loss_can_be_given() -> None:
