@@ -172,6 +172,8 @@ class ControlNetPolicy(StableDiffusionPolicy):
         negative: The same for what guidance leads away from.
         train: What trains: "controlnet", "unet" or "both"; of a network with adapters only these.
         conditioning_scale: Factor of the ControlNet's residuals.
+        from_degraded: Sampling starts from noised latents of the degraded image (SeeSR, PASD, StableSR) instead of
+            pure noise.
         options: Those of `StableDiffusionPolicy`.
 
     Example:
@@ -199,11 +201,22 @@ class ControlNetPolicy(StableDiffusionPolicy):
         *,
         train: Literal["controlnet", "unet", "both"] = "controlnet",
         conditioning_scale: float = 1.0,
+        from_degraded: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(autoencoder, process, prompts, negative, **options)
-        self.controlnet, self.unet, self.conditioning_scale = controlnet, unet, conditioning_scale
+        self.conditioning_scale, self.from_degraded = conditioning_scale, from_degraded
+        self.controlnet, self.unet = controlnet, unet
         self.use(train, controlnet=controlnet, unet=unet)
+
+    def condition(self, batch: Batch, noise: Noise) -> Condition:
+        """The degraded images in the size of the restored ones, their latents if they are the start, and prompts."""
+        condition = super().condition(batch, noise)
+        return {**condition, "latents": self.encode(condition["degraded"], condition) if self.from_degraded else None}
+
+    def anchor(self, condition: Condition) -> Tensor | None:
+        """Latents of the degraded images, if they are the start."""
+        return condition["latents"]
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The output of the UNet with the ControlNet's residuals."""
@@ -331,6 +344,8 @@ class OneStepPolicy(StableDiffusionPolicy):
         https://arxiv.org/abs/2406.08177 (OSEDiff)
         Yue, Liao, Loy, Arbitrary-steps Image Super-resolution via Diffusion Inversion, 2024,
         https://arxiv.org/abs/2412.09013 (InvSR)
+        Yi et al., GDPO-SR: Group Direct Preference Optimization for One-Step Generative Image Super-Resolution, 2026,
+        https://arxiv.org/abs/2603.16769
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from iqareward.diffusion import DDIM, Batch, Noise, PixelPolicy, build_restorer, rollout
+from iqareward.diffusion import DDIM, IRSDE, Batch, Noise, PixelPolicy, ResShift, build_restorer, rollout
 from tests.diffusion.tiny import SIZE, images, pixel_policy, unet
 
 
@@ -70,6 +70,22 @@ def test_a_residual_network_begins_with_the_degraded_image() -> None:
     assert_close(restored, batch.degraded, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="prediction_type='sample'"):
         PixelPolicy(unet(), DDIM(diffusers.DDIMScheduler()), residual=True)
+
+
+@pytest.mark.parametrize("process", [ResShift(steps=4), IRSDE(steps=4)], ids=["resshift", "irsde"])
+def test_other_processes_end_in_the_degraded_image(process) -> None:
+    """Processes with an anchor start at the degraded image with noise, and train."""
+    policy, batch, noise = PixelPolicy(unet(), process), Batch((0, 1), images(2)), Noise((0, 1))
+    condition = policy.condition(batch, noise)
+    start = policy.start(condition, noise)
+    expected = process.start(noise("start", (3, SIZE, SIZE)), anchor=2 * batch.degraded - 1)
+    assert_close(start, expected, atol=0, rtol=0)
+    with torch.no_grad():
+        sample = rollout(policy, condition, noise, num_steps=4, eta=1.0).sample
+    assert policy.decode(sample, condition).isfinite().all()
+    loss = policy.sft_loss(batch.degraded.flip(-1), condition, noise)
+    loss.sum().backward()
+    assert loss.isfinite().all()
 
 
 def test_every_part_moves() -> None:

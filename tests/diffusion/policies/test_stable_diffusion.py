@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.testing import assert_close
 
 from iqareward.diffusion import (
@@ -44,6 +45,7 @@ BUILD = {
     ),
     "one-step-noised": lambda **options: OneStepPolicy.from_pipeline(text_to_image(), lora_rank=2, **NOISED, **options),
 }
+EULER = {name: value for name, value in BETAS.items() if name.startswith("beta")}
 KINDS = pytest.mark.parametrize("kind", BUILD)
 SCALES = {"controlnet-both": 2, "upscale": 4, "one-step": 4}
 
@@ -122,6 +124,36 @@ def test_controlnet_restores_as_a_pipeline_with_ddpm(spacing) -> None:
     ).images
     ours = restored(ControlNetPolicy.from_pipeline(pipeline), batch, eta=1.0, noise=Stream(batch.ids)).clamp(0, 1)
     assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_controlnet_restores_as_a_pipeline_with_euler() -> None:
+    """Schedulers with sigmas scale latents in their own way; the images are the same."""
+    pipeline, batch = controlled(diffusers.EulerDiscreteScheduler(**EULER)), inputs()
+    theirs = pipeline(
+        list(batch.prompts),
+        batch.degraded,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        latents=Noise(batch.ids)("start", (4, 8, 8)),
+        output_type="pt",
+    ).images
+    assert_close(restored(ControlNetPolicy.from_pipeline(pipeline), batch).clamp(0, 1), theirs, atol=1e-4, rtol=0)
+
+
+def test_sampling_can_start_from_the_degraded_image() -> None:
+    """The pipeline, given the degraded image's latents with the noise of the last training timestep."""
+    pipeline, batch = controlled(), inputs()
+    policy = ControlNetPolicy.from_pipeline(pipeline, from_degraded=True)
+    noise, clean = Noise(batch.ids)("start", (4, 8, 8)), policy.autoencoder.encode(batch.degraded)
+    theirs = pipeline(
+        list(batch.prompts),
+        batch.degraded,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        latents=pipeline.scheduler.add_noise(clean, noise, torch.tensor(999)),
+        output_type="pt",
+    ).images
+    assert_close(restored(policy, batch).clamp(0, 1), theirs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 9.0])
@@ -341,6 +373,29 @@ def test_adapters_in_float32_train_in_a_bfloat16_network() -> None:
     found = gradients(policy, next(losses(policy, inputs())))
     assert found
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found.values())
+
+
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@KINDS
+def test_a_prepared_model_has_the_same_gradient(kind, mixed_precision) -> None:
+    """Inside of accelerate's wrapper for many processes a policy asks and trains as before, up to the precision."""
+    batch = inputs(scale=SCALES.get(kind, 1))
+    policy, plain = built(kind), built(kind)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = Accelerator(cpu=True, mixed_precision=mixed_precision).prepare(policy.model)
+        policy.model = torch.nn.parallel.DistributedDataParallel(model)
+        tolerance = {"atol": 1e-6, "rtol": 1e-4} if mixed_precision == "no" else {"atol": 0.05, "rtol": 0.05}
+        for ours, theirs in zip(losses(policy, batch), losses(plain, batch), strict=True):
+            assert_close(ours, theirs, **tolerance)
+            found, expected = gradients(policy, ours), gradients(plain, theirs)
+            found = {name.replace("model.module.", "model."): gradient for name, gradient in found.items()}
+            assert set(found) == set(expected)
+            if mixed_precision == "no":
+                assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @KINDS
