@@ -411,10 +411,8 @@ class OneStepPolicy(StableDiffusionPolicy):
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The output of the UNet."""
-        dtype = dtype_of(self.unet)
-        return self.ask("unet", latents.to(dtype), times, condition["prompts"]["prompt"].to(dtype), return_dict=False)[
-            0
-        ]
+        dtype, prompt = dtype_of(self.unet), condition["prompts"]["prompt"]
+        return self.ask("unet", latents.to(dtype), times, prompt.to(dtype), return_dict=False)[0]
 
     def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
         """The loss that the policy was given, of the restored images or latents."""

@@ -33,7 +33,7 @@ BUILD = {
         controlled(), train="unet", lora_rank=2, **options
     ),
     "controlnet-both": lambda **options: ControlNetPolicy.from_pipeline(
-        controlled(), train="both", colour_fix="adain", scale=2, **options
+        controlled(), train="both", lora_rank=2, colour_fix="adain", scale=2, **options
     ),
     "upscale": lambda **options: UpscalePolicy.from_pipeline(upscaling(), **GUIDED, **options),
     "one-step": lambda **options: OneStepPolicy.from_pipeline(
