@@ -49,15 +49,15 @@ class Autoencoder(nn.Module):
         self.vae, self.checkpointed = frozen(vae), checkpointed
         widths = config.get("block_out_channels") or config.get("decoder_block_out_channels")
         widths = widths or [config.base_dim * factor for factor in config.dim_mult]
-        layers = config.get("layers_per_block")
+        layers = config.get("layers_per_block") or config.get("num_res_blocks")
         self._width, self._layers = max(widths[:2]), layers if isinstance(layers, int) else 3
         self._patch = 2 if hasattr(vae, "bn") else 1  # Flux2
         self._is_video = "temperal_downsample" in config  # diffusers spells it so; a picture is a video of one frame
         self.factor = self._patch * 2 ** (len(widths) - 1)
         self.channels = self._patch**2 * channels
-        self._scale = config.get("scaling_factor") or 1.0
         self._mean = tuple(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
-        self._std = tuple(config.get("latents_std") or [1.0])
+        scale = config.get("scaling_factor") or 1.0
+        self._scale = tuple(scale / std for std in config.get("latents_std") or [1.0])
 
     def latent_shape(self, images: Tensor) -> tuple[int, ...]:
         """Shape of one row of latents; a ValueError if a side is not a multiple of the autoencoder's factor."""
@@ -92,12 +92,12 @@ class Autoencoder(nn.Module):
         latents = latents[:, :, 0] if self._is_video else latents
         if self._patch > 1:
             latents = nn.functional.pixel_unshuffle(latents, self._patch)
-        mean, std = self._statistics(latents.device)
-        return (latents.float() - mean) / std
+        mean, scale = self._statistics(latents.device)
+        return (latents.float() - mean) * scale
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents.device)
-        latents = latents * std + mean
+        mean, scale = self._statistics(latents.device)
+        latents = latents / scale + mean
         if self._patch > 1:
             latents = nn.functional.pixel_shuffle(latents, self._patch)
         latents = latents.to(dtype_of(self.vae))
@@ -105,14 +105,13 @@ class Autoencoder(nn.Module):
         return ((images[:, :, 0] if self._is_video else images).float() + 1) / 2
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the autoencoder's own latents, `[C, 1, 1]` fp32."""
+        """Mean of each channel of the autoencoder's own latents and the factor that follows, `[C, 1, 1]` fp32."""
         if self._patch > 1:
             mean, variance = self.vae.bn.running_mean.float(), self.vae.bn.running_var.float()
-            std = (variance + self.vae.config.batch_norm_eps).sqrt()
+            scale = (variance + self.vae.config.batch_norm_eps).rsqrt()
         else:
-            mean = constant(self._mean, torch.float32, device)
-            std = constant(tuple(value / self._scale for value in self._std), torch.float32, device)
-        return mean[:, None, None], std[:, None, None]
+            mean, scale = (constant(values, torch.float32, device) for values in (self._mean, self._scale))
+        return mean[:, None, None], scale[:, None, None]
 
     def _in_parts(self, function: Any, rows: Tensor, size: Sequence[int]) -> Tensor:
         """Apply `function` to as many rows at a time as fit, whose images have (height, width) = `size`."""
@@ -121,6 +120,8 @@ class Autoencoder(nn.Module):
         # Of full size are maps as wide as the second block. Three of them live at once (and 30 GiB were measured for 64
         # images of 512x512, nearly four), or for a gradient 25 with the usual two layers in a block.
         maps = 9 * (self._layers + 1) + 1 if wanted else 4
+        if self._is_video:  # its convolutions see two more frames, which are zero
+            maps *= 2.5
         width = self._width * dtype_of(self.vae).itemsize
         parts = rows.split(rows_at_once(size, rows.device, bytes_per_pixel=maps * width))
         if wanted and self.checkpointed:
