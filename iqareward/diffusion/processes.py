@@ -94,23 +94,29 @@ class NoiseProcess(Protocol):
         """The steps from pure noise to the sample."""
         ...
 
-    def transition(self, output: Tensor, latents: Tensor, step: Step, *, eta: float) -> Transition:
+    def transition(
+        self, output: Tensor, latents: Tensor, step: Step, *, eta: float, anchor: Tensor | None = None
+    ) -> Transition:
         """The step's Gaussian, from the network's `output` `[N, ...]` for `latents`; `eta` = 0 is deterministic."""
         ...
 
-    def draw_times(self, num: int, generator: torch.Generator) -> Tensor:
+    def draw_times(self, uniforms: Tensor) -> Tensor:
         """Random times `[num]` as in training, on the generator's device."""
         ...
 
-    def add_noise(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def start(self, noise: Tensor, anchor: Tensor | None = None) -> Tensor: ...
+
+    def noise_level(self, step: Step) -> float: ...
+
+    def add_noise(self, clean: Tensor, noise: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """Latents `[N, ...]` at `times` `[N]`."""
         ...
 
-    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def target(self, clean: Tensor, noise: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The correct network output `[N, ...]` for `add_noise(clean, noise, times)`."""
         ...
 
-    def clean(self, output: Tensor, latents: Tensor, times: Tensor) -> Tensor:
+    def clean(self, output: Tensor, latents: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The noise-free latents `[N, ...]` that an output of the network stands for."""
         ...
 
@@ -185,7 +191,9 @@ class DDIM:
             steps.append(Step(float(time), float(alpha_bars[time]), float(final)))
         return tuple(steps)
 
-    def transition(self, output: Tensor, latents: Tensor, step: Step, *, eta: float) -> Transition:
+    def transition(
+        self, output: Tensor, latents: Tensor, step: Step, *, eta: float, anchor: Tensor | None = None
+    ) -> Transition:
         """The step's Gaussian in fp32; `eta` = 0 is DDIM, `eta` = 1 has the noise of DDPM."""
         output, latents = output.float(), latents.float()
         signal, noise_level = math.sqrt(step.now), math.sqrt(1 - step.now)
@@ -198,17 +206,24 @@ class DDIM:
         mean = math.sqrt(step.then) * clean + math.sqrt(max(1 - step.then - std**2, 0.0)) * noise
         return Transition(mean, std, clean)
 
-    def draw_times(self, num: int, generator: torch.Generator) -> Tensor:
+    def draw_times(self, uniforms: Tensor) -> Tensor:
         """Uniform timesteps `[num]`, int64."""
-        high = self.scheduler.config.num_train_timesteps
-        return torch.randint(high, (num,), generator=generator, device=generator.device)
+        return (uniforms * self.scheduler.config.num_train_timesteps).long()
 
-    def add_noise(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def start(self, noise: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """Pure noise."""
+        return noise
+
+    def noise_level(self, step: Step) -> float:
+        """Share of noise in the latents before a step."""
+        return math.sqrt(1 - step.now)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """`sqrt(a) * clean + sqrt(1 - a) * noise`."""
         signal, noise_level = self._levels(times, clean)
         return signal * clean + noise_level * noise
 
-    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def target(self, clean: Tensor, noise: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The noise, the clean latents, or `v = sqrt(a) * noise - sqrt(1 - a) * clean`, as the model predicts."""
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":
@@ -218,7 +233,7 @@ class DDIM:
         signal, noise_level = self._levels(times, clean)
         return signal * noise - noise_level * clean
 
-    def clean(self, output: Tensor, latents: Tensor, times: Tensor) -> Tensor:
+    def clean(self, output: Tensor, latents: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The clean latents, not clipped."""
         return self._split(output.float(), latents.float(), *self._levels(times, latents.float()))[0]
 
@@ -269,20 +284,28 @@ class _FlowPath:
         sigmas, times = self.scheduler.sigmas.tolist(), self.scheduler.timesteps.tolist()
         return tuple(Step(time, now, then) for time, now, then in zip(times, sigmas, sigmas[1:], strict=False))
 
-    def draw_times(self, num: int, generator: torch.Generator) -> Tensor:
+    def draw_times(self, uniforms: Tensor) -> Tensor:
         """Logit-normal times `[num]`, fp32, on the network's scale."""
-        normal = torch.randn(num, generator=generator, device=generator.device)
+        normal = torch.special.ndtri(uniforms.double()).float()
         return normal.sigmoid() * self.scheduler.config.num_train_timesteps
 
-    def add_noise(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def start(self, noise: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """Pure noise."""
+        return noise
+
+    def noise_level(self, step: Step) -> float:
+        """Share of noise in the latents before a step."""
+        return step.now
+
+    def add_noise(self, clean: Tensor, noise: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """`(1 - sigma) * clean + sigma * noise`."""
         return torch.lerp(clean, noise, self._sigma(times, clean))
 
-    def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def target(self, clean: Tensor, noise: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """The velocity, `noise - clean`."""
         return noise - clean
 
-    def clean(self, output: Tensor, latents: Tensor, times: Tensor) -> Tensor:
+    def clean(self, output: Tensor, latents: Tensor, times: Tensor, anchor: Tensor | None = None) -> Tensor:
         """`latents - sigma * output`."""
         latents = latents.float()
         return latents - self._sigma(times, latents) * output.float()
@@ -320,7 +343,9 @@ class FlowSDE(_FlowPath):
         Liu et al., Flow-GRPO: Training Flow Matching Models via Online RL, 2025, https://arxiv.org/abs/2505.05470
     """
 
-    def transition(self, output: Tensor, latents: Tensor, step: Step, *, eta: float) -> Transition:
+    def transition(
+        self, output: Tensor, latents: Tensor, step: Step, *, eta: float, anchor: Tensor | None = None
+    ) -> Transition:
         """The step's Gaussian in fp32; `eta` = 0 is the scheduler's Euler step."""
         output, latents = output.float(), latents.float()
         delta = step.then - step.now
@@ -363,7 +388,9 @@ class FlowCPS(_FlowPath):
         https://arxiv.org/abs/2509.05952
     """
 
-    def transition(self, output: Tensor, latents: Tensor, step: Step, *, eta: float) -> Transition:
+    def transition(
+        self, output: Tensor, latents: Tensor, step: Step, *, eta: float, anchor: Tensor | None = None
+    ) -> Transition:
         """The step's Gaussian in fp32; a ValueError if `eta` is outside [0, 1]."""
         if not 0 <= eta <= 1:
             raise ValueError(f"FlowCPS expected eta in [0, 1], got {eta}. 1 exchanges all noise already.")

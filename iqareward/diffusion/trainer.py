@@ -13,6 +13,7 @@ from torch import Tensor
 from iqareward.advantages import RewardMemory
 from iqareward.atomic import atomic_write
 from iqareward.difficulty import rmse
+from iqareward.diffusion.batches import Batch, batches, read_ahead
 from iqareward.diffusion.checkpoint import (
     CHECKPOINT,
     append_line,
@@ -28,9 +29,8 @@ from iqareward.diffusion.checkpoint import (
 )
 from iqareward.diffusion.finite import TrainingError, finite_mean, require_finite
 from iqareward.diffusion.learner import Learner, TrainConfig
-from iqareward.diffusion.objectives import ClippedPolicyGradient, Objective
-from iqareward.diffusion.batches import Batch, batches, read_ahead
 from iqareward.diffusion.noise import Noise
+from iqareward.diffusion.objectives import ClippedPolicyGradient, Objective
 from iqareward.diffusion.pairs import InputOrder, Pairs
 from iqareward.diffusion.policies.core import Policy, evaluating
 from iqareward.diffusion.progress import note, progress_bar

@@ -1,5 +1,6 @@
 """Measure a policy on held-out images with rewards that it is not trained on."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -309,7 +310,7 @@ def _nothing_of(batch: Batch) -> Tensor:
 
 def _gathered(images: Tensor, bounds: Sequence[int], at_once: int, device: torch.device) -> Tensor:
     """The images of all processes on the CPU, in order, with a few of each on the device at a time."""
-    shares = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    shares = [stop - start for start, stop in itertools.pairwise(bounds)]
     blocks: list[tuple[Tensor, ...]] = []
     for start in range(0, max(shares), at_once):
         (rows,), _ = gather_rows(images[start : start + at_once].to(device))

@@ -15,7 +15,7 @@ from iqareward.diffusion.processes import NoiseProcess, Step, Transition
 
 
 class Policy(Protocol):
-    """A restoration model as the trainer uses it; derive from `DiffusionPolicy` to get most of it.
+    """A restoration model as the trainer uses it; `DiffusionPolicy` and `FeedForwardPolicy` give most of it.
 
     A step keeps nothing in the policy: the trainer repeats steps for parts of a batch, to replay them and to
     differentiate through them.
@@ -346,3 +346,8 @@ class Versions:
 def frozen(module: Any) -> Any:
     """A module that does not train, in eval mode."""
     return module.requires_grad_(False).eval()
+
+
+def trainable(module: Any, *, lora_rank: int | None) -> nn.Module:
+    """A module that trains: LoRA adapters of this rank, or all of its weights if there is no rank."""
+    return module.requires_grad_(True) if lora_rank is None else add_lora(module, rank=lora_rank)
