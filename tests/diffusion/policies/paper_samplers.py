@@ -1,0 +1,62 @@
+"""Samplers written from the papers' equations in float64, which the policies are compared with."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+F64 = torch.float64
+
+
+def exact(policy):
+    """A copy of a policy with every module in float64."""
+    policy = copy.deepcopy(policy)
+    for part in vars(policy).values():
+        if isinstance(part, nn.Module):
+            part.to(F64)
+    return policy
+
+
+def resshift(network, anchor, degraded, noises, *, steps=15, kappa=2.0, power=0.3):
+    """Residual shifting (equations 4 to 10 of ResShift), from noises [T + 1], the first of which starts.
+
+    sqrt(eta_t) grows geometrically from min(0.04 / kappa, sqrt(0.001)) to sqrt(0.999), with exponents that are bent by
+    `power`. The published network sees latents divided by their standard deviation, sqrt(kappa^2 eta_t + 1).
+    """
+    low, high = min(0.04 / kappa, math.sqrt(0.001)), math.sqrt(0.999)
+    growth = [(t / (steps - 1)) ** power * (steps - 1) for t in range(steps)]
+    base = math.exp(math.log(high / low) / (steps - 1))
+    etas = [(low * base**exponent) ** 2 for exponent in growth]
+    latents = anchor + kappa * math.sqrt(etas[-1]) * noises[0]
+    for number, t in enumerate(reversed(range(steps))):
+        before, now = (etas[t - 1] if t else 0.0), etas[t]
+        seen = latents / math.sqrt(kappa**2 * now + 1)
+        times = torch.full((len(latents),), t, dtype=F64)
+        clean = network(torch.cat([seen, degraded], 1), times).sample
+        mean = before / now * latents + (now - before) / now * clean
+        latents = mean + kappa * math.sqrt(before / now * (now - before)) * noises[number + 1]
+    return latents
+
+
+def ir_sde(network, degraded, noises, *, steps=100, max_sigma=10 / 255, end=0.005):
+    """The posterior of the mean-reverting SDE given the clean image (equations 6, 9 and 12 of IR-SDE and Refusion).
+
+    theta_t follows a cosine; the step is such that the integral of theta ends at -log(end).
+    """
+    share = [math.cos(((t / (steps + 1)) + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 2)]
+    thetas = [1 - value / share[0] for value in share[1:-1]]  # of steps 1 to T
+    unit = -math.log(end) / sum(thetas)
+    integral = [unit * sum(thetas[:t]) for t in range(steps + 1)]
+    latents = degraded + max_sigma * noises[0]
+    for number, t in enumerate(range(steps, 0, -1)):
+        variance = max_sigma**2 * (1 - math.exp(-2 * integral[t]))
+        times = torch.full((len(latents),), t, dtype=F64)
+        noise = network(torch.cat([latents - degraded, degraded], 1), times).sample
+        clean = degraded + (latents - degraded - math.sqrt(variance) * noise) * math.exp(integral[t])
+        step = integral[t] - integral[t - 1]
+        whole, rest, own = (1 - math.exp(-2 * value) for value in (integral[t], integral[t - 1], step))
+        mean = rest / whole * math.exp(-step) * (latents - degraded)
+        mean = mean + own / whole * math.exp(-integral[t - 1]) * (clean - degraded) + degraded
+        latents = mean + max_sigma * math.sqrt(rest * own / whole) * noises[number + 1]
+    return latents
