@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iqareward.atomic import atomic_folder
 from iqareward.diffusion.finite import require_finite
-from iqareward.diffusion.policies import PixelPolicy, unwrapped
+from iqareward.diffusion.policies.pixel import PixelPolicy
 from iqareward.diffusion.processes import DDIM
 from iqareward.optional import require
 from iqareward.weight_files import WeightFile, check_values, listed
@@ -77,7 +77,7 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
         ...     sorted(path.name for path in Path(folder, "model").iterdir())
         ['restorer.json', 'scheduler', 'unet']
     """
-    process, model = policy.process, unwrapped(policy.model)
+    process, model = policy.process, policy.model
     if not isinstance(process, DDIM):
         raise TypeError(f"save_restorer expected a policy whose `process` is a DDIM, got a {type(process).__name__}.")
     require_finite("The restorer", model.state_dict())
