@@ -20,8 +20,8 @@ PROMPTS = {
 class DiffBIR(ControlNetPolicy):
     """A ControlNet policy on images that a feed-forward network has cleaned."""
 
-    def __init__(self, *parts, cleaner, **options):
-        super().__init__(*parts, **options)
+    def __init__(self, *, cleaner, **options):
+        super().__init__(**options)
         self.cleaner = cleaner
 
     def condition(self, batch, noise):
@@ -30,12 +30,12 @@ class DiffBIR(ControlNetPolicy):
             return condition | {"degraded": self.cleaner.restore(condition["degraded"]).clamp(0, 1)}
 
 
-def build(pipeline: str, cleaner: str) -> DiffBIR:
+def build(folder: str, cleaner: str) -> DiffBIR:
     """The policy of a `StableDiffusionControlNetPipeline` and of a checkpoint of SwinIR or the like."""
     import diffusers
 
+    pipeline = diffusers.StableDiffusionControlNetPipeline.from_pretrained(folder)
     network = FeedForwardPolicy.from_checkpoint(cleaner)
     network.model.requires_grad_(False).eval()
-    loaded = diffusers.StableDiffusionControlNetPipeline.from_pretrained(pipeline)
     options = {"guidance_scale": 4.0, "colour_fix": "wavelet", "num_steps": 50, "eta": 1.0}
-    return DiffBIR.from_pipeline(loaded, cleaner=network, **PROMPTS, **options)
+    return DiffBIR.from_pipeline(pipeline, cleaner=network, **PROMPTS, **options)

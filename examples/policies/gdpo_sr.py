@@ -8,13 +8,13 @@ References:
     https://arxiv.org/abs/2603.16769
 """
 
-from iqareward.diffusion import OneStepPolicy, add_lora
+from iqareward.diffusion import OneStepPolicy
 
 
-def build(folder: str = "stabilityai/stable-diffusion-2-1-base", rank: int = 4) -> OneStepPolicy:
+def build(folder: str = "stabilityai/stable-diffusion-2-1-base") -> OneStepPolicy:
     """The policy of a Stable Diffusion pipeline, whose adapters train."""
     import diffusers
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.unet = add_lora(pipeline.unet, rank=rank, targets=["to_q", "to_k", "to_v", "to_out.0"])
-    return OneStepPolicy.from_pipeline(pipeline, scale=4, timestep=999, noise_timestep=250, colour_fix="adain")
+    noise = {"timestep": 999, "noise_timestep": 250}
+    return OneStepPolicy.from_pipeline(pipeline, lora_rank=4, scale=4, colour_fix="adain", **noise)
