@@ -60,3 +60,41 @@ def ir_sde(network, degraded, noises, *, steps=100, max_sigma=10 / 255, end=0.00
         mean = mean + own / whole * math.exp(-integral[t - 1]) * (clean - degraded) + degraded
         latents = mean + max_sigma * math.sqrt(rest * own / whole) * noises[number + 1]
     return latents
+
+
+def spaced(policy, degraded, prompts, latents, noises, *, guidance):
+    """DDPM's posterior (equation 7) on the scheduler's spacing, with guidance from the first prompt to the second."""
+    scheduler, outputs = policy.process.scheduler, None
+    alpha_bars = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(len(noises))
+    stride = scheduler.config.num_train_timesteps // len(noises)
+    for time, fresh in zip(scheduler.timesteps.tolist(), noises, strict=True):
+        now = alpha_bars[time]
+        then = alpha_bars[time - stride] if time >= stride else scheduler.final_alpha_cumprod.double()
+        outputs = []
+        for prompt in prompts:
+            inputs = {"controlnet_cond": degraded, "return_dict": False}
+            down, middle = policy.controlnet(latents, time, prompt, **inputs)
+            steered = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+            outputs.append(policy.unet(latents, time, prompt, **steered).sample)
+        noise = outputs[0] + guidance * (outputs[1] - outputs[0])
+        clean = (latents - (1 - now).sqrt() * noise) / now.sqrt()
+        ratio = now / then
+        mean = then.sqrt() * (1 - ratio) / (1 - now) * clean + ratio.sqrt() * (1 - then) / (1 - now) * latents
+        latents = mean + ((1 - then) / (1 - now) * (1 - ratio)).sqrt() * fresh
+    return latents
+
+
+def low_frequencies(images):
+    """Five blurs by the binomial kernel, whose holes double (StableSR's wavelet colour correction)."""
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=F64)
+    for level in range(5):
+        width = 2**level
+        for kernel, pads in (
+            (row.view(1, 1, 3, 1), (0, 0, width, width)),
+            (row.view(1, 1, 1, 3), (width, width, 0, 0)),
+        ):
+            padded = nn.functional.pad(images, pads, mode="replicate")
+            dilation = (width, 1) if kernel.shape[2] == 3 else (1, width)
+            images = nn.functional.conv2d(padded, kernel.expand(3, 1, -1, -1), groups=3, dilation=dilation)
+    return images
