@@ -7,6 +7,7 @@ References:
     https://arxiv.org/abs/2308.15070
 """
 
+import diffusers
 import torch
 
 from iqareward.diffusion import ControlNetPolicy, FeedForwardPolicy
@@ -32,8 +33,6 @@ class DiffBIR(ControlNetPolicy):
 
 def build(folder: str, cleaner: str) -> DiffBIR:
     """The policy of a `StableDiffusionControlNetPipeline` and of a checkpoint of SwinIR or the like."""
-    import diffusers
-
     pipeline = diffusers.StableDiffusionControlNetPipeline.from_pretrained(folder)
     network = FeedForwardPolicy.from_checkpoint(cleaner)
     network.model.requires_grad_(False).eval()

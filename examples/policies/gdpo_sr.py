@@ -8,13 +8,13 @@ References:
     https://arxiv.org/abs/2603.16769
 """
 
+import diffusers
+
 from iqareward.diffusion import OneStepPolicy
 
 
 def build(folder: str = "stabilityai/stable-diffusion-2-1-base") -> OneStepPolicy:
     """The policy of a Stable Diffusion pipeline, whose adapters train."""
-    import diffusers
-
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     noise = {"timestep": 999, "noise_timestep": 250}
     return OneStepPolicy.from_pipeline(pipeline, lora_rank=4, scale=4, colour_fix="adain", **noise)

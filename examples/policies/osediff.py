@@ -5,12 +5,12 @@ References:
     https://arxiv.org/abs/2406.08177
 """
 
+import diffusers
+
 from iqareward.diffusion import OneStepPolicy
 
 
 def build(folder: str = "stabilityai/stable-diffusion-2-1-base") -> OneStepPolicy:
     """The policy of a Stable Diffusion pipeline; load your adapters into it."""
-    import diffusers
-
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     return OneStepPolicy.from_pipeline(pipeline, train="both", lora_rank=4, scale=4, colour_fix="adain")

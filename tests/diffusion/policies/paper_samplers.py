@@ -18,13 +18,13 @@ def exact(policy):
     return policy
 
 
-def resshift(network, anchor, degraded, noises, *, steps=15, kappa=2.0, power=0.3):
+def resshift(network, anchor, degraded, noises, *, steps=15, kappa=2.0, power=0.3, end=0.99):
     """Residual shifting (equations 4 to 10 of ResShift), from noises [T + 1], the first of which starts.
 
-    sqrt(eta_t) grows geometrically from min(0.04 / kappa, sqrt(0.001)) to sqrt(0.999), with exponents that are bent by
-    `power`. The published network sees latents divided by their standard deviation, sqrt(kappa^2 eta_t + 1).
+    sqrt(eta_t) grows geometrically from min(0.04 / kappa, sqrt(0.001)) to `end`, with exponents that are bent by
+    `power`, as in the published configurations. The published network sees latents divided by their standard deviation, sqrt(kappa^2 eta_t + 1).
     """
-    low, high = min(0.04 / kappa, math.sqrt(0.001)), math.sqrt(0.999)
+    low, high = min(0.04 / kappa, math.sqrt(0.001)), end
     growth = [(t / (steps - 1)) ** power * (steps - 1) for t in range(steps)]
     base = math.exp(math.log(high / low) / (steps - 1))
     etas = [(low * base**exponent) ** 2 for exponent in growth]
@@ -42,10 +42,10 @@ def resshift(network, anchor, degraded, noises, *, steps=15, kappa=2.0, power=0.
 def ir_sde(network, degraded, noises, *, steps=100, max_sigma=10 / 255, end=0.005):
     """The posterior of the mean-reverting SDE given the clean image (equations 6, 9 and 12 of IR-SDE and Refusion).
 
-    theta_t follows a cosine; the step is such that the integral of theta ends at -log(end).
+    theta_t is 1 minus the cosine schedule of two more steps, scaled so that the integral of theta ends at -log(end).
     """
-    share = [math.cos(((t / (steps + 1)) + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 2)]
-    thetas = [1 - value / share[0] for value in share[1:-1]]  # of steps 1 to T
+    share = [math.cos((t / (steps + 2) + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 2)]
+    thetas = [1 - share[t + 1] / share[0] for t in range(1, steps + 1)]
     unit = -math.log(end) / sum(thetas)
     integral = [unit * sum(thetas[:t]) for t in range(steps + 1)]
     latents = degraded + max_sigma * noises[0]
