@@ -64,7 +64,7 @@ def pixel_unet() -> nn.Module:
 def vq_autoencoder() -> nn.Module:
     """A VQModel with factor 4 and 3 latent channels."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    sizes = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "latent_channels": 3, "num_vq_embeddings": 16}
+    sizes = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "latent_channels": 3, "num_vq_embeddings": 16, "scaling_factor": 1.0}
     return flow.seeded(lambda: diffusers.VQModel(**blocks, **sizes), seed=8)
 
 

@@ -22,7 +22,8 @@ def resshift(network, anchor, degraded, noises, *, steps=15, kappa=2.0, power=0.
     """Residual shifting (equations 4 to 10 of ResShift), from noises [T + 1], the first of which starts.
 
     sqrt(eta_t) grows geometrically from min(0.04 / kappa, sqrt(0.001)) to `end`, with exponents that are bent by
-    `power`, as in the published configurations. The published network sees latents divided by their standard deviation, sqrt(kappa^2 eta_t + 1).
+    `power`, as in the published configurations. The published network sees latents divided by their standard deviation,
+    sqrt(kappa^2 eta_t + 1).
     """
     low, high = min(0.04 / kappa, math.sqrt(0.001)), end
     growth = [(t / (steps - 1)) ** power * (steps - 1) for t in range(steps)]
