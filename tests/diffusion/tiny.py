@@ -4,9 +4,20 @@ import diffusers
 import torch
 from torch import nn
 
-from iqareward.diffusion import DDIM, Autoencoder, PixelPolicy
+from iqareward.diffusion import (
+    DDIM,
+    Autoencoder,
+    ControlNetPolicy,
+    FixedPrompt,
+    FlowCPS,
+    FlowPolicy,
+    FlowSDE,
+    PixelPolicy,
+)
 
 SIZE = 16
+KINDS = ("pixel", "controlnet", "flow", "flow-cps")
+ETA = {"pixel": 1.0, "controlnet": 0.5, "flow": 0.7, "flow-cps": 0.5}
 
 
 def seeded(build, seed=0) -> nn.Module:
@@ -45,10 +56,47 @@ def autoencoder() -> Autoencoder:
     return Autoencoder(seeded(lambda: diffusers.AutoencoderKL(**blocks, **options), seed=1))
 
 
+def controlnet_policy() -> ControlNetPolicy:
+    """A latent UNet with a ControlNet whose zero layers are no longer zero, as after training."""
+    shared = {"block_out_channels": (8, 8), "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4}
+    attention = {"attention_head_dim": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    up = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    network = seeded(lambda: diffusers.UNet2DConditionModel(8, 4, 4, **shared, **attention, **up))
+    embedding = {"conditioning_embedding_out_channels": (4, 8)}
+    control = seeded(lambda: diffusers.ControlNetModel(4, **shared, **attention, **embedding), seed=2)
+    with torch.no_grad():
+        for weight in control.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    prompts = FixedPrompt({"prompt": torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(4))})
+    process = DDIM.from_scheduler(
+        diffusers.PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False)
+    )
+    return ControlNetPolicy(control, network, autoencoder(), process, prompts)
+
+
+def flow_policy(process=FlowSDE) -> FlowPolicy:
+    """A two-layer SD3 transformer that sees the degraded latents."""
+    sizes = {"num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 8}
+    more = {"caption_projection_dim": 8, "pooled_projection_dim": 8, "pos_embed_max_size": 16}
+    build = lambda: diffusers.SD3Transformer2DModel(  # noqa: E731
+        sample_size=8, patch_size=2, in_channels=8, out_channels=4, **sizes, **more
+    )
+    generator = torch.Generator().manual_seed(5)
+    prompt, pooled = torch.randn(1, 3, 8, generator=generator), torch.randn(1, 8, generator=generator)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return FlowPolicy(seeded(build), autoencoder(), prompt, pooled, process(scheduler))
+
+
 def policy_of(kind: str):
-    """A policy by name: "pixel", or a file of `examples/policies` with tiny networks."""
-    if kind == "pixel":
-        return pixel_policy()
+    """A policy by name, also of a file of `examples/policies`."""
+    builders = {
+        "pixel": pixel_policy,
+        "controlnet": controlnet_policy,
+        "flow": flow_policy,
+        "flow-cps": lambda: flow_policy(FlowCPS),
+    }
+    if kind in builders:
+        return builders[kind]()
     from tests.diffusion.policies import kinds
 
     return kinds.policy_of(kind)

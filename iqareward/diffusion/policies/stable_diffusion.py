@@ -38,7 +38,12 @@ class StableDiffusionPolicy(PromptedPolicy):
         num_steps: Steps of the sampler.
         exploration: Noise of each step in rollouts.
         options: Those of `PromptedPolicy`: `guidance_scale` and `eta`.
+
+    Attributes:
+        networks: Names of the networks in a pipeline; the first one trains if none is named.
     """
+
+    networks: ClassVar[tuple[str, ...]] = ("unet",)
 
     def __init__(
         self,
@@ -56,9 +61,8 @@ class StableDiffusionPolicy(PromptedPolicy):
         super().__init__(
             autoencoder, process, prompts, negative, num_steps=num_steps, exploration=exploration, **options
         )
-        self.scale, self.colour_fix = scale, colour_fix
-
-    networks: ClassVar[tuple[str, ...]] = ("unet",)
+        self.scale = scale
+        self.colour_fix: Literal["adain", "wavelet"] | None = colour_fix
 
     @classmethod
     def from_pipeline(
@@ -80,7 +84,7 @@ class StableDiffusionPolicy(PromptedPolicy):
             pipeline: The pipeline.
             prompt: For inputs without a prompt of their own.
             negative_prompt: What guidance leads away from.
-            train: What trains; see the policy.
+            train: What trains, as the policy takes it; the first of its `networks` if None.
             lora_rank: Rank of LoRA adapters on what trains; None trains all of its weights.
             checkpointing: Recompute activations in the backward pass, for less memory.
             guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.

@@ -59,7 +59,7 @@ def _unsafe():
 
 def text_to_image(scheduler=None, kind=diffusers.StableDiffusionPipeline):
     """A StableDiffusionPipeline, or an image-to-image one."""
-    scheduler = scheduler or diffusers.DDIMScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler = scheduler or diffusers.DDIMScheduler(**BETAS, timestep_spacing="trailing", steps_offset=1)
     return quiet(kind(vae=vae(), unet=unet(), scheduler=scheduler, **texts(), **_unsafe()))
 
 
