@@ -219,7 +219,7 @@ def row(kind: str, folder: Path) -> str:
     """A row of the table, from runs."""
     learned = [name for name in objectives_of(kind) if trains(kind, name, folder / name)]
     cells = [
-        f"[{kind}](https://github.com/SOURCE/examples/policies/{kind}.py)",
+        f"`{kind}.py`",
         KINDS[kind].models,
         str(lines(kind)),
         str(hacks(kind)),

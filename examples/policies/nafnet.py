@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from iqareward.diffusion import FeedForwardPolicy
-from iqareward.diffusion.policies.feed_forward import charbonnier
 
 
 class Residual(nn.Module):
@@ -27,4 +26,4 @@ def build(weights: str) -> FeedForwardPolicy:
     """The policy of the network with the weights of a file; its images have even sides."""
     network = Residual()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    return FeedForwardPolicy(network, multiple=2, loss=charbonnier)
+    return FeedForwardPolicy(network, multiple=2, loss="charbonnier")
