@@ -27,7 +27,9 @@ from .policies.pixel import PixelPolicy as PixelPolicy
 from .processes import DDIM as DDIM
 from .processes import FlowCPS as FlowCPS
 from .processes import FlowSDE as FlowSDE
+from .processes import IRSDE as IRSDE
 from .processes import NoiseProcess as NoiseProcess
+from .processes import ResShift as ResShift
 from .processes import Step as Step
 from .processes import Transition as Transition
 from .restorer import build_restorer as build_restorer
