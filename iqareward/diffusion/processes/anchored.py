@@ -67,7 +67,7 @@ class ResShift(_AnchoredProcess):
         >>> degraded = torch.zeros(1, 3, 8, 8)
         >>> steps = process.schedule(4)
         >>> [round(process.transition(degraded, degraded, step, eta=1.0, anchor=degraded).std, 2) for step in steps]
-        [0.0]
+        [0.98, 0.74, 0.41, 0.0]
 
     References:
         Yue, Wang, Loy, ResShift: Efficient Diffusion Model for Image Super-resolution by Residual Shifting, 2023,
