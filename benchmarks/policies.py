@@ -28,6 +28,7 @@ from iqareward.diffusion import (
     DifficultyAdaptiveTrainer,
     DiffusionNFT,
     DirectRewardGradient,
+    GroupDPO,
     Noise,
     RolloutConfig,
     TrainConfig,
@@ -52,11 +53,12 @@ def contrast(images: Tensor) -> Tensor:
     return images.flatten(1).std(1)
 
 
-REWARD = NoReference(contrast, name="contrast", higher_is_better=True)
-# Three that fit each kind; DiffusionNFT learns from the forward process, which a feed-forward network has not.
+REWARD = NoReference(contrast, name="contrast", higher_is_better=True, differentiable=True)
+# DiffusionNFT learns from the forward process, which a feed-forward network has not.
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "policy gradient": ClippedPolicyGradient,
     "reward gradient": functools.partial(DirectRewardGradient, REWARD),
+    "group DPO": GroupDPO,
     "DiffusionNFT": DiffusionNFT,
 }
 

@@ -64,7 +64,13 @@ def pixel_unet() -> nn.Module:
 def vq_autoencoder() -> nn.Module:
     """A VQModel with factor 4 and 3 latent channels."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    sizes = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "latent_channels": 3, "num_vq_embeddings": 16, "scaling_factor": 1.0}
+    sizes = {
+        "block_out_channels": (8, 8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+        "num_vq_embeddings": 16,
+        "scaling_factor": 1.0,
+    }
     return flow.seeded(lambda: diffusers.VQModel(**blocks, **sizes), seed=8)
 
 
@@ -116,9 +122,10 @@ _ARGUMENTS = {
 
 
 def policy_of(kind: str) -> Policy:
-    """The policy of the example file, in float32."""
+    """The policy of the example file, in float32, always with the same weights."""
     example = importlib.import_module(f"examples.policies.{kind}")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of adapters
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name, make in _LOADED.get(kind, {}).items():
             loaded = make()
