@@ -14,6 +14,8 @@ from .noise import Noise as Noise
 from .objectives import ClippedPolicyGradient as ClippedPolicyGradient
 from .objectives import DiffusionNFT as DiffusionNFT
 from .objectives import DirectRewardGradient as DirectRewardGradient
+from .objectives import GroupDPO as GroupDPO
+from .objectives import Objective as Objective
 from .objectives import clamp_straight_through as clamp_straight_through
 from .pairs import Pairs as Pairs
 from .pairs import StoredPairs as StoredPairs
