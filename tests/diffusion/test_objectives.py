@@ -382,9 +382,7 @@ SPREAD = 50.0
 
 
 @settings(max_examples=25)
-@given(
-    st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1)), min_size=2, max_size=6), st.floats(0.25, 2.0)
-)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1)), min_size=2, max_size=6), st.floats(0.25, 2.0))
 def test_forward_process_is_best_where_its_paper_says(rollouts, beta):
     """At `v_old + 2 / beta * E[r * (v - v_old)]`, with v_old the mean of the rollouts' v.
 
@@ -406,7 +404,7 @@ def test_forward_process_is_best_where_its_paper_says(rollouts, beta):
 
 
 def test_forward_process_compares_with_the_older_weights():
-    """Weights that moved since the rollouts give another loss than if they were their own past; no gradient to those."""
+    """After an optimiser step the loss is another than if these weights had sampled; they alone get a gradient."""
     policy = pixel_policy()
     experience, versions = pixel_experience(policy), Versions(policy, old=True)
     with torch.no_grad():
@@ -414,7 +412,8 @@ def test_forward_process_compares_with_the_older_weights():
             weight.add_(0.01)
     moved = [weight.detach().clone() for weight in policy.model.parameters()]
     with_old, with_own = (
-        term_of(DiffusionNFT(), policy, experience, versions=each).loss for each in (versions, Versions(policy, old=True))
+        term_of(DiffusionNFT(), policy, experience, versions=each).loss
+        for each in (versions, Versions(policy, old=True))
     )
     assert (with_old - with_own).abs().min() > 0
     with_old.sum().backward()
