@@ -4,7 +4,16 @@ import diffusers
 import torch
 from torch import nn
 
-from iqareward.diffusion import DDIM, Autoencoder, ControlNetPolicy, FlowCPS, FlowPolicy, FlowSDE, PixelPolicy
+from iqareward.diffusion import (
+    DDIM,
+    Autoencoder,
+    ControlNetPolicy,
+    FixedPrompt,
+    FlowCPS,
+    FlowPolicy,
+    FlowSDE,
+    PixelPolicy,
+)
 
 SIZE = 16
 KINDS = ("pixel", "controlnet", "flow", "flow-cps")
@@ -58,11 +67,11 @@ def controlnet_policy() -> ControlNetPolicy:
     with torch.no_grad():
         for weight in control.parameters():
             weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
-    prompt = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(4))
+    prompts = FixedPrompt({"prompt": torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(4))})
     process = DDIM.from_scheduler(
         diffusers.PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False)
     )
-    return ControlNetPolicy(control, network, autoencoder(), prompt, process)
+    return ControlNetPolicy(control, network, autoencoder(), process, prompts)
 
 
 def flow_policy(process=FlowSDE) -> FlowPolicy:

@@ -235,6 +235,22 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(weight.dtype for weight in module.parameters() if weight.is_floating_point())
 
 
+class TrainedTogether(nn.ModuleDict):
+    """Modules that train together as one `model`, each called by its name.
+
+    A distributed wrapper around it sees every call, as it would not if the modules were called themselves.
+
+    Example:
+        >>> model = TrainedTogether({"first": nn.Linear(4, 2), "second": nn.Linear(2, 3)})
+        >>> model("second", model("first", torch.zeros(1, 4))).shape
+        torch.Size([1, 3])
+    """
+
+    def forward(self, name: str, *inputs: Any, **options: Any) -> Any:
+        """What the module of this name answers."""
+        return self[name](*inputs, **options)
+
+
 @contextmanager
 def evaluating(policy: Policy) -> Generator[None]:
     """Within this context dropout and drop path of the model are off, so that a step repeats itself."""

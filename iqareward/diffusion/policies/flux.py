@@ -26,7 +26,8 @@ class FluxKontextPolicy(TokenPolicy):
         negative: The same, of the same length L, for what guidance leads away from.
         embedded_guidance: Guidance that the model knows by distillation, one of its inputs; the pipeline's
             `guidance_scale`. It is told in training as well.
-        options: `guidance_scale`, the pipeline's `true_cfg_scale`, as well as `num_steps` and `eta`.
+        options: Those of `PromptedPolicy`: `guidance_scale` (the pipeline's `true_cfg_scale`), `num_steps`, `eta`,
+            `exploration`.
 
     Example:
         >>> def build(folder):

@@ -67,6 +67,10 @@ class PixelPolicy(DiffusionPolicy):
         size = [self.scale * side for side in batch.degraded.shape[-2:]]
         return {"latents": 2 * resized(batch.degraded, size) - 1}
 
+    def anchor(self, condition: Condition) -> Tensor | None:
+        """The degraded images, for processes that end there."""
+        return condition["latents"] if self.process.anchored else None
+
     def encode(self, images: Tensor, condition: Condition) -> Tensor:
         """Scale [0, 1] to [-1, 1]."""
         return 2 * images - 1
@@ -74,7 +78,8 @@ class PixelPolicy(DiffusionPolicy):
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The output of the UNet, added to the degraded image if it is residual."""
         degraded = condition["latents"].to(latents)
-        output = self.model(torch.cat([latents, degraded], 1).to(dtype_of(self.model)), times).sample
+        inputs = torch.cat([self.process.scale_input(latents, times), degraded], 1)
+        output = self.model(inputs.to(dtype_of(self.model)), times).sample
         return degraded + output if self.residual else output
 
     def decode(self, latents: Tensor, condition: Condition) -> Tensor:

@@ -82,7 +82,7 @@ def move_text_encoders(pipeline: Any, device: torch.device) -> None:
 class PromptedPolicy(DiffusionPolicy):
     """A diffusion model in the latents of a frozen autoencoder, with prompts and guidance; write `predict`.
 
-    The condition is latents of the degraded images, "prompts" and "negative".
+    Its condition has "latents" of the degraded images, "prompts" and "negative".
 
     Args:
         autoencoder: The frozen autoencoder.
@@ -92,6 +92,7 @@ class PromptedPolicy(DiffusionPolicy):
         guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
         num_steps: Steps of the sampler.
         eta: Noise of each step, as the process takes it.
+        exploration: Noise of each step in rollouts.
 
     Raises:
         ValueError: There is guidance, and there are no negative prompts.
@@ -107,6 +108,7 @@ class PromptedPolicy(DiffusionPolicy):
         guidance_scale: float = 1.0,
         num_steps: int = 28,
         eta: float = 0.0,
+        exploration: float = 0.7,
     ) -> None:
         if guidance_scale != 1 and negative is None:
             raise ValueError(
@@ -114,7 +116,8 @@ class PromptedPolicy(DiffusionPolicy):
                 "Give the embeddings of an empty text, or guidance_scale=1."
             )
         self.autoencoder, self.process, self.prompts, self.negative = autoencoder, process, prompts, negative
-        self.guidance_scale, self.num_steps, self.eta = guidance_scale, num_steps, eta
+        self.guidance_scale, self.num_steps = guidance_scale, num_steps
+        self.eta, self.exploration = eta, exploration
 
     def condition(self, batch: Batch, noise: Any) -> Condition:
         """Latents of the degraded images, and the embeddings of the prompts."""

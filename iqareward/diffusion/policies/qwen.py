@@ -1,6 +1,5 @@
 """A policy on Qwen-Image-Edit."""
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, Self
@@ -61,7 +60,8 @@ class QwenImageEditPolicy(TokenPolicy):
         prompts: Gives "prompt" `[B, L, D]` and "mask" `[B, L]` or None for a batch: `QwenPrompts`, or a function of
             your own that looks up what was computed before.
         negative: The same for what guidance leads away from.
-        options: `guidance_scale`, the pipeline's `true_cfg_scale`, as well as `num_steps` and `eta`.
+        options: Those of `PromptedPolicy`: `guidance_scale` (the pipeline's `true_cfg_scale`), `num_steps`, `eta`,
+            `exploration`.
 
     Example:
         >>> def build(folder):
@@ -85,6 +85,10 @@ class QwenImageEditPolicy(TokenPolicy):
         num_steps: int = 50,
         **options: Any,
     ) -> None:
+        from diffusers.utils.versions import require_version
+
+        # Before it, the length of prompts was given separately, and padding was attended to.
+        require_version("diffusers>=0.37", "QwenImageEditPolicy needs it for prompts of different lengths.")
         super().__init__(autoencoder, process, prompts, negative, num_steps=num_steps, **options)
         self.model = model
 

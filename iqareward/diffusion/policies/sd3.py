@@ -29,7 +29,7 @@ class SD3ControlNetPolicy(PromptedPolicy):
         negative: The same for what guidance leads away from.
         train: "controlnet" or "transformer": the network that trains, or of one with adapters only these.
         conditioning_scale: Factor of the ControlNet's residuals.
-        options: `guidance_scale`, `num_steps` and `eta`.
+        options: Those of `PromptedPolicy`: `guidance_scale`, `num_steps`, `eta`, `exploration`.
 
     Example:
         >>> def build(folder):
@@ -163,7 +163,7 @@ class FlowPolicy(DiffusionPolicy):
         Brooks, Holynski, Efros, InstructPix2Pix, 2022, https://arxiv.org/abs/2211.09800 (extra input channels)
     """
 
-    num_steps = 28
+    num_steps, exploration = 28, 0.7
 
     def __init__(
         self, model: nn.Module, autoencoder: Autoencoder, prompt: Tensor, pooled_prompt: Tensor, process: NoiseProcess

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,104 +12,102 @@ from iqareward.diffusion.conditions import Condition
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.policies.autoencoders import Autoencoder
 from iqareward.diffusion.policies.colours import match_colours, resized
-from iqareward.diffusion.policies.core import DiffusionPolicy, TrainedTogether, dtype_of, frozen
+from iqareward.diffusion.policies.core import TrainedTogether, add_lora, dtype_of, frozen, trainable
+from iqareward.diffusion.policies.prompts import PipelinePrompts, PromptedPolicy, Prompts
 from iqareward.diffusion.processes import DDIM, NoiseProcess, Step, Transition
 
-
-class TextEncoder(nn.Module):
-    """A frozen CLIP text encoder with its tokenizer, as the pipelines of Stable Diffusion use them.
-
-    Args:
-        tokenizer: For example `pipeline.tokenizer`.
-        encoder: For example `pipeline.text_encoder`.
-
-    Example:
-        >>> def prompts_of(pipeline):
-        ...     return TextEncoder(pipeline.tokenizer, pipeline.text_encoder)(["a clean photograph"])
-    """
-
-    def __init__(self, tokenizer: Any, encoder: Any) -> None:
-        super().__init__()
-        self.tokenizer, self.encoder = tokenizer, frozen(encoder)
-
-    @torch.no_grad()
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings `[B, L, D]` of B texts."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        device = next(self.encoder.parameters()).device
-        masked = getattr(self.encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(device) if masked else None
-        return self.encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+# the layers of an AutoencoderKL's encoder that OSEDiff adapts
+_ENCODER_LAYERS = ["conv_in", "conv_out", "conv", "conv1", "conv2", "conv_shortcut", "to_q", "to_k", "to_v", "to_out.0"]
 
 
-class StableDiffusionPolicy(DiffusionPolicy):
-    """What the policies of this file share: prompts, guidance, a frozen autoencoder and colour correction.
+class StableDiffusionPolicy(PromptedPolicy):
+    """What the policies of this file share: networks that train together, prompts, sizes and colours.
 
-    Derive from it for another network with the autoencoder and the text encoder of Stable Diffusion: write `condition`
-    and `predict`, and call `use` for the networks.
+    Derive from it for another network in the latents of Stable Diffusion: write `condition` and `predict`, and call
+    `use` for the networks. Its condition has "degraded" images, in the size that the networks see, and "prompts" with
+    "prompt" `[B, L, D]`.
 
     Args:
         autoencoder: The frozen autoencoder.
-        prompt: `[1, L, D]` embedding of the prompt of inputs without one of their own.
         process: How noise is added and taken away, e.g. `DDIM.from_scheduler(pipeline.scheduler)`.
-        negative_prompt: `[1, L, D]` embedding that guidance leads away from.
-        text_encoder: Embeds the inputs' own prompts; without one all inputs have the fixed prompt.
-        guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
+        prompts: Gives "prompt" `[B, L, D]` for a batch, e.g. a `FixedPrompt`.
+        negative: The same for what guidance leads away from.
         scale: How many times larger than the degraded images the restored ones are; the networks see the degraded
             image enlarged by bicubic interpolation.
         colour_fix: Give restored images the colours of the degraded ones: "adain" or "wavelet", see `match_colours`.
         num_steps: Steps of the sampler.
-        eta: Noise of each step, as the process takes it.
+        exploration: Noise of each step in rollouts.
+        options: Those of `PromptedPolicy`: `guidance_scale` and `eta`.
 
-    Raises:
-        ValueError: There is guidance and no negative prompt.
+    Attributes:
+        networks: Names of the networks in a pipeline; the first one trains if none is named.
     """
+
+    networks: ClassVar[tuple[str, ...]] = ("unet",)
 
     def __init__(
         self,
         autoencoder: Autoencoder,
-        prompt: Tensor,
         process: NoiseProcess,
+        prompts: Prompts,
+        negative: Prompts | None = None,
         *,
-        negative_prompt: Tensor | None = None,
-        text_encoder: TextEncoder | None = None,
-        guidance_scale: float = 1.0,
         scale: int = 1,
         colour_fix: Literal["adain", "wavelet"] | None = None,
         num_steps: int = 50,
-        eta: float = 0.0,
+        exploration: float = 1.0,
+        **options: Any,
     ) -> None:
-        if guidance_scale != 1 and negative_prompt is None:
-            raise ValueError(
-                f"{type(self).__name__} expected a negative_prompt for guidance_scale={guidance_scale}: guidance leads "
-                "away from it. Give the embedding of an empty text."
-            )
-        self.autoencoder, self.prompt, self.process = autoencoder, prompt, process
-        self.negative_prompt, self.text_encoder, self.guidance_scale = negative_prompt, text_encoder, guidance_scale
-        self.scale, self.colour_fix, self.num_steps, self.eta = scale, colour_fix, num_steps, eta
+        super().__init__(
+            autoencoder, process, prompts, negative, num_steps=num_steps, exploration=exploration, **options
+        )
+        self.scale = scale
+        self.colour_fix: Literal["adain", "wavelet"] | None = colour_fix
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, *, prompt: str = "", negative_prompt: str = "", **options: Any) -> Self:
+    def from_pipeline(
+        cls,
+        pipeline: Any,
+        *,
+        prompt: str = "",
+        negative_prompt: str = "",
+        train: str | None = None,
+        lora_rank: int | None = None,
+        checkpointing: bool = False,
+        guidance_scale: float = 1.0,
+        autoencoder: Autoencoder | None = None,
+        **options: Any,
+    ) -> Self:
         """The policy of a pipeline of diffusers, with its networks, text encoder, autoencoder and scheduler.
 
         Args:
-            pipeline: The pipeline, or any other object with these parts as attributes.
+            pipeline: The pipeline.
             prompt: For inputs without a prompt of their own.
             negative_prompt: What guidance leads away from.
+            train: What trains, as the policy takes it; the first of its `networks` if None.
+            lora_rank: Rank of LoRA adapters on what trains; None trains all of its weights.
+            checkpointing: Recompute activations in the backward pass, for less memory.
+            guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
+            autoencoder: Another one than the pipeline's.
             options: The policy's own.
         """
-        text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
-        shared: dict[str, Any] = {"text_encoder": text, "negative_prompt": text([negative_prompt])}
-        process, parts = DDIM.from_scheduler(pipeline.scheduler), cls.networks(pipeline)
-        return cls(*parts, Autoencoder(pipeline.vae), text([prompt]), process, **shared, **options)
-
-    @staticmethod
-    def networks(pipeline: Any) -> Sequence[Any]:
-        """The networks of a pipeline, in the order in which the policy takes them."""
-        return (pipeline.unet,)
+        train = cls.networks[0] if train is None else train
+        parts = {name: getattr(pipeline, name) for name in cls.networks}
+        for name, part in parts.items():
+            if checkpointing:  # the gradient passes through a frozen one as well
+                part.enable_gradient_checkpointing()
+            if train in (name, "both"):
+                parts[name] = trainable(part, lora_rank=lora_rank)
+        return cls(
+            **parts,
+            autoencoder=Autoencoder(pipeline.vae) if autoencoder is None else autoencoder,
+            process=DDIM.from_scheduler(pipeline.scheduler),
+            prompts=PipelinePrompts(pipeline, _encoded, prompt),
+            negative=None if guidance_scale == 1 else PipelinePrompts(pipeline, _encoded, negative_prompt).fixed,
+            train=train,
+            guidance_scale=guidance_scale,
+            **options,
+        )
 
     def use(self, train: str, **parts: nn.Module) -> None:
         """Keep the networks as attributes; those that train also become `model`, the others are frozen.
@@ -142,29 +140,17 @@ class StableDiffusionPolicy(DiffusionPolicy):
             return getattr(self, name)(*inputs, **options)
         return self.model(*inputs, **options) if len(self.trained) == 1 else self.model(name, *inputs, **options)
 
-    def enlarged(self, batch: Batch) -> Tensor:
-        """The degraded images in the size of the restored ones."""
-        return resized(batch.degraded, [self.scale * side for side in batch.degraded.shape[-2:]])
-
-    def prompts(self, batch: Batch) -> Tensor:
-        """Embeddings `[B, L, D]` of the inputs' own prompts, or of the fixed one."""
-        if batch.prompts is not None and self.text_encoder is not None:
-            return self.text_encoder(batch.prompts).to(batch.degraded.device)
-        return self.prompt.to(batch.degraded.device).expand(len(batch), -1, -1)
-
-    def unconditional(self, condition: Condition) -> Condition:
-        """The same condition with the negative prompt."""
-        negative: Any = self.negative_prompt
-        prompt = condition["prompt"]
-        return {**condition, "prompt": negative.to(prompt).expand(prompt.shape[0], -1, -1)}
+    def condition(self, batch: Batch, noise: Noise) -> Condition:
+        """The degraded images in the size of the restored ones, and the embeddings of the prompts."""
+        return {
+            "degraded": resized(batch.degraded, [self.scale * side for side in batch.degraded.shape[-2:]]),
+            "prompts": self.prompts(batch),
+            "negative": None if self.negative is None else self.negative(batch),
+        }
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         """Shape of one row of latents, for the condition's degraded images in the size of the restored ones."""
         return self.autoencoder.latent_shape(condition["degraded"])
-
-    def encode(self, images: Tensor, condition: Condition) -> Tensor:
-        """Latents of the autoencoder."""
-        return self.autoencoder.encode(images)
 
     def decode(self, latents: Tensor, condition: Condition) -> Tensor:
         """Images of the autoencoder, with the colours of the degraded ones if `colour_fix` says so."""
@@ -181,17 +167,19 @@ class ControlNetPolicy(StableDiffusionPolicy):
         controlnet: The ControlNet.
         unet: The `UNet2DConditionModel`. What is frozen may be in bfloat16, what trains should be in float32.
         autoencoder: The frozen autoencoder.
-        prompt: `[1, L, D]` embedding of the prompt of inputs without one of their own.
         process: `DDIM.from_scheduler(pipeline.scheduler)`.
+        prompts: Gives "prompt" `[B, L, D]` for a batch, e.g. a `FixedPrompt`.
+        negative: The same for what guidance leads away from.
         train: What trains: "controlnet", "unet" or "both"; of a network with adapters only these.
         conditioning_scale: Factor of the ControlNet's residuals.
-        checkpointing: Recompute activations in the backward pass, for less memory.
+        from_degraded: Sampling starts from noised latents of the degraded image (SeeSR, PASD, StableSR) instead of
+            pure noise.
         options: Those of `StableDiffusionPolicy`.
 
     Example:
         >>> def build(pipeline):  # a StableDiffusionControlNetPipeline
-        ...     options = {"prompt": "clean, sharp", "negative_prompt": "blurry", "guidance_scale": 4.0}
-        ...     return ControlNetPolicy.from_pipeline(pipeline, colour_fix="wavelet", **options)
+        ...     texts = {"prompt": "clean, sharp", "negative_prompt": "blurry"}
+        ...     return ControlNetPolicy.from_pipeline(pipeline, **texts, guidance_scale=4.0, colour_fix="wavelet")
 
     References:
         Zhang, Rao, Agrawala, Adding Conditional Control to Text-to-Image Diffusion Models, 2023,
@@ -200,37 +188,39 @@ class ControlNetPolicy(StableDiffusionPolicy):
         https://arxiv.org/abs/2308.15070
     """
 
+    networks = ("controlnet", "unet")
+
     def __init__(
         self,
         controlnet: nn.Module,
         unet: nn.Module,
         autoencoder: Autoencoder,
-        prompt: Tensor,
         process: NoiseProcess,
+        prompts: Prompts,
+        negative: Prompts | None = None,
         *,
         train: Literal["controlnet", "unet", "both"] = "controlnet",
         conditioning_scale: float = 1.0,
-        checkpointing: bool = False,
+        from_degraded: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(autoencoder, prompt, process, **options)
-        self.controlnet, self.unet, self.conditioning_scale = controlnet, unet, conditioning_scale
+        super().__init__(autoencoder, process, prompts, negative, **options)
+        self.conditioning_scale, self.from_degraded = conditioning_scale, from_degraded
+        self.controlnet, self.unet = controlnet, unet
         self.use(train, controlnet=controlnet, unet=unet)
-        if checkpointing:
-            _checkpoint(controlnet, unet)
-
-    @staticmethod
-    def networks(pipeline: Any) -> Sequence[Any]:
-        """ControlNet and UNet."""
-        return pipeline.controlnet, pipeline.unet
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
-        """The degraded pixels, which a ControlNet embeds, and the prompts."""
-        return {"degraded": self.enlarged(batch), "prompt": self.prompts(batch)}
+        """The degraded images in the size of the restored ones, their latents if they are the start, and prompts."""
+        condition = super().condition(batch, noise)
+        return {**condition, "latents": self.encode(condition["degraded"], condition) if self.from_degraded else None}
+
+    def anchor(self, condition: Condition) -> Tensor | None:
+        """Latents of the degraded images, if they are the start."""
+        return condition["latents"]
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The output of the UNet with the ControlNet's residuals."""
-        prompt, degraded = condition["prompt"], condition["degraded"]
+        prompt, degraded = condition["prompts"]["prompt"], condition["degraded"]
         # What trains is usually float32 (accelerate even makes its outputs so), what is frozen bfloat16.
         own, other = dtype_of(self.controlnet), dtype_of(self.unet)
         down, middle = self.ask(
@@ -262,17 +252,17 @@ class UpscalePolicy(StableDiffusionPolicy):
         unet: The `UNet2DConditionModel`, whose input is latents and degraded image and whose class label is the noise
             level; it trains, or its adapters do.
         autoencoder: The frozen autoencoder.
-        prompt: `[1, L, D]` embedding of the prompt of inputs without one of their own.
         process: `DDIM.from_scheduler(pipeline.scheduler)`.
+        prompts: Gives "prompt" `[B, L, D]` for a batch, e.g. a `FixedPrompt`.
+        negative: The same for what guidance leads away from.
         low_res_scheduler: `pipeline.low_res_scheduler`, which adds noise to the degraded images.
         noise_level: Its timestep.
-        checkpointing: Recompute activations in the backward pass, for less memory.
+        train: "unet".
         options: Those of `StableDiffusionPolicy`, without `scale`.
 
     Example:
         >>> def build(pipeline):  # a StableDiffusionUpscalePipeline
-        ...     pipeline.unet = add_lora(pipeline.unet, targets=["to_q", "to_k", "to_v"])
-        ...     return UpscalePolicy.from_pipeline(pipeline, guidance_scale=9.0, num_steps=75, noise_level=20)
+        ...     return UpscalePolicy.from_pipeline(pipeline, lora_rank=16, guidance_scale=9.0, num_steps=75)
 
     References:
         Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2021,
@@ -283,33 +273,30 @@ class UpscalePolicy(StableDiffusionPolicy):
         self,
         unet: nn.Module,
         autoencoder: Autoencoder,
-        prompt: Tensor,
         process: NoiseProcess,
+        prompts: Prompts,
+        negative: Prompts | None = None,
         *,
         low_res_scheduler: Any,
         noise_level: int = 20,
-        checkpointing: bool = False,
+        train: Literal["unet"] = "unet",
         **options: Any,
     ) -> None:
-        super().__init__(autoencoder, prompt, process, scale=autoencoder.factor, **options)
+        super().__init__(autoencoder, process, prompts, negative, **options)
         self.low_res_scheduler, self.noise_level = low_res_scheduler, noise_level
-        self.use("unet", unet=unet)
-        if checkpointing:
-            _checkpoint(unet)
+        self.unet = unet
+        self.use(train, unet=unet)
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, *, prompt: str = "", negative_prompt: str = "", **options: Any) -> Self:
+    def from_pipeline(cls, pipeline: Any, **options: Any) -> Self:
         """The policy of a `StableDiffusionUpscalePipeline`; see `StableDiffusionPolicy.from_pipeline`."""
-        options = {"low_res_scheduler": pipeline.low_res_scheduler, **options}
-        return super().from_pipeline(pipeline, prompt=prompt, negative_prompt=negative_prompt, **options)
+        return super().from_pipeline(pipeline, low_res_scheduler=pipeline.low_res_scheduler, **options)
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
-        """The degraded pixels in [-1, 1] with noise, which is always the same for an input, and the prompts."""
-        degraded = batch.degraded
-        fresh = noise("low_res", degraded.shape[1:])
-        level = torch.full((1,), self.noise_level, device=degraded.device)
-        noised = self.low_res_scheduler.add_noise(2 * degraded - 1, fresh, level)
-        return {"degraded": degraded, "low_res": noised, "prompt": self.prompts(batch)}
+        """The degraded images, in [-1, 1] and with noise that is always the same for an input, and the prompts."""
+        condition, degraded = super().condition(batch, noise), batch.degraded
+        fresh, level = noise("low_res", degraded.shape[1:]), torch.full((1,), self.noise_level, device=degraded.device)
+        return {**condition, "low_res": self.low_res_scheduler.add_noise(2 * degraded - 1, fresh, level)}
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         """Shape of one row of latents: they are as large as the degraded images."""
@@ -318,7 +305,7 @@ class UpscalePolicy(StableDiffusionPolicy):
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The output of the UNet for latents and noisy degraded images."""
         dtype = dtype_of(self.unet)
-        inputs, prompt = torch.cat([latents, condition["low_res"].to(latents)], 1), condition["prompt"]
+        inputs, prompt = torch.cat([latents, condition["low_res"].to(latents)], 1), condition["prompts"]["prompt"]
         level = torch.full((latents.shape[0],), self.noise_level, device=latents.device)
         return self.ask("unet", inputs.to(dtype), times, prompt.to(dtype), class_labels=level, return_dict=False)[0]
 
@@ -336,57 +323,72 @@ class OneStepPolicy(StableDiffusionPolicy):
     Args:
         unet: The `UNet2DConditionModel`, usually with adapters.
         autoencoder: The autoencoder. If its encoder trains, a copy from before training encodes references and decodes.
-        prompt: `[1, L, D]` embedding of the prompt of inputs without one of their own.
         process: `DDIM.from_scheduler(pipeline.scheduler)`.
+        prompts: Gives "prompt" `[B, L, D]` for a batch, e.g. a `FixedPrompt`.
+        negative: The same for what guidance leads away from.
         timestep: The timestep of the UNet's one step.
         noise_timestep: The timestep up to which the latents get noise; None adds none.
-        train: What trains: "unet", "encoder" or "both"; of a network with adapters only these. Adapters of the encoder
-            are added after `Autoencoder` has frozen it: `add_lora(autoencoder.vae.encoder, targets=[...])`.
+        train: What trains: "unet", "encoder" or "both"; of a network with adapters only these. `Autoencoder` freezes
+            all, so adapters of the encoder are added later: `add_lora(autoencoder.vae.encoder, targets=[...])`.
         loss: The supervised loss `[B]` of restored images and references `[B, 3, H, W]`, for instance squared error
             and LPIPS; None is the mean squared error of the latents, without the decoder.
-        checkpointing: Recompute activations in the backward pass, for less memory.
+        exploration: Noise around the restored latents in rollouts.
         options: Those of `StableDiffusionPolicy`, without `num_steps`.
 
     Example:
         >>> def build(pipeline):  # a StableDiffusionPipeline
-        ...     pipeline.unet = add_lora(pipeline.unet, rank=4, targets=["to_q", "to_k", "to_v", "to_out.0"])
-        ...     return OneStepPolicy.from_pipeline(pipeline, scale=4, colour_fix="adain")
+        ...     return OneStepPolicy.from_pipeline(pipeline, train="both", lora_rank=4, scale=4, colour_fix="adain")
 
     References:
         Wu et al., One-Step Effective Diffusion Network for Real-World Image Super-Resolution, 2024,
         https://arxiv.org/abs/2406.08177 (OSEDiff)
         Yue, Liao, Loy, Arbitrary-steps Image Super-resolution via Diffusion Inversion, 2024,
         https://arxiv.org/abs/2412.09013 (InvSR)
+        Yi et al., GDPO-SR: Group Direct Preference Optimization for One-Step Generative Image Super-Resolution, 2026,
+        https://arxiv.org/abs/2603.16769
     """
 
     def __init__(
         self,
         unet: nn.Module,
         autoencoder: Autoencoder,
-        prompt: Tensor,
-        process: NoiseProcess,
+        process: DDIM,
+        prompts: Prompts,
+        negative: Prompts | None = None,
         *,
         timestep: int = 999,
         noise_timestep: int | None = None,
         train: Literal["unet", "encoder", "both"] = "unet",
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        checkpointing: bool = False,
+        exploration: float = 0.1,
         **options: Any,
     ) -> None:
         # References need latents that stay what they are, and the decoder knows the encoder from before training.
         original = autoencoder if train == "unet" else frozen(copy.deepcopy(autoencoder))
-        super().__init__(original, prompt, process, num_steps=1, **options)
+        super().__init__(original, process, prompts, negative, num_steps=1, exploration=exploration, **options)
         self.timestep, self.noise_timestep, self.loss = timestep, noise_timestep, loss
+        alpha_bar = float(process.scheduler.alphas_cumprod[timestep])
+        self._step = Step(float(timestep), alpha_bar, 1.0)
         self.unet, self.encoder = unet, autoencoder
         self.use(train, unet=unet, encoder=autoencoder)
-        if checkpointing:
-            _checkpoint(unet)
+
+    @classmethod
+    def from_pipeline(
+        cls, pipeline: Any, *, train: str | None = None, lora_rank: int | None = None, **options: Any
+    ) -> Self:
+        """The policy of a `StableDiffusionPipeline`; see `StableDiffusionPolicy.from_pipeline`."""
+        autoencoder = Autoencoder(pipeline.vae)
+        if train in ("encoder", "both"):
+            encoder = autoencoder.vae.encoder
+            _ = add_lora(encoder, rank=lora_rank, targets=_ENCODER_LAYERS) if lora_rank else encoder.requires_grad_()
+        options = {"train": train, "lora_rank": lora_rank, "autoencoder": autoencoder, **options}
+        return super().from_pipeline(pipeline, **options)
 
     def condition(self, batch: Batch, noise: Noise) -> Condition:
-        """The degraded pixels, the prompts, and the latents unless the encoder trains."""
-        degraded = self.enlarged(batch)
-        latents = None if "encoder" in self.trained else self.encoder(degraded)
-        return {"degraded": degraded, "latents": latents, "prompt": self.prompts(batch)}
+        """The degraded images, the prompts, and the latents unless the encoder trains."""
+        condition = super().condition(batch, noise)
+        latents = None if "encoder" in self.trained else self.encoder(condition["degraded"])
+        return {**condition, "latents": latents}
 
     def schedule(self, condition: Condition, num_steps: int) -> Sequence[Step]:
         """One step."""
@@ -410,7 +412,9 @@ class OneStepPolicy(StableDiffusionPolicy):
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The output of the UNet."""
         dtype = dtype_of(self.unet)
-        return self.ask("unet", latents.to(dtype), times, condition["prompt"].to(dtype), return_dict=False)[0]
+        return self.ask("unet", latents.to(dtype), times, condition["prompts"]["prompt"].to(dtype), return_dict=False)[
+            0
+        ]
 
     def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
         """The loss that the policy was given, of the restored images or latents."""
@@ -428,3 +432,11 @@ class OneStepPolicy(StableDiffusionPolicy):
             latents = self.process.add_noise(latents, noise, self._times(latents, self.noise_timestep))
         times = self._times(latents, self.timestep)
         return self.process.clean(output(latents, times, condition), latents, times)
+
+    @staticmethod
+    def _times(like: Tensor, timestep: int) -> Tensor:
+        return torch.full((like.shape[0],), timestep, device=like.device)
+
+
+def _encoded(pipeline: Any, prompts: list[str], device: Any) -> Condition:
+    return {"prompt": pipeline.encode_prompt(prompts, device, 1, False)[0]}
