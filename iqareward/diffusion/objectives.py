@@ -233,8 +233,9 @@ class GroupDPO(Objective):
     by the gap of their rewards; this form of the weights is ours. All rollouts of an input share time and noise, as in
     Diffusion-DPO.
 
-    Where the rollouts have a single step with noise, as those of a `FeedForwardPolicy`, the exact log-density of the
-    sample takes the place of the denoising loss (ours): d_k = -2 * log p(sample), per element.
+    Where rollouts draw the noise of a single step, as those of a `FeedForwardPolicy` do, the exact log-density of the
+    sample takes the place of the denoising loss (ours): d_k = -2 * log p(sample), per element. GDPO-SR's own model has
+    its noise before the step, so sample it with `RolloutConfig(eta=0)`.
 
     Args:
         beta: Strength of the preference; denoising losses change little, so it is large. The default is GDPO-SR's.
@@ -308,8 +309,9 @@ class DirectRewardGradient(Objective):
     Args:
         reward: Built with `differentiable=True`.
         last_steps: K of DRaFT-K, the number of steps that the gradient goes through, counted from the last one that
-            starts with at least 5 % noise: those after it hardly change the image. 0 is ReFL: one random step in the
-            later half of the steps that count, and the clean image predicted there.
+            starts with at least 5 % noise. The gradient goes through those after it as well, but they hardly change
+            the image. 0 is ReFL: one random step in the later half of the steps that count, and the clean image
+            predicted there.
         checkpointed: Recompute each step's activations in the backward pass.
 
     Raises:

@@ -21,6 +21,7 @@ from iqareward.diffusion import (
     FeedForwardPolicy,
     FlowSDE,
     GroupDPO,
+    OneStepPolicy,
     PixelPolicy,
     Step,
 )
@@ -28,6 +29,7 @@ from iqareward.diffusion.objectives import policy_loss
 from iqareward.diffusion.policies.core import Versions
 from iqareward.rewards.metric import NoReference
 from tests.diffusion import gaussian_policy as toy
+from tests.diffusion.policies.sd_pipelines import SIZE, text_to_image
 
 
 class Quadratic:
@@ -382,9 +384,7 @@ SPREAD = 50.0
 
 
 @settings(max_examples=25)
-@given(
-    st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1)), min_size=2, max_size=6), st.floats(0.25, 2.0)
-)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1)), min_size=2, max_size=6), st.floats(0.25, 2.0))
 def test_forward_process_is_best_where_its_paper_says(rollouts, beta):
     """At `v_old + 2 / beta * E[r * (v - v_old)]`, with v_old the mean of the rollouts' v.
 
@@ -406,7 +406,7 @@ def test_forward_process_is_best_where_its_paper_says(rollouts, beta):
 
 
 def test_forward_process_compares_with_the_older_weights():
-    """Weights that moved since the rollouts give another loss than if they were their own past; no gradient to those."""
+    """After an optimiser step the loss is another than if these weights had sampled; they alone get a gradient."""
     policy = pixel_policy()
     experience, versions = pixel_experience(policy), Versions(policy, old=True)
     with torch.no_grad():
@@ -414,7 +414,8 @@ def test_forward_process_compares_with_the_older_weights():
             weight.add_(0.01)
     moved = [weight.detach().clone() for weight in policy.model.parameters()]
     with_old, with_own = (
-        term_of(DiffusionNFT(), policy, experience, versions=each).loss for each in (versions, Versions(policy, old=True))
+        term_of(DiffusionNFT(), policy, experience, versions=each).loss
+        for each in (versions, Versions(policy, old=True))
     )
     assert (with_old - with_own).abs().min() > 0
     with_old.sum().backward()
@@ -513,6 +514,43 @@ def test_the_forward_process_needs_a_diffusion_model(objective):
     experience = pixel_experience(policy, eta=0.0)
     with pytest.raises(TypeError, match=r"got FeedForwardPolicy.*DirectRewardGradient"):
         term_of(objective, policy, experience)
+
+
+def one_step(**options):
+    """GDPO-SR's kind of model: latents get noise up to one timestep and the UNet is told another."""
+    return OneStepPolicy.from_pipeline(text_to_image(), timestep=600, **options)
+
+
+def one_step_experience(policy):
+    """Rollouts that differ by the noise that their latents begin with."""
+    batch = Batch((0, 1), torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    condition, trajectory = toy.sampled(policy, batch, 2, eta=0.0)
+    return toy.experience_of(batch, condition, trajectory, torch.tensor([[1.0, -1.0, 1.0, -1.0]]))
+
+
+@pytest.mark.parametrize("objective", [GroupDPO(), DiffusionNFT()])
+def test_a_one_step_model_learns_at_its_own_timesteps(objective):
+    """Its samples get noise up to the one and the network is told the other, whatever the training times of others."""
+    policy, told = one_step(noise_timestep=300), set()
+    experience = one_step_experience(policy)
+    predict = policy.predict
+    policy.predict = lambda latents, times, condition: told.update(times.tolist()) or predict(latents, times, condition)
+    term_of(objective, policy, experience).loss.sum().backward()
+    assert told == {600}
+    clean, noise = experience.trajectory.sample, experience.rollouts(slice(0, 4), seed=1).noise
+    noised = policy.noised(clean, {}, noise)
+    alpha_bar = policy.process.scheduler.alphas_cumprod[300]
+    expected = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noised.target
+    torch.testing.assert_close(noised.latents, expected, rtol=1e-4, atol=1e-5)
+    assert sum(weight.grad.abs().sum() for weight in policy.model.parameters() if weight.grad is not None) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"noise_timestep": 300, "train": "encoder"}])
+def test_a_one_step_model_that_sees_no_noise_is_refused(options):
+    """What the forward process needs is said, and which objectives do without."""
+    policy = one_step(**options)
+    with pytest.raises(ValueError, match=r"noise_timestep and a UNet that trains.*DirectRewardGradient"):
+        term_of(DiffusionNFT(), policy, one_step_experience(policy))
 
 
 def test_unknown_pairs_are_refused():
