@@ -163,7 +163,9 @@ class Learner:
 
     def _step(self, parts: Sequence[_Part], *, update: int, seed: int, measure: bool) -> dict[str, Any]:
         taking_part = torch.cat([part.weights.taking_part for part in parts])
-        count = taking_part.sum().clamp(min=1)
+        # Over all processes, divided by their number because gradients are averaged: an input counts alike everywhere.
+        everyones: Any = self.accelerator.reduce(taking_part.sum().float(), "mean")
+        count = everyones.clamp(min=1 / self.accelerator.num_processes)
         rl = self._reinforce(parts, count, seed, measure)
         sft = self._supervise(parts, count, seed, measure)
         if self.balance is not None and measure:

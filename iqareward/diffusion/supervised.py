@@ -105,7 +105,9 @@ def supervised(
     with progress_bar("SFT", num_updates, shown=show_progress and accelerator.is_main_process) as advance:
         for update, batches in enumerate(reader):
             ids = [input_id for batch in batches for input_id in batch.ids]
-            count = torch.stack([batch.usable.sum() for batch in batches]).sum().clamp(min=1)
+            usable = torch.stack([batch.usable.sum() for batch in batches]).sum().float()
+            mean: Any = accelerator.reduce(usable, "mean")  # of the processes, whose gradients are averaged
+            count = mean.clamp(min=1 / world)
             total = torch.zeros((), device=device)
             with supervising(policy, seed, DROPOUT, update):
                 for batch in batches:

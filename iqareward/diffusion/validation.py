@@ -168,8 +168,7 @@ class Validation:
         self, rewards: Mapping[str, Callable[..., Tensor]], weights: Sequence[float], images: Tensor, batch: Batch
     ) -> Tensor:
         """`[B, columns]` on the CPU: the training reward, its parts if there are several, and the held-out rewards."""
-        parts = [scored(reward, images, batch)().cpu() for reward in rewards.values()]
-        total = sum((weight * part for weight, part in zip(weights, parts, strict=True)), torch.zeros_like(parts[0]))
+        total, parts = _training_reward(rewards, weights, images, batch)
         held_out = [scored(reward, images, batch)().cpu() for reward in self.rewards.values()]
         return torch.stack([total, *(parts if len(parts) > 1 else []), *held_out], 1)
 
@@ -185,9 +184,9 @@ class Validation:
         found: dict[str, list[float]] = {"degraded": [], "references": []}
         for batch, image in zip(self._shown(), images):
             enlarged = _in_size_of(batch.degraded, image)
-            found["degraded"].append(float(self._scores(rewards, weights, enlarged, batch)[0, 0]))
+            found["degraded"].append(float(_training_reward(rewards, weights, enlarged, batch)[0]))
             if batch.references is not None:
-                found["references"].append(float(self._scores(rewards, weights, batch.references, batch)[0, 0]))
+                found["references"].append(float(_training_reward(rewards, weights, batch.references, batch)[0]))
         shown = [_in_8_bits(image) for image in images[:COLUMNS]]
         return found | {"images": shown, "rewards": scores[:COLUMNS].tolist()}
 
@@ -235,6 +234,15 @@ class Validation:
         self.best, self.since_best, self.first = state["best"], state["since_best"], state["first"]
         if self.monitor is not None and state["monitor"] is not None:
             self.monitor.load_state_dict(state["monitor"])
+
+
+def _training_reward(
+    rewards: Mapping[str, Callable[..., Tensor]], weights: Sequence[float], images: Tensor, batch: Batch
+) -> tuple[Tensor, list[Tensor]]:
+    """The weighted sum `[B]` of the rewards, and each of them, on the CPU."""
+    parts = [scored(reward, images, batch)().cpu() for reward in rewards.values()]
+    total = sum((weight * part for weight, part in zip(weights, parts, strict=True)), torch.zeros_like(parts[0]))
+    return total, parts
 
 
 def image_grid(

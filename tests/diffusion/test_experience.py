@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from iqareward.advantages import group_advantages
-from iqareward.diffusion import RolloutConfig, TrainConfig
-from iqareward.diffusion.rollouts import compare
+from iqareward.advantages import combine_advantages, group_advantages
+from iqareward.diffusion import Batch, RolloutConfig, TrainConfig
+from iqareward.diffusion.rollouts import Sampled, Trajectory, compare
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import ETA, KINDS, policy_of
 from tests.diffusion.train_tiny import contrast, experience_of, trainer, use_reward
@@ -53,15 +53,36 @@ def test_inputs_without_spread_are_left_to_sft(tmp_path):
     assert line["sft_share"] == pytest.approx(1)
 
 
+def compared(rewards, ids, weights=(1.0,), **options):
+    """Rewards `[R, N]` of rollouts of these inputs, compared with each other."""
+    parts = torch.tensor(rewards)[:, None]
+    size = parts.shape[2] // len(ids)
+    batch, path = Batch(ids, torch.zeros(len(ids), 3, 2, 2)), Trajectory((), torch.zeros(0, 0), (), (), ())
+    sampled = Sampled(batch, {}, path, parts, torch.zeros(parts.shape[2]))
+    return compare([sampled], RolloutConfig(group_size=size), weights=weights, std_floor=0.0, **options)[0]
+
+
 def test_an_unscored_rollout_says_nothing():
     """NaN gets the advantage 0 and does not touch the other rollouts of its input."""
-    rewards = torch.tensor([[1.0, torch.nan, 3.0, 0.0, 1.0, 2.0]])
-    advantages, active = compare(rewards, torch.tensor([0, 0, 0, 1, 1, 1]), std_floor=0.0, memory=None)
-    scored = [0, 2, 3, 4, 5]
-    without, _ = compare(rewards[:, scored], torch.tensor([0, 0, 1, 1, 1]), std_floor=0.0, memory=None)
-    assert advantages[0, 1] == 0
-    torch.testing.assert_close(advantages[:, scored], without, **FORMULA_FP32)
-    assert active.tolist() == [True, False, True, True, True, True]
+    scores = [1.0, float("nan"), 3.0, 0.0, 1.0, 2.0]
+    found = compared([scores], (0, 1)).advantages[0]
+    kept = [0, 2, 3, 4, 5]
+    rewards, inputs = torch.tensor(scores)[kept], torch.tensor([0, 0, 1, 1, 1])
+    assert found[1] == 0
+    torch.testing.assert_close(found[kept], group_advantages(rewards, inputs).values, **FORMULA_FP32)
+
+
+def test_several_rewards_are_normalised_before_they_are_added():
+    """A hundred-point reward does not drown a one-point reward, as in a weighted sum (GDPO); weights still count."""
+    small, large = [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 100.0, 100.0]
+    found = compared([small, large], (5,), weights=(1.0, 1.0))
+    rewards = torch.tensor([small, large]).T
+    expected = combine_advantages(rewards, torch.zeros(4, dtype=torch.int64), weights=[1.0, 1.0]).values
+    torch.testing.assert_close(found.advantages[0], expected, **FORMULA_FP32)
+    torch.testing.assert_close(found.advantages[0, 1], found.advantages[0, 2], **FORMULA_FP32)
+    torch.testing.assert_close(found.rewards[0], torch.tensor([0.0, 1.0, 100.0, 101.0]), **EXACT)
+    alone = compared([small, large], (5,), weights=(1.0, 0.0)).advantages[0]
+    assert alone[1] > alone[2]
 
 
 def test_averaged_weights_are_lent_for_validation(tmp_path):

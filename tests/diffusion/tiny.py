@@ -84,7 +84,7 @@ def flow_policy(process=FlowSDE) -> FlowPolicy:
     generator = torch.Generator().manual_seed(5)
     prompt, pooled = torch.randn(1, 3, 8, generator=generator), torch.randn(1, 8, generator=generator)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return FlowPolicy(seeded(build), autoencoder(), prompt, pooled, process(scheduler))
+    return FlowPolicy(seeded(build), autoencoder(), prompt, pooled, process=process(scheduler))
 
 
 def policy_of(kind: str):
