@@ -33,6 +33,7 @@ from benchmarks.gpu.run import Clock, gib_allocated, read, release
 from iqareward import LevelReward, MicroBatched, QAlignReward, RatingReward
 from iqareward.rewards.owl2.checkpoints import quantize_decoder
 from iqareward.rewards.owl2.network import Owl2, Owl2Config
+from iqareward.rewards.vlm.checkpoints import fuse_norms
 from tests.owl2.owl2_tiny import SMALL
 
 Measure = Callable[[Call, int], Row]
@@ -190,7 +191,7 @@ def seven_billion(tiny: bool) -> Any:
     from benchmarks.bench_vlm import qwen_config, random_pair
 
     config = qwen_config(share=4, layers=2, depth=4, vocabulary=4864) if tiny else qwen_config()
-    return random_pair(config, DEVICE, HALF)
+    return as_loaded(random_pair(config, DEVICE, HALF))
 
 
 def two_billion(tiny: bool) -> Any:
@@ -214,4 +215,10 @@ def two_billion(tiny: bool) -> Any:
     torch.manual_seed(0)
     with DEVICE:
         model = transformers.AutoModelForImageTextToText.from_config(made, dtype=HALF)
-    return model.requires_grad_(False).eval(), processor
+    return as_loaded((model.requires_grad_(False).eval(), processor))
+
+
+def as_loaded(pair: Any) -> Any:
+    """With the norms that a checkpoint gets when it is loaded; a model that is passed is left as it is."""
+    fuse_norms(pair[0])
+    return pair
