@@ -22,6 +22,8 @@ from .rewards.combine import evaluate as evaluate
 from .rewards.combine import load_map as load_map
 from .rewards.combine import save_map as save_map
 from .rewards.core import ImageReward as ImageReward
+from .rewards.gain import InputFidelity as InputFidelity
+from .rewards.gain import QualityGain as QualityGain
 from .rewards.metric import FullReference as FullReference
 from .rewards.metric import NoReference as NoReference
 from .rewards.owl2.rewards import DeQAReward as DeQAReward

@@ -301,8 +301,9 @@ def test_bins_out_of_range_on_a_device_do_not_wrap():
     """Such a row counts as one whose difficulty is NaN, and the device is not waited for."""
     weighter = convex(num_bins=2)
     weighter.calibrate(difficulties(0, 8).cuda(), torch.arange(8).cuda() % 2)
+    rows, bins = torch.tensor([0.1, 0.2, 0.3]).cuda(), torch.tensor([0, -1, 2]).cuda()  # these copies wait
     with no_waits():
-        weights = weighter(torch.tensor([0.1, 0.2, 0.3]).cuda(), bins=torch.tensor([0, -1, 2]).cuda())
+        weights = weighter(rows, bins=bins)
     assert weights.rl[1:].tolist() == [0.0, 0.0]
     assert weights.rl[0] > 0
 

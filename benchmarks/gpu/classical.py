@@ -12,23 +12,18 @@ from benchmarks.gpu.parity import features
 from benchmarks.gpu.run import Clock
 from iqareward import load
 
-# The checks and the filters in one pass over memory each; pieces of 4 GiB.
-PREDICTED = {"ssim 512 b32": {"reward": 0.9}, "dists 512 b128": {"peak_gib": 4}, "lpips vgg 512 b128": {"peak_gib": 4}}
-
 
 def run(clock: Clock) -> None:
     settings = ((192, 2),) if clock.tiny else ((512, 32), (256, 32), (512, 8), (1024, 8))
     for size, batch in settings:
         pair = clock.prepare(f"images {size} b{batch}", partial(pictures, size, batch))
         for name in OURS if pair else ():
-            key = f"{name} {size} b{batch}"
-            clock.step(key, partial(against_peers, name, *pair), need=1.5, predicted=PREDICTED.get(key))
+            clock.step(f"{name} {size} b{batch}", partial(against_peers, name, *pair), need=1.5)
         for name in ("ssim", "ms_ssim", "psnr", "gmsd", "haarpsi") if pair and (size, batch) == settings[0] else ():
             clock.step(f"{name} gradient {size} b{batch}", partial(gradient_speed, name, *pair))
     for size, batch in ((64, 2),) if clock.tiny else ((512, 32), (512, 128)):
         for name in ("dists", "lpips vgg", "lpips alex"):
-            key = f"{name} {size} b{batch}"
-            clock.step(key, partial(features_speed, name, size, batch), need=4, predicted=PREDICTED.get(key))
+            clock.step(f"{name} {size} b{batch}", partial(features_speed, name, size, batch), need=4)
 
 
 def pictures(size: int, batch: int) -> tuple[Tensor, Tensor]:

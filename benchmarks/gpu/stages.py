@@ -3,10 +3,10 @@
 from benchmarks.gpu.targets import targets
 
 STAGES = {
-    "canary": (20, "benchmarks.gpu.device:canary"), "tests": (130, "benchmarks.gpu.suite:run"),
-    "parity": (45, "benchmarks.gpu.parity:run"), "qalign": (60, "benchmarks.gpu.mllm:qalign"),
-    "classical": (60, "benchmarks.gpu.classical:run"), "vlm": (55, "benchmarks.gpu.mllm:vlm"),
-    "train": (85, "benchmarks.gpu.train:run"), "compile": (45, "benchmarks.gpu.mllm:compiled"),
+    "canary": (20, "benchmarks.gpu.device:canary"), "tests": (160, "benchmarks.gpu.suite:run"),
+    "parity": (25, "benchmarks.gpu.parity:run"), "qalign": (60, "benchmarks.gpu.mllm:qalign"),
+    "classical": (45, "benchmarks.gpu.classical:run"), "vlm": (60, "benchmarks.gpu.mllm:vlm"),
+    "train": (90, "benchmarks.gpu.train:run"), "compile": (40, "benchmarks.gpu.mllm:compiled"),
 }  # fmt: skip
 
 __all__ = ["STAGES", "targets"]

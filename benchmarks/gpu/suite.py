@@ -1,6 +1,7 @@
 """The suite's own GPU tests: as they are, then what failed with warnings that are no errors."""
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ def run(clock: Clock) -> None:
     if again := [line.split(" - ")[0] for line in found.get("failed", [])]:
         clock.step(
             "warnings allowed",
-            lambda: tests(again, max(clock.left() + 8, 10), "-o", "filterwarnings=default"),
+            lambda: tests(again, max(clock.left(), 10), "-o", "filterwarnings=default"),
             need=10,
             most=clock.left() + 12,
         )
@@ -43,26 +44,31 @@ def pytest_on(selected: Sequence[str], limit: float, log: Path, *options: str, r
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark",
                "--continue-on-collection-errors", "--no-header", "--tb=short", "--durations=12", *options,
                *selected]  # fmt: skip
-    began, start = time.monotonic(), log.stat().st_size if log.exists() else 0
+    late, began, start = False, time.monotonic(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as stream:  # a file, not a pipe: children that outlive a kill cannot hold it open
         made = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=root)
         try:
             made.wait(limit)
         except subprocess.TimeoutExpired:
-            made.kill()
-            made.wait()
+            made.send_signal(signal.SIGINT)  # pytest then still says why tests failed, and which were slow
+            late = True
+            try:
+                made.wait(8)
+            except subprocess.TimeoutExpired:
+                made.kill()
+                made.wait()
     lines = [line.rstrip() for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()]
     outcomes = [match for line in lines if (match := OUTCOME.match(line))]
     failed = {match["test"]: match["test"] for match in outcomes if match["what"] in ("FAILED", "ERROR")}
     reasons = {match["test"]: line.split(" ", 1)[1] for line in lines if (match := REASON.match(line))}
     row: Results = {
-        "seconds": round(time.monotonic() - began, 1), "exit": made.returncode,
+        "seconds": round(time.monotonic() - began, 1), "exit": -signal.SIGINT if late else made.returncode,
         "passed": sum(match["what"] == "PASSED" for match in outcomes),
         "skipped": sum(match["what"] == "SKIPPED" for match in outcomes),
         "failed": [line[:300] for line in (failed | reasons).values()], "last": lines[-1][:200] if lines else "",
         "slow": [line.strip()[:120] for line in lines if "s call " in line or "s setup " in line],
     }  # fmt: skip
-    if made.returncode:
-        why = "out of time" if made.returncode < 0 else f"exit code {made.returncode}"
+    if row["exit"]:
+        why = "out of time" if late else f"exit code {made.returncode}"
         row["FAILED"] = f"{why}, {len(row['failed'])} failed, {row['passed']} passed; {row['last']}"
     return row

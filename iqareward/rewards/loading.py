@@ -282,6 +282,7 @@ class HostCopy:
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self._device = device
+        self._weights = [*network.parameters(), *network.buffers()]
         self._tensors = [tensor for tensor in _tensors(network) if tensor.device == device]
         sizes = [-(-tensor.numel() * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors]
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
@@ -302,6 +303,7 @@ class HostCopy:
         """Point the network's weights at the copies, which frees their memory on the device."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             tensor.data = copy
+        _follow_parts(self._weights)
 
     def onload(self) -> None:
         """Copy the weights to the device, in this thread's stream; all of them or, without enough memory, none."""
@@ -311,6 +313,7 @@ class HostCopy:
         except BaseException:
             self.offload()
             raise
+        _follow_parts(self._weights)
         self._seen = _versions(self._tensors)
 
     def _lock_pages(self, memory: Tensor) -> None:
@@ -340,6 +343,16 @@ def _ordinary(tensor: Tensor) -> Iterator[Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from _ordinary(getattr(tensor, name))
+
+
+def _follow_parts(tensors: Iterable[Tensor]) -> None:
+    """Move quantised tensors to where the tensors are that they consist of."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            names, context = tensor.__tensor_flatten__()
+            parts = {name: getattr(tensor, name) for name in names}
+            _follow_parts(parts.values())
+            tensor.data = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
 
 
 def _shaped_like(tensor: Tensor, memory: Tensor) -> Tensor:

@@ -172,6 +172,10 @@ def test_gpu_tests_are_found_and_a_broken_file_fails_alone(tmp_path: Path) -> No
     assert failed == ["sub/test_broken.py", "test_good.py::test_it[2]"]
     assert outcome["FAILED"].startswith("exit code 1, 2 failed, 1 passed")
     assert "FAILED" not in pytest_on(found[2:], 120, tmp_path / "log", root=tmp_path)
+    (tmp_path / "test_slow.py").write_text("import time\n" + mark + "def test_it(): time.sleep(600)\n")
+    outcome = pytest_on([str(tmp_path / "test_slow.py")], 1, tmp_path / "log", root=tmp_path)
+    assert outcome["FAILED"].startswith("out of time")
+    assert outcome["exit"] < 0
     assert "sleeping" in " ".join(gpu_tests(ROOT / "tests"))
     assert "test_devices" in " ".join(gpu_tests(ROOT / "tests"))
 

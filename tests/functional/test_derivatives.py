@@ -50,7 +50,6 @@ def test_function_transforms(function: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(func.grad(lambda images: func.vmap(function)(images).sum())(IMAGES), expected, **CLOSE)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own forward mode
 @FUNCTIONS
 @pytest.mark.parametrize("enabled", [True, False])
 def test_forward_mode(function: Callable[[Tensor], Tensor], enabled: bool) -> None:

@@ -609,6 +609,16 @@ def test_damaged_files_raise_nothing_else(tmp_path, model, monkeypatch, case) ->
     assert refused > count / 4
 
 
+def test_int8_changes_no_setting_of_the_compiler() -> None:
+    """They hold for the whole process, and torchao would let every later compilation of the user take minutes."""
+    pytest.importorskip("torchao.quantization")
+    from torch._inductor import config
+
+    before = config.save_config_portable()
+    quantize_decoder(seeded_model(SMALL))
+    assert config.save_config_portable() == before
+
+
 def test_int8_decoder_scores_nearly_the_same() -> None:
     """Weight-only int8 moves the level probabilities of a seeded network by less than two percent."""
     pytest.importorskip("torchao.quantization")

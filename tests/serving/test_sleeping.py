@@ -1,6 +1,8 @@
 """Rewards give their device back and take it again, over HTTP."""
 
 import asyncio
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import httpx2
@@ -15,6 +17,7 @@ from iqareward.serving.replica import Failed, RewardReplica, pack
 from iqareward.serving.requests import Settings
 from iqareward.serving.wire import encode_request
 from iqareward.types import Images
+from tests.gpu import needs_cuda
 from tests.serving.in_process import SAFETENSORS, application, error_of, get, post, run, send, served
 from tests.serving.judges import Weighty, means
 
@@ -163,11 +166,8 @@ class Wide:
         return means(images)
 
 
-@pytest.mark.gpu
-def test_the_memory_of_the_device_is_given_back():
-    """Asleep, a process has none of the network on the GPU, also not as a reserve; awake it scores as before."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def reserved() -> list[int]:
+    """What a process reserves on the GPU awake, asleep and awake again; it scores as before."""
     told = [False]
     replica = RewardReplica(Wide(), device="cuda", told_to_sleep=lambda: told[-1])
 
@@ -184,5 +184,14 @@ def test_the_memory_of_the_device_is_given_back():
         assert first.scores.tolist() == again.scores.tolist() == [0.5, 0.5]
         return held
 
-    before, resting, after = asyncio.run(scenario())
+    return asyncio.run(scenario())
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_memory_of_the_device_is_given_back():
+    """Asleep, a process has none of the network on the GPU, also not as a reserve."""
+    # in a process of its own: in what other tests have reserved there may be room for the network
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        before, resting, after = fresh.submit(reserved).result()
     assert min(before, after) - resting >= 2**28

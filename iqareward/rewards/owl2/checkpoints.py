@@ -129,7 +129,8 @@ def load_owl2(source: str | Path, *, device: torch.device, dtype: torch.dtype) -
 def quantize_decoder(model: Owl2) -> None:
     """Hold the decoder's linear weights in int8, one scale per row; activations stay in the model's dtype."""
     torchao = require("torchao.quantization", extra="quant", purpose='quant="int8"')
-    torchao.quantize_(model.model.layers, torchao.Int8WeightOnlyConfig())
+    # torchao's settings of Inductor hold for the whole process, and let every compilation after this take minutes
+    torchao.quantize_(model.model.layers, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
 
 
 def read_config(path: Path) -> Owl2Config:

@@ -77,7 +77,7 @@ def load_model(
             found.setdefault(owners.get(key, folder), {})[key] = value
     for path, tensors in found.items():
         check_values(path, tensors)
-    _fuse_norms(model)
+    fuse_norms(model)
     if checkpointing:
         _recompute_layers(model)
     return model, processor
@@ -117,7 +117,7 @@ def _check_stored(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
     return owners
 
 
-def _fuse_norms(model: Any) -> None:
+def fuse_norms(model: Any) -> None:
     """Put torch's RMS norm, one kernel on a GPU, in place of the library's six."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
