@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from iqareward.cli.train_config import PRESETS, RunConfig
-from iqareward.diffusion import FolderPairs, Subset
-from iqareward.diffusion.pairs import READERS
+from iqareward.diffusion import FolderPairs, Subset, batches
+from iqareward.diffusion.folders import READERS
 from iqareward.diffusion.progress import progress_bar
 from iqareward.rewards.core import UnscoredWarning
 from iqareward.seeds import generator
@@ -48,7 +48,7 @@ def unusable(pairs: FolderPairs, files: Sequence[int], *, shown: bool = True) ->
 
     def problem(file: int) -> str:
         try:
-            pairs.batch([file * pairs.crops])
+            _ = pairs[file * pairs.crops]
         except ValueError as error:
             return str(error)
         return ""
@@ -92,13 +92,13 @@ def split(config: RunConfig, pairs: FolderPairs, left_out: Collection[int] = ())
 
 def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:
     """Score one crop with every reward, by key; ValueError for a reward that cannot score crops of this size."""
-    degraded, references = data.train.batch([0])
+    (batch,) = batches(data.train, [0])
     for key, reward in rewards.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnscoredWarning)  # the error below says more
-            scores = reward(degraded, references=references)
+            scores = reward(batch.degraded, references=batch.references)
         if not scores.isfinite().all():
             raise ValueError(
-                f"`{key}`: {reward.name} gives no score for crops of {degraded.shape[-1]} pixels. Raise `size`, or "
+                f"`{key}`: {reward.name} gives no score for crops of {batch.degraded.shape[-1]} pixels. Raise `size`, or "
                 "choose another reward."
             )

@@ -156,7 +156,7 @@ class FolderPairs(PairSet):
         if self.degraded_folder is None and lq_pattern == gt_pattern:
             return [_Row(found.name, None, found.path, "", found.task) for found in _matching(source, gt_pattern)]
         degraded = _matching(Path(self.degraded_folder or source), lq_pattern)
-        paths = {found.path for found in degraded}
+        paths = {found.path for found in degraded} if self.degraded_folder is None else set[Path]()
         truths: dict[str, list[_Found]] = {}
         for found in _matching(source, gt_pattern):
             if found.path not in paths:
@@ -173,13 +173,12 @@ class FolderPairs(PairSet):
                 for found, own in pairs
                 if own[1:]
             ),
-            *(f"{found.path} is not the only image of that name" for found in degraded if stems[found.stem] > 1),
+            *(f"{found.path} is one of several images of that name" for found in degraded if stems[found.stem] > 1),
         ]
         if problems:
             raise ValueError(
                 f"FolderPairs expected one ground truth for each degraded image by the rule {self.rule!r}, but "
-                f"{len(problems)} of {len(degraded)} do not fit, the first being: {problems[0]}. Add, rename or remove "
-                "files."
+                f"{len(problems)} files do not fit, the first being: {problems[0]}. Add, rename or remove files."
             )
         return [_Row(found.name, found.path, own[0].path, "", found.task or own[0].task) for found, own in pairs]
 
