@@ -466,7 +466,7 @@ def test_steps_keep_the_distribution(name, eta, num_steps, where, scale):
 
 @pytest.mark.parametrize("name", [*PROCESSES, "sde"])
 @settings(deadline=None, max_examples=25)
-@given(eta=st.floats(0, 1), num_steps=st.integers(1, 12))
+@given(eta=st.just(0.0) | st.floats(1e-3, 1), num_steps=st.integers(1, 12))
 def test_samples_have_finite_log_probabilities(name, eta, num_steps):
     """Every step of every schedule draws latents whose log-probability and noise level are finite."""
     process = FlowSDE(diffusers.FlowMatchEulerDiscreteScheduler()) if name == "sde" else PROCESSES[name]()
@@ -487,7 +487,8 @@ def test_training_times_cover_the_process(name):
     clean, noise, anchor = (normal(4, 3, 2, 2, seed=seed) for seed in range(3))
     latents = process.add_noise(clean, noise, times, anchor)
     target = process.target(clean, noise, times, anchor)
-    assert latents.isfinite().all() and target.isfinite().all()
+    assert latents.isfinite().all()
+    assert target.isfinite().all()
     assert (times.diff() > 0).all()
     found = process.clean(target, latents, times, anchor)
     # Noise hides the clean latents by up to 1 / 157 at the last of a thousand times, so fp32 leaves 3 to 4 digits.
