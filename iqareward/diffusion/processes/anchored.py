@@ -3,7 +3,6 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -82,7 +81,7 @@ class ResShift(_AnchoredProcess):
     etas_end: float = 0.99
     prediction_type: Literal["sample", "epsilon"] = "sample"  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    @cached_property
+    @property
     def table(self) -> Tensor:
         first = min(self.min_noise_level / self.kappa, self.min_noise_level, math.sqrt(0.001))
         exponents = torch.linspace(0, 1, self.steps, dtype=torch.float64) ** self.power
@@ -143,7 +142,7 @@ class IRSDE(_AnchoredProcess):
     delta: float = 0.005
     prediction_type: Literal["epsilon", "sample", "score"] = "epsilon"  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    @cached_property
+    @property
     def table(self) -> Tensor:
         # As published: the cosine schedule of Nichol and Dhariwal for two more steps, without its ends.
         position = torch.arange(1, self.steps + 2, dtype=torch.float64) / (self.steps + 2)
