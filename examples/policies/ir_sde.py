@@ -7,19 +7,20 @@ References:
     https://arxiv.org/abs/2301.11699
 """
 
+import diffusers
 import torch
 
-from iqareward.diffusion import DiffusionPolicy, MeanRevertingSDE
+from iqareward.diffusion import IRSDE, DiffusionPolicy
 
 
-class IRSDE(DiffusionPolicy):
+class IRSDEPolicy(DiffusionPolicy):
     """Mean reversion on images in [0, 1]."""
 
     num_steps, eta = 100, 1.0
 
     def __init__(self, unet):
         self.model = unet
-        self.process = MeanRevertingSDE(num_train_steps=100, max_sigma=10 / 255)
+        self.process = IRSDE(steps=100, max_sigma=10 / 255)
 
     def condition(self, batch, noise):
         return {"latents": batch.degraded}
@@ -38,8 +39,6 @@ class IRSDE(DiffusionPolicy):
         return latents
 
 
-def build(folder: str) -> IRSDE:
+def build(folder: str) -> IRSDEPolicy:
     """The policy of a `UNet2DModel` with 6 input channels that diffusers saved."""
-    import diffusers
-
-    return IRSDE(diffusers.UNet2DModel.from_pretrained(folder))
+    return IRSDEPolicy(diffusers.UNet2DModel.from_pretrained(folder))

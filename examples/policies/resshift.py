@@ -8,20 +8,21 @@ References:
     https://arxiv.org/abs/2307.12348
 """
 
+import diffusers
 import torch
 from torch.nn.functional import interpolate
 
-from iqareward.diffusion import Autoencoder, DiffusionPolicy, ResidualShift
+from iqareward.diffusion import Autoencoder, DiffusionPolicy, ResShift
 
 
-class ResShift(DiffusionPolicy):
+class ResShiftPolicy(DiffusionPolicy):
     """Residual shifting in the latents of an autoencoder with factor 4."""
 
     num_steps, eta = 15, 1.0
 
     def __init__(self, unet, autoencoder):
         self.model, self.autoencoder = unet, autoencoder
-        self.process = ResidualShift(num_train_steps=15, kappa=2.0, power=0.3)
+        self.process = ResShift(steps=15, kappa=2.0)
 
     def condition(self, batch, noise):
         enlarged = interpolate(batch.degraded, scale_factor=4, mode="bicubic").clamp(0, 1)
@@ -41,10 +42,8 @@ class ResShift(DiffusionPolicy):
         return self.autoencoder.decode(latents)
 
 
-def build(folder: str) -> ResShift:
+def build(folder: str) -> ResShiftPolicy:
     """The policy of a folder with `unet/` and `vqvae/` as diffusers saves them."""
-    import diffusers
-
     unet = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet")
     vqvae = diffusers.VQModel.from_pretrained(folder, subfolder="vqvae")
-    return ResShift(unet, Autoencoder(vqvae))
+    return ResShiftPolicy(unet, Autoencoder(vqvae))

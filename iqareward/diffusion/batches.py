@@ -100,8 +100,8 @@ def _batch(ids: list[int], items: list[dict[str, Any]]) -> Batch:
     images = [torch.stack(columns[name]) for name in ("lq", "gt") if name in columns]
     usable = finite_inputs(*images)
     degraded, *references = (torch.where(usable.view(-1, 1, 1, 1), each, 0.5) for each in images)
-    texts = [tuple(columns[name]) if name in columns else None for name in ("prompt", "task")]
-    return Batch(tuple(ids), degraded, references[0] if references else None, *texts, usable)
+    prompts, tasks = (tuple(columns[name]) if name in columns else None for name in ("prompt", "task"))
+    return Batch(tuple(ids), degraded, references[0] if references else None, prompts, tasks, usable)
 
 
 def read_ahead(

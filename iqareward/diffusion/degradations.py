@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,34 @@ from torch.nn import functional as F
 from iqareward.functional._checks import check_images
 from iqareward.functional._chunks import rows_at_once
 from iqareward.functional.resize import pillow_resize
-from iqareward.seeds import id_list, normal
+from iqareward.seeds import id_list, normal, uniform
+
+
+class DegradationModel(Protocol):
+    """How the degraded image of a pair is made from the ground truth."""
+
+    @property
+    def scale(self) -> int:
+        """How many times smaller the degraded image is."""
+        ...
+
+    def __call__(
+        self, images: Tensor, severity: Tensor | None, ids: Sequence[int] | Tensor, *, seed: int = 0
+    ) -> Tensor:
+        """Degrade each image by its own image, severity, id and the seed alone.
+
+        Args:
+            images: `[B, 3, H, W]` in [0, 1].
+            severity: `[B]`, clamped to [0, 1]: how strong every step is, from its mildest to its strongest. None: every
+                step draws its own strength.
+            ids: `[B]` integers >= 0; an id has the same random choices at every severity.
+            seed: Seed of all random numbers, >= 0.
+
+        Returns:
+            `[B, 3, H / scale, W / scale]` float32 in [0, 1].
+        """
+        ...
+
 
 TASKS = ("blur", "resize", "noise", "jpeg")
 # The mildest setting of each task; the strongest are options.
@@ -67,39 +95,63 @@ class Degradation:
             if not met:
                 raise ValueError(f"Degradation expected {requirement}, got {self}. Change that option.")
 
-    def __call__(self, images: Tensor, severity: Tensor, ids: Sequence[int] | Tensor, *, seed: int = 0) -> Tensor:
+    @property
+    def scale(self) -> int:
+        """1, because the degraded image has the size of its ground truth."""
+        return 1
+
+    def __call__(
+        self, images: Tensor, severity: Tensor | None, ids: Sequence[int] | Tensor, *, seed: int = 0
+    ) -> Tensor:
         """Degrade each image; the result depends on its own image, severity and id, never on its batch.
 
         Args:
             images: `[B, 3, H, W]` in [0, 1].
-            severity: `[B]`; clamped to [0, 1].
+            severity: `[B]`; clamped to [0, 1]. None: every task draws its own, uniform in [0, 1).
             ids: `[B]` integers >= 0; an id has the same noise pattern at every severity.
             seed: Seed of the noise, >= 0.
 
         Returns:
             `[B, 3, H, W]` float32 in [0, 1], on the device of the images.
         """
-        images, ids = check_images("Degradation", images).detach().float(), id_list("Degradation", ids)
-        if severity.shape != images.shape[:1] or len(ids) != len(images):
-            raise ValueError(
-                f"Degradation expected one severity and one id for each of {len(images)} images, got "
-                f"{list(severity.shape)} and {len(ids)}. Use torch.full for one severity."
-            )
-        share = severity.to(images.device).float().clamp(0, 1)
+        images, ids, shares = checked("Degradation", images, severity, ids, len(self.tasks), seed=seed)
         size = rows_at_once(images.shape[2:], images.device)
         parts = [slice(start, start + size) for start in range(0, len(ids), size)]
-        return torch.cat([self._damaged(images[part], share[part], ids[part], seed=seed) for part in parts])
+        return torch.cat([self._damaged(images[part], shares[part], ids[part], seed=seed) for part in parts])
 
-    def _damaged(self, images: Tensor, share: Tensor, ids: Sequence[int], *, seed: int) -> Tensor:
-        steps: dict[str, Callable[[Tensor], Tensor]] = {
-            "blur": lambda rows: blur(rows, MIN_SIGMA + (self.max_sigma - MIN_SIGMA) * share),
-            "resize": lambda rows: lower_resolution(rows, MIN_FACTOR + (self.max_factor - MIN_FACTOR) * share),
-            "noise": lambda rows: add_noise(rows, MIN_NOISE + (self.max_noise - MIN_NOISE) * share, ids, seed=seed),
-            "jpeg": lambda rows: jpeg(rows, MAX_QUALITY - (MAX_QUALITY - self.min_quality) * share),
+    def _damaged(self, images: Tensor, shares: Tensor, ids: Sequence[int], *, seed: int) -> Tensor:
+        steps: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "blur": lambda rows, share: blur(rows, MIN_SIGMA + (self.max_sigma - MIN_SIGMA) * share),
+            "resize": lambda rows, share: lower_resolution(rows, MIN_FACTOR + (self.max_factor - MIN_FACTOR) * share),
+            "noise": lambda rows, share: add_noise(
+                rows, MIN_NOISE + (self.max_noise - MIN_NOISE) * share, ids, seed=seed
+            ),
+            "jpeg": lambda rows, share: jpeg(rows, MAX_QUALITY - (MAX_QUALITY - self.min_quality) * share),
         }
-        for task in self.tasks:
-            images = steps[task](images)
+        for task, share in zip(self.tasks, shares.unbind(1), strict=True):
+            images = steps[task](images, share)
         return images.clamp(0, 1)
+
+
+def checked(
+    caller: str,
+    images: Tensor,
+    severity: Tensor | None,
+    ids: Sequence[int] | Tensor,
+    steps: int,
+    *,
+    seed: int,
+) -> tuple[Tensor, list[int], Tensor]:
+    """Images, ids, and how strong each of the steps is, `[B, steps]` in [0, 1]: all as the severity, or drawn."""
+    images, ids = check_images(caller, images).detach().float(), id_list(caller, ids)
+    if len(ids) != len(images) or (severity is not None and severity.shape != images.shape[:1]):
+        raise ValueError(
+            f"{caller} expected one severity and one id for each of {len(images)} images, got "
+            f"{None if severity is None else list(severity.shape)} and {len(ids)}. Use torch.full for one severity."
+        )
+    if severity is None:
+        return images, ids, uniform(ids, steps, seed=seed, purpose="strengths").to(images.device)
+    return images, ids, severity.to(images.device).float().clamp(0, 1)[:, None].expand(-1, steps)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:

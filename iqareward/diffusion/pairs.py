@@ -4,10 +4,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -15,14 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iqareward.diffusion.degradations import Degradation
+from iqareward.diffusion.degradations import Degradation, DegradationModel
 from iqareward.diffusion.textures import synthetic_images
-from iqareward.image_files import References, UnreadableImageError, find_images, read_image
-from iqareward.images import to_images
 from iqareward.seeds import generator, id_list, sub_seed, uniform
 
 _ROUNDING = 1e-3  # a resized image in [0, 1] may leave it by this
-READERS = 8  # threads that read a batch; Pillow decodes outside the interpreter lock
 
 
 Item: TypeAlias = Mapping[str, Any]
@@ -78,17 +72,17 @@ def read_items(pairs: Pairs, ids: Sequence[int]) -> list[Item]:
     if isinstance(pairs, PairSet):
         return pairs.__getitems__(ids)
     items: list[Item] = []
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     try:
         for input_id in ids:
             seed = sub_seed(0, input_id)
             random.seed(seed)
-            np.random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002  # what data sets use
             torch.default_generator.manual_seed(seed)  # that of the CPU: torch.manual_seed would disturb the GPU's too
             items.append(pairs[input_id])
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])
+        np.random.set_state(before[1])  # noqa: NPY002
         torch.default_generator.set_state(before[2])
     return items
 
@@ -120,9 +114,10 @@ def _checked_image(image: Any, name: str, input_id: int) -> Tensor:
         raise ValueError(f"{expected} {image.dtype} {list(image.shape)}. Convert it with iqareward.to_images(...)[0].")
     image = image.detach().float()
     low, high = (float(value) for value in image.aminmax())
-    if low < -_ROUNDING or high > 1 + _ROUNDING:  # false for NaN, which costs one input and not the run
-        if math.isfinite(low) and math.isfinite(high):
-            raise ValueError(f"{expected} {low:g} to {high:g}. Scale or clamp it.")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return image  # this costs the input and not the run: it will not be used
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise ValueError(f"{expected} {low:g} to {high:g}. Scale or clamp it.")
     return image.clamp(0, 1) if low < 0 or high > 1 else image
 
 
@@ -147,7 +142,7 @@ class SyntheticPairs(PairSet):
 
     num_inputs: int
     size: int = 32
-    degradation: Degradation = field(default_factory=Degradation)
+    degradation: DegradationModel = field(default_factory=Degradation)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -159,130 +154,12 @@ class SyntheticPairs(PairSet):
 
     def severities(self, ids: Sequence[int]) -> Tensor:
         """How strongly each input is degraded, `[B]` uniform in [0, 1), larger = worse."""
-        return _severities(id_list("SyntheticPairs", ids), self.seed)
+        return uniform(id_list("SyntheticPairs", ids), seed=self.seed, purpose="severity")
 
     def _items(self, ids: list[int]) -> list[Item]:
         references = synthetic_images(ids, size=self.size, seed=self.seed)
-        degraded = self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed)
+        degraded = self.degradation(references, self.severities(ids), ids, seed=self.seed)
         return _pairs(degraded, references)
-
-
-@dataclass(frozen=True)
-class FolderPairs(PairSet):
-    """Pairs from the images of a folder, degraded as they are read, or from two folders that hold the same scenes.
-
-    Each id is one random crop of one file: with C crops per file, ids k * C to k * C + C - 1 belong to file k, in the
-    order of the names.
-
-    Args:
-        folder: The references, searched with all folders inside.
-        size: Side of the crop in pixels.
-        degradation: How the crops are degraded; not used with `degraded_folder`.
-        seed: Integer >= 0; it decides crops, severities and noise.
-        degraded_folder: The degraded images, with the relative names (any image suffix) and sizes of the references.
-        crops: Number of crops of each file.
-
-    Raises:
-        ValueError: A folder is missing, holds no image or cannot be searched whole, a degraded image is missing, or a
-            number is below 1.
-
-    Example:
-        >>> import tempfile
-        >>> from PIL import Image
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Image.new("RGB", (40, 30), "red").save(f"{folder}/red.png")
-        ...     FolderPairs(folder, size=16)[0]["gt"].amax((1, 2))
-        tensor([1., 0., 0.])
-    """
-
-    folder: str | Path
-    size: int
-    degradation: Degradation = field(default_factory=Degradation)
-    seed: int = 0
-    degraded_folder: str | Path | None = None
-    crops: int = 1
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.crops < 1:
-            raise ValueError(f"FolderPairs expected size >= 1 and crops >= 1, got {self.size} and {self.crops}.")
-        _ = self._paths  # a missing file is an error now, not after hours
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The files relative to the folder, sorted."""
-        if not Path(self.folder).is_dir():
-            raise ValueError(f"FolderPairs expected a folder of images, got {self.folder}.")
-        files, problems = find_images([self.folder])
-        for path, problem in problems.items():  # a part of the data must not be missing without a word
-            raise ValueError(f"FolderPairs cannot use {path}: {problem}. Repair or remove it.")
-        return sorted(relative.as_posix() for relative in files.values())
-
-    @cached_property
-    def _paths(self) -> list[tuple[Path, ...]]:
-        """Of each name: the reference, followed by the degraded image if it is a file."""
-        names = [Path(name) for name in self.names]
-        paths = [Path(self.folder) / name for name in names]
-        if self.degraded_folder is None:
-            return [(path,) for path in paths]
-        degraded, problems = References(self.degraded_folder), []
-        found: list[tuple[Path, ...]] = []
-        for name, path in zip(names, paths, strict=True):
-            try:
-                found.append((path, degraded.find(name)))
-            except FileNotFoundError as error:
-                problems.append(str(error))
-        if problems:
-            raise ValueError(
-                f"FolderPairs expected {self.degraded_folder} to hold an image of each name in {self.folder}, but "
-                f"{len(problems)} of {len(names)} are missing, the first being: {problems[0]}."
-            )
-        return found
-
-    def __len__(self) -> int:
-        return len(self.names) * self.crops
-
-    def _items(self, ids: list[int]) -> list[Item]:
-        corners = uniform(ids, 2, seed=self.seed, purpose="crop").tolist()
-        with ThreadPoolExecutor(READERS) as readers:
-            rows = list(readers.map(self._crops, ids, corners))
-        references = torch.stack([row[0] for row in rows])
-        if self.degraded_folder is not None:
-            return _pairs([row[1] for row in rows], references)
-        return _pairs(self.degradation(references, _severities(ids, self.seed), ids, seed=self.seed), references)
-
-    def _crops(self, input_id: int, corner: tuple[float, float]) -> list[Tensor]:
-        """The reference `[3, size, size]`, followed by the degraded image if it is a file."""
-        paths = self._paths[input_id // self.crops]
-        images = [_read(path) for path in paths]
-        height, width = images[0].shape[:2]
-        if images[0].shape[:2] != images[-1].shape[:2]:
-            raise ValueError(
-                f"FolderPairs expected {paths[1]} in the size of its reference, {width} x {height}, got "
-                f"{images[1].shape[1]} x {images[1].shape[0]}. Resize it."
-            )
-        if min(height, width) < self.size:
-            raise ValueError(
-                f"FolderPairs expected images of at least {self.size} x {self.size}, got {paths[0]} of "
-                f"{width} x {height}. Lower `size` or remove the file."
-            )
-        top, left = (int(at * (side - self.size + 1)) for at, side in zip(corner, (height, width), strict=True))
-        crops = (image[top : top + self.size, left : left + self.size] for image in images)
-        return [to_images(crop, value_range=(0, 1))[0] for crop in crops]
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        pixels = read_image(path)
-    except UnreadableImageError as error:
-        raise ValueError(f"FolderPairs could not read {error}. Repair or remove the file.") from error
-    if pixels.dtype == np.float32 and not 0 <= pixels.min() <= pixels.max() <= 1:  # false for NaN too
-        span = f"{pixels.min():g} to {pixels.max():g}"
-        raise ValueError(f"FolderPairs expected floats in [0, 1], got {path} with {span}. Scale them.")
-    return pixels
-
-
-def _severities(ids: list[int], seed: int) -> Tensor:
-    return uniform(ids, seed=seed, purpose="severity")
 
 
 def _pairs(degraded: Iterable[Tensor], references: Iterable[Tensor]) -> list[Item]:

@@ -9,16 +9,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from iqareward.diffusion import DDIM, PixelPolicy, build_restorer, load_restorer, rollout, save_restorer
-from tests.diffusion.gaussian_policy import TwoSteps
+from iqareward.diffusion import (
+    DDIM,
+    Batch,
+    FlowCPS,
+    Noise,
+    PixelPolicy,
+    build_restorer,
+    load_restorer,
+    rollout,
+    save_restorer,
+)
 from tests.diffusion.tiny import images, seeded, unet
 from tests.tolerances import EXACT
 
 
 def restored(policy):
     """Two images after two deterministic steps."""
-    options = {"ids": [0, 1], "group_size": 1, "num_steps": 2, "eta": 0.0, "seed": 0}
-    return policy.decode(rollout(policy, images(2), **options).sample)
+    noise = Noise((0, 1))
+    condition = policy.condition(Batch(noise.ids, images(2)), noise)
+    return policy.decode(rollout(policy, condition, noise, num_steps=2, eta=0.0).sample, condition)
 
 
 def test_what_was_saved_is_what_is_loaded(tmp_path):
@@ -33,8 +43,8 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
 
 def test_another_process_is_not_saved(tmp_path):
     """A folder cannot hold a sampling process that is no DDIM: the policy is refused before anything is written."""
-    policy = PixelPolicy(unet(), TwoSteps())
-    with pytest.raises(TypeError, match="`process` is a DDIM, got a TwoSteps"):
+    policy = PixelPolicy(unet(), FlowCPS(diffusers.FlowMatchEulerDiscreteScheduler()))
+    with pytest.raises(TypeError, match="`process` is a DDIM, got a FlowCPS"):
         save_restorer(policy, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

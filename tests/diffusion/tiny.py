@@ -88,14 +88,18 @@ def flow_policy(process=FlowSDE) -> FlowPolicy:
 
 
 def policy_of(kind: str):
-    """A policy by name."""
+    """A policy by name, also of a file of `examples/policies`."""
     builders = {
         "pixel": pixel_policy,
         "controlnet": controlnet_policy,
         "flow": flow_policy,
         "flow-cps": lambda: flow_policy(FlowCPS),
     }
-    return builders[kind]()
+    if kind in builders:
+        return builders[kind]()
+    from tests.diffusion.policies import kinds
+
+    return kinds.policy_of(kind)
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,20 @@ class Parts:
             elif isinstance(value, Tensor) or (hasattr(value, "to") and not isinstance(value, type)):
                 setattr(self, name, value.to(device))
         return self
+
+
+class Noised(NamedTuple):
+    """Noisy latents to learn from.
+
+    Attributes:
+        latents: `[N, ...]`.
+        times: `[N]`, what the network is told.
+        target: `[N, ...]`, what it should answer.
+    """
+
+    latents: Tensor
+    times: Tensor
+    target: Tensor
 
 
 class DiffusionPolicy(Parts, ABC):
@@ -173,6 +187,13 @@ class DiffusionPolicy(Parts, ABC):
         output = self.guided(latents, times, condition)
         return self.process.transition(output, latents, step, eta=eta, anchor=self.anchor(condition))
 
+    def noised(self, clean: Tensor, condition: Condition, noise: Noise) -> Noised:
+        """What the network learns from: clean latents with noise, at random times."""
+        anchor, fresh = self.anchor(condition), noise("noise", clean.shape[1:])
+        times = self.process.draw_times(noise.uniform("times"))
+        latents = self.process.add_noise(clean, fresh, times, anchor=anchor)
+        return Noised(latents, times, self.process.target(clean, fresh, times, anchor=anchor))
+
     def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
         """The denoising loss."""
         return denoising_loss(self, self.encode(references, condition), condition, noise)
@@ -204,10 +225,7 @@ def denoising_loss(policy: DiffusionPolicy, clean: Tensor, condition: Condition,
     References:
         Ho, Jain, Abbeel, Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239
     """
-    process, anchor = policy.process, policy.anchor(condition)
-    fresh, times = noise("noise", clean.shape[1:]), process.draw_times(noise.uniform("times"))
-    latents = process.add_noise(clean, fresh, times, anchor=anchor)
-    target = process.target(clean, fresh, times, anchor=anchor)
+    latents, times, target = policy.noised(clean, condition, noise)
     output = policy.predict(latents, times, condition)
     return (output.float() - target.float()).square().flatten(1).mean(1)
 

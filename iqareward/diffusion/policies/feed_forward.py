@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,42 +16,14 @@ from iqareward.diffusion.processes import Step, Transition
 from iqareward.optional import require
 from iqareward.weight_files import check_values, decode
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Maps restored images and references `[B, 3, H, W]` to losses `[B]`."""
+Loss: TypeAlias = Literal["l1", "mse", "charbonnier"] | Callable[[Tensor, Tensor], Tensor]
 
-
-def l1(images: Tensor, references: Tensor) -> Tensor:
-    """Mean absolute error `[B]`.
-
-    Example:
-        >>> l1(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2))
-        tensor([1.])
-    """
-    return (images - references).abs().flatten(1).mean(1)
-
-
-def mse(images: Tensor, references: Tensor) -> Tensor:
-    """Mean squared error `[B]`.
-
-    Example:
-        >>> mse(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 2.0))
-        tensor([4.])
-    """
-    return (images - references).square().flatten(1).mean(1)
-
-
-def charbonnier(images: Tensor, references: Tensor) -> Tensor:
-    """Mean of `sqrt(difference ** 2 + 1e-6)` `[B]`, a smooth absolute error.
-
-    Example:
-        >>> charbonnier(torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)).round(decimals=4)
-        tensor([1.])
-
-    References:
-        Charbonnier et al., Two deterministic half-quadratic regularization algorithms for computed imaging, 1994,
-        https://doi.org/10.1109/ICIP.1994.413553
-    """
-    return ((images - references).square() + 1e-6).sqrt().flatten(1).mean(1)
+# Of the difference between images, per pixel. Charbonnier's is a smooth absolute value.
+_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1": torch.abs,
+    "mse": torch.square,
+    "charbonnier": lambda difference: (difference.square() + 1e-6).sqrt(),
+}
 
 
 class FeedForwardPolicy(Parts):
@@ -67,7 +39,10 @@ class FeedForwardPolicy(Parts):
         multiple: Sides of the images that the network takes are multiples of this. Others are padded by reflection
             below and on the right, and what belongs to the padding is cut off again.
         minimum: Smallest side that the network takes.
-        loss: The supervised loss: `l1`, `mse`, `charbonnier`, or any other function of the same kind.
+        loss: The supervised loss by name, or a function that gives the losses `[B]` of restored images and references.
+
+    Raises:
+        ValueError: `loss` is another name.
 
     Example:
         >>> import torch
@@ -81,11 +56,13 @@ class FeedForwardPolicy(Parts):
     num_steps, eta, exploration = 1, 0.0, 0.02
     _STEP: ClassVar[Step] = Step(time=0.0, now=1.0, then=0.0)
 
-    def __init__(self, network: nn.Module, *, multiple: int = 1, minimum: int = 1, loss: Loss = l1) -> None:
+    def __init__(self, network: nn.Module, *, multiple: int = 1, minimum: int = 1, loss: Loss = "l1") -> None:
+        if isinstance(loss, str) and loss not in _LOSSES:
+            raise ValueError(f"FeedForwardPolicy expected a loss among {list(_LOSSES)} or a function, got {loss!r}.")
         self.model, self.multiple, self.minimum, self.loss = network, multiple, minimum, loss
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, loss: Loss = l1) -> Self:
+    def from_checkpoint(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, loss: Loss = "l1") -> Self:
         """Load a checkpoint of SwinIR, HAT, NAFNet or any other architecture that the package spandrel recognises.
 
         No code of the file is run. Restormer and others with a licence of their own are recognised after
@@ -94,7 +71,7 @@ class FeedForwardPolicy(Parts):
         Args:
             path: A `.safetensors` file, or one of `torch.save`.
             dtype: Of the weights.
-            loss: The supervised loss.
+            loss: The supervised loss, as above.
 
         Returns:
             A policy on the CPU, which trains all weights.
@@ -182,7 +159,10 @@ class FeedForwardPolicy(Parts):
 
     def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
         """The loss of the network's answer."""
-        return self.loss(self.restore(condition["degraded"]), references)
+        restored = self.restore(condition["degraded"])
+        if isinstance(self.loss, str):
+            return _LOSSES[self.loss](restored - references).flatten(1).mean(1)
+        return self.loss(restored, references)
 
     def reconstruct(self, references: Tensor, condition: Condition) -> Tensor:
         """The references: nothing is encoded."""

@@ -9,7 +9,7 @@ from iqareward.diffusion.batches import Batch
 from iqareward.diffusion.conditions import Condition
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.policies.autoencoders import Autoencoder
-from iqareward.diffusion.policies.core import DiffusionPolicy, dtype_of, frozen, trainable
+from iqareward.diffusion.policies.core import dtype_of, frozen, trainable
 from iqareward.diffusion.policies.prompts import PipelinePrompts, PromptedPolicy, Prompts
 from iqareward.diffusion.processes import FlowSDE, NoiseProcess
 
@@ -141,21 +141,21 @@ class SD3ControlNetPolicy(PromptedPolicy):
         )[0]
 
 
-class FlowPolicy(DiffusionPolicy):
-    """A `diffusers.SD3Transformer2DModel` with twice the latent channels as input, with one fixed prompt.
+class FlowPolicy(PromptedPolicy):
+    """A `diffusers.SD3Transformer2DModel` with twice the latent channels as input: noisy and degraded image.
 
     Args:
-        model: The transformer: `in_channels = 2 * latent channels`, `out_channels = latent channels`. A published
-            text-to-image one becomes such a model by widening its patch embedding with zeros.
+        model: The transformer: `in_channels = 2 * latent channels`, `out_channels = latent channels`.
         autoencoder: The frozen autoencoder.
-        prompt: `[1, L, D]` embedding of the fixed prompt.
-        pooled_prompt: `[1, P]` its pooled embedding.
         process: `FlowSDE` or `FlowCPS` of the model's scheduler.
+        prompts: Gives "prompt" `[B, L, D]` and "pooled" `[B, P]` for a batch, e.g. a `FixedPrompt`.
+        negative: The same for what guidance leads away from.
+        options: Those of `PromptedPolicy`: `guidance_scale`, `num_steps`, `eta`, `exploration`.
 
     Example:
-        >>> def policy_of(pipeline, widened):  # a StableDiffusion3Pipeline, and its transformer with twice the channels
-        ...     prompt, _, pooled, _ = pipeline.encode_prompt("", "", "", do_classifier_free_guidance=False)
-        ...     return FlowPolicy(widened, Autoencoder(pipeline.vae), prompt, pooled, FlowSDE(pipeline.scheduler))
+        >>> def build(folder):
+        ...     import diffusers
+        ...     return FlowPolicy.from_pipeline(diffusers.StableDiffusion3Pipeline.from_pretrained(folder))
 
     References:
         Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024,
@@ -163,35 +163,80 @@ class FlowPolicy(DiffusionPolicy):
         Brooks, Holynski, Efros, InstructPix2Pix, 2022, https://arxiv.org/abs/2211.09800 (extra input channels)
     """
 
-    num_steps, exploration = 28, 0.7
-
     def __init__(
-        self, model: nn.Module, autoencoder: Autoencoder, prompt: Tensor, pooled_prompt: Tensor, process: NoiseProcess
+        self,
+        model: nn.Module,
+        autoencoder: Autoencoder,
+        process: NoiseProcess,
+        prompts: Prompts,
+        negative: Prompts | None = None,
+        **options: Any,
     ) -> None:
-        self.model, self.autoencoder, self.process = model, autoencoder, process
-        self.prompt, self.pooled_prompt = prompt, pooled_prompt
+        super().__init__(autoencoder, process, prompts, negative, **options)
+        self.model = model
 
-    def condition(self, batch: Batch, noise: Noise) -> Condition:
-        """Latents of the degraded images."""
-        return {"latents": self.autoencoder.encode(batch.degraded)}
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: Any,
+        *,
+        prompt: str = "",
+        negative_prompt: str = "",
+        checkpointing: bool = False,
+        guidance_scale: float = 1.0,
+        **options: Any,
+    ) -> Self:
+        """The policy of a `diffusers.StableDiffusion3Pipeline`; its transformer is made to see the degraded image.
 
-    def encode(self, images: Tensor, condition: Condition) -> Tensor:
-        """Latents of the autoencoder."""
-        return self.autoencoder.encode(images)
+        The new input channels begin with zero weights, so that the model first ignores the degraded image. All of its
+        weights train.
+
+        Args:
+            pipeline: The pipeline; its transformer is changed, unless it has the channels already.
+            prompt: For inputs without a prompt of their own.
+            negative_prompt: What guidance leads away from.
+            checkpointing: Recompute activations in the backward pass, for less memory.
+            guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
+            options: The policy's own.
+        """
+        autoencoder = Autoencoder(pipeline.vae)
+        if pipeline.transformer.config.in_channels == autoencoder.channels:
+            _widen(pipeline.transformer)
+        if checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+        return cls(
+            trainable(pipeline.transformer, lora_rank=None),
+            autoencoder,
+            FlowSDE(pipeline.scheduler),
+            PipelinePrompts(pipeline, _encoded, prompt),
+            None if guidance_scale == 1 else PipelinePrompts(pipeline, _encoded, negative_prompt).fixed,
+            guidance_scale=guidance_scale,
+            **options,
+        )
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The velocity."""
-        dtype, count = dtype_of(self.model), latents.shape[0]
+        dtype = dtype_of(self.model)
         return self.model(
             hidden_states=torch.cat([latents, condition["latents"]], 1).to(dtype),
             timestep=times,
-            encoder_hidden_states=self.prompt.to(dtype).expand(count, -1, -1),
-            pooled_projections=self.pooled_prompt.to(dtype).expand(count, -1),
-        ).sample
+            encoder_hidden_states=condition["prompts"]["prompt"].to(dtype),
+            pooled_projections=condition["prompts"]["pooled"].to(dtype),
+            return_dict=False,
+        )[0]
 
-    def decode(self, latents: Tensor, condition: Condition) -> Tensor:
-        """Images of the autoencoder."""
-        return self.autoencoder.decode(latents)
+
+def _widen(transformer: Any) -> None:
+    """Give a transformer twice the input channels, the new ones with zero weights."""
+    old, channels = transformer.pos_embed.proj, transformer.config.in_channels
+    new = nn.Conv2d(2 * channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
+    new = new.to(old.weight)
+    with torch.no_grad():
+        new.weight.zero_()[:, :channels] = old.weight
+        if old.bias is not None:
+            new.bias.copy_(old.bias)
+    transformer.pos_embed.proj = new
+    transformer.register_to_config(in_channels=2 * channels, out_channels=transformer.out_channels)
 
 
 def _encoded(pipeline: Any, prompts: list[str], device: Any) -> Condition:

@@ -12,7 +12,7 @@ from iqareward.diffusion.conditions import Condition
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.policies.autoencoders import Autoencoder
 from iqareward.diffusion.policies.colours import match_colours, resized
-from iqareward.diffusion.policies.core import TrainedTogether, add_lora, dtype_of, frozen, trainable
+from iqareward.diffusion.policies.core import Noised, TrainedTogether, add_lora, dtype_of, frozen, trainable
 from iqareward.diffusion.policies.prompts import PipelinePrompts, PromptedPolicy, Prompts
 from iqareward.diffusion.processes import DDIM, NoiseProcess, Step, Transition
 
@@ -420,6 +420,17 @@ class OneStepPolicy(StableDiffusionPolicy):
         if self.loss is not None:
             return self.loss(self.autoencoder.decode(restored), references)
         return (restored - self.encode(references, condition)).square().flatten(1).mean(1)
+
+    def noised(self, clean: Tensor, condition: Condition, noise: Noise) -> Noised:
+        """Clean latents with noise, at the timesteps of the one step: the network knows no others."""
+        if self.noise_timestep is None or "unet" not in self.trained:
+            raise ValueError(
+                "OneStepPolicy expected a noise_timestep and a UNet that trains, to learn from samples with noise. Use "
+                "ClippedPolicyGradient or GroupDPO with rollouts of eta > 0, or DirectRewardGradient."
+            )
+        fresh, times = noise("noise", clean.shape[1:]), self._times(clean, self.timestep)
+        latents = self.process.add_noise(clean, fresh, self._times(clean, self.noise_timestep))
+        return Noised(latents, times, self.process.target(clean, fresh, times))
 
     def _restored(self, noise: Tensor, condition: Condition, output: Callable[..., Tensor]) -> Tensor:
         """The clean latents that the network's `output` stands for."""

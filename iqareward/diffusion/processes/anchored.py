@@ -85,7 +85,7 @@ class ResShift(_AnchoredProcess):
     def table(self) -> Tensor:
         first = min(self.min_noise_level / self.kappa, self.min_noise_level, math.sqrt(0.001))
         exponents = torch.linspace(0, 1, self.steps, dtype=torch.float64) ** self.power
-        return (first * (self.etas_end / first) ** exponents).square().float()
+        return (first * (self.etas_end / first) ** exponents).square()
 
     @property
     def start_std(self) -> float:
@@ -147,7 +147,7 @@ class IRSDE(_AnchoredProcess):
         position = torch.arange(1, self.steps + 2, dtype=torch.float64) / (self.steps + 2)
         cosine = ((position + 0.008) / 1.008 * math.pi / 2).cos() ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
         integral = (1 - cosine)[1:].cumsum(0)  # theta of time 0 does not count
-        return -torch.expm1(2 * math.log(self.delta) * integral / integral[-1]).float()
+        return -torch.expm1(2 * math.log(self.delta) * integral / integral[-1])
 
     @property
     def start_std(self) -> float:

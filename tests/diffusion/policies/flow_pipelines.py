@@ -52,27 +52,41 @@ def with_words(pipeline, encode):
     return pipeline
 
 
-def sd3_controlnet(*, reads_prompt=True, plain=False):
-    """A StableDiffusion3ControlNetPipeline; ControlNets that read no prompt, or no pooled one, exist."""
-    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "attention_head_dim": 4, "num_attention_heads": 2}
-    more = {"caption_projection_dim": 8, "pooled_projection_dim": 8, "pos_embed_max_size": 16, "out_channels": 4}
-    transformer = seeded(
-        lambda: diffusers.SD3Transformer2DModel(**sizes, **more, num_layers=2, joint_attention_dim=8), seed=2
-    )
-    options = {"force_zeros_for_pooled_projection": plain, "joint_attention_dim": 8 if reads_prompt else None}
-    controlnet = seeded(lambda: diffusers.SD3ControlNetModel(**sizes, **more, num_layers=1, **options), seed=3)
+SD3 = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_head_dim": 4,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 8,
+    "pooled_projection_dim": 8,
+    "pos_embed_max_size": 16,
+}
+
+
+def sd3(kind=diffusers.StableDiffusion3Pipeline, **parts):
+    """A pipeline of Stable Diffusion 3."""
+    transformer = seeded(lambda: diffusers.SD3Transformer2DModel(**SD3, num_layers=2, joint_attention_dim=8), seed=2)
 
     def encode(prompt, **_):
         return words(prompt, 3, 8), None, words([f"pooled {text}" for text in prompt], 8), None
 
-    pipeline = diffusers.StableDiffusion3ControlNetPipeline(
+    pipeline = kind(
         transformer=transformer,
-        controlnet=controlnet,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(),
         **{f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")},
+        **parts,
     )
     return with_words(pipeline, encode)
+
+
+def sd3_controlnet(*, reads_prompt=True, plain=False):
+    """A StableDiffusion3ControlNetPipeline; ControlNets that read no prompt, or no pooled one, exist."""
+    options = {"force_zeros_for_pooled_projection": plain, "joint_attention_dim": 8 if reads_prompt else None}
+    controlnet = seeded(lambda: diffusers.SD3ControlNetModel(**SD3, num_layers=1, **options), seed=3)
+    return sd3(diffusers.StableDiffusion3ControlNetPipeline, controlnet=controlnet)
 
 
 def flux_kontext(*, guidance_embeds=True, dtype=torch.float32):

@@ -11,7 +11,7 @@ from torch import nn
 from iqareward.diffusion.batches import Batch
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.policies.core import evaluating
-from iqareward.diffusion.policies.feed_forward import FeedForwardPolicy, charbonnier, l1, mse
+from iqareward.diffusion.policies.feed_forward import FeedForwardPolicy
 from tests.tolerances import EXACT
 
 
@@ -126,15 +126,26 @@ def test_half_precision():
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [(l1, lambda d: d.abs()), (mse, lambda d: d**2), (charbonnier, lambda d: (d**2 + 1e-6).sqrt())],
+    [
+        ("l1", lambda d: d.abs()),
+        ("mse", lambda d: d**2),
+        ("charbonnier", lambda d: (d**2 + 1e-6).sqrt()),
+        (lambda images, references: (images - references).pow(4).mean((1, 2, 3)), lambda d: d**4),
+    ],
 )
 def test_the_supervised_loss_is_chosen(loss, expected):
-    """One number per image."""
+    """By name or as a function; one number per image."""
     policy, degraded = FeedForwardPolicy(upscaler(1), loss=loss), torch.rand(3, 3, 8, 8)
     condition = policy.condition(Batch((0, 1, 2), degraded), Noise((0, 1, 2)))
     references = torch.rand(3, 3, 8, 8)
     losses = policy.sft_loss(references, condition, Noise((0, 1, 2)))
     torch.testing.assert_close(losses, expected(policy.model(degraded) - references).mean((1, 2, 3)))
+
+
+def test_an_unknown_loss_is_refused():
+    """With the names that there are."""
+    with pytest.raises(ValueError, match=r"among \['l1', 'mse', 'charbonnier'\] or a function, got 'l2'"):
+        FeedForwardPolicy(upscaler(1), loss="l2")
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # SwinIR as it was published

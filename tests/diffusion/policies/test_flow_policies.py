@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from iqareward.diffusion import (
     Batch,
+    FlowPolicy,
     FluxKontextPolicy,
     Noise,
     QwenImageEditPolicy,
@@ -20,10 +21,11 @@ from iqareward.diffusion.conditions import check_condition, repeat, select
 from iqareward.diffusion.policies.core import evaluating
 from iqareward.diffusion.policies.tokens import to_tokens
 from iqareward.diffusion.rollouts import replay
-from tests.diffusion.policies.flow_pipelines import SIZE, flux_kontext, qwen_edit, sd3_controlnet
+from tests.diffusion.policies.flow_pipelines import SIZE, flux_kontext, qwen_edit, sd3, sd3_controlnet
 
 PROMPTS = ("a cat", "a very big dog", "rain")
 BUILD = {
+    "flow": lambda **options: FlowPolicy.from_pipeline(sd3(), negative_prompt="bad", **options),
     "sd3": lambda **options: SD3ControlNetPolicy.from_pipeline(sd3_controlnet(), negative_prompt="bad", **options),
     "sd3-lora": lambda **options: SD3ControlNetPolicy.from_pipeline(
         sd3_controlnet(), negative_prompt="bad", train="transformer", lora_rank=2, **options
@@ -47,10 +49,10 @@ def built(kind, **options):
 KINDS = pytest.mark.parametrize("kind", BUILD)
 
 
-def inputs(count=2, *, prompts=True) -> Batch:
+def inputs(count=2, *, prompts=True, width=SIZE) -> Batch:
     """Random images of 8 bits, with captions of different lengths."""
     generator = torch.Generator().manual_seed(0)
-    degraded = torch.rand(count, 3, SIZE, SIZE, generator=generator).mul(255).round() / 255
+    degraded = torch.rand(count, 3, SIZE, width, generator=generator).mul(255).round() / 255
     return Batch(tuple(range(count)), degraded, degraded.flip(-1), prompts=PROMPTS[:count] if prompts else None)
 
 
@@ -63,9 +65,33 @@ def restored(policy, batch, num_steps=4):
     return condition, trajectory.latents[0], policy.decode(trajectory.sample, condition).clamp(0, 1)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_widened_sd3_begins_as_its_pipeline(guidance_scale) -> None:
+    """With zero weights for the degraded image, the same noise gives the images of the text-to-image pipeline."""
+    pipeline, batch = sd3(), inputs(width=24)
+    options = {"guidance_scale": guidance_scale, "negative_prompt": "bad"}
+    arguments = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "output_type": "pt"}
+    noise = Noise(batch.ids)("start", (4, SIZE // 2, 12))
+    prompts, _, pooled, _ = pipeline.encode_prompt(list(PROMPTS[:2]), None, None)
+    negative, _, pooled_negative, _ = pipeline.encode_prompt(["bad"], None, None)
+    theirs = pipeline(
+        latents=noise,
+        height=SIZE,
+        width=24,
+        prompt_embeds=prompts,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=negative.expand(2, -1, -1),
+        negative_pooled_prompt_embeds=pooled_negative.expand(2, -1),
+        **arguments,
+    ).images
+    policy = FlowPolicy.from_pipeline(pipeline, **options)
+    assert policy.model.config.in_channels == 8
+    assert_close(restored(policy, batch)[2], theirs, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("plain", "reads_prompt"), [(False, True), (True, True), (False, False)])
 def test_sd3_restores_as_its_pipeline(plain, reads_prompt) -> None:
-    """The same noise gives the same images, with guidance 7 and a negative prompt, for all three kinds of ControlNet."""
+    """The same noise gives the same images, with guidance 7 and a negative prompt, for three kinds of ControlNet."""
     pipeline = sd3_controlnet(plain=plain, reads_prompt=reads_prompt)
     policy, batch = SD3ControlNetPolicy.from_pipeline(pipeline, negative_prompt="bad"), inputs()
     condition, start, ours = restored(policy, batch)
@@ -87,7 +113,7 @@ def test_sd3_restores_as_its_pipeline(plain, reads_prompt) -> None:
 @pytest.mark.parametrize(("guidance_scale", "embedded"), [(1.0, True), (3.0, True), (1.0, False)])
 def test_kontext_restores_as_its_pipeline(guidance_scale, embedded) -> None:
     """The same noise gives the same images and noise levels, with either kind of guidance or none."""
-    pipeline, batch = flux_kontext(guidance_embeds=embedded), inputs()
+    pipeline, batch = flux_kontext(guidance_embeds=embedded), inputs(width=24)
     policy = FluxKontextPolicy.from_pipeline(pipeline, negative_prompt="bad", guidance_scale=guidance_scale)
     condition, start, ours = restored(policy, batch)
     negative = {} if guidance_scale == 1 else condition["negative"]
@@ -101,8 +127,8 @@ def test_kontext_restores_as_its_pipeline(guidance_scale, embedded) -> None:
         negative_prompt_embeds=negative.get("prompt"),
         negative_pooled_prompt_embeds=negative.get("pooled"),
         height=SIZE,
-        width=SIZE,
-        max_area=SIZE**2,
+        width=24,
+        max_area=SIZE * 24,
         _auto_resize=False,
         output_type="pt",
     ).images
@@ -121,8 +147,8 @@ def test_kontext_has_the_noise_levels_of_its_pipeline() -> None:
 def test_qwen_restores_as_its_pipeline(guidance_scale, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same noise gives the same images, with prompts of different lengths and its own form of guidance."""
     # The pipeline would make every picture as large as 1024x1024.
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (SIZE, SIZE, None))
-    pipeline, batch = qwen_edit(), inputs()
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (24, SIZE, None))
+    pipeline, batch = qwen_edit(), inputs(width=24)
     policy = QwenImageEditPolicy.from_pipeline(pipeline, negative_prompt="bad", guidance_scale=guidance_scale)
     condition, start, ours = restored(policy, batch)
     negative = {} if guidance_scale == 1 else condition["negative"]
@@ -137,7 +163,7 @@ def test_qwen_restores_as_its_pipeline(guidance_scale, monkeypatch: pytest.Monke
         negative_prompt_embeds=negative.get("prompt"),
         negative_prompt_embeds_mask=negative.get("mask"),
         height=SIZE,
-        width=SIZE,
+        width=24,
         output_type="pt",
     ).images
     assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -206,6 +232,7 @@ def adapters(policy):
 
 # What the last block writes into the text stream is read by no one.
 UNREAD = {
+    "flow": (),
     "sd3": ("transformer_blocks.0.attn.to_add_out.", "transformer_blocks.0.ff_context."),
     "sd3-lora": (),
     "flux": (),
@@ -222,7 +249,7 @@ def test_gradients_reach_what_trains(kind) -> None:
         expected = {name for name in adapters(policy) if not any(part in name for part in UNREAD[kind])}
         assert set(found) == expected
         assert all(gradient.isfinite().all() for gradient in found.values())
-    assert kind == "sd3" or all("lora_" in name for name in found)
+    assert kind in ("flow", "sd3") or all("lora_" in name for name in found)
 
 
 @KINDS
