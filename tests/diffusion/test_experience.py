@@ -6,10 +6,9 @@ import torch
 from iqareward.advantages import group_advantages
 from iqareward.diffusion import RolloutConfig, TrainConfig
 from iqareward.diffusion.rollouts import compare
-from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import ETA, KINDS, policy_of
-from tests.diffusion.train_tiny import contrast, trainer
+from tests.diffusion.train_tiny import contrast, experience_of, trainer, use_reward
 from tests.tolerances import EXACT, FORMULA_FP32
 
 SMALL = {"validation": None, "memory": None}
@@ -19,11 +18,11 @@ def test_stepwise_rewards_score_the_predicted_images(tmp_path):
     """A row for each step asked for, of the clean image predicted there, then one for the sample."""
     sampling = RolloutConfig(group_size=2, num_steps=4, reward_steps=(0, 2), inputs_at_once=2)
     run = trainer(tmp_path, rollout_config=sampling, **SMALL)
-    experience = run.experience(0, ROLLOUT)
+    experience = experience_of(run)
     path = experience.trajectory
     assert experience.rewards.shape == experience.advantages.shape == (3, 8)
     for row, latents in zip(experience.rewards, [path.clean[0], path.clean[2], path.sample], strict=True):
-        torch.testing.assert_close(row, contrast(run.policy.decode(latents).clamp(0, 1)), **FORMULA_FP32)
+        torch.testing.assert_close(row, contrast(run.policy.decode(latents, {}).clamp(0, 1)), **FORMULA_FP32)
     groups = torch.arange(4).repeat_interleave(2)
     for row, advantages in zip(experience.rewards, experience.advantages, strict=True):
         torch.testing.assert_close(advantages, group_advantages(row, groups).values, **FORMULA_FP32)
@@ -35,7 +34,7 @@ def test_every_policy_learns_in_a_window(tmp_path, kind):
     sampling = RolloutConfig(group_size=2, num_steps=4, eta=ETA[kind], window=range(1, 3), reward_steps=(1,))
     run = trainer(tmp_path, rollout_config=sampling, policy=policy_of(kind), **SMALL)
     before = [weight.detach().clone() for weight in run.learner.weights]
-    assert run.experience(0, ROLLOUT).trajectory.stochastic == (1, 2)
+    assert experience_of(run).trajectory.stochastic == (1, 2)
     line = run.train(1)[-1]
     assert torch.tensor([line["rl_loss"], line["sft_loss"], line["grad_norm"]]).isfinite().all()
     assert any(not torch.equal(old, new) for old, new in zip(before, run.learner.weights, strict=True))
@@ -45,7 +44,7 @@ def test_inputs_without_spread_are_left_to_sft(tmp_path):
     """A reward that is the same for all, or differs less than its noise: no input has a signal, no weight is for RL."""
     flat = NoReference(lambda images: 0 * contrast(images) + 3, name="flat", higher_is_better=True)
     run = trainer(tmp_path / "flat", **SMALL)
-    run.reward = flat
+    use_reward(run, flat)
     line = run.train(1)[-1]
     assert (line["has_signal"], line["rl_share"], line["rl_loss"]) == (0, 0, 0)
     noisy = trainer(tmp_path / "noisy", train_config=TrainConfig(inputs_per_update=4, std_floor=10.0), **SMALL)

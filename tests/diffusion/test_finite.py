@@ -25,7 +25,7 @@ from iqareward.functional.psnr import psnr
 from iqareward.monitor import HackingMonitor
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import SIZE, images
-from tests.diffusion.train_tiny import contrast, trainer
+from tests.diffusion.train_tiny import contrast, experience_of, trainer, use_reward
 from tests.tolerances import EXACT
 
 KINDS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
@@ -43,11 +43,11 @@ class BadPixel:
     def __len__(self):
         return len(self.pairs)
 
-    def batch(self, ids):
-        degraded, references = self.pairs.batch(ids)
-        if self.active():
-            (references if self.place == "reference" else degraded)[1, 0, 3, 3] = self.value
-        return degraded, references
+    def __getitem__(self, index):
+        item = {name: image.clone() for name, image in self.pairs[index].items()}
+        if self.active() and index == self.active.bad:
+            item["gt" if self.place == "reference" else "lq"][0, 3, 3] = self.value
+        return item
 
 
 def inject(run, place, kind):
@@ -56,6 +56,7 @@ def inject(run, place, kind):
     def now():
         return run.updates == BAD_UPDATE
 
+    now.bad = run.order.ids(BAD_UPDATE)[1]
     value, policy, learner = KINDS.get(kind), run.policy, run.learner
     if place == "loss":  # one row of one forward pass overflows
         plain = policy.sft_loss
@@ -68,7 +69,7 @@ def inject(run, place, kind):
     elif place == "gradient":
         learner.weights[0].register_hook(lambda gradient: gradient * value if now() else gradient)
     elif place == "reward":
-        run.reward = Broken(run.reward, value, now)
+        use_reward(run, Broken(run.rewards["reward"], value, now))
     elif place in ("reference", "degraded"):
         run.pairs = BadPixel(run.pairs, place, value, now)
     elif place == "EMA":
@@ -81,7 +82,7 @@ def inject(run, place, kind):
 
         learner.ema.step = poisoned
     else:
-        for group in learner.optimizer.param_groups:
+        for group in learner.updates.optimizer.param_groups:
             group["lr"] = kind
 
 
@@ -148,7 +149,7 @@ def test_a_skipped_step_changes_nothing_that_learns(tmp_path, place):
     inject(run, place, "nan")
     run.update()
     before = run.learner.state_dict()
-    before = {name: [part.clone() for part in tensors_of(before[name])] for name in ("model", "optimizer", "ema")}
+    before = {name: [part.clone() for part in tensors_of(before[name])] for name in ("model", "updates", "ema")}
     with pytest.warns(RuntimeWarning, match="update 2: skipped") as told:
         record = run.update()
     assert record["skipped"] == 1
@@ -178,7 +179,7 @@ def test_failures_in_a_row_end_the_run(tmp_path, place):
     if place == "gradient":
         run.learner.weights[0].register_hook(lambda gradient: gradient * (torch.nan if run.updates > 1 else 1))
     else:
-        run.reward = Broken(run.reward, float("inf"), lambda: run.updates > 1)
+        use_reward(run, Broken(run.rewards["reward"], float("inf"), lambda: run.updates > 1))
     with pytest.raises(TrainingError, match="2 updates in a row failed") as error:
         run.train(9, save_every=1)
     assert str(sorted(run.order.ids(3))) in str(error.value) or str(run.order.ids(3)) in str(error.value)
@@ -192,7 +193,7 @@ def test_a_good_update_forgives(tmp_path):
     """Every other update fails and the run ends well; a checkpoint that is due waits for a good update."""
     options = TrainConfig(learning_rate=1e-3, inputs_per_update=4, max_failed_updates=2)
     run = trainer(tmp_path, train_config=options, validation=None)
-    run.reward = Broken(run.reward, float("nan"), lambda: run.updates % 2 == 1)
+    use_reward(run, Broken(run.rewards["reward"], float("nan"), lambda: run.updates % 2 == 1))
     history = run.train(5, save_every=2)
     assert [line["scored"] for line in history[1:]] == [1, 0, 1, 0, 1]
     assert load_state(previous(tmp_path / "checkpoint.pt"))["updates"] == 3
@@ -238,8 +239,9 @@ def test_a_reward_too_large_for_float32_is_not_scored(tmp_path, size):
     """In float64 it is finite; here no image has a score, and the run says so."""
     huge = NoReference(contrast, name="huge", higher_is_better=True)
     run = trainer(tmp_path, reward=huge, validation=None)
-    run.reward = lambda images, references: contrast(images).double() * size
-    run.reward.name = "huge"
+    huge = lambda images, references: contrast(images).double() * size  # noqa: E731
+    huge.name = "huge"
+    use_reward(run, huge)
     with pytest.raises(TrainingError, match="huge scored no image"), pytest.warns(RuntimeWarning, match="scored no"):
         run.train(9)
 
@@ -262,23 +264,23 @@ def test_a_reward_that_answers_something_else_is_named(tmp_path, answer, place):
     error, reward = ANSWERS[answer]
     reward = partial(reward)
     reward.name = "odd"
-    run.reward = reward
+    use_reward(run, reward)
     with pytest.raises(error, match=r"'odd' was expected .*\[4\].*got"):
-        run.experience(0, 1) if place == "update" else run.validate()
+        experience_of(run) if place == "update" else run.validate()
 
 
 def test_one_infinite_reward_is_not_scored(tmp_path):
     """It has advantage 0 and enters no mean, and the memory of its input does not see it."""
     run = trainer(tmp_path, validation=None)
-    plain = run.reward
+    plain = run.rewards["reward"]
 
     def with_infinity(images, references):
         scores = plain(images)
         scores[0] = torch.inf
         return scores
 
-    run.reward = with_infinity
-    experience = run.experience(0, 1)
+    use_reward(run, with_infinity)
+    experience = experience_of(run)
     assert experience.rewards.isnan().sum() == 2  # two parts of two inputs, one rollout each
     assert experience.advantages.isfinite().all()
     assert not run.memory.state_dict()["rewards"].isinf().any()
@@ -293,9 +295,9 @@ def test_every_input_of_a_batch_can_be_unusable(tmp_path):
         memory=None,
         rollout_config=RolloutConfig(2, 2),
     )
-    degraded, references = run.pairs.batch(range(16))
-    degraded[run.order.ids(0)] = torch.nan
-    run.pairs = StoredPairs(degraded, references)
+    stored = StoredPairs.of(run.pairs)
+    stored.degraded[run.order.ids(0)] = torch.nan
+    run.pairs = stored
     with pytest.warns(RuntimeWarning, match="left out 1 inputs"):
         history = run.train(2)
     assert [line["left_out"] for line in history[1:]] == [1, 0]
@@ -320,9 +322,10 @@ def test_validation_learns_nothing_from_what_is_not_scored():
     """A reward that is NaN or infinite changes neither the best value nor the patience; both are told."""
     values = iter([1.0, float("inf"), float("nan"), 0.5])
     stopping = lambda images, references: torch.full((len(images),), next(values))  # noqa: E731
-    validation = Validation(images(4), images(4), {"stopping": stopping}, num_steps=1, stop_on="stopping", patience=2)
+    validation = Validation(StoredPairs(images(4), images(4)), {"stopping": stopping}, num_steps=1, stop_on="stopping", patience=2)
     policy = build_restorer((8, 16))
-    found = [validation(policy, NoReference(contrast, name="c", higher_is_better=True), seed=0) for _ in range(4)]
+    reward = {"c": NoReference(contrast, name="c", higher_is_better=True)}
+    found = [validation(policy, reward, [1.0], seed=0) for _ in range(4)]
     assert [look["best"] for look in found] == [True, False, False, False]
     assert (validation.best, validation.since_best) == (1.0, 1)
     assert [bool(look["alarms"]) for look in found] == [False, True, True, False]
@@ -343,7 +346,7 @@ def test_held_out_images_must_be_finite():
     degraded = images(3)
     degraded[1, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"inputs \[1\]"):
-        Validation(degraded, images(3), {})
+        Validation(StoredPairs(degraded, images(3)), {})
 
 
 def test_a_model_that_is_not_finite_is_not_written(tmp_path):
@@ -359,12 +362,12 @@ def test_a_model_that_is_not_finite_is_not_written(tmp_path):
 
 def test_sft_leaves_out_a_bad_input():
     """One NaN pixel in one degraded image: the model stays finite and learns from the others."""
-    degraded, references = SyntheticPairs(8, size=SIZE).batch(range(8))
-    degraded[3, 1, 2, 2] = torch.nan
+    stored = StoredPairs.of(SyntheticPairs(8, size=SIZE))
+    stored.degraded[3, 1, 2, 2] = torch.nan
     policy = build_restorer((8, 16))
     before = policy.model.conv_in.weight.detach().clone()
     options = {"num_updates": 2, "batch_size": 4, "learning_rate": 1e-3, "show_progress": False}
-    losses = supervised(policy, StoredPairs(degraded, references), **options)
+    losses = supervised(policy, stored, **options)
     assert torch.tensor(losses).isfinite().all()
     assert all(weight.isfinite().all() for weight in policy.model.parameters())
     assert not torch.equal(policy.model.conv_in.weight, before)

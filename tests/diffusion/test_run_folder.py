@@ -94,7 +94,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
     trainer(tmp_path, validation=None).train(1)
 
 
-SLOWER = {"learning_rate": 1e-3, "inputs_per_update": 4, "micro_batch": 2, "balance_every": 2, "ema_decay": 0.9}
+SLOWER = {"learning_rate": 1e-3, "inputs_per_update": 4, "rows_at_once": 4, "balance_every": 2, "ema_decay": 0.9}
 CHANGES = {
     "seed": {"seed": 1},
     "reward.name": {"reward": NoReference(contrast, name="other", higher_is_better=True)},
@@ -138,7 +138,7 @@ def test_a_memory_that_was_not_there_is_named_and_can_be_allowed(tmp_path):
     run = trainer(tmp_path, train_config=TrainConfig(learning_rate=1e-2, inputs_per_update=4, ema_decay=0.5))
     assert run.load(allow_changes=True)
     saved = load_state(tmp_path / "checkpoint.pt")["learner"]
-    assert [group["lr"] for group in run.learner.optimizer.param_groups] == [1e-2]
+    assert [group["lr"] for group in run.learner.updates.optimizer.param_groups] == [1e-2]
     with run.learner.averaged():
         for name, weight in trained_weights(run.policy.model).items():
             torch.testing.assert_close(weight, saved["model"][name], **EXACT)
@@ -167,7 +167,7 @@ def test_a_part_that_cannot_be_loaded_leaves_the_trainer_as_it_was(begun, tmp_pa
         torch.testing.assert_close(after["model"][key], weight, **EXACT)
     for old, new in zip(before["ema"]["shadow_params"], after["ema"]["shadow_params"], strict=True):
         torch.testing.assert_close(new, old, **EXACT)
-    assert after["optimizer"]["state"] == before["optimizer"]["state"] == {}
+    assert after["updates"]["optimizer"]["state"] == before["updates"]["optimizer"]["state"] == {}
     assert (run.updates, run.history) == (0, [])
 
 

@@ -21,11 +21,10 @@ from PIL import Image
 from iqareward.diffusion import DiffusionNFT, DirectRewardGradient, RolloutConfig, TrainConfig, add_lora
 from iqareward.diffusion.checkpoint import load_state, trained_weights
 from iqareward.diffusion.pairs import InputOrder
-from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule, constant
 from tests.diffusion.tiny import pixel_policy
-from tests.diffusion.train_tiny import contrast, overflow, trainer
+from tests.diffusion.train_tiny import contrast, experience_of, overflow, trainer
 from tests.gpu import on_devices
 from tests.rewards.counting import Brightness
 from tests.tolerances import FORMULA_FP32
@@ -91,11 +90,11 @@ def test_two_processes_do_what_one_does(tmp_path):
             assert line[name] == wanted, name
 
 
-def test_micro_batches_and_overlap_change_nothing(tmp_path):
-    """Neither the number of inputs per backward pass nor scoring in another thread changes the step."""
+def test_rows_at_once_and_overlap_change_nothing(tmp_path):
+    """Neither the number of rows per pass nor scoring in another thread changes the step."""
     runs = []
-    for size, overlap in ((4, False), (1, True)):
-        optimization = TrainConfig(learning_rate=1e-3, inputs_per_update=4, micro_batch=size)
+    for size, overlap in ((None, False), (3, True)):
+        optimization = TrainConfig(learning_rate=1e-3, inputs_per_update=4, rows_at_once=size)
         run = trainer(tmp_path / str(size), train_config=optimization, overlap=overlap, validation=None)
         run.train(1)
         runs.append(run)
@@ -118,14 +117,14 @@ def test_overlap_scores_on_a_thread_and_a_stream_of_its_own(tmp_path, device):
 
     options = {"accelerator": Accelerator(cpu=device == "cpu"), "validation": None, "memory": None}
     run = trainer(tmp_path, reward=Watched(), overlap=True, **options)
-    experience = run.experience(0, ROLLOUT)
-    images = run.policy.decode(experience.trajectory.sample).clamp(0, 1)
+    experience = experience_of(run)
+    images = run.policy.decode(experience.trajectory.sample, {}).clamp(0, 1)
     torch.testing.assert_close(experience.rewards[0], images.mean((1, 2, 3)), **FORMULA_FP32)
     assert len(set(seen)) == 1
     assert seen[0][0] is not threading.current_thread()
     assert device == "cpu" or seen[0][1] != torch.cuda.current_stream()
     with pytest.raises(ArithmeticError, match="as told"):
-        run.experience(1, ROLLOUT)
+        experience_of(run, 1)
 
 
 def test_overlap_wants_a_whole_reward(tmp_path):
@@ -190,7 +189,7 @@ def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):
             policy.model = add_lora(policy.model, rank=2)
             run = type(run)(
                 policy,
-                run.reward,
+                run.rewards,
                 run.pairs,
                 output_dir=tmp_path / name,
                 train_config=optimization,
@@ -276,7 +275,9 @@ OUT_OF_RANGE = {
     "weight_decay": (-1.0, NAN, INF),
     "max_grad_norm": (0.0, -1.0, NAN),
     "inputs_per_update": (0, -1, 1.5),
-    "micro_batch": (0, -1, 1.5),
+    "rows_at_once": (0, -1, 1.5),
+    "minibatches": (0, 1.5),
+    "epochs": (0, 1.5),
     "kl_beta": (-0.1, NAN, INF),
     "sft_scale": (-1.0, NAN, INF),
     "balance_every": (0, NAN),

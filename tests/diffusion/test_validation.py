@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import iqareward
-from iqareward.diffusion import Validation, decoder_ceiling, synthetic_images
+from iqareward.diffusion import StoredPairs, Validation, decoder_ceiling, synthetic_images
 from iqareward.diffusion.validation import image_grid, save_grid, seam_strength
 from iqareward.functional.filters import blur_valid
 from iqareward.rewards.metric import NoReference
@@ -59,16 +59,16 @@ def test_labels_and_captions_are_drawn():
 def test_a_grid_shows_the_first_restorations_too():
     """Not while they are the present ones; kept with the state, so that a resumed run shows the same grid."""
     degraded, references = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    reward = NoReference(contrast, name="contrast", higher_is_better=True)
-    validation, resumed = (Validation(degraded, references, {}, num_steps=2) for _ in range(2))
+    reward = {"contrast": NoReference(contrast, name="contrast", higher_is_better=True)}
+    validation, resumed = (Validation(StoredPairs(degraded, references), {}, num_steps=2) for _ in range(2))
     with pytest.raises(ValueError, match="Call the validation first"):
         validation.grid(degraded, torch.zeros(3), update=0)
-    found = validation(pixel_policy(), reward, seed=0)
+    found = validation(pixel_policy(), reward, [1.0], seed=0)
     first = validation.grid(found["images"], found["scores"]["reward"], update=0)
     resumed.load_state_dict(validation.state_dict())
     grids = []
     for one in (validation, resumed):
-        found = one(pixel_policy(), reward, seed=1)
+        found = one(pixel_policy(), reward, [1.0], seed=1)
         grids.append(one.grid(found["images"], found["scores"]["reward"], update=5))
     assert first.height / 3 == pytest.approx(grids[0].height / 4, rel=0.02)
     torch.testing.assert_close(*map(pixels_of, grids), **EXACT)
@@ -153,5 +153,11 @@ def test_tile_seams_show_in_the_ceiling(scenes):
 def test_latent_policies_have_a_ceiling(kind, scenes):
     """The policies' own encoder and decoder are what it takes; an untrained autoencoder keeps little."""
     policy = policy_of(kind)
-    report = decoder_ceiling(policy.encode, policy.decode, scenes, iqareward.load("ssim"))
+    condition = {"latents": None}
+    report = decoder_ceiling(
+        lambda images: policy.encode(images, condition),
+        lambda latents: policy.decode(latents, condition),
+        scenes,
+        iqareward.load("ssim"),
+    )
     assert (report.scores < report.reference_scores).all()

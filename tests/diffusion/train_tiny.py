@@ -21,8 +21,9 @@ from iqareward.diffusion import (
     TrainConfig,
     Validation,
 )
+from iqareward.diffusion import batches
 from iqareward.diffusion.checkpoint import latest, load_state, trained_weights
-from iqareward.diffusion.policies import unwrapped
+from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.functional.psnr import psnr
 from iqareward.rewards.metric import FullReference, NoReference
 from tests.diffusion.tiny import SIZE, pixel_policy
@@ -36,13 +37,13 @@ def contrast(images):
 def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrainer:
     """A trainer of the tiny pixel policy with everything that has a state."""
     pairs = options.pop("pairs", None) or SyntheticPairs(16, size=SIZE)
-    held_out = SyntheticPairs(4, size=SIZE, seed=1).batch(range(4))
+    held_out = SyntheticPairs(4, size=SIZE, seed=1)
     defaults = {
         "rollout_config": RolloutConfig(group_size=2, num_steps=3, inputs_at_once=2),
         "train_config": TrainConfig(
-            learning_rate=1e-3, inputs_per_update=4, micro_batch=2, sft_scale=sft_scale, balance_every=2, ema_decay=0.9
+            learning_rate=1e-3, inputs_per_update=4, rows_at_once=4, sft_scale=sft_scale, balance_every=2, ema_decay=0.9
         ),
-        "validation": Validation(*held_out, {"psnr": FullReference(psnr, higher_is_better=True)}, num_steps=3),
+        "validation": Validation(held_out, {"psnr": FullReference(psnr, higher_is_better=True)}, num_steps=3),
         "memory": RewardMemory(16, length=4),
         "accelerator": options.pop("accelerator", None) or Accelerator(cpu=True),
         "show_progress": False,
@@ -55,7 +56,7 @@ def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrain
 
 def overflow(run: DifficultyAdaptiveTrainer) -> None:
     """The SFT loss of the last input of the first update is NaN, and a pixel of the last input of the second one."""
-    plain, spoilt = run.policy.sft_loss, run.pairs.batch(run.order.ids(0)[-1:])[1]
+    plain, spoilt = run.policy.sft_loss, batches(run.pairs, run.order.ids(0)[-1:])[0].references
     stored = StoredPairs.of(run.pairs)
     stored.degraded[run.order.ids(1)[-1], 0, 0, 0] = torch.nan
     run.pairs = stored
@@ -65,6 +66,17 @@ def overflow(run: DifficultyAdaptiveTrainer) -> None:
         return plain(references, *more) * torch.where(hit, torch.nan, 1.0)
 
     run.policy.sft_loss = sft_loss
+
+
+def experience_of(run: DifficultyAdaptiveTrainer, update: int = 0, purpose: int = ROLLOUT):
+    """What the run samples and scores for an update."""
+    read = batches(run.pairs, run.order.ids(update), run.accelerator.device)
+    return run.experiences(read, update, purpose)[0]
+
+
+def use_reward(run: DifficultyAdaptiveTrainer, reward) -> None:
+    """Let the run score with another reward from now on."""
+    run.rewards, run.scorers = {"reward": reward}, [reward]
 
 
 def kill_again_and_again(folder: Path, kills: int) -> None:
@@ -126,7 +138,7 @@ def main() -> None:
         overflow(run)
     run.train(options.updates, save_every=1, validate_every=2, resume=True)
     if run.accelerator.is_main_process:
-        torch.save(trained_weights(unwrapped(run.policy.model)), options.folder / "final.pt")
+        torch.save(trained_weights(run.policy.model), options.folder / "final.pt")
     run.accelerator.end_training()
 
 
