@@ -6,6 +6,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributions import Normal
 
 from iqareward.diffusion import DDIM, IRSDE, FlowCPS, FlowSDE, ResShift, Transition
@@ -126,25 +128,26 @@ def follow(theirs, process, num_steps, eta):
     """Run an Euler scheduler and our process on the same answers and noise, and compare scaled latents throughout."""
     theirs.set_timesteps(num_steps)
     scale = [math.sqrt(1 + sigma**2) for sigma in theirs.sigmas.tolist()]
+    # their latents are as large as sigma (4096 with zero terminal signal), in fp32
+    close = {"rtol": 1e-4, "atol": max(1e-4, scale[0] * 2**-22)}
     latents, start = theirs.init_noise_sigma * normal(2, 4, 4, 4), process.start(normal(2, 4, 4, 4))
     torch.testing.assert_close(start, latents / scale[0], **CLOSE)
     ours = start
     for number, (step, time) in enumerate(zip(process.schedule(num_steps), theirs.timesteps, strict=True)):
         output = normal(2, 4, 4, 4, seed=number)
-        torch.testing.assert_close(theirs.scale_model_input(latents, time), ours, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs.scale_model_input(latents, time), ours, **close)
         latents = theirs.step(output, time, latents, generator=torch.Generator().manual_seed(99)).prev_sample
         transition = process.transition(output, ours, step, eta=eta)
         ours = transition.mean + transition.std * normal(2, 4, 4, 4, seed=99)
         assert step.time == float(time)
-        # sigmas up to 4096, of which theirs take differences in fp32
-        torch.testing.assert_close(ours, latents / scale[number + 1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, latents / scale[number + 1], **close)
 
 
 @pytest.mark.parametrize("name", EULER)
 def test_euler_schedulers_are_followed_in_scaled_latents(name):
     """With eta = 0 the samples are those of EulerDiscreteScheduler, whatever its sigmas."""
     config = SIGMAS | EULER[name]
-    for num_steps in (1, 4, 7, 25):
+    for num_steps in (2, 4, 7, 25):
         follow(
             diffusers.EulerDiscreteScheduler(**config), DDIM(diffusers.EulerDiscreteScheduler(**config)), num_steps, 0.0
         )
@@ -154,7 +157,7 @@ def test_euler_schedulers_are_followed_in_scaled_latents(name):
 def test_euler_ancestral_is_followed_in_scaled_latents(name):
     """With eta = 1 the samples are those of EulerAncestralDiscreteScheduler."""
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**SIGMAS, **EULER[name])
-    for num_steps in (1, 4, 25):
+    for num_steps in (2, 4, 25):
         follow(scheduler, DDIM(diffusers.EulerAncestralDiscreteScheduler.from_config(scheduler.config)), num_steps, 1.0)
 
 
@@ -206,7 +209,9 @@ def test_pndm_has_the_times_of_ddim():
 )  # fmt: skip
 def test_only_schedulers_that_clip_are_clipped(kind):
     """A perfect answer keeps the range of normal latents, also if a configuration holds another class's clipping."""
-    scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(diffusers.DDIMScheduler(**SIGMAS).config)
+    scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(
+        diffusers.DDIMScheduler(**SIGMAS, clip_sample=True).config
+    )
     clips = kind in ("LCM", "DDPM", "DDIM")  # whose own `clip_sample` is True in that configuration
     process = DDIM.from_scheduler(scheduler)
     clean, noise, step = normal(1, 4, 64, 64), normal(1, 4, 64, 64, seed=1), process.schedule(4)[-2]
@@ -281,6 +286,223 @@ def test_cps_with_all_noise_exchanged_is_stochastic_sampling_of_diffusers():
         torch.testing.assert_close(latents, expected, **CLOSE)
 
 
+def shift_of(tokens, config):
+    """`calculate_shift` of the Flux and Qwen pipelines."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return tokens * slope + config.base_shift - slope * config.base_image_seq_len
+
+
+QWEN = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+
+
+@pytest.mark.parametrize("process_class", [FlowSDE, FlowCPS])
+@pytest.mark.parametrize("options", [{}, QWEN], ids=["flux", "qwen"])
+@pytest.mark.parametrize("tokens", [16, 1024, 4096])
+@pytest.mark.parametrize("num_steps", [1, 4, 28])
+def test_flow_schedules_are_those_of_the_edit_pipelines(process_class, options, tokens, num_steps):
+    """Flux Kontext's and Qwen-Image-Edit's sigmas, which they give to the scheduler with a shift for the resolution."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+    process = process_class(diffusers.FlowMatchEulerDiscreteScheduler.from_config(theirs.config))
+    sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+    if num_steps == 1 and options:
+        pytest.skip("one step has no terminal sigma to stretch to")
+    theirs.set_timesteps(sigmas=sigmas, mu=shift_of(tokens, theirs.config))
+    steps = process.schedule(num_steps, tokens=tokens)
+    assert [step.now for step in steps] == pytest.approx(theirs.sigmas[:-1].tolist(), abs=1e-6)
+    assert [step.then for step in steps] == pytest.approx(theirs.sigmas[1:].tolist(), abs=1e-6)
+    assert [step.time for step in steps] == pytest.approx(theirs.timesteps.tolist(), rel=1e-6)
+
+
+def test_flow_schedule_of_kontext_at_64_pixels():
+    """The published pipeline's four sigmas; the last step is not a dead one. A fixed `mu` replaces the tokens."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    expected = [1, 0.826, 0.613, 0.345]
+    assert [step.now for step in FlowSDE(scheduler).schedule(4, tokens=16)] == pytest.approx(expected, abs=5e-4)
+    fixed = FlowSDE(scheduler, mu=shift_of(16, scheduler.config)).schedule(4)
+    assert [step.now for step in fixed] == pytest.approx(expected, abs=5e-4)
+    with pytest.raises(ValueError, match="tokens"):
+        FlowSDE(scheduler).schedule(4)
+
+
+def test_linspace_sigmas_can_be_chosen():
+    """SD3 lets the scheduler choose, which ends in a dead step; Flux-schnell gives sigmas to a fixed shift."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    found = FlowSDE(scheduler).schedule(4)
+    assert [step.now for step in found] == pytest.approx(scheduler.sigmas[:-1].tolist())
+    schnell = FlowSDE(diffusers.FlowMatchEulerDiscreteScheduler(), linspace_sigmas=True)
+    assert [step.now for step in schnell.schedule(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert FlowSDE(scheduler).noise_level(found[-1]) < 0.01 < 0.3 < schnell.noise_level(schnell.schedule(4)[-1])
+
+
+def resshift_etas(steps, kappa, power, end=0.99):
+    """Levels of the ResShift paper's section 2.2 in fp64: b0^beta_t with beta_t = ((t - 1) / (T - 1))^p (T - 1)."""
+    first = min(0.04 / kappa, 0.04, math.sqrt(0.001)) ** 2
+    b0 = math.exp(math.log(end**2 / first) / (2 * (steps - 1)))
+    beta = ((np.arange(steps) / (steps - 1)) ** power) * (steps - 1)
+    return (math.sqrt(first) * b0**beta) ** 2
+
+
+@pytest.mark.parametrize(("steps", "kappa", "power"), [(15, 2.0, 0.3), (4, 2.0, 0.3), (15, 1.0, 0.8)])
+def test_resshift_is_that_of_the_paper(steps, kappa, power):
+    """Marginals, posterior mean and variance (equations 2 and 7), input scaling and start, from numpy in fp64."""
+    process = ResShift(steps=steps, kappa=kappa, power=power)
+    etas = resshift_etas(steps, kappa, power)
+    clean, noise, anchor = (normal(1, 3, 4, 4, seed=seed).double().numpy() for seed in range(3))
+    as_torch = [torch.from_numpy(value).float() for value in (clean, noise, anchor)]
+    schedule = process.schedule(steps)
+    assert [step.time for step in schedule] == list(range(steps - 1, -1, -1))
+    for step in schedule:
+        index = int(step.time)
+        eta, before, time = etas[index], etas[index - 1] if index else 0.0, torch.tensor([index])
+        latents = clean + eta * (anchor - clean) + kappa * math.sqrt(eta) * noise
+        found = process.add_noise(as_torch[0], as_torch[1], time, as_torch[2])
+        torch.testing.assert_close(found, torch.from_numpy(latents).float(), **CLOSE)
+        transition = process.transition(as_torch[0], found, step, eta=1.0, anchor=as_torch[2])
+        mean = before / eta * latents + (eta - before) / eta * clean
+        torch.testing.assert_close(transition.mean, torch.from_numpy(mean).float(), **CLOSE)
+        assert transition.std**2 == pytest.approx(kappa**2 * before / eta * (eta - before), rel=1e-5)
+        scaled = latents / math.sqrt(1 + kappa**2 * eta)
+        torch.testing.assert_close(process.scale_input(found, time), torch.from_numpy(scaled).float(), **CLOSE)
+    start = torch.from_numpy(anchor + kappa * math.sqrt(etas[-1]) * noise).float()
+    torch.testing.assert_close(process.start(as_torch[1], as_torch[2]), start, **CLOSE)
+
+
+def irsde_integrals(steps, delta):
+    """The time integral of theta from 0 to t, of a cosine schedule, in fp64; its last is -log(delta)."""
+    position = np.arange(steps + 3) / (steps + 2)
+    alpha_bars = np.cos((position + 0.008) / 1.008 * math.pi / 2) ** 2
+    theta = 1 - (alpha_bars / alpha_bars[0])[1:-1]
+    integral = np.cumsum(theta) - theta[0]
+    return integral * -math.log(delta) / integral[-1]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "score"])
+def test_irsde_is_that_of_the_paper(prediction_type):
+    """Marginals (equation 6), optimum reverse state and posterior variance (equation 14), from numpy in fp64."""
+    steps, delta, strength = 100, 0.005, 50 / 255
+    process = IRSDE(steps=steps, delta=delta, max_sigma=strength, prediction_type=prediction_type)
+    integral = irsde_integrals(steps, delta)
+    clean, noise, anchor = (normal(1, 3, 4, 4, seed=seed).double().numpy() for seed in range(3))
+    as_torch = [torch.from_numpy(value).float() for value in (clean, noise, anchor)]
+    schedule = process.schedule(steps)
+    assert [step.time for step in schedule] == list(range(steps, 0, -1))
+    for step in schedule:
+        index, time = int(step.time), torch.tensor([int(step.time)])
+        full, before = integral[index], integral[index - 1]
+        variance = strength**2 * (1 - math.exp(-2 * full))
+        latents = anchor + (clean - anchor) * math.exp(-full) + math.sqrt(variance) * noise
+        found = process.add_noise(as_torch[0], as_torch[1], time, as_torch[2])
+        torch.testing.assert_close(found, torch.from_numpy(latents).float(), **CLOSE)
+        output = {"epsilon": noise, "sample": clean, "score": -noise / math.sqrt(variance)}[prediction_type]
+        output = torch.from_numpy(output).float()
+        torch.testing.assert_close(
+            process.target(as_torch[0], as_torch[1], time, as_torch[2]), output, rtol=1e-4, atol=1e-5
+        )
+        # with delta = 0.005, the last steps divide rounding errors of the latents by exp(-b) >= 0.005
+        transition = process.transition(output, found, step, eta=1.0, anchor=as_torch[2])
+        of_latents = (1 - math.exp(-2 * before)) / (1 - math.exp(-2 * full)) * math.exp(before - full)
+        of_clean = (1 - math.exp(2 * (before - full))) / (1 - math.exp(-2 * full)) * math.exp(-before)
+        mean = of_latents * (latents - anchor) + of_clean * (clean - anchor) + anchor
+        torch.testing.assert_close(transition.mean, torch.from_numpy(mean).float(), **CLOSE)
+        share = (1 - math.exp(2 * (before - full))) * (1 - math.exp(-2 * before)) / (1 - math.exp(-2 * full))
+        assert transition.std == pytest.approx(strength * math.sqrt(share), rel=1e-5, abs=1e-9)
+    start = torch.from_numpy(anchor + strength * noise).float()
+    torch.testing.assert_close(process.start(as_torch[1], as_torch[2]), start, **CLOSE)
+
+
+def test_one_step_of_resshift_is_the_answer():
+    """SinSR's single step starts at the noisiest time and ends in the network's answer."""
+    (step,) = ResShift().schedule(1)
+    answer = normal(1, 3, 4, 4)
+    transition = ResShift().transition(answer, normal(1, 3, 4, 4, seed=1), step, eta=1.0, anchor=answer)
+    assert (step.time, step.then, transition.std) == (14.0, 0.0, 0.0)
+    torch.testing.assert_close(transition.mean, answer, **CLOSE)
+    with pytest.raises(ValueError, match=r"num_steps in \[1, 15\]"):
+        ResShift().schedule(16)
+
+
+PROCESSES = {
+    "ddim": lambda: DDIM(diffusers.DDIMScheduler(clip_sample=False)),
+    "ancestral": lambda: DDIM(diffusers.DDPMScheduler(clip_sample=False, timestep_spacing="linspace")),
+    "v": lambda: DDIM(diffusers.DDPMScheduler(clip_sample=False, prediction_type="v_prediction")),
+    "euler": lambda: DDIM(diffusers.EulerDiscreteScheduler(**SIGMAS, use_karras_sigmas=True)),
+    "lcm": lambda: DDIM(diffusers.LCMScheduler()),
+    "resshift": ResShift,
+    "irsde": IRSDE,
+    "cps": lambda: FlowCPS(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@settings(deadline=None, max_examples=25)
+@given(eta=st.floats(0, 1), num_steps=st.integers(1, 12), where=st.floats(0, 0.999), scale=st.floats(0, 3))
+def test_steps_keep_the_distribution(name, eta, num_steps, where, scale):
+    """From the marginal at one level a step leads to that at the next, with any eta, for a point and for a Gaussian.
+
+    A step is linear in latents and output, so with an answer that knows clean latents and noise it maps `(a, s)`, the
+    shares of the two, to the shares of its mean; fresh noise is added to the second.
+    """
+    process = PROCESSES[name]()
+    schedule = process.schedule(num_steps)
+    step = schedule[int(where * num_steps)]
+    (signal, noise), (next_signal, next_noise) = process.coefficients(step.now), process.coefficients(step.then)
+    anchor = torch.full((2, 1), 0.3)
+    base = (1 - signal) * 0.3 if process.anchored else 0.0
+    clean, unit = (
+        torch.tensor([[scale], [0.0]]),
+        torch.tensor([[0.0], [1.0]]),
+    )  # first clean latents only, then noise only
+    answer = {"epsilon": unit, "sample": clean, "v_prediction": signal * unit - noise * clean, "velocity": unit - clean}
+    output, latents = answer[process.prediction_type], signal * clean + noise * unit + base
+    transition = process.transition(output, latents, step, eta=eta, anchor=anchor)
+    kept = transition.mean - ((1 - next_signal) * 0.3 if process.anchored else 0.0)
+    # The levels are up to 30 times noise to signal in fp32, so 1e-5 of rounding in the latents.
+    assert kept[0].item() == pytest.approx(next_signal * scale, abs=1e-4)
+    assert kept[1].item() ** 2 + transition.std**2 == pytest.approx(next_noise**2, abs=1e-4)
+    if eta == 0:
+        assert transition.std == 0
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "sde"])
+@settings(deadline=None, max_examples=25)
+@given(eta=st.just(0.0) | st.floats(1e-3, 1), num_steps=st.integers(1, 12))
+def test_samples_have_finite_log_probabilities(name, eta, num_steps):
+    """Every step of every schedule draws latents whose log-probability and noise level are finite."""
+    process = FlowSDE(diffusers.FlowMatchEulerDiscreteScheduler()) if name == "sde" else PROCESSES[name]()
+    anchor = normal(2, 3, 2, 2, seed=5)
+    latents = process.start(normal(2, 3, 2, 2), anchor if process.anchored else None)
+    for step in process.schedule(num_steps):
+        transition = process.transition(normal(2, 3, 2, 2, seed=1), latents, step, eta=eta, anchor=anchor)
+        latents = transition.mean + transition.std * normal(2, 3, 2, 2, seed=2)
+        assert transition.log_prob(latents).isfinite().all()
+        assert 0 <= process.noise_level(step) <= 1
+
+
+@pytest.mark.parametrize("name", [*PROCESSES])
+def test_training_times_cover_the_process(name):
+    """From uniform numbers, the largest below 1 included; and add_noise, target and clean fit together there."""
+    process = PROCESSES[name]()
+    times = process.draw_times(torch.tensor([0.0, 0.25, 0.5, 1 - 2**-24]))
+    clean, noise, anchor = (normal(4, 3, 2, 2, seed=seed) for seed in range(3))
+    latents = process.add_noise(clean, noise, times, anchor)
+    target = process.target(clean, noise, times, anchor)
+    assert latents.isfinite().all()
+    assert target.isfinite().all()
+    assert (times.diff() > 0).all()
+    found = process.clean(target, latents, times, anchor)
+    # Noise hides the clean latents by up to 1 / 157 at the last of a thousand times, so fp32 leaves 3 to 4 digits.
+    torch.testing.assert_close(found, clean, rtol=1e-3, atol=1e-3)
+
+
+def test_degraded_latents_can_be_where_ddim_starts():
+    """SeeSR's and StableSR's start is the degraded image with the noise of the last training time."""
+    scheduler = diffusers.DDIMScheduler(**SIGMAS)
+    anchor, noise = normal(1, 4, 4, 4), normal(1, 4, 4, 4, seed=1)
+    expected = scheduler.add_noise(anchor, noise, torch.tensor([999]))
+    torch.testing.assert_close(DDIM(scheduler).start(noise, anchor), expected, **CLOSE)
+
+
 def exact_velocity(latents, sigma, variance):
     """The velocity that knows clean data to be normal with this variance: E[noise - clean | latents]."""
     total = (1 - sigma) ** 2 * variance + sigma**2
@@ -351,6 +573,30 @@ def test_flow_targets_lead_back_to_the_clean_latents():
     times = process.draw_times(torch.linspace(0, 0.999, 5))
     latents = process.add_noise(clean, noise, times)
     torch.testing.assert_close(process.clean(process.target(clean, noise, times), latents, times), clean, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("DDIMScheduler", {"thresholding": True}, "thresholding"),
+        ("UniPCMultistepScheduler", {"thresholding": True}, "thresholding"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}, "continuous"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type"),
+        ("HeunDiscreteScheduler", {}, "order 2"),
+        ("TCDScheduler", {}, "TCDScheduler"),
+    ],
+)
+def test_schedulers_that_cannot_be_followed_are_refused(kind, options, named):
+    """A setting that a step would not follow is named when the process is made."""
+    with pytest.raises(ValueError, match=named):
+        DDIM.from_scheduler(getattr(diffusers, kind)(**options))
+
+
+def test_anchors_are_asked_for():
+    """A residual-shifting step without its degraded image is refused."""
+    with pytest.raises(ValueError, match="anchor"):
+        ResShift().start(torch.zeros(1, 3, 4, 4))
 
 
 def test_wrong_schedulers_are_named():

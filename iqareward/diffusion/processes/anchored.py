@@ -14,9 +14,10 @@ from iqareward.diffusion.processes.gaussian import Step, TabledProcess, posterio
 
 
 class _AnchoredProcess(TabledProcess):
-    """A process whose noise levels rise from 0, at time `first_time` - 1, in steps of a fixed number."""
+    """A process with a fixed number of steps; the clean image has the time before `first_time`."""
 
     anchored: ClassVar[bool] = True
+    clean_level: ClassVar[float] = 0.0
 
     @property
     @abstractmethod
@@ -24,7 +25,7 @@ class _AnchoredProcess(TabledProcess):
 
     def schedule(self, num_steps: int, tokens: int | None = None) -> tuple[Step, ...]:
         """The steps of training, or `num_steps` evenly spaced ones of them, beginning with the noisiest."""
-        levels = [0.0, *self.table.tolist()]
+        levels = [self.clean_level, *self.table.tolist()]
         total = len(levels) - 1
         if not 1 <= num_steps <= total:
             raise ValueError(f"{type(self).__name__} expected num_steps in [1, {total}], got {num_steps}.")
@@ -111,7 +112,7 @@ class IRSDE(_AnchoredProcess):
 
         x = anchor + exp(-b) * (clean - anchor) + max_sigma * sqrt(1 - exp(-2 b)) * noise
 
-    and the noise levels are `1 - exp(-2 b)`. Theta has a cosine schedule, scaled so that exp(-b) = delta at the end. A
+    and the noise levels are `exp(-b)`. Theta has a cosine schedule, scaled so that exp(-b) = delta at the end. A
     step draws from the posterior given the clean image that the network's answer stands for; its mean is the "optimum
     reverse state" of the paper (equation 14). `eta` of the sampler scales its standard deviation; 1 is the published
     "posterior" sampler. Times are 1, ..., steps.
@@ -135,6 +136,7 @@ class IRSDE(_AnchoredProcess):
     """
 
     first_time: ClassVar[int] = 1
+    clean_level: ClassVar[float] = 1.0
 
     steps: int = 100
     max_sigma: float = 10 / 255
@@ -147,7 +149,7 @@ class IRSDE(_AnchoredProcess):
         position = torch.arange(1, self.steps + 2, dtype=torch.float64) / (self.steps + 2)
         cosine = ((position + 0.008) / 1.008 * math.pi / 2).cos() ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
         integral = (1 - cosine)[1:].cumsum(0)  # theta of time 0 does not count
-        return -torch.expm1(2 * math.log(self.delta) * integral / integral[-1])
+        return self.delta ** (integral / integral[-1])
 
     @property
     def start_std(self) -> float:
@@ -155,7 +157,7 @@ class IRSDE(_AnchoredProcess):
 
     def coefficients(self, level: Any) -> tuple[Any, Any]:
         """`exp(-b)` and `max_sigma * sqrt(1 - exp(-2 b))`."""
-        return (1 - level) ** 0.5, self.max_sigma * level**0.5
+        return level, self.max_sigma * (1 - level**2) ** 0.5
 
     def renewal(self, step: Step, eta: float) -> tuple[float, float]:
         (signal, noise), (next_signal, next_noise) = self.coefficients(step.now), self.coefficients(step.then)

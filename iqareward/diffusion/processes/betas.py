@@ -99,7 +99,7 @@ class DDIM(TabledProcess):
 
     def schedule(self, num_steps: int, tokens: int | None = None) -> tuple[Step, ...]:
         """The scheduler's own timesteps and alpha-bars, from noise to sample."""
-        scheduler = copy.copy(self.scheduler)  # a pipeline may be in the middle of a schedule of its own
+        scheduler: Any = copy.copy(self.scheduler)  # a pipeline may be in the middle of a schedule of its own
         if self._is("PNDM"):  # its steps are those of DDIM, with more of them at the beginning
             from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 

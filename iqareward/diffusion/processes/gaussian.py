@@ -15,7 +15,7 @@ class Step(NamedTuple):
     Attributes:
         time: What the network is told.
         now: Noise level of the latents before the step, on the scale of the process: alpha-bar for DDIM, sigma for
-            flow matching, eta for ResShift, the noise's share of the variance for IR-SDE.
+            flow matching, eta for ResShift, exp(-b) for IR-SDE.
         then: Noise level after it.
 
     Example:
@@ -239,7 +239,7 @@ class TabledProcess(NoiseProcess):
     @property
     @abstractmethod
     def table(self) -> Tensor:
-        """Noise levels fp32 at the times `first_time`, `first_time` + 1, ..., on the CPU."""
+        """Noise levels at the times `first_time`, `first_time` + 1, ..., on the CPU."""
 
     @cached_property
     def _tables(self) -> dict[torch.device, Tensor]:
@@ -247,7 +247,7 @@ class TabledProcess(NoiseProcess):
 
     def levels(self, times: Tensor) -> Tensor:
         if times.device not in self._tables:
-            self._tables[times.device] = self.table.to(times.device)
+            self._tables[times.device] = self.table.float().to(times.device)
         return self._tables[times.device][times.long() - self.first_time]
 
     def draw_times(self, uniforms: Tensor) -> Tensor:
