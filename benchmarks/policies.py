@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,11 @@ def train(kind: str, folder: Path, updates: int) -> None:
     run.accelerator.end_training()
 
 
+def figure(value: float) -> str:
+    """A difference in few characters."""
+    return "0" if value == 0 else f"{value:.0e}"
+
+
 def row(kind: str, folder: Path) -> str:
     """A row of the table, from runs."""
     learned = [name for name in objectives_of(kind) if trains(kind, name, folder / name)]
@@ -225,12 +232,12 @@ def row(kind: str, folder: Path) -> str:
         KINDS[kind].models,
         str(lines(kind)),
         str(hacks(kind)),
-        f"{parity(kind):.0e}",
-        f"{ratio_error(kind):.0e}",
+        figure(parity(kind)),
+        figure(ratio_error(kind)),
         ", ".join(learned),
-        f"{resumes(kind, folder / 'resume'):.0e}",
+        figure(resumes(kind, folder / "resume")),
         "yes" if draws_grid(kind, folder / "grid") else "no",
-        f"{two_processes(kind, folder):.0e}",
+        figure(two_processes(kind, folder)),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -239,6 +246,18 @@ HEADER = (
     "| file | kind | lines | private names | parity | ratio - 1 | objectives that train | resume | grid "
     "| two processes |\n|---|---|---|---|---|---|---|---|---|---|"
 )
+
+
+def provenance() -> str:
+    """What the table was measured with."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft", "spandrel"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return (
+        f"`python -m benchmarks.policies`, commit {commit.stdout.strip()}, {datetime.now(UTC):%Y-%m-%d}, on a CPU with "
+        f"Python {sys.version.split()[0]}, {versions}."
+    )
 
 
 def main() -> None:
@@ -259,7 +278,9 @@ def main() -> None:
     if options.kinds == list(KINDS):
         before, _, rest = TABLE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        TABLE.write_text(f"{before}{BEGIN}\n{HEADER}\n" + "\n".join(rows) + f"\n{END}{after}", encoding="utf-8")
+        TABLE.write_text(
+            f"{before}{BEGIN}\n{HEADER}\n" + "\n".join(rows) + f"\n\n{provenance()}\n{END}{after}", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ from .policies.stable_diffusion import StableDiffusionPolicy as StableDiffusionP
 from .policies.stable_diffusion import UpscalePolicy as UpscalePolicy
 from .policies.tokens import TokenPolicy as TokenPolicy
 from .processes import DDIM as DDIM
+from .processes import IRSDE as IRSDE
 from .processes import FlowCPS as FlowCPS
 from .processes import FlowSDE as FlowSDE
-from .processes import IRSDE as IRSDE
 from .processes import NoiseProcess as NoiseProcess
 from .processes import ResShift as ResShift
 from .processes import Step as Step

@@ -228,23 +228,24 @@ class Learner:
     def _supervise(self, parts: Sequence[_Part], count: Tensor, seed: int, measure: bool) -> "_Figures":
         """Add the gradient of the SFT loss of the inputs that have a ground truth."""
         found, scale = _Figures.none(count.device), self._sft_scale
-        with supervising(self.policy, seed, DROPOUT):
-            for part in parts:
-                experience = part.experience
-                if experience.batch.references is None:
-                    continue
-                for piece in part.pieces(part.inputs.start, part.inputs.stop, self.options.rows_at_once):
-                    own = part.weights.rows(slice(piece.start - part.inputs.start, piece.stop - part.inputs.start))
-                    batch = experience.batch.select(piece)
-                    noise = Noise(batch.ids, seed=sub_seed(seed, SFT), device=count.device)
-                    assert batch.references is not None, "selected from a batch that has them"
+        for part in parts:
+            experience = part.experience
+            if experience.batch.references is None:
+                continue
+            for piece in part.pieces(part.inputs.start, part.inputs.stop, self.options.rows_at_once):
+                own = part.weights.rows(slice(piece.start - part.inputs.start, piece.stop - part.inputs.start))
+                batch = experience.batch.select(piece)
+                noise = Noise(batch.ids, seed=sub_seed(seed, SFT), device=count.device)
+                assert batch.references is not None, "selected from a batch that has them"
+                # Seeded by the inputs, so that dropout does not depend on how processes share them.
+                with supervising(self.policy, seed, DROPOUT, *batch.ids):
                     losses = self.policy.sft_loss(batch.references, select(experience.condition, piece), noise)
-                    if measure and found.norm.isnan():
-                        found.norm = gradient_norm(losses.mean(), self.weights)
-                    loss = scale * own.sft * torch.where(own.sft > 0, losses, 0.0)
-                    self.updates.backward(loss.sum() / count)
-                    found.add(losses, own.taking_part, 1.0)
-                    found.watch(losses, batch.ids)
+                if measure and found.norm.isnan():
+                    found.norm = gradient_norm(losses.mean(), self.weights)
+                loss = scale * own.sft * torch.where(own.sft > 0, losses, 0.0)
+                self.updates.backward(loss.sum() / count)
+                found.add(losses, own.taking_part, 1.0)
+                found.watch(losses, batch.ids)
         return found
 
     @property

@@ -109,22 +109,20 @@ def supervised(
             mean: Any = accelerator.reduce(usable, "mean")  # of the processes, whose gradients are averaged
             count = mean.clamp(min=1 / world)
             total = torch.zeros((), device=device)
-            with supervising(policy, seed, DROPOUT, update):
-                for batch in batches:
-                    if batch.references is None:
-                        raise ValueError(
-                            f"supervised expected a ground truth for each input, got none for {batch.ids}."
-                        )
-                    size = rows_at_once or len(batch)
-                    for start in range(0, len(batch), size):
-                        part = batch.select(slice(start, start + size))
-                        noise = Noise(part.ids, seed=sub_seed(seed, NOISE, update), device=device)
+            for batch in batches:
+                if batch.references is None:
+                    raise ValueError(f"supervised expected a ground truth for each input, got none for {batch.ids}.")
+                size = rows_at_once or len(batch)
+                for start in range(0, len(batch), size):
+                    part = batch.select(slice(start, start + size))
+                    noise = Noise(part.ids, seed=sub_seed(seed, NOISE, update), device=device)
+                    with supervising(policy, seed, DROPOUT, update, *part.ids):
                         with torch.no_grad():
                             condition = policy.condition(part, noise.of(0))
                         losses_of = policy.sft_loss(part.references, condition, noise)  # pyright: ignore[reportArgumentType]
-                        loss = torch.where(part.usable, losses_of, 0.0).sum() / count
-                        updates.backward(loss)
-                        total = total + loss.detach().float()
+                    loss = torch.where(part.usable, losses_of, 0.0).sum() / count
+                    updates.backward(loss)
+                    total = total + loss.detach().float()
             (mean_loss,), norm, step = updates.step(total.view(1) / world, update=update + 1)
             failures = failures + 1 if step.failed else 0
             if step.moved and average is not None:
