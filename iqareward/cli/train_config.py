@@ -38,7 +38,7 @@ from iqareward.diffusion import (
 )
 from iqareward.diffusion.updates import MakeOptimizer, MakeSchedule
 from iqareward.rewards.catalog import load
-from iqareward.schedules import Schedule, Weighter
+from iqareward.schedules import Schedule, Weighter, check_signal
 from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter
 
@@ -124,6 +124,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if min(self.updates, self.save_every) < 1 or min(self.seed, self.num_workers) < 0:
             raise ValueError("expected updates and save_every >= 1, seed and num_workers >= 0.")
+        unknown = sorted(set(self.reward_weights or {}) - set(self.reward))
+        if unknown:
+            raise ValueError(f"key `reward_weights` expected names of {list(self.reward)}, got {unknown}.")
+        check_signal("key `weighter`", self.weighter, ("difficulty", "pass_rate"))
 
     @property
     def sft_updates(self) -> int:
@@ -159,7 +163,7 @@ def make_policy(call: partial[Policy], *, seed: int) -> Policy:
     own = inspect.signature(call.func).parameters
     sampler = {name: value for name, value in call.keywords.items() if name in SAMPLER and name not in own}
     options = {name: value for name, value in call.keywords.items() if name not in sampler}
-    policy: Policy = made(partial(call.func, **options), "policy")
+    policy: Policy = made(partial(call.func, *call.args, **options), "policy")
     for name, value in sampler.items():
         setattr(policy, name, value)
     return policy
