@@ -177,7 +177,9 @@ validation.stop_on = "psnr"
 trackers = ["tensorboard"]
 """
     text = settings("second", more=more).read_text()
-    text = text.replace('{ name = "tiny", num_steps = 2 }', '"run/model"').replace("DiffusionNFT", "ClippedPolicyGradient")
+    text = text.replace('{ name = "tiny", num_steps = 2 }', '"run/model"').replace(
+        "DiffusionNFT", "ClippedPolicyGradient"
+    )
     text = text.replace("sft.updates = 3\n", "")
     Path("train.toml").write_text(text)
     train(Path("train.toml"))
@@ -198,8 +200,8 @@ MISTAKES = {
     "window": ("rollout.window = [1]", "`rollout.window` expected [first, end]"),
     "table": ("weighter = 1", "`weighter` expected a name or a table"),
     "plain table": ("memory = 1", "`memory` expected a table"),
-    "value in a table": ("weighter.steepness = -1", "table `weighter`: AdaptiveWeighter expected steepness"),
-    "word": ("train.sft_scale = 'auto'", "table `train`"),
+    "value in a table": ("weighter.steepness = -1", "key `weighter`: AdaptiveWeighter expected steepness"),
+    "word": ("train.sft_scale = 'auto'", "key `train`"),
     "two types": ("train.sft_scale = true", "`train.sft_scale` expected a valid number or a valid string"),
     "stop on": ("validation.stop_on = 'ssim'", "expected stop_on among the rewards ['psnr']"),
     "tracker": ("trackers = ['paper']", "`trackers` expected names out of"),
@@ -222,7 +224,11 @@ CHANGES = {
     "folder": ('"photos"', '"fotos"', "expected a folder of images, got fotos"),
     "option of data": ("crops", "crop", "did you mean `data.crops`?"),
     "policy": ('"tiny"', '"huge"', "`policy` expected one of tiny, small, base, PixelPolicy, "),
-    "option of a policy": ("num_steps = 2 }", "lora_rank = 2 }", "unknown key `policy.lora_rank`; Known are layers, seed"),
+    "option of a policy": (
+        "num_steps = 2 }",
+        "lora_rank = 2 }",
+        "unknown key `policy.lora_rank`; Known are layers, seed",
+    ),
     "size of the images": ("size = 16", "size = 32", "at least 32 x 32, got photos/0.png of 24 x 24"),
     "size for the model": ("size = 16", "size = 18", "`data.size` expected a multiple of 4"),
     "too few images": ("validation.images = 2", "validation.images = 6", "without the 6 of `validation.images` give 0"),

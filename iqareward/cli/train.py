@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from iqareward.atomic import atomic_write, write_text
 from iqareward.cli.text import say
-from iqareward.cli.train_config import RunConfig, make_data, make_policy, make_reward, read_config
+from iqareward.cli.train_config import RunConfig, make_data, make_on, make_policy, read_config
 from iqareward.cli.train_data import Data, check_rewards, split, unusable
 from iqareward.cli.train_policies import save_policy
 from iqareward.diffusion import (
@@ -117,10 +117,10 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
     data = _data(config, accelerator, tell)
     device = accelerator.device
     rewards, held_out = (
-        {name: make_reward(call, f"{key}.{name}", device) for name, call in calls.items()}
+        {name: make_on(device, call, f"{key}.{name}") for name, call in calls.items()}
         for key, calls in (("reward", config.reward), ("validation.rewards", config.validation.rewards))
     )
-    quality = None if config.input_quality is None else make_reward(config.input_quality, "input_quality", device)
+    quality = None if config.input_quality is None else make_on(device, config.input_quality, "input_quality")
     named = {f"reward.{name}": each for name, each in rewards.items()}
     named |= {f"validation.rewards.{name}": each for name, each in held_out.items()}
     check_rewards(named, data)
@@ -136,7 +136,7 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
             data.train,
             output_dir=config.output,
             weighter=config.weighter,
-            objective=config.objective,
+            objective=make_on(device, config.objective, "objective"),
             rollout_config=config.rollout,
             train_config=_train_config(config),
             validation=_validation(config, data, held_out),

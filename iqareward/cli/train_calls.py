@@ -208,7 +208,7 @@ def made(call: partial[Any], key: str) -> Any:
     try:
         return call()
     except (ValueError, TypeError) as error:
-        raise ValueError(f"table `{key}`: {error}" if key else str(error)) from error
+        raise ValueError(f"key `{key}`: {error}" if key else str(error)) from error
 
 
 def _checked(value: Any, hint: Any, key: str) -> Any:

@@ -103,7 +103,7 @@ class RunConfig:
     output: Path
     policy: partial[Policy] = field(default_factory=lambda: partial(PRESETS["small"]))
     reward_weights: Mapping[str, float] | None = None
-    objective: Objective = field(default_factory=ClippedPolicyGradient)
+    objective: partial[Objective] = field(default_factory=lambda: partial(ClippedPolicyGradient))
     weighter: Weighter = field(default_factory=AdaptiveWeighter)
     metric: Callable[..., Tensor] = rmse
     memory: partial[RewardMemory] | None = None
@@ -181,18 +181,15 @@ def _seeded(call: partial[Any], seed: int) -> partial[Any]:
     return call
 
 
-def make_reward(call: partial[Reward], key: str, device: torch.device) -> Reward:
-    """A reward of the settings, whose weights are on `device`."""
+def make_on(device: torch.device, call: partial[Any], key: str) -> Any:
+    """A reward of the settings, or an objective that has one, with weights on `device`."""
     options = {
-        name: make_reward(value, f"{key}.{name}", device) if isinstance(value, partial) else value
+        name: make_on(device, value, f"{key}.{name}") if isinstance(value, partial) else value
         for name, value in call.keywords.items()
     }
     if "device" in inspect.signature(call.func).parameters:
         options = {"device": device} | options
-    try:
-        return call.func(*call.args, **options)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"key `{key}`: {error}") from error
+    return made(partial(call.func, *call.args, **options), key)
 
 
 def _policy(spec: Any, key: str) -> partial[Policy]:
@@ -235,8 +232,8 @@ def _rewards(spec: Any, key: str) -> Mapping[str, partial[Reward]]:
     return {"reward": _reward(spec, key)}
 
 
-def _objective(spec: Any, key: str) -> Objective:
-    return made(_READER.call(spec, key, _OBJECTIVES), key)
+def _objective(spec: Any, key: str) -> partial[Objective]:
+    return _READER.call(spec, key, _OBJECTIVES)
 
 
 def _degradation(spec: Any, key: str) -> DegradationModel:
@@ -304,7 +301,7 @@ _READER = Reader(
         (Reward, _reward),
         (Mapping[str, partial[Reward]], _rewards),
         (partial[RewardMemory], _memory),
-        (Objective, _objective),
+        (partial[Objective], _objective),
         (DegradationModel, _degradation),
         (Weighter, _weighter),
         (Callable[..., Tensor], _metric),

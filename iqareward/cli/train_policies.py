@@ -1,5 +1,6 @@
 """The policies that `iqareward train` knows by name, and the folder that a trained one is written to."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -52,14 +53,8 @@ class Pretrained:
         return self.policy.from_pipeline
 
     def __call__(self, pipeline: str, *, dtype: Dtype = "float32", **options: Any) -> Policy:
-        """The policy; `dtype` is that of all frozen weights."""
-        return self._made(pipeline, dtype, {}, options)
-
-    def _made(self, pipeline: str, dtype: Dtype, parts: dict[str, Any], options: dict[str, Any]) -> Policy:
-        diffusers: Any = require("diffusers", extra="diffusers", purpose="iqareward train")
-        kind = getattr(diffusers, self.pipeline)
-        loaded = kind.from_pretrained(pipeline, torch_dtype=getattr(torch, dtype), **parts)
-        return self.policy.from_pipeline(loaded, **options)
+        """The policy; `dtype` is that of frozen weights, those that train are in float32."""
+        return self.policy.from_pipeline(_loaded(self.pipeline, pipeline, dtype), **options)
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,16 @@ class Controlled(Pretrained):
         self, pipeline: str, *, controlnet: str | None = None, dtype: Dtype = "float32", **options: Any
     ) -> Policy:
         """The policy; without `controlnet` the pipeline holds one."""
-        if controlnet is None:
-            return self._made(pipeline, dtype, {}, options)
-        diffusers: Any = require("diffusers", extra="diffusers", purpose="iqareward train")
-        network = diffusers.AutoModel.from_pretrained(controlnet, torch_dtype=getattr(torch, dtype))
-        return self._made(pipeline, dtype, {"controlnet": network}, options)
+        parts = {} if controlnet is None else {"controlnet": _loaded("AutoModel", controlnet, dtype)}
+        return self.policy.from_pipeline(_loaded(self.pipeline, pipeline, dtype, **parts), **options)
+
+
+def _loaded(kind: str, source: str, dtype: Dtype, **parts: Any) -> Any:
+    """A pipeline or a network of diffusers."""
+    diffusers: Any = require("diffusers", extra="diffusers", purpose="iqareward train")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # its other name is not in older versions
+        return getattr(diffusers, kind).from_pretrained(source, torch_dtype=getattr(torch, dtype), **parts)
 
 
 PRESETS: dict[str, Callable[..., Policy]] = {
