@@ -57,6 +57,20 @@ def test_a_result_does_not_depend_on_its_batch(model, severities):
     assert not model(images, severity, range(6), seed=4).equal(together)
 
 
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+def test_a_result_does_not_depend_on_the_number_of_threads(model):
+    """A worker process has one thread, the trainer's own process has several."""
+    images, before = synthetic_images(range(8), size=128), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(model(images, None, range(8)))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*results, **EXACT)
+
+
 def test_size_factors_are_as_published():
     """The first order enlarges 0.2, keeps 0.1 and reduces 0.7 of the images, the second 0.3, 0.3 and 0.4."""
     quantiles = torch.linspace(0, 1, 1001).tolist()
