@@ -75,6 +75,7 @@ class RealESRGANDegradation:
         scale: How many times smaller the result is; 1 keeps the size.
         first: Ranges of the first order.
         second: Ranges of the second order.
+        ringing: Probability of the sinc filter at the end.
 
     Raises:
         ValueError: `scale` is below 1; in a call, the sides of the images are not multiples of `scale`.
@@ -93,6 +94,7 @@ class RealESRGANDegradation:
     scale: int = 4
     first: DegradationOrder = DegradationOrder()
     second: DegradationOrder = SECOND_ORDER
+    ringing: float = 0.8
 
     def __post_init__(self) -> None:
         if self.scale < 1:
@@ -139,11 +141,11 @@ class RealESRGANDegradation:
             if place == 0:
                 image, size = jpeg(image, quality), (float(height), float(width))
                 continue
-            late, mode, ringing, tap = draws[24:28]
+            late, mode, rings, tap = draws[24:28]
             if late >= 0.5:
                 image = jpeg(image, quality)
             image = _resized(image, final, mode)
-            if ringing < 0.8:
+            if rings < self.ringing:
                 image = convolved(image, _sinc(quantiles[10], tap))
             if late < 0.5:
                 image = jpeg(image, quality)

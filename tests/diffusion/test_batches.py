@@ -107,5 +107,6 @@ def test_any_number_of_workers_reads_the_same(data):
 def test_an_error_keeps_its_message(workers):
     """What the data set raised arrives as it was, also from a worker."""
     order = InputOrder(12, batch_size=12, seed=0)
-    with pytest.raises(KeyError, match=r"^'no such file: eleven\.png'$"):
+    with pytest.raises(KeyError) as raised:
         list(read_ahead(Foreign(), order, range(1), num_workers=workers))
+    assert raised.value.args == ("no such file: eleven.png",)

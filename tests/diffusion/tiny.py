@@ -82,9 +82,9 @@ def flow_policy(process=FlowSDE) -> FlowPolicy:
         sample_size=8, patch_size=2, in_channels=8, out_channels=4, **sizes, **more
     )
     generator = torch.Generator().manual_seed(5)
-    shapes = {"prompt": (1, 3, 8), "pooled": (1, 8)}
-    prompts = FixedPrompt({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    prompt, pooled = torch.randn(1, 3, 8, generator=generator), torch.randn(1, 8, generator=generator)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    prompts = FixedPrompt({"prompt": prompt, "pooled": pooled})
     return FlowPolicy(seeded(build), autoencoder(), process(scheduler), prompts)
 
 
