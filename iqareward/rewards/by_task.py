@@ -83,11 +83,10 @@ class ByTask:
             raise ValueError(f"ByTask expected tasks among {list(self.rewards)}, got {unknown}.")
         scores: list[Tensor] = []
         for task, mine in rows.items():
-            columns = {"references": references, "inputs": inputs}
+            columns: dict[str, Any] = {"references": references, "inputs": inputs}
             given = {name: _rows(column, mine) for name, column in columns.items() if column is not None}
-            if prompts is not None:
-                given["prompts"] = [prompts[row] for row in mine]
-            scores.append(self.rewards[task](_rows(images, mine), **given))
+            own = None if prompts is None else [prompts[row] for row in mine]
+            scores.append(self.rewards[task](_rows(images, mine), **given, prompts=own))
         order = {row: place for place, row in enumerate(row for mine in rows.values() for row in mine)}
         return torch.cat(scores)[[order[row] for row in range(len(images))]]
 

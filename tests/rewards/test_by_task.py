@@ -32,7 +32,7 @@ def test_it_is_a_reward_with_joint_facts():
     reward = by_task()
     assert isinstance(reward, iqareward.Reward)
     assert reward.needs_references
-    assert reward.bounds == (-1.0, iqareward.load("psnr").bounds[1])
+    assert reward.bounds == (None, iqareward.load("psnr").bounds[1])
     assert not ByTask({"a": iqareward.load("piqe")}).needs_references
 
 
