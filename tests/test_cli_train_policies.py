@@ -14,7 +14,6 @@ pytest.importorskip("diffusers", reason="training needs the extra diffusers")
 pytest.importorskip("peft", reason="adapters need the extra diffusers")
 
 import diffusers
-import peft
 import safetensors.torch
 
 from examples.policies.nafnet import Residual
@@ -24,7 +23,6 @@ from iqareward.diffusion.checkpoint import load_state
 from tests.diffusion.policies import flow_pipelines as flow
 from tests.diffusion.policies import kinds
 from tests.diffusion.policies import sd_pipelines as sd
-from tests.tolerances import EXACT
 
 ROOT = Path(__file__).parents[1]
 HOW_TO = (ROOT / "docs/how-to/own-policy.md").read_text(encoding="utf-8")

@@ -108,7 +108,8 @@ def train(settings: Settings, progress: Callable[[str], None]) -> Trained:
     seed, kind = settings.seed, {"size": settings.size, "degradation": DEGRADATION}
     scenes = diffusion.SyntheticPairs(settings.num_scenes, **kind, seed=seed)
     held_out = diffusion.SyntheticPairs(settings.num_held_out, **kind, seed=seed + 1)
-    pairs, (degraded, references) = diffusion.StoredPairs.of(scenes), held_out.batch(range(len(held_out)))
+    pairs, unseen = diffusion.StoredPairs.of(scenes), diffusion.StoredPairs.of(held_out)
+    degraded, references = unseen.degraded, unseen.references
     policy = diffusion.build_restorer(settings.channels, seed=seed)
     progress(f"Training a restorer by SFT on {len(pairs)} scenes")
     common: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "seed": seed}

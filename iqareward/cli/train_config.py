@@ -44,8 +44,9 @@ from iqareward.weighting import AdaptiveWeighter
 
 _OBJECTIVES = {each.__name__: each for each in (ClippedPolicyGradient, DiffusionNFT, DirectRewardGradient, GroupDPO)}
 _DEGRADATIONS = {each.__name__: each for each in (Degradation, RealESRGANDegradation, FaceDegradation)}
-_FORMULAS = {name: getattr(schedules, name) for name in schedules.__all__ if name[0].islower()}
-_FORMULAS = {name: each for name, each in _FORMULAS.items() if name != "check_signal"}
+_FORMULAS = {
+    name: getattr(schedules, name) for name in schedules.__all__ if name[0].islower() and name != "check_signal"
+}
 _OPTIMIZERS = {name: each for name, each in vars(torch.optim).items() if isinstance(each, type) and name != "Optimizer"}
 # Of every policy, whether its constructor takes them or not.
 SAMPLER = {name: hint for name, hint in get_type_hints(Policy).items() if name != "model"}

@@ -75,6 +75,7 @@ class RealESRGANDegradation:
         scale: How many times smaller the result is; 1 keeps the size.
         first: Ranges of the first order.
         second: Ranges of the second order.
+        ringing: Probability of the sinc filter at the end.
 
     Raises:
         ValueError: `scale` is below 1; in a call, the sides of the images are not multiples of `scale`.
@@ -93,6 +94,7 @@ class RealESRGANDegradation:
     scale: int = 4
     first: DegradationOrder = DegradationOrder()
     second: DegradationOrder = SECOND_ORDER
+    ringing: float = 0.8
 
     def __post_init__(self) -> None:
         if self.scale < 1:
@@ -139,11 +141,11 @@ class RealESRGANDegradation:
             if place == 0:
                 image, size = jpeg(image, quality), (float(height), float(width))
                 continue
-            late, mode, ringing, tap = draws[24:28]
+            late, mode, rings, tap = draws[24:28]
             if late >= 0.5:
                 image = jpeg(image, quality)
             image = _resized(image, final, mode)
-            if ringing < 0.8:
+            if rings < self.ringing:
                 image = convolved(image, _sinc(quantiles[10], tap))
             if late < 0.5:
                 image = jpeg(image, quality)
@@ -248,8 +250,11 @@ def convolved(images: Tensor, kernel: Tensor) -> Tensor:
     around = kernel.shape[-1] // 2
     padded = F.pad(images, [around] * 4, mode="replicate")
     size = padded.shape[-2:]
-    spectrum = torch.fft.rfft2(kernel.to(images), s=size)
-    return torch.fft.irfft2(torch.fft.rfft2(padded) * spectrum, s=size)[..., 2 * around :, 2 * around :]
+    # In double precision, because the last digit depends on the number of threads, and is rounded away here.
+    spectrum = torch.fft.rfft2(kernel.to(padded.device, torch.float64), s=size)
+    return torch.fft.irfft2(torch.fft.rfft2(padded.double()) * spectrum, s=size)[
+        ..., 2 * around :, 2 * around :
+    ].float()
 
 
 def _blurred(
@@ -293,7 +298,8 @@ def _resized(image: Tensor, size: tuple[float, float], mode: float) -> Tensor:
         return image
     name = _choice(_MODES, mode)
     corners = {} if name == "area" else {"align_corners": False}
-    return F.interpolate(image, size=(height, width), mode=name, **corners).clamp(0, 1)
+    # Bilinear numbers depend on the number of threads in their last digit, and in double precision not when rounded.
+    return F.interpolate(image.double(), size=(height, width), mode=name, **corners).float().clamp(0, 1)
 
 
 def _noisy(

@@ -35,9 +35,10 @@ def test_damage_grows_with_severity(model):
         ranks.append(spearman(rmse(enlarged(model(image, severity, [row] * 17), 64), image), severity))
     assert min(ranks) > 0.6
     assert sum(ranks) / 12 > 0.9
-    # across different images and kinds of damage
+    # Across different images the detail that any reduction to a quarter loses differs as much as the damage.
     images, severity = synthetic_images(range(64), size=64), torch.linspace(0, 1, 64)
-    assert spearman(rmse(enlarged(model(images, severity, range(64)), 64), images), severity) > 0.7
+    across = spearman(rmse(enlarged(model(images, severity, range(64)), 64), images), severity)
+    assert across > (0.4 if model.scale == 4 else 0.7)
 
 
 @pytest.mark.parametrize("severities", [True, False])
@@ -56,8 +57,22 @@ def test_a_result_does_not_depend_on_its_batch(model, severities):
     assert not model(images, severity, range(6), seed=4).equal(together)
 
 
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+def test_a_result_does_not_depend_on_the_number_of_threads(model):
+    """A worker process has one thread, the trainer's own process has several."""
+    images, before = synthetic_images(range(8), size=128), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(model(images, None, range(8)))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*results, **EXACT)
+
+
 def test_size_factors_are_as_published():
-    """The first order enlarges 0.2, keeps 0.1 and reduces 0.7 of the images within [0.15, 1.5], uniformly in each part."""
+    """The first order enlarges 0.2, keeps 0.1 and reduces 0.7 of the images, the second 0.3, 0.3 and 0.4."""
     quantiles = torch.linspace(0, 1, 1001).tolist()
     for order, (up, keep), (low, high) in (
         (DegradationOrder(), (0.2, 0.1), (0.15, 1.5)),
@@ -72,26 +87,26 @@ def test_size_factors_are_as_published():
         torch.testing.assert_close(reduced.mean(), torch.tensor((1 + low) / 2), rtol=0, atol=0.005)
 
 
-def test_noise_of_one_order_has_the_published_strength():
-    """Grey input, no blur and no change of size: noise of 1 to 30 steps, uniform, coloured in three of five images."""
-    calm = DegradationOrder(blur=0.0, resize=(1.0, 1.0), enlarge=0.0, keep=1.0, gaussian=(0.0, 0.0), poisson=(0.0, 0.0), quality=(100.0, 100.0))  # fmt: skip
-    noisy = DegradationOrder(blur=0.0, resize=(1.0, 1.0), enlarge=0.0, keep=1.0, poisson=(1.0, 30.0), quality=(100.0, 100.0))  # fmt: skip
-    # scale 1 keeps the final resize out; the final sinc filter is left at its mildest by severity 0
-    grey = torch.full((200, 3, 32, 32), 0.5)
-    deviation = (
-        RealESRGANDegradation(1, noisy, calm)(grey, torch.zeros(200), range(200)).sub(grey).mul(255).std((1, 2, 3))
-    )
-    gaussian = deviation[deviation < 2]
-    assert 0.3 < len(gaussian) / 200 < 0.7  # the others are Poisson noise, of 8 steps at this level
-    poisson = deviation[deviation >= 2]
-    torch.testing.assert_close(poisson.mean(), torch.tensor(math.sqrt(0.5 * 256) / 256 * 255), rtol=0.2, atol=0)
-    strong = RealESRGANDegradation(1, noisy, calm)(grey, torch.zeros(200), range(200))
-    coloured = (strong - strong.mean(1, keepdim=True)).flatten(1).std(1) > 0.6 / 255
-    assert 0.4 < coloured.float().mean() < 0.8
+def test_noise_has_the_published_kinds_and_strengths():
+    """On grey without any other step: half Gaussian, half Poisson, of the given strengths, grey in two of five."""
+    size = {"blur": 0.0, "enlarge": 0.0, "keep": 1.0, "quality": (100.0, 100.0)}
+    noisy = DegradationOrder(**size, gaussian=(30.0, 30.0), poisson=(1.0, 1.0))
+    silent = DegradationOrder(**size, gaussian=(0.0, 0.0), poisson=(0.0, 0.0))
+    model, grey = RealESRGANDegradation(1, noisy, silent, ringing=0.0), torch.full((100, 3, 32, 32), 0.5)
+    result = model(grey, None, range(100))
+    deviation = result.sub(grey).mul(255)[:, 1].std((1, 2))  # green is least changed by the coding of colour
+    gaussian, poisson = deviation[deviation > 20], deviation[deviation <= 20]
+    assert 35 <= len(gaussian) <= 65
+    grey_noise = result.sub(result.mean(1, keepdim=True)).mul(255).flatten(1).std(1) < 0.1 * deviation
+    assert 25 <= grey_noise.sum() <= 55
+    plain = grey_noise[deviation > 20], grey_noise[deviation <= 20]
+    torch.testing.assert_close(gaussian[plain[0]].mean(), torch.tensor(30.0), rtol=0.05, atol=0)
+    expected = math.sqrt(0.5 * 256) / 256 * 255  # 128 photons
+    torch.testing.assert_close(poisson[plain[1]].mean(), torch.tensor(expected), rtol=0.05, atol=0)
 
 
 def test_kernels_follow_their_formulas():
-    """Each sums to 1; a Gaussian has its deviations along its axes; sinc keeps low frequencies and removes high ones."""
+    """Each sums to 1; a Gaussian has its deviations along its axes; sinc keeps low frequencies only."""
     kernel = gaussian_kernel(41, 4.0, 2.0, math.pi / 2).double()  # turned: the long axis is vertical
     places = torch.arange(41, dtype=torch.float64) - 20
     for axis, sigma in ((1, 4.0), (0, 2.0)):

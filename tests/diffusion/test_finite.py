@@ -322,7 +322,9 @@ def test_validation_learns_nothing_from_what_is_not_scored():
     """A reward that is NaN or infinite changes neither the best value nor the patience; both are told."""
     values = iter([1.0, float("inf"), float("nan"), 0.5])
     stopping = lambda images, references: torch.full((len(images),), next(values))  # noqa: E731
-    validation = Validation(StoredPairs(images(4), images(4)), {"stopping": stopping}, num_steps=1, stop_on="stopping", patience=2)
+    validation = Validation(
+        StoredPairs(images(4), images(4)), {"stopping": stopping}, num_steps=1, stop_on="stopping", patience=2
+    )
     policy = build_restorer((8, 16))
     reward = {"c": NoReference(contrast, name="c", higher_is_better=True)}
     found = [validation(policy, reward, [1.0], seed=0) for _ in range(4)]

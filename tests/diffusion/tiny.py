@@ -84,7 +84,8 @@ def flow_policy(process=FlowSDE) -> FlowPolicy:
     generator = torch.Generator().manual_seed(5)
     prompt, pooled = torch.randn(1, 3, 8, generator=generator), torch.randn(1, 8, generator=generator)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return FlowPolicy(seeded(build), autoencoder(), prompt, pooled, process=process(scheduler))
+    prompts = FixedPrompt({"prompt": prompt, "pooled": pooled})
+    return FlowPolicy(seeded(build), autoencoder(), process(scheduler), prompts)
 
 
 def policy_of(kind: str):

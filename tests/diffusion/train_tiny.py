@@ -20,8 +20,8 @@ from iqareward.diffusion import (
     SyntheticPairs,
     TrainConfig,
     Validation,
+    batches,
 )
-from iqareward.diffusion import batches
 from iqareward.diffusion.checkpoint import latest, load_state, trained_weights
 from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.functional.psnr import psnr

@@ -86,7 +86,7 @@ class FluxKontextPolicy(TokenPolicy):
         return cls(
             trainable(pipeline.transformer, lora_rank=lora_rank, lora_targets=lora_targets),
             Autoencoder(pipeline.vae),
-            FlowSDE(pipeline.scheduler),
+            FlowSDE(pipeline.scheduler, linspace_sigmas=True),
             PipelinePrompts(pipeline, _encoded, prompt),
             None if guidance_scale == 1 else PipelinePrompts(pipeline, _encoded, negative_prompt).fixed,
             guidance_scale=guidance_scale,

@@ -122,7 +122,7 @@ class QwenImageEditPolicy(TokenPolicy):
         return cls(
             trainable(pipeline.transformer, lora_rank=lora_rank, lora_targets=lora_targets),
             Autoencoder(pipeline.vae),
-            FlowSDE(pipeline.scheduler),
+            FlowSDE(pipeline.scheduler, linspace_sigmas=True),
             QwenPrompts(pipeline, prompt),
             None if guidance_scale == 1 else QwenPrompts(pipeline, negative_prompt, own=False),
             guidance_scale=guidance_scale,

@@ -102,7 +102,7 @@ class SD3ControlNetPolicy(PromptedPolicy):
         return cls(
             **parts,
             autoencoder=Autoencoder(pipeline.vae),
-            process=FlowSDE(pipeline.scheduler),
+            process=FlowSDE(pipeline.scheduler, linspace_sigmas=False),
             prompts=PipelinePrompts(pipeline, _encoded, prompt),
             negative=None if guidance_scale == 1 else PipelinePrompts(pipeline, _encoded, negative_prompt).fixed,
             train=train,
@@ -209,7 +209,7 @@ class FlowPolicy(PromptedPolicy):
         return cls(
             trainable(pipeline.transformer, lora_rank=None),
             autoencoder,
-            FlowSDE(pipeline.scheduler),
+            FlowSDE(pipeline.scheduler, linspace_sigmas=False),
             PipelinePrompts(pipeline, _encoded, prompt),
             None if guidance_scale == 1 else PipelinePrompts(pipeline, _encoded, negative_prompt).fixed,
             guidance_scale=guidance_scale,
@@ -235,7 +235,7 @@ def _widen(transformer: Any) -> None:
     new = new.to(old.weight)
     with torch.no_grad():
         new.weight.zero_()[:, :channels] = old.weight
-        if old.bias is not None:
+        if new.bias is not None:
             new.bias.copy_(old.bias)
     transformer.pos_embed.proj = new
     transformer.register_to_config(in_channels=2 * channels, out_channels=transformer.out_channels)
