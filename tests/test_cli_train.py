@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 pytest.importorskip("diffusers", reason="training needs the extra diffusers")
@@ -23,7 +24,16 @@ from iqareward.cli import app
 from iqareward.cli.train import EXAMPLE
 from iqareward.cli.train_config import RunConfig, SFTConfig, ValidationConfig, make_data, read_config
 from iqareward.cli.train_data import split
-from iqareward.diffusion import Degradation, FolderPairs, RolloutConfig, TrainConfig, load_restorer, synthetic_images
+from iqareward.diffusion import (
+    Degradation,
+    FaceDegradation,
+    FolderPairs,
+    GroupDPO,
+    RolloutConfig,
+    TrainConfig,
+    load_restorer,
+    synthetic_images,
+)
 from iqareward.diffusion.checkpoint import load_state
 from tests.tolerances import EXACT
 
@@ -406,6 +416,167 @@ def test_the_example_has_every_key() -> None:
         assert found[name].keys() == {item.name for item in fields(table)}, name
     assert found["data"]["degradation"].keys() == {"name", *(item.name for item in fields(Degradation))}
     assert found.keys() == {item.name for item in fields(RunConfig)}
+
+
+OWN = """
+import torch
+from torch.utils.data import Dataset
+
+from iqareward.diffusion import FeedForwardPolicy, synthetic_images
+
+
+class Photos(Dataset):
+    def __init__(self, count, truth):
+        self.count, self.truth = count, truth
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = synthetic_images([index], size=16)[0]
+        item = {"lq": (image + 0.1 * torch.randn_like(image)).clamp(0, 1), "task": "denoise"}
+        return item | ({"gt": image} if self.truth else {})
+
+
+def data(count: int = 6, truth: bool = True):
+    return Photos(count, truth)
+
+
+def policy(channels: int = 4, loss="l1"):
+    layers = torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.Conv2d(channels, 3, 3, padding=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in layers:
+            layer.reset_parameters()
+    return FeedForwardPolicy(torch.nn.Sequential(*layers), loss=loss)
+
+
+def brightness(images, **others):
+    return images.mean((1, 2, 3))
+
+
+def bright():
+    return brightness
+
+
+def weighter(share: float):
+    from iqareward.schedules import Schedule, constant
+    from functools import partial
+
+    return Schedule(partial(constant, share=share))
+
+
+def squared(images, references):
+    return (images - references).square().flatten(1).mean(1)
+"""
+RUN = """
+output = "run"
+updates = 1
+rollout = { group_size = 2, num_steps = 2 }
+validation = { images = 2, rewards = ["psnr"] }
+"""
+
+
+def history(text: str, *options: str, file: str = "own.py") -> list[dict[str, float]]:
+    """The lines of a run with Python of one's own."""
+    Path(file).write_text(OWN)
+    Path("train.toml").write_text(RUN + text.replace("own.py", file))
+    train(Path("train.toml"), *options)
+    return [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
+
+
+def test_python_files_give_policy_data_reward_and_loss(folder: Path) -> None:
+    """Functions of a file are called with the options of the table; the run resumes; workers read the data set."""
+    text = """
+policy = { name = "own.py:policy", channels = 6, loss = "own.py:squared", exploration = 0.1 }
+data = { name = "own.py:data", count = 8 }
+reward = "own.py:bright"
+weighter = { name = "own.py:weighter", share = 0.5 }
+metric = "own.py:squared"
+train.inputs_per_update = 4
+num_workers = 1
+"""
+    (_, first) = history(text, file="own_parts.py")
+    assert first["sft_share"] == 0.5
+    assert 0 < first["reward"] < 1
+    written = load_file("run/model/model.safetensors")
+    assert written["0.weight"].shape == (6, 3, 3, 3)
+    learnt = load_state(Path("run/checkpoint.pt"))["learner"]["model"]
+    torch.testing.assert_close(written, learnt, **EXACT)
+
+
+def test_without_ground_truth_there_is_no_sft() -> None:
+    """Difficulty comes from the quality of the degraded images; a reward of ground truth is refused by its key."""
+    text = """
+policy = "own.py:policy"
+data = { name = "own.py:data", truth = false }
+reward = { name = "QualityGain", quality = "piqe[-100, 0]", fidelity = "haarpsi" }
+input_quality = "piqe"
+train.inputs_per_update = 2
+"""
+    Path("own_blind.py").write_text(OWN)
+    Path("train.toml").write_text(RUN + text.replace("own.py", "own_blind.py"))
+    said = train(Path("train.toml"), code=2)
+    assert "`validation.rewards.psnr`: psnr compares with ground truth" in " ".join(said.split())
+    text = RUN.replace('"psnr"', '"piqe"') + text.replace("own.py", "own_blind.py")
+    Path("train.toml").write_text(text)
+    train(Path("train.toml"))
+    line = json.loads(Path("run/history.jsonl").read_text().splitlines()[-1])
+    assert line["sft_loss"] == 0
+    assert line["difficulty"] > 0
+
+
+def test_two_rewards_with_weights_and_options() -> None:
+    """Each is in the history by its name, beside their weighted sum."""
+    more = """
+[reward]
+sharp = { name = "haarpsi", differentiable = true }
+gain = { name = "QualityGain", quality = { name = "piqe[-100, 0]" }, fidelity = "ssim[0, 1]", gamma = 0.5 }
+task = { name = "ByTask", rewards = { deblur = "ssim", photo = "haarpsi" } }
+
+[reward_weights]
+gain = 3.0
+"""
+    file = settings(updates=1, more=more)
+    file.write_text(file.read_text().replace('reward = "haarpsi"\n', "").replace("size = 16", 'size = 16, task = "photo"'))
+    train(file)
+    line = json.loads(Path("run/history.jsonl").read_text().splitlines()[-1])
+    assert line["reward/task"] == pytest.approx(line["reward/sharp"], rel=1e-5)
+    assert line["reward"] == pytest.approx(2 * line["reward/sharp"] + 3 * line["reward/gain"], rel=1e-5)
+
+
+def test_everything_that_has_a_name_is_built() -> None:
+    """Optimiser, schedule, weighting, degradation, objective and memory become the objects that Python would build."""
+    more = """
+weighter = { name = "gate", threshold = 0.25, pass_distance = 0.05 }
+memory = { length = 4 }
+train.optimizer = { name = "SGD", lr = 0.1, momentum = 0.9 }
+train.lr_schedule = { name = "cosine", num_warmup_steps = 3 }
+rollout.window = [0, 1]
+sft.optimizer = "torch.optim.Adam"
+"""
+    file = settings(more=more)
+    text = file.read_text().replace("crops = 2", 'crops = 2, degradation = {name = "FaceDegradation", factor = [1, 2]}')
+    file.write_text(text.replace('"DiffusionNFT"', '{name = "GroupDPO", beta = 10, pairs = "all"}'))
+    config = read_config(file)
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = config.train.optimizer(weights)
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert type(config.sft.optimizer(weights)) is torch.optim.Adam
+    assert config.rollout.window == range(1)
+    assert config.objective() == GroupDPO(beta=10.0, pairs="all")
+    assert config.memory(8).length == 4
+    assert config.data.keywords["degradation"] == FaceDegradation(factor=(1.0, 2.0))
+    assert config.weighter.pass_distance == 0.05
+    assert config.weighter(pass_rate=torch.tensor([0.25, 0.5])).sft.tolist() == [1.0, 0.0]
+
+
+def test_a_schedule_ends_with_the_run() -> None:
+    """A cosine without a length falls to 0 with the last update."""
+    train(settings(more='train.lr_schedule = "cosine"'))
+    groups = load_state(Path("run/checkpoint.pt"))["learner"]["optimizer"]["optimizer"]["param_groups"]
+    assert groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_without_a_file_it_says_where_to_begin() -> None:

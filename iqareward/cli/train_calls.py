@@ -194,6 +194,8 @@ class Reader:
         for kind, parser in self.parsers:
             if kind == hint:
                 return parser(value, key)
+        if hint is Any and isinstance(value, str) and IN_FILE in value:
+            return _in_file(value, key)
         if isinstance(hint, type) and is_dataclass(hint):
             return made(partial(hint, **self.options(hint, value, key)), key)
         return _checked(value, hint, key)

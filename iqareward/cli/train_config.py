@@ -184,10 +184,13 @@ def _seeded(call: partial[Any], seed: int) -> partial[Any]:
 
 def make_on(device: torch.device, call: partial[Any], key: str) -> Any:
     """A reward of the settings, or an objective that has one, with weights on `device`."""
-    options = {
-        name: make_on(device, value, f"{key}.{name}") if isinstance(value, partial) else value
-        for name, value in call.keywords.items()
-    }
+
+    def option(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: option(each, f"{key}.{name}") for name, each in value.items()}
+        return make_on(device, value, key) if isinstance(value, partial) else value
+
+    options = {name: option(value, f"{key}.{name}") for name, value in call.keywords.items()}
     if "device" in inspect.signature(call.func).parameters:
         options = {"device": device} | options
     return made(partial(call.func, *call.args, **options), key)
@@ -301,6 +304,7 @@ _READER = Reader(
         (partial[Reward], _reward),
         (Reward, _reward),
         (Mapping[str, partial[Reward]], _rewards),
+        (Mapping[str, Reward], _rewards),
         (partial[RewardMemory], _memory),
         (partial[Objective], _objective),
         (DegradationModel, _degradation),
