@@ -538,7 +538,8 @@ task = { name = "ByTask", rewards = { deblur = "ssim", photo = "haarpsi" } }
 gain = 3.0
 """
     file = settings(updates=1, more=more)
-    file.write_text(file.read_text().replace('reward = "haarpsi"\n', "").replace("size = 16", 'size = 16, task = "photo"'))
+    text = file.read_text().replace("size = 16", 'size = 16, task = "photo"')
+    file.write_text(text.replace('reward = "haarpsi"\n', ""))
     train(file)
     line = json.loads(Path("run/history.jsonl").read_text().splitlines()[-1])
     assert line["reward/task"] == pytest.approx(line["reward/sharp"], rel=1e-5)
@@ -575,7 +576,7 @@ sft.optimizer = "torch.optim.Adam"
 def test_a_schedule_ends_with_the_run() -> None:
     """A cosine without a length falls to 0 with the last update."""
     train(settings(more='train.lr_schedule = "cosine"'))
-    groups = load_state(Path("run/checkpoint.pt"))["learner"]["optimizer"]["optimizer"]["param_groups"]
+    groups = load_state(Path("run/checkpoint.pt"))["learner"]["updates"]["optimizer"]["param_groups"]
     assert groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
