@@ -492,7 +492,7 @@ policy = { name = "own.py:policy", channels = 6, loss = "own.py:squared", explor
 data = { name = "own.py:data", count = 8 }
 reward = "own.py:bright"
 weighter = { name = "own.py:weighter", share = 0.5 }
-metric = "own.py:squared"
+metric = "haarpsi"
 train.inputs_per_update = 4
 num_workers = 1
 """

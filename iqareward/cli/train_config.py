@@ -262,9 +262,7 @@ def _weighter(spec: Any, key: str) -> Weighter:
 
 
 def _metric(spec: Any, key: str) -> Callable[..., Tensor]:
-    if not isinstance(spec, str):
-        raise ValueError(f"key `{key}` expected a name such as iqareward.functional.gmsd, got {spec!r}.")
-    return object_of(spec, key, {"rmse": rmse})
+    return rmse if spec == "rmse" else _reward(spec, key)
 
 
 def _memory(spec: Any, key: str) -> partial[RewardMemory]:
