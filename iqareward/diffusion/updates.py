@@ -156,7 +156,9 @@ def supervising(policy: Policy, *path: int) -> Generator[None]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
             module.eval()
     with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(sub_seed(*path))
+        # Of no other device, as torch.manual_seed would: only these are restored afterwards.
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[each.index] for each in devices)):
+            generator.manual_seed(sub_seed(*path))
         try:
             yield
         finally:
