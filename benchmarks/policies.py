@@ -56,7 +56,7 @@ def contrast(images: Tensor) -> Tensor:
 
 
 REWARD = NoReference(contrast, name="contrast", higher_is_better=True, differentiable=True)
-# DiffusionNFT learns from the forward process, which a feed-forward network has not.
+# DiffusionNFT learns from the forward process, which models without noise have not.
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "policy gradient": ClippedPolicyGradient,
     "reward gradient": functools.partial(DirectRewardGradient, REWARD),
@@ -155,7 +155,7 @@ def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 def objectives_of(kind: str) -> list[str]:
     """Names of the objectives that learn from this kind."""
-    return [name for name in OBJECTIVES if KINDS[kind].is_diffusion or name != "DiffusionNFT"]
+    return [name for name in OBJECTIVES if KINDS[kind].adds_noise or name != "DiffusionNFT"]
 
 
 def trains(kind: str, objective: str, folder: Path) -> bool:

@@ -115,6 +115,7 @@ class HackingMonitor:
 
     Raises:
         ValueError: an option is not positive.
+        TypeError: `held_out` or `statistics` is not a mapping of names to functions.
 
     Example:
         >>> from iqareward.functional import psnr
@@ -136,6 +137,12 @@ class HackingMonitor:
     ) -> None:
         if not (z > 0 and effect > 0 and patience >= 1):
             raise ValueError(f"HackingMonitor expected z, effect > 0 and patience >= 1, got {z}, {effect}, {patience}.")
+        for argument, measures in (("held_out", held_out), ("statistics", statistics)):
+            if not (isinstance(measures, Mapping) and all(map(callable, measures.values()))):
+                raise TypeError(
+                    f"HackingMonitor expected `{argument}` as a mapping of names to functions of images, such as "
+                    f"{{'psnr': iqareward.load('psnr')}} for `held_out`, got {measures!r}."
+                )
         self.held_out, self.statistics = dict(held_out), dict(statistics)
         self.z, self.effect, self.patience = z, effect, patience
         self.history: list[MonitorReport] = []

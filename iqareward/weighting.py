@@ -86,12 +86,17 @@ def mixed_loss(
 
     Raises:
         ValueError: the shapes differ, or `beta` is given without `kl`.
+        TypeError: a loss is not a tensor, or `weights` are not `LossWeights`.
 
     Example:
         >>> weights = LossWeights(rl=torch.tensor([1.0, 0.0]), sft=torch.tensor([0.0, 1.0]))
         >>> mixed_loss(torch.tensor([3.0, float("nan")]), torch.tensor([9.0, 5.0]), weights)
         tensor(4.)
     """
+    _check_weights("mixed_loss", weights)
+    for name, loss in (("rl_loss", rl_loss), ("sft_loss", sft_loss)):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"mixed_loss expected `{name}` as a tensor [B], got {type(loss).__name__}.")
     named = {"sft_loss": sft_loss, "weights.rl": weights.rl, "weights.sft": weights.sft, "kl": kl}
     for name, rows in named.items():
         if rows is not None and (rows.shape != rl_loss.shape or rl_loss.ndim != 1):
@@ -105,6 +110,14 @@ def mixed_loss(
     if kl is not None:
         loss = loss + beta * torch.where(weights.taking_part, kl, 0.0)
     return loss.sum() / weights.taking_part.sum().clamp(min=1)
+
+
+def _check_weights(who: str, weights: LossWeights) -> None:
+    if not isinstance(weights, LossWeights):
+        raise TypeError(
+            f"{who} expected `weights` as LossWeights, which a weighter returns, got {type(weights).__name__}. From "
+            "tensors: LossWeights(rl=..., sft=...)."
+        )
 
 
 def _weighted(weight: Tensor, loss: Tensor) -> Tensor:
@@ -129,6 +142,7 @@ def weighted_advantages(advantages: Tensor, weights: LossWeights) -> Tensor:
         >>> weighted_advantages(torch.ones(2, 3), weights).sum(1)
         tensor([3.0000, 1.5000])
     """
+    _check_weights("weighted_advantages", weights)
     if advantages.ndim == 0 or advantages.shape[0] != weights.rl.shape[0]:
         raise ValueError(
             f"weighted_advantages expected one weight per row of `advantages` {list(advantages.shape)}, "

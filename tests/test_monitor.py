@@ -197,3 +197,12 @@ def test_blur_lowers_edges_and_high_frequencies(scenes):
     blurred = blur_valid(scenes, gaussian_taps(5, 1.0))
     for name in ("edge_density", "high_frequency_share"):
         assert (STATISTICS[name](blurred) < STATISTICS[name](scenes[..., 2:-2, 2:-2])).all()
+
+
+@pytest.mark.parametrize("wrong", [["psnr"], None, {"psnr": "psnr"}])
+def test_measures_come_by_name(wrong) -> None:
+    """A list, nothing, or a name in place of a reward is refused when the monitor is made."""
+    with pytest.raises(TypeError, match="HackingMonitor expected `held_out` as a mapping of names to functions"):
+        HackingMonitor(wrong)
+    with pytest.raises(TypeError, match="HackingMonitor expected `statistics` as a mapping"):
+        HackingMonitor({}, statistics=wrong)

@@ -512,3 +512,15 @@ def test_optimality_is_the_published_r_and_neutral_without_rl():
     none = optimality_probability(advantages, weights_of(torch.zeros(19)))
     torch.testing.assert_close(none, torch.full((19,), 0.5), **EXACT)
     assert optimality_probability(torch.tensor([torch.nan, torch.inf, -torch.inf])).tolist() == [0.5, 0.5, 0.5]
+
+
+def test_mixing_refuses_what_are_no_weights_or_losses() -> None:
+    """By name, with what was expected."""
+    rows = torch.ones(2)
+    for wrong in (None, (rows, rows)):
+        with pytest.raises(TypeError, match="mixed_loss expected `weights` as LossWeights"):
+            mixed_loss(rows, rows, wrong)
+        with pytest.raises(TypeError, match="weighted_advantages expected `weights` as LossWeights"):
+            weighted_advantages(rows, wrong)
+    with pytest.raises(TypeError, match="mixed_loss expected `sft_loss` as a tensor"):
+        mixed_loss(rows, None, LossWeights(rows, rows))

@@ -99,6 +99,6 @@ def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:
             scores = reward(batch.degraded, references=batch.references)
         if not scores.isfinite().all():
             raise ValueError(
-                f"`{key}`: {reward.name} gives no score for crops of {batch.degraded.shape[-1]} pixels. Raise `size`, or "
-                "choose another reward."
+                f"`{key}`: {reward.name} gives no score for crops of {batch.degraded.shape[-1]} pixels. Raise "
+                "`size`, or choose another reward."
             )

@@ -250,8 +250,11 @@ def convolved(images: Tensor, kernel: Tensor) -> Tensor:
     around = kernel.shape[-1] // 2
     padded = F.pad(images, [around] * 4, mode="replicate")
     size = padded.shape[-2:]
-    spectrum = torch.fft.rfft2(kernel.to(images), s=size)
-    return torch.fft.irfft2(torch.fft.rfft2(padded) * spectrum, s=size)[..., 2 * around :, 2 * around :]
+    # In double precision, because the last digit depends on the number of threads, and is rounded away here.
+    spectrum = torch.fft.rfft2(kernel.to(padded.device, torch.float64), s=size)
+    return torch.fft.irfft2(torch.fft.rfft2(padded.double()) * spectrum, s=size)[
+        ..., 2 * around :, 2 * around :
+    ].float()
 
 
 def _blurred(
@@ -295,7 +298,8 @@ def _resized(image: Tensor, size: tuple[float, float], mode: float) -> Tensor:
         return image
     name = _choice(_MODES, mode)
     corners = {} if name == "area" else {"align_corners": False}
-    return F.interpolate(image, size=(height, width), mode=name, **corners).clamp(0, 1)
+    # Bilinear numbers depend on the number of threads in their last digit, and in double precision not when rounded.
+    return F.interpolate(image.double(), size=(height, width), mode=name, **corners).float().clamp(0, 1)
 
 
 def _noisy(

@@ -169,10 +169,9 @@ class Learner:
         rl = self._reinforce(parts, count, seed, measure)
         sft = self._supervise(parts, count, seed, measure)
         if self.balance is not None and measure:
-            both = torch.stack([rl.norm, sft.norm])
-            if not bool(both.isnan().any()):
-                rl_norm, sft_norm = self.accelerator.reduce(both, "mean").unbind()
-                self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
+            norms = [torch.full_like(count, torch.nan) if each.norm is None else each.norm for each in (rl, sft)]
+            rl_norm, sft_norm = self.accelerator.reduce(torch.stack(norms), "mean").unbind()
+            self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
         figures = torch.stack([rl.loss, sft.loss, rl.kl, rl.ratio, taking_part.sum().float()])
         totals, norm, step = self.updates.step(figures, update=update + 1)
         *sums, total = totals
@@ -182,7 +181,7 @@ class Learner:
         if step.moved and self.ema is not None:
             self.ema.step(self.weights)
         elif step.failed:
-            record["problem"] = f"skipped, because the {self._cause([*rl.bad, *sft.bad], parts)} is not finite"
+            record["problem"] = f"skipped, because the {self._cause([*rl.watched, *sft.watched], parts)} is not finite"
         return record
 
     def _reinforce(self, parts: Sequence[_Part], count: Tensor, seed: int, measure: bool) -> "_Figures":
@@ -210,7 +209,7 @@ class Learner:
                         rl = self.objective(
                             self.policy, rollouts, term, versions=self.versions, kl=self.options.kl_beta > 0
                         )
-                        if measure and found.norm.isnan():
+                        if measure and found.norm is None:
                             found.norm = gradient_norm(rl.loss.mean(), self.weights)
                         loss = own.rl * torch.where(own.rl > 0, rl.loss, 0.0)
                         loss = loss + self.options.kl_beta * torch.where(own.taking_part, rl.kl, 0.0)
@@ -240,7 +239,7 @@ class Learner:
                 # Seeded by the inputs, so that dropout does not depend on how processes share them.
                 with supervising(self.policy, seed, DROPOUT, *batch.ids):
                     losses = self.policy.sft_loss(batch.references, select(experience.condition, piece), noise)
-                if measure and found.norm.isnan():
+                if measure and found.norm is None:
                     found.norm = gradient_norm(losses.mean(), self.weights)
                 loss = scale * own.sft * torch.where(own.sft > 0, losses, 0.0)
                 self.updates.backward(loss.sum() / count)
@@ -328,19 +327,19 @@ class _Figures:
     loss: Tensor
     kl: Tensor
     ratio: Tensor
-    norm: Tensor  # of the gradient of the first piece, NaN where not measured
-    bad: list[tuple[Tensor, tuple[int, ...]]]
+    watched: list[tuple[Tensor, tuple[int, ...]]]  # losses and the ids of their rows
+    norm: Tensor | None = None  # of the gradient of the first piece
 
     @classmethod
     def none(cls, device: torch.device) -> "_Figures":
         zero = torch.zeros((), device=device)
-        return cls(zero, zero, zero, torch.full_like(zero, torch.nan), [])
+        return cls(zero, zero, zero, [])
 
     def add(self, losses: Tensor, counted: Tensor, share: float) -> None:
         self.loss = self.loss + torch.where(counted, losses.detach().float(), 0.0).sum() * share
 
     def watch(self, losses: Tensor, ids: tuple[int, ...]) -> None:
-        self.bad.append((losses.detach(), ids))
+        self.watched.append((losses.detach(), ids))
 
 
 def _minibatch(experiences: Sequence[Experience], weights: LossWeights, place: int, parts: int) -> list[_Part]:

@@ -4,13 +4,13 @@ import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from iqareward.atomic import atomic_folder
-from iqareward.diffusion.finite import require_finite
+from iqareward.diffusion.finite import is_count, require_finite
 from iqareward.diffusion.policies.pixel import PixelPolicy
 from iqareward.diffusion.processes import DDIM
 from iqareward.optional import require
@@ -77,7 +77,7 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
         ...     sorted(path.name for path in Path(folder, "model").iterdir())
         ['restorer.json', 'scheduler', 'unet']
     """
-    process, model = policy.process, policy.model
+    process, model = policy.process, cast(Any, policy.model)
     if not isinstance(process, DDIM):
         raise TypeError(f"save_restorer expected a policy whose `process` is a DDIM, got a {type(process).__name__}.")
     require_finite("The restorer", model.state_dict())
@@ -85,7 +85,7 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
     with atomic_folder(folder) as whole:
         model.save_pretrained(whole / "unet")
         process.scheduler.save_pretrained(whole / "scheduler")
-        (whole / SETTINGS).write_text(json.dumps({"residual": policy.residual}), encoding="utf-8")
+        (whole / SETTINGS).write_text(json.dumps({"residual": policy.residual, "scale": policy.scale}), encoding="utf-8")
 
 
 def load_restorer(folder: Path | str) -> PixelPolicy:
@@ -131,14 +131,14 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
         model = diffusers.UNet2DModel.from_config(config).eval()
         model.load_state_dict(weights)
     with _naming(folder / SCHEDULER):
-        scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        scheduler = _scheduler(folder / "scheduler")
         process = DDIM.from_scheduler(scheduler)
         process.schedule(1)  # a method that does not exist shows only here
         alpha_bars = scheduler.alphas_cumprod
         if not ((alpha_bars >= 0) & (alpha_bars <= 1)).all():
             raise ValueError("its betas give alpha-bars that do not lie in [0, 1].")
     with _naming(folder / SETTINGS):
-        return PixelPolicy(model, process, residual=_is_residual(folder / SETTINGS))
+        return PixelPolicy(model, process, **_settings(folder / SETTINGS))
 
 
 @contextmanager
@@ -160,11 +160,23 @@ def _read_weights(path: Path, described: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _is_residual(settings: Path) -> bool:
-    if not settings.is_file():  # a pipeline of diffusers
-        return False
-    content = json.loads(settings.read_text(encoding="utf-8"))
-    residual = content.get("residual") if isinstance(content, dict) else None
-    if not isinstance(residual, bool):
-        raise ValueError(f'expected {{"residual": true}} or {{"residual": false}}, got {content!r:.100}')
-    return residual
+def _scheduler(folder: Path) -> Any:
+    """The scheduler of the class that its configuration names; DDIM if it names none."""
+    import diffusers
+
+    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name", "DDIMScheduler")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    if kind is None:
+        raise ValueError(f"expected the name of a scheduler of diffusers, got {name!r:.100}")
+    return kind.from_pretrained(folder, local_files_only=True)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """The options of the policy."""
+    if not file.is_file():  # a pipeline of diffusers
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    residual, scale = (content.get("residual"), content.get("scale", 1)) if isinstance(content, dict) else (None, 1)
+    if not isinstance(residual, bool) or not is_count(scale):
+        raise ValueError(f'expected {{"residual": true or false, "scale": an integer >= 1}}, got {content!r:.100}')
+    return {"residual": residual, "scale": scale}

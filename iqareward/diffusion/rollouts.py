@@ -370,12 +370,13 @@ def collect(
             keep_clean=config.reward_steps,
         )
         # Step by step, because the images of all steps would not fit into memory at once.
-        steps = []
-        for latents in (*trajectory.clean.values(), trajectory.sample):
-            images = images_of(policy, latents, own)
-            steps.append([scored(reward, images, side_by_side) for reward in rewards])
-        pending.append(steps)
-        distances.append(distance(images, side_by_side))  # of the sample, the last
+        def score(images: Tensor, inputs: Batch = side_by_side) -> list[Callable[[], Tensor]]:
+            return [scored(reward, images, inputs) for reward in rewards]
+
+        steps = [score(images_of(policy, latents, own)) for latents in trajectory.clean.values()]
+        images = images_of(policy, trajectory.sample, own)
+        pending.append([*steps, score(images)])
+        distances.append(distance(images, side_by_side))
         trajectories.append(trajectory)
     device = batch.degraded.device
     parts = [

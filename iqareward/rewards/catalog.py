@@ -359,11 +359,26 @@ def _build(term: _Term, device: torch.device | str | None, differentiable: bool)
     except TypeError as error:
         if "keyword argument" not in str(error):
             raise
-        raise ValueError(f"{term.match[0]!r} has an option that {term.name} does not have: {error}.") from error
+        known = _option_names(entry)
+        if not (wrong := sorted(options.keys() - known)):
+            raise
+        raise ValueError(
+            f"{term.match[0]!r} has an option that {term.name} does not have: {', '.join(wrong)}. It has "
+            f"{', '.join(sorted(known))}."
+        ) from error
     if term.match["low"] is None:
         return reward
     low, high = float(term.match["low"]), float(term.match["high"])
     return Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{exact(low)}, {exact(high)}]")
+
+
+def _option_names(entry: Entry) -> set[str]:
+    """What may follow a name in parentheses."""
+    build: Any = entry.build
+    if build.func is _public:
+        return set(inspect.signature(getattr(importlib.import_module("iqareward"), build.args[0])).parameters)
+    color = {"color"} & inspect.signature(build.args[1]).parameters.keys()
+    return {"batch_size", "name"} | color | ({"differentiable"} if entry.differentiable else set())
 
 
 def _options(text: str) -> dict[str, Any]:

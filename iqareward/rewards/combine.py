@@ -176,6 +176,7 @@ class FidelityFloor(Combined):
         low: float | None = None,
         name: str | None = None,
     ) -> None:
+        check_names("FidelityFloor", [reward, fidelity])
         low = reward.bounds[0] if low is None else low
         if low is None:
             raise ValueError(
@@ -323,6 +324,9 @@ class Calibrated(Wrapper):
         score_map: `AffineMap`, `LogisticMap` or `CDFMap`; `.fit(scores)` on the scores of a frozen set makes one.
         name: Name of the result; by default that of the reward.
 
+    Raises:
+        TypeError: `reward` or `score_map` is something else.
+
     Example:
         >>> import torch, iqareward
         >>> psnr = iqareward.Calibrated(iqareward.load("psnr"), iqareward.AffineMap(20.0, 40.0))
@@ -333,6 +337,11 @@ class Calibrated(Wrapper):
 
     def __init__(self, reward: Reward, score_map: ScoreMap, *, name: str | None = None) -> None:
         super().__init__(reward)
+        if not isinstance(score_map, ScoreMap):
+            raise TypeError(
+                "Calibrated expected `score_map` as an AffineMap, LogisticMap or CDFMap, got "
+                f"{score_map!r}. Write AffineMap(low, high), or fit one: AffineMap.fit(scores)."
+            )
         self.score_map, self.name, self.bounds = score_map, name or reward.name, (0.0, 1.0)
 
     def score_call(self, call: Call) -> Scores:
@@ -357,7 +366,9 @@ def save_map(score_map: ScoreMap, path: str | Path) -> None:
         ...     print(load_map(f"{folder}/psnr.json"))
         AffineMap(low=10.0, high=50.0)
     """
-    kind = next(name for name, cls in _MAPS.items() if isinstance(score_map, cls))
+    kind = next((name for name, cls in _MAPS.items() if isinstance(score_map, cls)), None)
+    if kind is None:
+        raise TypeError(f"save_map expected an AffineMap, LogisticMap or CDFMap, got {score_map!r}.")
     write_text(path, json.dumps({"map": kind, **asdict(score_map)}) + "\n")
 
 

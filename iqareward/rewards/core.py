@@ -391,10 +391,17 @@ def _joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool, bool]:
 
 
 def check_names(who: str, rewards: Sequence[Reward]) -> None:
-    """Refuse an empty list of rewards, names in place of rewards, and rewards with the same name."""
+    """Refuse an empty list of rewards, anything in place of rewards, and rewards with the same name."""
+    if not isinstance(rewards, Iterable):
+        raise TypeError(f"{who} expected a list of rewards, got {type(rewards).__name__}.")
     for reward in rewards:
         if isinstance(reward, str):
             raise TypeError(f"{who} expected rewards, got the name {reward!r}. iqareward.load({reward!r}) makes one.")
+        if not (callable(reward) and hasattr(reward, "name")):
+            raise TypeError(
+                f"{who} expected rewards, got {reward!r}. Make one of a metric with NoReference(metric, "
+                "higher_is_better=...) or FullReference(metric, higher_is_better=...)."
+            )
     names = [reward.name for reward in rewards]
     if not names:
         raise ValueError(f"{who} expected at least one reward, got none.")

@@ -77,7 +77,7 @@ def test_a_wrong_item_is_named(item, message):
 
 
 def test_foreign_random_numbers_follow_the_id():
-    """A random data set gives the same item for an id, alone or not, in torch's own wrappers too, and disturbs nobody."""
+    """A random data set gives one item for an id, alone or not, in torch's wrappers too, and disturbs nobody."""
     states = torch.random.get_rng_state(), random.getstate()
     together, alone = batches(Foreign(), [1, 2, 3])[0], batches(Foreign(), [2])[0]
     torch.testing.assert_close(together.degraded[1], alone.degraded[0], **EXACT)

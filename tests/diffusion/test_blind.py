@@ -57,8 +57,22 @@ def test_a_result_does_not_depend_on_its_batch(model, severities):
     assert not model(images, severity, range(6), seed=4).equal(together)
 
 
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+def test_a_result_does_not_depend_on_the_number_of_threads(model):
+    """A worker process has one thread, the trainer's own process has several."""
+    images, before = synthetic_images(range(8), size=128), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(model(images, None, range(8)))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*results, **EXACT)
+
+
 def test_size_factors_are_as_published():
-    """The first order enlarges 0.2, keeps 0.1 and reduces 0.7 of the images within [0.15, 1.5], uniformly in each part."""
+    """The first order enlarges 0.2, keeps 0.1 and reduces 0.7 of the images, the second 0.3, 0.3 and 0.4."""
     quantiles = torch.linspace(0, 1, 1001).tolist()
     for order, (up, keep), (low, high) in (
         (DegradationOrder(), (0.2, 0.1), (0.15, 1.5)),
@@ -83,7 +97,7 @@ def test_noise_has_the_published_kinds_and_strengths():
     deviation = result.sub(grey).mul(255)[:, 1].std((1, 2))  # green is least changed by the coding of colour
     gaussian, poisson = deviation[deviation > 20], deviation[deviation <= 20]
     assert 35 <= len(gaussian) <= 65
-    grey_noise = result.sub(result.mean(1, keepdim=True)).mul(255).flatten(1).std(1) < 3
+    grey_noise = result.sub(result.mean(1, keepdim=True)).mul(255).flatten(1).std(1) < 0.1 * deviation
     assert 25 <= grey_noise.sum() <= 55
     plain = grey_noise[deviation > 20], grey_noise[deviation <= 20]
     torch.testing.assert_close(gaussian[plain[0]].mean(), torch.tensor(30.0), rtol=0.05, atol=0)
@@ -92,7 +106,7 @@ def test_noise_has_the_published_kinds_and_strengths():
 
 
 def test_kernels_follow_their_formulas():
-    """Each sums to 1; a Gaussian has its deviations along its axes; sinc keeps low frequencies and removes high ones."""
+    """Each sums to 1; a Gaussian has its deviations along its axes; sinc keeps low frequencies only."""
     kernel = gaussian_kernel(41, 4.0, 2.0, math.pi / 2).double()  # turned: the long axis is vertical
     places = torch.arange(41, dtype=torch.float64) - 20
     for axis, sigma in ((1, 4.0), (0, 2.0)):

@@ -25,10 +25,13 @@ def levels(pairs: FolderPairs) -> list[tuple[int, ...]]:
 LAYOUTS = {  # rule: (files of the degraded images, of the ground truth), in that order of pairs
     "div2k": (["LR/X4/0001x4.png", "LR/X4/0002x4.png"], ["HR/0001.png", "HR/0002.png"]),
     "realsr": (["Canon_001_LR4.png", "Nikon_001_LR4.png"], ["Canon_001_HR.png", "Nikon_001_HR.png"]),
-    "gopro": (["GOPR0372/blur/000047.png", "GOPR0384/blur/000047.png"], ["GOPR0372/sharp/000047.png", "GOPR0384/sharp/000047.png"]),
+    "gopro": (["GOPR0372/blur/07.png", "GOPR0384/blur/07.png"], ["GOPR0372/sharp/07.png", "GOPR0384/sharp/07.png"]),
     "rain100": (["rain-001.png", "rain-002.png"], ["norain-001.png", "norain-002.png"]),
-    "reside": (["hazy/0001_0.8_0.2.jpg", "hazy/0001_1.0_0.1.jpg", "hazy/0002_0.8_0.2.jpg"], ["clear/0001.png", "clear/0001.png", "clear/0002.png"]),
-}  # fmt: skip
+    "reside": (
+        ["hazy/0001_0.8_0.2.jpg", "hazy/0001_1.0_0.1.jpg", "hazy/0002_0.8_0.2.jpg"],
+        ["clear/0001.png", "clear/0001.png", "clear/0002.png"],
+    ),
+}
 
 
 @pytest.mark.parametrize("rule", LAYOUTS)
@@ -108,7 +111,8 @@ def test_tables_have_columns(kind, tmp_path):
         ("", "out/y.png", "", ""),
     ]
     if kind == "list":
-        source = [{"lq": tmp_path / "in/x.png", "gt": tmp_path / "out/y.png", "prompt": "a cat, asleep", "task": "denoise"},
+        source = [{"lq": tmp_path / "in/x.png", "gt": tmp_path / "out/y.png", "prompt": "a cat, asleep",
+                   "task": "denoise"},
                   {"gt": tmp_path / "out/y.png"}]  # fmt: skip
     else:
         source = tmp_path / f"pairs.{kind}"

@@ -266,3 +266,30 @@ def test_terms_are_pairs_with_the_weight_first(terms: Any) -> None:
     """A weighted sum of anything but (weight, reward) pairs says what it expected."""
     with pytest.raises(TypeError, match=r"expected `terms` as \(weight, reward\) pairs"):
         WeightedSum(terms)
+
+
+def test_what_is_no_reward_and_no_map_is_refused_by_name(tmp_path) -> None:
+    """When it is made, with what was expected, rather than when it scores."""
+    for make in (
+        lambda: SoftMin([None], temperature=0.1),
+        lambda: WeightedSum([(1.0, brightness)]),
+        lambda: FidelityFloor(None, faithful(), floor=0.0),
+        lambda: Calibrated(None, AffineMap(0.0, 1.0)),
+        lambda: evaluate([brightness], IMAGES),
+    ):
+        with pytest.raises(TypeError, match=r"expected rewards, got .*NoReference"):
+            make()
+    with pytest.raises(TypeError, match="SoftMin expected a list of rewards, got NoReference"):
+        SoftMin(bright(), temperature=0.1)
+    for wrong in (None, (10, 50), AffineMap):
+        with pytest.raises(TypeError, match="Calibrated expected `score_map` as an AffineMap, LogisticMap or CDFMap"):
+            Calibrated(bright(), wrong)
+        with pytest.raises(TypeError, match="save_map expected an AffineMap"):
+            save_map(wrong, tmp_path / "map.json")
+
+
+@pytest.mark.parametrize("name", ["ssim", "psnr", "lpips", "fsim"])
+def test_an_unknown_option_names_those_there_are(name: str) -> None:
+    """In words, without Python's own message."""
+    with pytest.raises(ValueError, match=rf"option that {name} does not have: foo\. It has .*batch_size"):
+        load(f"{name}(foo=3)")

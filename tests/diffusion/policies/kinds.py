@@ -33,24 +33,23 @@ class Kind:
     """A file of `examples/policies`, and the models in the field that it stands for."""
 
     models: str
-    is_diffusion: bool = True
+    adds_noise: bool = True  # whether there is a forward process, for DiffusionNFT to learn from
     scale: int = 1
     num_steps: int = 4
-    stochastic: bool = False  # whether the sampler that ships draws noise in its steps
 
 
 KINDS = {
-    "resshift": Kind("residual shifting, x4: ResShift, SinSR", scale=4, num_steps=15, stochastic=True),
-    "ir_sde": Kind("mean-reverting SDE in pixels: IR-SDE, Refusion", num_steps=100, stochastic=True),
-    "diffbir": Kind("latent ControlNet with captions, guidance, colour fix: DiffBIR, SeeSR, PASD", stochastic=True),
-    "osediff": Kind("one step, LoRA in UNet and encoder, x4: OSEDiff, PiSA-SR, S3Diff", scale=4, num_steps=1),
+    "resshift": Kind("residual shifting, x4: ResShift, SinSR", scale=4, num_steps=15),
+    "ir_sde": Kind("mean-reverting SDE in pixels: IR-SDE, Refusion", num_steps=100),
+    "diffbir": Kind("latent ControlNet with captions, guidance, colour fix: DiffBIR, SeeSR, PASD"),
+    "osediff": Kind("one step, LoRA in UNet and encoder, x4: OSEDiff, PiSA-SR", adds_noise=False, scale=4, num_steps=1),
     "gdpo_sr": Kind("one step from noised degraded latents, x4: GDPO-SR, InvSR", scale=4, num_steps=1),
     "upscaler": Kind("upscaler with noise level as class label, x4: StableDiffusionUpscale", scale=4),
     "sd3_controlnet": Kind("flow matching with ControlNet, guidance 7: SD3"),
     "flux_kontext": Kind("flow matching, edit model, packed tokens, LoRA: Flux Kontext"),
     "qwen_edit": Kind("flow matching, edit model, LoRA: Qwen-Image-Edit"),
-    "swinir": Kind("feed-forward from a checkpoint, x2: SwinIR, HAT", is_diffusion=False, scale=2, num_steps=1),
-    "nafnet": Kind("feed-forward, own module: NAFNet, AdaIR, Restormer", is_diffusion=False, num_steps=1),
+    "swinir": Kind("feed-forward from a checkpoint, x2: SwinIR, HAT", adds_noise=False, scale=2, num_steps=1),
+    "nafnet": Kind("feed-forward, own module: NAFNet, AdaIR, Restormer", adds_noise=False, num_steps=1),
 }
 
 

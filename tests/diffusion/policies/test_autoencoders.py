@@ -5,7 +5,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import Flux2Pipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -35,6 +34,8 @@ KINDS = pytest.mark.parametrize("kind", BUILD)
 
 def built(kind, **options) -> Autoencoder:
     """An autoencoder by name, with factor 2."""
+    if kind == "flux2" and not hasattr(diffusers, "AutoencoderKLFlux2"):
+        pytest.skip("this diffusers has no AutoencoderKLFlux2")
     vae = seeded(BUILD[kind], seed=1)
     if kind == "flux2":
         generator = torch.Generator().manual_seed(2)
@@ -66,7 +67,7 @@ def expected_latents(kind, vae, images):
     if kind == "flux2":
         normalise = torch.nn.BatchNorm2d(16, eps=vae.config.batch_norm_eps, affine=False).eval()
         normalise.load_state_dict(vae.bn.state_dict())
-        return normalise(Flux2Pipeline._patchify_latents(latents))
+        return normalise(diffusers.Flux2Pipeline._patchify_latents(latents))
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
