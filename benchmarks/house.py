@@ -168,8 +168,12 @@ def trainer() -> None:
         def __len__(self) -> int:
             return 4
 
-        def batch(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            images = torch.stack([torch.full((3, 16, 16), 0.1 * index) for index in ids])
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            image = torch.full((3, 16, 16), 0.1 * index)
+            return {"lq": image, "gt": image + 0.1}
+
+        def batch(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:  # what earlier commits read
+            images = torch.stack([self[index]["lq"] for index in ids])
             return images, images + 0.1
 
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -177,7 +181,7 @@ def trainer() -> None:
     scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     policy = PixelPolicy(diffusers.UNet2DModel(16, 6, 3, **channels, **blocks), DDIM(scheduler))
     rollouts = _call(_find("diffusion", "RolloutConfig", "Sampling"), group_size=2, num_steps=3, inputs_at_once=2)
-    training = _call(_find("diffusion", "TrainConfig", "Optimization"), inputs_per_update=2, micro_batch=2)
+    training = _call(_find("diffusion", "TrainConfig", "Optimization"), inputs_per_update=2)
     with tempfile.TemporaryDirectory() as folder:
         run = _call(
             DifficultyAdaptiveTrainer, policy, load("psnr"), Pairs(), output_dir=folder, show_progress=False,

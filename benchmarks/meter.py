@@ -452,11 +452,14 @@ def _leading_to(targets: set[Any], roots: Sequence[Any]) -> set[Any]:
     return found
 
 
-_REPLACED: dict[str, Callable[..., Any]] = {
+_REPLACED: dict[str, Any] = {
     "torch.autograd._engine_run_backward": run_backward,
     "torch.utils.swap_tensors": _swap,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,  # autocast looks for a GPU
     "torch.cuda.is_bf16_supported": lambda: True,
+    "torch.cuda.get_rng_state": lambda device: device,
+    "torch.cuda.set_rng_state": lambda state, device: None,
+    "torch.cuda.default_generators": (torch.Generator(),),
     "torch.Generator": _Generator,
     "torch.load": _load,  # it would give tensors without numbers
 }

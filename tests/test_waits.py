@@ -8,13 +8,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import iqareward
 from benchmarks.meter import Meter
 from iqareward import AdaptiveWeighter, DifficultyMemory, LossWeights, RewardMemory, advantages, difficulty, weighting
 from iqareward import schedules as weightings
-from iqareward.diffusion import ClippedPolicyGradient, DiffusionNFT, DirectRewardGradient, RolloutConfig, TrainConfig
+from iqareward.diffusion import (
+    Batch,
+    ClippedPolicyGradient,
+    DiffusionNFT,
+    DirectRewardGradient,
+    Noise,
+    RolloutConfig,
+    TrainConfig,
+)
 from iqareward.functional import gmsd
 from iqareward.images import drop_broken_gradients
 from iqareward.monitor import STATISTICS
@@ -236,30 +244,22 @@ def test_losses_weightings_and_statistics(name):
     assert places(meter) == []
 
 
-def on_the_device(policy: Any) -> Any:
-    for part in vars(policy).values():
-        if isinstance(part, nn.Module):
-            part.to("cuda")
-    if hasattr(policy, "autoencoder"):
-        policy.autoencoder.vae.to("cuda")
-    return policy
-
-
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_policies(kind):
     """A denoising step, and the noising and its inverse, with a prompt that was encoded on the CPU."""
     with Meter() as meter:
-        policy = on_the_device(tiny.policy_of(kind))
-        images = torch.rand(2, 3, tiny.SIZE, tiny.SIZE, device="cuda")
-        latents, condition = policy.encode(images), policy.condition(images)
-        times = torch.zeros(2, dtype=torch.long, device="cuda")
+        policy = tiny.policy_of(kind).to("cuda")
+        batch = Batch((3, 8), torch.rand(2, 3, tiny.SIZE, tiny.SIZE, device="cuda"))
+        noise = Noise(batch.ids, device="cuda")
+        condition = policy.condition(batch, noise)
+        steps = policy.schedule(condition, 4)
 
         def step() -> None:
-            noisy = policy.process.add_noise(latents, latents, times)
-            answer = policy.predict(noisy, times, condition)
-            policy.process.clean(answer, noisy, times)
-            policy.process.target(latents, noisy, times)
-            policy.encode(policy.decode(latents))
+            transition = policy.step(policy.start(condition, noise), steps[1], condition, eta=tiny.ETA[kind])
+            transition.log_prob(transition.mean)
+            clean = policy.encode(policy.decode(transition.clean, condition), condition)
+            noisy, times, _ = policy.noised(clean, condition, noise)
+            policy.process.clean(policy.predict(noisy, times, condition), noisy, times)
 
         meter.second(step)
     assert places(meter) == []
@@ -281,17 +281,16 @@ def test_updates(kind, objective, tmp_path, monkeypatch):
     with Meter(read=1.0) as meter:
         run = trainer(
             tmp_path,
-            policy=on_the_device(tiny.policy_of(kind)),
+            policy=tiny.policy_of(kind),
             reward=reward,
             objective=objective(reward) if objective is DirectRewardGradient else objective(),
             validation=None,
             accelerator=Accelerator(cpu=True),
             rollout_config=RolloutConfig(group_size=2, num_steps=2, inputs_at_once=at_once),
-            train_config=TrainConfig(inputs_per_update=4, micro_batch=at_once, balance_every=2, ema_decay=0.9),
+            train_config=TrainConfig(inputs_per_update=4, rows_at_once=at_once, balance_every=2, ema_decay=0.9),
         )
         run.weighter.calibrate(torch.rand(8) + 0.1)
         meter.second(run.update)
     waits = Counter(wait.line.split("/")[-1].split(":")[0] for wait in meter.waits)
-    # the second of the trainer's is to name inputs that were left out, which the meter says there were
-    assert waits == {"pairs.py": 3, "learner.py": 1, "finite.py": 1, "trainer.py": 2}
+    assert waits == {"batches.py": 3, "updates.py": 1, "finite.py": 1, "trainer.py": 1}
     assert meter.host_constants == []

@@ -21,6 +21,7 @@ from iqareward.diffusion import (
     Autoencoder,
     ControlNetPolicy,
     DifficultyAdaptiveTrainer,
+    FixedPrompt,
     RolloutConfig,
     TrainConfig,
 )
@@ -90,11 +91,11 @@ class Noise:
     def __len__(self) -> int:
         return 8
 
-    def batch(self, ids: Any) -> tuple[Tensor, Tensor]:
-        low = self.side // 8
-        rows = torch.stack([torch.rand(3, low, low, generator=torch.Generator().manual_seed(i)) for i in ids])
-        true = torch.nn.functional.interpolate(rows, size=(self.side, self.side), mode="bicubic").clamp(0, 1)
-        return (true + 0.1 * torch.randn(true.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1), true
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        low, rng = self.side // 8, torch.Generator().manual_seed(index)
+        coarse = torch.rand(1, 3, low, low, generator=rng)
+        true = torch.nn.functional.interpolate(coarse, size=(self.side, self.side), mode="bicubic")[0].clamp(0, 1)
+        return {"lq": (true + 0.1 * torch.randn(true.shape, generator=rng)).clamp(0, 1), "gt": true}
 
 
 def controlnet_trainer(tiny: bool, reward: Any, overlap: bool) -> DifficultyAdaptiveTrainer:
@@ -107,17 +108,17 @@ def controlnet_trainer(tiny: bool, reward: Any, overlap: bool) -> DifficultyAdap
     with DEVICE:
         unet = diffusers.UNet2DConditionModel(sample_size=64, **(small if tiny else {"cross_attention_dim": 768}))
         control = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=3)
-        prompt = torch.randn(1, 77, 16 if tiny else 768)
+        prompt = FixedPrompt({"prompt": torch.randn(1, 77, 16 if tiny else 768)})
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
     )
     process = DDIM.from_scheduler(scheduler)
-    policy = ControlNetPolicy(control, unet.to(torch.bfloat16), autoencoder(tiny), prompt.cpu(), process)
+    policy = ControlNetPolicy(control, unet.to(torch.bfloat16), autoencoder(tiny), process, prompt)
     return DifficultyAdaptiveTrainer(
         policy, reward, Noise(32 if tiny else 512), output_dir=tempfile.mkdtemp(), show_progress=False, overlap=overlap,
         accelerator=fresh_accelerator(mixed_precision="bf16"),
         rollout_config=RolloutConfig(group_size=2 if tiny else 4, num_steps=2 if tiny else 10, inputs_at_once=2),
-        train_config=TrainConfig(inputs_per_update=4, micro_batch=1 if tiny else 2),
+        train_config=TrainConfig(inputs_per_update=4, rows_at_once=1 if tiny else 2),
     )  # fmt: skip
 
 
@@ -134,8 +135,8 @@ def updates(clock: Clock, model: Any, overlap: bool) -> Row:
     found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     if not overlap and (clock.tiny or clock.left() > 6 * took[-1]):
         spent: dict[str, float] = {}
-        parts = {"collect": (run, "experience"), "decode": (run.policy.autoencoder, "decode"),
-                 "reward": (type(reward), "__call__"), "learn": (run.learner, "step")}  # fmt: skip
+        parts = {"collect": (run, "experiences"), "decode": (run.policy.autoencoder, "decode"),
+                 "reward": (type(reward), "__call__"), "learn": (run.learner, "learn")}  # fmt: skip
         with ExitStack() as stack:
             for key, (owner, name) in parts.items():
                 stack.enter_context(patched(owner, name, stopwatch(f"{key}_s", getattr(owner, name), spent)))

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from benchmarks.restoration import world
 from benchmarks.restoration.world import HELD_OUT_JUDGE, JUDGE, Job, Kept
-from iqareward.diffusion import Degradation, PixelPolicy, Validation, rollout
+from iqareward.diffusion import Batch, Degradation, Noise, PixelPolicy, Validation, rollout
+from iqareward.diffusion.conditions import repeat
 from iqareward.diffusion.rollouts import images_of
 from iqareward.rewards.metric import NoReference
 from iqareward.seeds import generator
@@ -121,11 +122,14 @@ def material(
     clean = world.scenes(scale.size, scale.train_inputs // 4, seed)
     sets = [list(world.TASKS.values()), *([task] for task in extra)]
     damaged = [Kept.damaged(clean, tasks, seed + number) for number, tasks in enumerate(sets)]
-    degraded, half = damaged[0].degraded, damaged[0].severity / 2
-    tested = Validation(degraded, clean, {}, num_steps=2 * scale.steps, inputs_at_once=64).restore(policy, seed=seed)
-    options: dict[str, Any] = {"ids": range(len(clean)), "group_size": 2, "num_steps": scale.steps, "eta": 1.0}
-    sample = rollout(policy, degraded.to(job.device), seed=seed, **options).sample
-    first, second = images_of(policy, sample).cpu().view(-1, 2, *clean.shape[1:]).unbind(1)
+    half = damaged[0].severity / 2
+    validation = Validation(damaged[0], {}, num_steps=2 * scale.steps, inputs_at_once=64)
+    tested = validation.restore(policy, *validation.batches, seed=seed)
+    batch = Batch(tuple(range(len(clean))), damaged[0].degraded.to(job.device))
+    noise = Noise.of_groups(batch.ids, 2, seed=seed, device=job.device)
+    condition = repeat(policy.condition(batch, Noise(batch.ids, seed=seed, device=job.device)), 2)
+    sample = rollout(policy, condition, noise, num_steps=scale.steps, eta=1.0).sample
+    first, second = images_of(policy, sample, condition).cpu().view(-1, 2, *clean.shape[1:]).unbind(1)
     (on_clean, mild), (on_restored, more) = (artefacts(images, kinds, seed + 1) for images in (clean, first))
     versions = [clean, tested, first, second, on_clean, on_restored, *(kept.degraded for kept in damaged)]
     damage = [torch.zeros(len(clean)), half, half, half, mild, half + more, *(kept.severity for kept in damaged)]

@@ -59,7 +59,7 @@ def floored(job: Job, frozen: PixelPolicy) -> FidelityFloor:
     """The judge above a floor of PSNR that the frozen model misses on a quarter of the validation inputs."""
     judge, fidelity = trained_judge(job, frozen), iqareward.load("psnr", differentiable=True)
     kept = world.pairs(job.scale, VALIDATION, job.seed)
-    validation = Validation(kept.degraded, kept.references, {}, num_steps=job.scale.steps, inputs_at_once=96)
-    restored = validation.restore(frozen, seed=job.seed)
+    validation = Validation(kept, {}, num_steps=job.scale.steps, inputs_at_once=96)
+    restored = validation.restore(frozen, *validation.batches, seed=job.seed)
     floor = float(fidelity(restored, references=kept.references).quantile(SHARE_BELOW_FLOOR))
     return FidelityFloor(Calibrated(judge, LogisticMap.fit(judge(restored))), fidelity, floor=floor)

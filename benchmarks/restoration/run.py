@@ -24,6 +24,7 @@ from iqareward.diffusion import (
     DirectRewardGradient,
     PixelPolicy,
     RolloutConfig,
+    StoredPairs,
     TrainConfig,
     Validation,
 )
@@ -64,8 +65,8 @@ def measure(
 ) -> tuple[dict[str, list[float]], Tensor]:
     """Every measure of the restoration of each input, higher is better but for `rmse`; and the restorations."""
     steps = 2 * job.scale.steps
-    validation = Validation(kept.degraded, kept.references, {}, num_steps=steps, inputs_at_once=96)
-    images = validation.restore(policy, seed=job.seed)
+    validation = Validation(kept, {}, num_steps=steps, inputs_at_once=96)
+    images = validation.restore(policy, *validation.batches, seed=job.seed)
     measures = judges | {name: iqareward.load(name) for name in METRICS} | {"niqe": mirrored_niqe(job)}
     found = {name: judge(images, references=kept.references).tolist() for name, judge in measures.items()}
     return found | {"rmse": rmse(images, kept.references).tolist(), "severity": kept.severity.tolist()}, images
@@ -136,9 +137,9 @@ def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -
 def _watched(job: Job, judges: dict[str, Reward], arm: Arm) -> Validation:
     """Validation inputs under the eyes of the monitor; the trained judge is one of them where it is not the reward."""
     inputs = world.pairs(job.scale, world.VALIDATION, job.seed)
-    rows = slice(job.scale.test_inputs // 3)
+    first = StoredPairs(*(part[: job.scale.test_inputs // 3] for part in (inputs.degraded, inputs.references)))
     named = {name: iqareward.load(name) for name in ("ssim", "gmsd")} | {"held_out": judges["held_out"]}
     if arm.reward in ("psnr", "haarpsi", "piqe", "niqe"):  # the others are made of it
         named["judge"] = judges["judge"]
     options: dict[str, Any] = {"num_steps": 2 * job.scale.steps, "inputs_at_once": 96, "monitor": HackingMonitor(named)}
-    return Validation(inputs.degraded[rows], inputs.references[rows], named, **options)
+    return Validation(first, named, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.restoration.network import SmallUNet
 from examples.demo.experiment import PHOTOGRAPHS, load_photograph
-from iqareward.diffusion import DDIM, Degradation, PixelPolicy, supervised, synthetic_images
+from iqareward.diffusion import DDIM, Degradation, PixelPolicy, StoredPairs, supervised, synthetic_images
 from iqareward.seeds import generator
 
 TASKS = {
@@ -75,11 +75,9 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class Kept(StoredPairs):
     """Pairs that are made once: N degraded images, their references and how damaged they are."""
 
-    degraded: Tensor
-    references: Tensor
     severity: Tensor
 
     @classmethod
@@ -91,13 +89,6 @@ class Kept:
             rows = list(range(number, len(references), len(tasks)))
             degraded[rows] = task(references[rows], severity[rows], rows, seed=seed)
         return cls(degraded, references, severity)
-
-    def __len__(self) -> int:
-        return len(self.degraded)
-
-    def batch(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(degraded, references) of these ids."""
-        return self.degraded[list(ids)], self.references[list(ids)]
 
 
 @lru_cache(maxsize=8)

@@ -116,14 +116,14 @@ def train(settings: Settings, progress: Callable[[str], None]) -> Trained:
     sft = {"num_updates": settings.sft_updates, "batch_size": 32, "learning_rate": 2e-3, "ema_decay": 0.99}
     diffusion.supervised(policy, pairs, **sft, **common)
     progress(f"Training a reward that ranks damage, {settings.reward_updates} updates")
-    seen = diffusion.Validation(pairs.degraded, pairs.references, {}, num_steps=settings.num_steps, inputs_at_once=64)
+    seen = diffusion.Validation(pairs, {}, num_steps=settings.num_steps, inputs_at_once=64)
     severity = scenes.severities(range(len(scenes)))
-    reward = learn_reward(pairs, seen.restore(policy, seed=seed), severity, settings)
+    reward = learn_reward(pairs, seen.restore(policy, *seen.batches, seed=seed), severity, settings)
     progress(f"Training on by RL, {settings.group_size} restorations of each of {settings.inputs} scenes per update")
     watched = {name: iqareward.load(name) for name in ("ssim", "gmsd")}
     monitor = iqareward.HackingMonitor(watched)
-    validation = diffusion.Validation(degraded, references, watched, num_steps=settings.num_steps, monitor=monitor)
-    before = validation.restore(policy, seed=seed)
+    validation = diffusion.Validation(unseen, watched, num_steps=settings.num_steps, monitor=monitor)
+    before = validation.restore(policy, *validation.batches, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = diffusion.DifficultyAdaptiveTrainer(
             policy,
@@ -139,7 +139,7 @@ def train(settings: Settings, progress: Callable[[str], None]) -> Trained:
             **common,
         )
         history = trainer.train(settings.rl_updates, validate_every=max(1, settings.rl_updates // 4))
-    after = validation.restore(policy, seed=seed)
+    after = validation.restore(policy, *validation.batches, seed=seed)
     images = {"damaged": degraded, "after SFT": before, "after RL": after, "reference": references}
     measures = {"learned": reward, "rmse": iqareward.reference_distance, **watched}
     scores = {

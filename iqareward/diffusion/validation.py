@@ -363,8 +363,8 @@ def decoder_ceiling(
     check `seams`: some rewards punish them, some do not see them.
 
     Args:
-        encode: `policy.encode`.
-        decode: `policy.decode`.
+        encode: Latents of images, e.g. `policy.autoencoder.encode`.
+        decode: Images of latents, e.g. `policy.autoencoder.decode`.
         images: `[B, 3, H, W]` ground truth in [0, 1].
         reward: Scores each image; called with `references=images`.
         tile: Side of a tile in pixels, for tiled decoding; without it `seams` is 1.
