@@ -197,7 +197,8 @@ class Reader:
         if hint is Any and isinstance(value, str) and IN_FILE in value:
             return _in_file(value, key)
         if isinstance(hint, type) and is_dataclass(hint):
-            return made(partial(hint, **self.options(hint, value, key)), key)
+            table: Any = value
+            return made(partial(hint, **self.options(hint, table, key)), key)
         return _checked(value, hint, key)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from torch import Tensor
 
 import iqareward
 from iqareward import schedules
@@ -106,7 +105,7 @@ class RunConfig:
     reward_weights: Mapping[str, float] | None = None
     objective: partial[Objective] = field(default_factory=lambda: partial(ClippedPolicyGradient))
     weighter: Weighter = field(default_factory=AdaptiveWeighter)
-    metric: Callable[..., Tensor] = rmse
+    metric: Callable[..., Any] = rmse
     memory: partial[RewardMemory] | None = None
     input_quality: partial[Reward] | None = None
     reachable: bool = False
@@ -261,7 +260,8 @@ def _weighter(spec: Any, key: str) -> Weighter:
     return made(partial(Schedule, partial(call.func, **options), pass_distance=distance), key)
 
 
-def _metric(spec: Any, key: str) -> Callable[..., Tensor]:
+def _metric(spec: Any, key: str) -> Callable[..., Any]:
+    """The distance, or the call of a reward that becomes one."""
     return rmse if spec == "rmse" else _reward(spec, key)
 
 
@@ -307,7 +307,7 @@ _READER = Reader(
         (partial[Objective], _objective),
         (DegradationModel, _degradation),
         (Weighter, _weighter),
-        (Callable[..., Tensor], _metric),
+        (Callable[..., Any], _metric),
         (MakeOptimizer, _optimizer),
         (MakeSchedule, _lr_schedule),
         (torch.dtype, _dtype),
