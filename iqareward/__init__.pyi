@@ -9,6 +9,7 @@ from .images import to_images as to_images
 from .monitor import HackingMonitor as HackingMonitor
 from .rewards.batching import MicroBatched as MicroBatched
 from .rewards.batching import Overlapped as Overlapped
+from .rewards.by_task import ByTask as ByTask
 from .rewards.cached import Cached as Cached
 from .rewards.catalog import load as load
 from .rewards.combine import AffineMap as AffineMap

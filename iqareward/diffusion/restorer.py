@@ -85,7 +85,8 @@ def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
     with atomic_folder(folder) as whole:
         model.save_pretrained(whole / "unet")
         process.scheduler.save_pretrained(whole / "scheduler")
-        (whole / SETTINGS).write_text(json.dumps({"residual": policy.residual, "scale": policy.scale}), encoding="utf-8")
+        settings = {"residual": policy.residual, "scale": policy.scale}
+        (whole / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def load_restorer(folder: Path | str) -> PixelPolicy:
@@ -164,7 +165,8 @@ def _scheduler(folder: Path) -> Any:
     """The scheduler of the class that its configuration names; DDIM if it names none."""
     import diffusers
 
-    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name", "DDIMScheduler")
+    config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+    name = config.get("_class_name", "DDIMScheduler")
     kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
     if kind is None:
         raise ValueError(f"expected the name of a scheduler of diffusers, got {name!r:.100}")

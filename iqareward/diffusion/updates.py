@@ -150,15 +150,14 @@ def _buckets(gradients: Sequence[Tensor]) -> Generator[list[Tensor]]:
 def supervising(policy: Policy, *path: int) -> Generator[None]:
     """Within this context dropout of the model is on, with random numbers of a seed, and batch norms keep theirs."""
     model, training = policy.model, policy.model.training
-    devices = {weight.device for weight in model.parameters() if weight.is_cuda}
+    devices = {weight.device.index for weight in model.parameters() if weight.is_cuda}
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
             module.eval()
     with torch.random.fork_rng(devices=list(devices)):
-        # Of no other device, as torch.manual_seed would: only these are restored afterwards.
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[each.index] for each in devices)):
-            generator.manual_seed(sub_seed(*path))
+        for own in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+            own.manual_seed(sub_seed(*path))
         try:
             yield
         finally:
