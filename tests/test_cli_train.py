@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 pytest.importorskip("diffusers", reason="training needs the extra diffusers")
@@ -20,19 +22,27 @@ pytest.importorskip("accelerate", reason="training needs the extra diffusers")
 
 from iqareward.cli import app
 from iqareward.cli.train import EXAMPLE
-from iqareward.cli.train_config import RunConfig, SFTConfig, ValidationConfig, read_config
-from iqareward.cli.train_data import folder_pairs, split
-from iqareward.diffusion import Degradation, RolloutConfig, TrainConfig, load_restorer, synthetic_images
+from iqareward.cli.train_config import RunConfig, SFTConfig, ValidationConfig, make_data, read_config
+from iqareward.cli.train_data import split
+from iqareward.diffusion import (
+    Degradation,
+    FaceDegradation,
+    FolderPairs,
+    GroupDPO,
+    RolloutConfig,
+    TrainConfig,
+    load_restorer,
+    synthetic_images,
+)
 from iqareward.diffusion.checkpoint import load_state
 from tests.tolerances import EXACT
 
 SETTINGS = """
-folder = "photos"
+data = {{ source = "photos", size = 16, crops = 2 }}
+policy = {{ name = "tiny", num_steps = 2 }}
 reward = "haarpsi"
+objective = "DiffusionNFT"
 output = "{output}"
-model = "tiny"
-size = 16
-crops = 2
 updates = {updates}
 save_every = 1
 sft.updates = 3
@@ -102,7 +112,7 @@ def test_a_run_leaves_what_it_promises(folder: Path) -> None:
 def test_no_held_out_file_is_trained_on() -> None:
     """Files, not crops, are parted, and all of them are used."""
     config = read_config(settings())
-    data = split(config, folder_pairs(config))
+    data = split(config, make_data(config.data, "data", seed=0))
     train_files, held_out_files = ({place // 2 for place in part.ids} for part in data)
     assert not train_files & held_out_files
     assert len(train_files) == 4
@@ -156,7 +166,7 @@ def test_killed_during_sft_it_can_begin_anew(folder: Path) -> None:
 def test_stopped_during_sft_it_begins_sft_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control-C is answered with what to do, and the resumed run is the unbroken one."""
     with monkeypatch.context() as patch:
-        patch.setattr("iqareward.cli.train.save_restorer", stop)
+        patch.setattr("iqareward.cli.train.save_policy", stop)
         assert "--resume" in train(settings("stopped"), code=130)
     train(settings("stopped"), "--resume")
     train(settings("unbroken"))
@@ -174,13 +184,16 @@ def test_a_model_from_a_folder_is_trained_on(folder: Path) -> None:
     train(settings())
     more = """
 validation.stop_on = "psnr"
-objective = "clipped_policy_gradient"
 trackers = ["tensorboard"]
 """
-    text = settings("second", more=more).read_text().replace('"tiny"', '"run/model"')
+    text = settings("second", more=more).read_text()
+    text = text.replace('{ name = "tiny", num_steps = 2 }', '"run/model"').replace(
+        "DiffusionNFT", "ClippedPolicyGradient"
+    )
+    text = text.replace("sft.updates = 3\n", "")
     Path("train.toml").write_text(text)
     train(Path("train.toml"))
-    assert not Path("second/sft").exists()
+    assert not Path("second/sft.safetensors").exists()
     assert Path("second/best.safetensors").exists()
     assert list(Path("second/logs").rglob("events.out.tfevents.*"))
 
@@ -188,31 +201,48 @@ trackers = ["tensorboard"]
 MISTAKES = {
     "no TOML": ("folder =", "is not TOML"),
     "too deep": (f"folder = {'[' * 5000}", "is not TOML"),
-    "unknown key": ("foldr = 'x'", "unknown key `foldr`; did you mean `folder`?"),
+    "unknown key": ("dta = 'x'", "unknown key `dta`; did you mean `data`?"),
     "unknown key in a table": ("rollout.groupsize = 3", "did you mean `rollout.group_size`?"),
+    "known keys": ("sft.epochs = 3", "Known are updates, batch_size, learning_rate"),
     "type": ("seed = 'one'", "`seed` expected a valid integer, got 'one'"),
     "type in a table": ("train.max_grad_norm = true", "`train.max_grad_norm` expected a valid number"),
-    "list": ("degradation.tasks = 'blur'", "`degradation.tasks` expected a valid list"),
+    "list": ("rollout.reward_steps = 1", "`rollout.reward_steps` expected a valid list"),
     "window": ("rollout.window = [1]", "`rollout.window` expected [first, end]"),
-    "table": ("degradation = 1", "`degradation` expected a table"),
-    "value in a table": ("degradation.max_noise = 0", "table `degradation`: Degradation expected max_noise >= 2"),
-    "word": ("train.sft_scale = 'auto'", "table `train`"),
-    "objective": ("objective = 'ppo'", "`objective` expected 'diffusion_nft' or 'clipped_policy_gradient', got 'ppo'"),
+    "table": ("weighter = 1", "`weighter` expected a name or a table"),
+    "plain table": ("memory = 1", "`memory` expected a table"),
+    "value in a table": ("weighter.steepness = -1", "key `weighter`: AdaptiveWeighter expected steepness"),
+    "word": ("train.sft_scale = 'auto'", "key `train`"),
     "two types": ("train.sft_scale = true", "`train.sft_scale` expected a valid number or a valid string"),
     "stop on": ("validation.stop_on = 'ssim'", "expected stop_on among the rewards ['psnr']"),
     "tracker": ("trackers = ['paper']", "`trackers` expected names out of"),
-    "both damages": ("degraded_folder = 'photos'\ndegradation.max_sigma = 1", "Remove one"),
+    "option of a formula": ("weighter = {name = 'cosine', peek = 1}", "did you mean `weighter.peak`?"),
+    "missing option": ("weighter = {name = 'constant'}", "missing key `weighter.share`"),
+    "option of an optimiser": ("train.optimizer = {name = 'AdamW', rate = 1}", "Known are lr, betas"),
+    "optimiser": ("train.optimizer = 'torch.optim.Adamm'", "`train.optimizer` names torch.optim.Adamm, which cannot"),
+    "schedule": ("train.lr_schedule = 'cosin'", "Did you mean cosine?"),
+    "pass rate": ("weighter = 'gate'", "key `weighter` expected a weighter whose `signal` is"),
+    "metric": ("metric = 'nowhere.py:metric'", "`metric` expected a Python file, got nowhere.py"),
+    "reward weights": ("reward_weights = {other = 1}", "`reward_weights` expected names of ['reward']"),
 }
 CHANGES = {
     "missing key": ('reward = "haarpsi"\n', "", "missing key `reward`"),
-    "reward": ('"haarpsi"', '"harpsi"', "did you mean haarpsi"),
-    "blind reward": ('"haarpsi"', '"niqe"', "`reward`: niqe gives no score for crops of 16 pixels"),
+    "reward": ('"haarpsi"', '"harpsi"', "`reward.reward`: unknown reward 'harpsi'; did you mean haarpsi"),
+    "blind reward": ('"haarpsi"', '"niqe"', "`reward.reward`: niqe gives no score for images of 16 x 16 pixels"),
+    "option of a reward": ('"haarpsi"', '{name = "QualityGain", gama = 1}', "did you mean `reward.gamma`?"),
+    "objective": ('"DiffusionNFT"', '"ppo"', "`objective` expected one of ClippedPolicyGradient, DiffusionNFT"),
+    "option": ('"DiffusionNFT"', '{name = "GroupDPO", pairs = 1}', "`objective.pairs` expected 'sum' or 'all', got 1"),
     "folder": ('"photos"', '"fotos"', "expected a folder of images, got fotos"),
-    "model": ('"tiny"', '"huge"', "expected model as one of"),
+    "option of data": ("crops", "crop", "did you mean `data.crops`?"),
+    "policy": ('"tiny"', '"huge"', "`policy` expected one of tiny, small, base, PixelPolicy, "),
+    "option of a policy": (
+        "num_steps = 2 }",
+        "lora_rank = 2 }",
+        "unknown key `policy.lora_rank`; Known are layers, seed",
+    ),
     "size of the images": ("size = 16", "size = 32", "at least 32 x 32, got photos/0.png of 24 x 24"),
-    "size for the model": ("size = 16", "size = 18", "`size` expected a multiple of 4"),
+    "size for the model": ("size = 16", "size = 18", "`data.size` expected a multiple of 4"),
     "too few images": ("validation.images = 2", "validation.images = 6", "without the 6 of `validation.images` give 0"),
-    "too few crops": ("sft.batch_size = 4", "sft.batch_size = 9", "`sft.batch_size` need 9 crops"),
+    "too few crops": ("sft.batch_size = 4", "sft.batch_size = 9", "`sft.batch_size` need 9 inputs"),
 }
 
 
@@ -247,10 +277,10 @@ FAILURES = {
     "memory for SFT": (
         "iqareward.cli.train.supervised",
         out_of_memory,
-        "lower sft.batch_size or size and start again",
+        "lower sft.rows_at_once or data.size and start again",
         1,
     ),
-    "memory for the model": ("iqareward.cli.train.build_restorer", out_of_memory, "out of memory. Lower", 1),
+    "memory for the model": ("iqareward.cli.train.make_policy", out_of_memory, "out of memory. Lower", 1),
     "tracker": ("accelerate.Accelerator.init_trackers", no_server, "no answer from the tracker", 2),
     "interrupted": ("iqareward.cli.train.supervised", stop, "Stopped", 130),
 }
@@ -277,7 +307,7 @@ def test_a_model_folder_without_weights_leaves_nothing() -> None:
     """Put right, the same file works."""
     Path("empty").mkdir()
     file = settings()
-    file.write_text(file.read_text().replace('"tiny"', '"empty"'))
+    file.write_text(file.read_text().replace('{ name = "tiny", num_steps = 2 }', '"empty"'))
     assert "empty" in train(file, code=2)
     assert not Path("run").exists()
     train(settings(updates=1))
@@ -291,7 +321,7 @@ def test_what_sft_has_done_outlives_a_failure_of_rl(monkeypatch: pytest.MonkeyPa
     assert "holds a run that has done its SFT. Go on with --resume" in " ".join(train(settings(), code=2).split())
     assert "`seed` was 0, is 3" in " ".join(train(settings(more="seed = 3"), "--resume", code=2).split())
     before = Path("run/history-sft.jsonl").stat().st_mtime_ns
-    train(settings(updates=1, more="train.micro_batch = 2"), "--resume")
+    train(settings(updates=1, more="train.rows_at_once = 2"), "--resume")
     assert Path("run/history-sft.jsonl").stat().st_mtime_ns == before
 
 
@@ -307,7 +337,7 @@ def test_files_that_cannot_be_used_are_named_and_left_out(monkeypatch: pytest.Mo
     assert "4 of 10 images left out, because they cannot be used:" in said
     for name in ("a-truncated.png", "b-empty.jpg", "c-narrow.png", "d-bomb.png"):
         assert f"photos/{name}" in said
-    assert "8 crops to train on, 2 held out" in said
+    assert "8 inputs to train on, 2 held out" in said
 
 
 def test_without_a_terminal_there_are_plain_lines() -> None:
@@ -344,7 +374,7 @@ def test_runs_are_not_mixed_up(folder: Path) -> None:
     assert "Go on with --resume" in train(settings(updates=1), code=2)
     said = " ".join(train(settings(updates=1, more="seed = 3\ntrain.kl_beta = 0.5"), "--resume", code=2).split())
     assert "`seed` was 0, is 3; `train.kl_beta` was 0.0, is 0.5" in said
-    train(settings(updates=2, more="resume = true\ntrain.micro_batch = 2\nrollout.inputs_at_once = 3"))
+    train(settings(updates=2, more="resume = true\ntrain.rows_at_once = 2\nrollout.inputs_at_once = 3"))
     assert len(Path("run/history.jsonl").read_text().splitlines()) == 3
 
 
@@ -371,19 +401,183 @@ def test_the_example_has_every_key() -> None:
     assert result.stdout == EXAMPLE.read_text()
     Path("example.toml").write_text(result.stdout)
     read_config(Path("example.toml"))
-    text = result.stdout.replace("# degraded_folder", "degraded_folder")
-    uncommented = "\n".join(line.removeprefix("# ") if " = " in line else line for line in text.splitlines())
+    uncommented = "\n".join(
+        line.removeprefix("# ") if re.match(r"# [a-z_]+ = ", line) else line for line in result.stdout.splitlines()
+    )
     found = tomllib.loads(uncommented)
     tables = {
-        "degradation": Degradation,
+        "data": FolderPairs,
         "sft": SFTConfig,
         "rollout": RolloutConfig,
         "train": TrainConfig,
         "validation": ValidationConfig,
     }
     for name, table in tables.items():
-        assert found.pop(name).keys() == {item.name for item in fields(table)}, name
-    assert found.keys() == {item.name for item in fields(RunConfig)} - set(tables)
+        assert found[name].keys() == {item.name for item in fields(table)}, name
+    assert found["data"]["degradation"].keys() == {"name", *(item.name for item in fields(Degradation))}
+    assert found.keys() == {item.name for item in fields(RunConfig)}
+
+
+OWN = """
+import torch
+from torch.utils.data import Dataset
+
+from iqareward.diffusion import FeedForwardPolicy, synthetic_images
+
+
+class Photos(Dataset):
+    def __init__(self, count, truth):
+        self.count, self.truth = count, truth
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = synthetic_images([index], size=16)[0]
+        item = {"lq": (image + 0.1 * torch.randn_like(image)).clamp(0, 1), "task": "denoise"}
+        return item | ({"gt": image} if self.truth else {})
+
+
+def data(count: int = 6, truth: bool = True):
+    return Photos(count, truth)
+
+
+def policy(channels: int = 4, loss="l1"):
+    layers = torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.Conv2d(channels, 3, 3, padding=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in layers:
+            layer.reset_parameters()
+    return FeedForwardPolicy(torch.nn.Sequential(*layers), loss=loss)
+
+
+def brightness(images, **others):
+    return images.mean((1, 2, 3))
+
+
+def bright():
+    return brightness
+
+
+def weighter(share: float):
+    from iqareward.schedules import Schedule, constant
+    from functools import partial
+
+    return Schedule(partial(constant, share=share))
+
+
+def squared(images, references):
+    return (images - references).square().flatten(1).mean(1)
+"""
+RUN = """
+output = "run"
+updates = 1
+rollout = { group_size = 2, num_steps = 2 }
+validation = { images = 2, rewards = ["psnr"] }
+"""
+
+
+def history(text: str, *options: str, file: str = "own.py") -> list[dict[str, float]]:
+    """The lines of a run with Python of one's own."""
+    Path(file).write_text(OWN)
+    Path("train.toml").write_text(RUN + text.replace("own.py", file))
+    train(Path("train.toml"), *options)
+    return [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
+
+
+def test_python_files_give_policy_data_reward_and_loss(folder: Path) -> None:
+    """Functions of a file are called with the options of the table; the run resumes; workers read the data set."""
+    text = """
+policy = { name = "own.py:policy", channels = 6, loss = "own.py:squared", exploration = 0.1 }
+data = { name = "own.py:data", count = 8 }
+reward = "own.py:bright"
+weighter = { name = "own.py:weighter", share = 0.5 }
+metric = "haarpsi"
+train.inputs_per_update = 4
+num_workers = 1
+"""
+    (_, first) = history(text, file="own_parts.py")
+    assert first["sft_share"] == 0.5
+    assert 0 < first["reward"] < 1
+    written = load_file("run/model/model.safetensors")
+    assert written["0.weight"].shape == (6, 3, 3, 3)
+    learnt = load_state(Path("run/checkpoint.pt"))["learner"]["model"]
+    torch.testing.assert_close(written, learnt, **EXACT)
+
+
+def test_without_ground_truth_there_is_no_sft() -> None:
+    """Difficulty comes from the quality of the degraded images; a reward of ground truth is refused by its key."""
+    text = """
+policy = "own.py:policy"
+data = { name = "own.py:data", truth = false }
+reward = { name = "QualityGain", quality = "piqe[-100, 0]", fidelity = "haarpsi" }
+input_quality = "piqe"
+train.inputs_per_update = 2
+"""
+    Path("own_blind.py").write_text(OWN)
+    Path("train.toml").write_text(RUN + text.replace("own.py", "own_blind.py"))
+    said = train(Path("train.toml"), code=2)
+    assert "`validation.rewards.psnr`: psnr compares with ground truth" in " ".join(said.split())
+    text = RUN.replace('"psnr"', '"piqe"') + text.replace("own.py", "own_blind.py")
+    Path("train.toml").write_text(text)
+    train(Path("train.toml"))
+    line = json.loads(Path("run/history.jsonl").read_text().splitlines()[-1])
+    assert line["sft_loss"] == 0
+    assert line["difficulty"] > 0
+
+
+def test_two_rewards_with_weights_and_options() -> None:
+    """Each is in the history by its name, beside their weighted sum."""
+    more = """
+[reward]
+sharp = { name = "haarpsi", differentiable = true }
+gain = { name = "QualityGain", quality = { name = "piqe[-100, 0]" }, fidelity = "ssim[0, 1]", gamma = 0.5 }
+task = { name = "ByTask", rewards = { deblur = "ssim", photo = "haarpsi" } }
+
+[reward_weights]
+gain = 3.0
+"""
+    file = settings(updates=1, more=more)
+    text = file.read_text().replace("size = 16", 'size = 16, task = "photo"')
+    file.write_text(text.replace('reward = "haarpsi"\n', ""))
+    train(file)
+    line = json.loads(Path("run/history.jsonl").read_text().splitlines()[-1])
+    assert line["reward/task"] == pytest.approx(line["reward/sharp"], rel=1e-5)
+    assert line["reward"] == pytest.approx(2 * line["reward/sharp"] + 3 * line["reward/gain"], rel=1e-5)
+
+
+def test_everything_that_has_a_name_is_built() -> None:
+    """Optimiser, schedule, weighting, degradation, objective and memory become the objects that Python would build."""
+    more = """
+weighter = { name = "gate", threshold = 0.25, pass_distance = 0.05 }
+memory = { length = 4 }
+train.optimizer = { name = "SGD", lr = 0.1, momentum = 0.9 }
+train.lr_schedule = { name = "cosine", num_warmup_steps = 3 }
+rollout.window = [0, 1]
+sft.optimizer = "torch.optim.Adam"
+"""
+    file = settings(more=more)
+    text = file.read_text().replace("crops = 2", 'crops = 2, degradation = {name = "FaceDegradation", factor = [1, 2]}')
+    file.write_text(text.replace('"DiffusionNFT"', '{name = "GroupDPO", beta = 10, pairs = "all"}'))
+    config = read_config(file)
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = config.train.optimizer(weights)
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert type(config.sft.optimizer(weights)) is torch.optim.Adam
+    assert config.rollout.window == range(1)
+    assert config.objective() == GroupDPO(beta=10.0, pairs="all")
+    assert config.memory(8).length == 4
+    assert config.data.keywords["degradation"] == FaceDegradation(factor=(1.0, 2.0))
+    assert config.weighter.pass_distance == 0.05
+    assert config.weighter(pass_rate=torch.tensor([0.25, 0.5])).sft.tolist() == [1.0, 0.0]
+
+
+def test_a_schedule_ends_with_the_run() -> None:
+    """A cosine without a length falls to 0 with the last update."""
+    train(settings(more='train.lr_schedule = "cosine"'))
+    groups = load_state(Path("run/checkpoint.pt"))["learner"]["updates"]["optimizer"]["param_groups"]
+    assert groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_without_a_file_it_says_where_to_begin() -> None:

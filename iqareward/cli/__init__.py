@@ -260,7 +260,10 @@ def doctor(
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Option(help="TOML file with the settings; --example prints one.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with the settings; --example prints one. Python files that it names are run."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in the folder named by the setting `output`.")
     ] = False,
@@ -268,7 +271,7 @@ def train(
         bool, typer.Option("--example", help="Print an example file with all settings and exit.")
     ] = False,
 ) -> None:
-    """Train a restorer on a folder of images: SFT, then difficulty-adaptive RL with a reward of your choice."""
+    """Train a restoration model on your images: SFT, then difficulty-adaptive RL with rewards of your choice."""
     from iqareward.cli.train import EXAMPLE, run
     from iqareward.diffusion import TrainingError
 

@@ -1,30 +1,35 @@
-"""Train a restorer on a folder of images: SFT if it starts from scratch, then difficulty-adaptive RL."""
+"""Train a policy on images: SFT if it starts from scratch, then difficulty-adaptive RL."""
 
+import inspect
 import logging
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from iqareward.atomic import write_text
+from iqareward.atomic import atomic_write, write_text
 from iqareward.cli.text import say
-from iqareward.cli.train_config import PRESETS, RunConfig, read_config
-from iqareward.cli.train_data import Data, check_rewards, folder_pairs, split, unusable
+from iqareward.cli.train_config import RunConfig, make_data, make_on, make_policy, read_config
+from iqareward.cli.train_data import Data, check_rewards, split, unusable
+from iqareward.cli.train_policies import save_policy
 from iqareward.diffusion import (
-    ClippedPolicyGradient,
     DifficultyAdaptiveTrainer,
-    DiffusionNFT,
+    FolderPairs,
+    Pairs,
     PixelPolicy,
+    Policy,
+    TrainConfig,
     TrainingError,
     Validation,
-    build_restorer,
-    load_restorer,
-    save_restorer,
+    batches,
     supervised,
 )
 from iqareward.diffusion.checkpoint import (
@@ -36,31 +41,47 @@ from iqareward.diffusion.checkpoint import (
     latest,
     load_state,
     load_trained_weights,
+    trained_weights,
 )
-from iqareward.diffusion.policies import unwrapped
 from iqareward.monitor import HackingMonitor
 from iqareward.optional import require
-from iqareward.rewards.catalog import load
 from iqareward.types import Reward
 
 EXAMPLE = Path(__file__).with_name("train.toml")
 # What may change without making a resumed run another one.
-_MAY_CHANGE = ("resume", "save_every", "trackers", "updates", "rollout.inputs_at_once", "train.micro_batch")
+_MAY_CHANGE = (
+    "resume",
+    "save_every",
+    "trackers",
+    "updates",
+    "num_workers",
+    "overlap",
+    "rollout.inputs_at_once",
+    "train.rows_at_once",
+)
 # The same while only SFT is done: what SFT has not used.
 _NOT_IN_SFT = (
     "reward",
     "objective",
+    "weighter",
+    "metric",
+    "memory",
+    "input_quality",
+    "reachable",
     "rollout",
     "train",
     "validation.rewards",
     "validation.every",
+    "validation.num_steps",
+    "validation.eta",
     "validation.stop_on",
     "validation.patience",
+    "validation.inputs_at_once",
 )
-_SFT_HISTORY = "history-sft.jsonl"
+_SFT_HISTORY, _SFT_WEIGHTS = "history-sft.jsonl", "sft.safetensors"
 _LESS_MEMORY = (
-    "Lower rollout.inputs_at_once or train.micro_batch and go on with --resume; if it was SFT that failed, "
-    "lower sft.batch_size or size and start again."
+    "Lower rollout.inputs_at_once or train.rows_at_once and go on with --resume; if it was SFT that failed, "
+    "lower sft.rows_at_once or data.size and start again."
 )
 _SHOWN = 10  # files that are left out and named
 # Who warns, as diffusers imports what it needs for quantised models, of packages that are not used here.
@@ -94,24 +115,40 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
             say(messages, text)
 
     data = _data(config, accelerator, tell)
-    reward = load(config.reward, device=accelerator.device)
-    held_out = {name: load(name, device=accelerator.device) for name in config.validation.rewards}
-    check_rewards({"reward": reward, **{f"validation.rewards {name}": each for name, each in held_out.items()}}, data)
+    device = accelerator.device
+    rewards, held_out = (
+        {name: make_on(device, call, f"{key}.{name}") for name, call in calls.items()}
+        for key, calls in (("reward", config.reward), ("validation.rewards", config.validation.rewards))
+    )
+    quality = None if config.input_quality is None else make_on(device, config.input_quality, "input_quality")
+    named = {f"reward.{name}": each for name, each in rewards.items()}
+    named |= {f"validation.rewards.{name}": each for name, each in held_out.items()}
+    check_rewards(named, data)
     with _folder(config.output, accelerator):
         _open_output(config, file, accelerator, resume=resume)
-        tell(f"{len(data.train)} crops to train on, {len(data.held_out)} held out; everything goes to {config.output}/")
+        tell(
+            f"{len(data.train)} inputs to train on, {len(data.held_out)} held out; everything goes to {config.output}/"
+        )
         policy = _starting_policy(config, data, accelerator)
         trainer = DifficultyAdaptiveTrainer(
             policy,
-            reward,
+            rewards["reward"] if list(rewards) == ["reward"] else rewards,
             data.train,
             output_dir=config.output,
-            objective=DiffusionNFT() if config.objective == "diffusion_nft" else ClippedPolicyGradient(),
+            weighter=config.weighter,
+            objective=make_on(device, config.objective, "objective"),
             rollout_config=config.rollout,
-            train_config=config.train,
+            train_config=_train_config(config),
             validation=_validation(config, data, held_out),
+            memory=None if config.memory is None else config.memory(len(data.train)),
+            metric=make_on(device, config.metric, "metric") if isinstance(config.metric, partial) else config.metric,
+            reward_weights=config.reward_weights,
+            input_quality=quality,
+            reachable=config.reachable,
             accelerator=accelerator,
-            sft_updates=config.sft.updates if config.model in PRESETS else 0,
+            sft_updates=config.sft_updates,
+            num_workers=config.num_workers,
+            overlap=config.overlap,
             seed=config.seed,
         )
         every = config.validation.every
@@ -134,10 +171,12 @@ def _import_diffusers() -> None:
 
 
 def _data(config: RunConfig, accelerator: Any, tell: Callable[[str], None]) -> Data:
-    """The images, without those that cannot be used; each process looks at its share of them."""
+    """The inputs, without files that cannot be used; each process looks at its share of them."""
     from accelerate.utils import gather_object
 
-    pairs = folder_pairs(config)
+    pairs: Pairs = make_data(config.data, "data", seed=config.seed)
+    if not isinstance(pairs, FolderPairs):
+        return split(config, pairs)
     mine = range(len(pairs.names))[accelerator.process_index :: accelerator.num_processes]
     found = unusable(pairs, mine, shown=accelerator.is_main_process)
     left_out: dict[int, str] = dict(gather_object(list(found.items())))
@@ -178,7 +217,7 @@ def _begun(output: Path) -> str:
     file = latest(output / CHECKPOINT)
     if file is not None and load_state(file).get("updates") != 0:
         return "a run"
-    return "a run that has done its SFT" if (output / "sft").is_dir() else ""
+    return "a run that has done its SFT" if (output / _SFT_WEIGHTS).is_file() else ""
 
 
 @contextmanager
@@ -189,7 +228,7 @@ def _folder(output: Path, accelerator: Any) -> Generator[None]:
         try:
             yield
         except BaseException as error:
-            worth_keeping = any((output / name).exists() for name in (_SFT_HISTORY, "sft", CHECKPOINT))
+            worth_keeping = any((output / name).exists() for name in (_SFT_HISTORY, _SFT_WEIGHTS, CHECKPOINT))
             if accelerator.is_main_process and not worth_keeping:
                 _remove(output, before)
             if isinstance(error, torch.OutOfMemoryError):
@@ -233,68 +272,91 @@ def _open_output(config: RunConfig, file: Path, accelerator: Any, *, resume: boo
         write_text(copy, file.read_text(encoding="utf-8"))
 
 
-def _starting_policy(config: RunConfig, data: Data, accelerator: Any) -> PixelPolicy:
-    """The model before RL: from a folder, from the SFT of the run to be resumed, or from SFT now."""
-    kept = config.output / "sft"
-    scratch = config.model in PRESETS
-    if not scratch or kept.is_dir():
-        policy = load_restorer(kept if scratch else config.model)
-    else:
-        channels, layers = PRESETS[config.model]
-        policy = build_restorer(channels, layers=layers, seed=config.seed)
-    model: Any = policy.model
-    factor = 2 ** (len(model.config.block_out_channels) - 1)
-    if config.size % factor:
-        raise ValueError(f"key `size` expected a multiple of {factor} for this model, got {config.size}.")
-    if scratch and not kept.is_dir():
-        sft = config.sft
+def _starting_policy(config: RunConfig, data: Data, accelerator: Any) -> Policy:
+    """The policy before RL: as the settings give it, with the SFT of the run to be resumed, or with SFT now."""
+    policy = make_policy(config.policy, seed=config.seed)
+    _check_sizes(policy, data)
+    weights = config.output / _SFT_WEIGHTS
+    if weights.is_file():
+        load_trained_weights(policy.model, load_file(weights))
+    elif config.sft_updates:
         if config.trackers:
             accelerator.init_trackers("iqareward")
+        options = {item.name: getattr(config.sft, item.name) for item in fields(config.sft) if item.name != "updates"}
         supervised(
             policy,
             data.train,
-            num_updates=sft.updates,
-            batch_size=sft.batch_size,
-            learning_rate=sft.learning_rate,
+            num_updates=config.sft_updates,
             accelerator=accelerator,
+            num_workers=config.num_workers,
             history_file=config.output / _SFT_HISTORY,
             seed=config.seed,
+            **options,
         )
         if accelerator.is_main_process:
-            save_restorer(policy, kept)
+            _ = save_policy(policy, config.output / "sft")
+            _write_weights(policy, weights)
         accelerator.wait_for_everyone()
     return policy
 
 
+def _write_weights(policy: Policy, file: Path) -> None:
+    with atomic_write(file) as whole:
+        whole.write(safetensors.torch.save(trained_weights(policy.model)))
+
+
+def _check_sizes(policy: Policy, data: Data) -> None:
+    """Name the key, where a UNet would say that sizes of tensors do not match."""
+    if isinstance(policy, PixelPolicy):
+        model: Any = policy.model
+        factor = 2 ** (len(model.config.block_out_channels) - 1)
+        side = policy.scale * batches(data.train, [0])[0].degraded.shape[-1]
+        if side % factor:
+            raise ValueError(f"key `data.size` expected a multiple of {factor} for this model, got {side}.")
+
+
+def _train_config(config: RunConfig) -> TrainConfig:
+    """The settings, with a learning-rate schedule that ends with the run if the file does not say when."""
+    schedule: Any = config.train.lr_schedule
+    if schedule is None or "num_training_steps" not in inspect.signature(schedule).parameters:
+        return config.train
+    steps = config.updates * config.train.minibatches * config.train.epochs
+    options = {"num_training_steps": steps} | schedule.keywords
+    return replace(config.train, lr_schedule=partial(schedule.func, *schedule.args, **options))
+
+
 def _validation(config: RunConfig, data: Data, rewards: Mapping[str, Reward]) -> Validation:
     held_out = config.validation
+    read = batches(data.held_out, range(len(data.held_out)))
+    comparable = len(read) == 1 and read[0].references is not None
     return Validation(
-        *data.held_out.batch(range(len(data.held_out))),
+        data.held_out,
         rewards,
-        num_steps=config.rollout.num_steps,
-        monitor=HackingMonitor(rewards),
+        num_steps=held_out.num_steps,
+        eta=held_out.eta,
+        monitor=HackingMonitor(rewards) if comparable else None,
         stop_on=held_out.stop_on,
         patience=held_out.patience,
+        inputs_at_once=held_out.inputs_at_once,
     )
 
 
-def _finish(
-    trainer: DifficultyAdaptiveTrainer, policy: PixelPolicy, config: RunConfig, tell: Callable[[str], None]
-) -> Path:
+def _finish(trainer: DifficultyAdaptiveTrainer, policy: Policy, config: RunConfig, tell: Callable[[str], None]) -> Path:
     """Write the model, and tell what became of the held-out images and where things are."""
     best, model = config.output / "best.safetensors", config.output / "model"
     with trainer.learner.averaged():
         if config.validation.stop_on is not None and best.is_file():
-            load_trained_weights(unwrapped(policy.model), load_file(best))
-        if trainer.accelerator.is_main_process:
-            save_restorer(policy, model)
+            load_trained_weights(policy.model, load_file(best))
+        policy.model = trainer.accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
+        written = save_policy(policy, model) if trainer.accelerator.is_main_process else []
     looks = [line for line in trainer.history if "validation/reward" in line]
     for name in ("reward", *config.validation.rewards):
         first, last = (looks[place][f"validation/{name}"] for place in (0, -1))
         tell(f"  {name}, held-out images: {first:.4g} before RL, {last:.4g} after {looks[-1]['update']} updates")
     if looks[-1]["alarms"]:
         tell(f"The monitor warns: {looks[-1]['alarms']}")
-    tell(f"{model}/ is the trained restorer, for iqareward.diffusion.load_restorer")
+    for line in written:
+        tell(line)
     tell(f"{trainer.history_file} has a line per update; samples-*.png beside it show held-out images")
     tell(f"{trainer.checkpoint}: with --resume and more `updates` the run goes on")
     return model

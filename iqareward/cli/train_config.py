@@ -1,30 +1,77 @@
 """The settings file of `iqareward train`: its keys, and errors that name the key at fault."""
 
-import difflib
-import json
+import inspect
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
-from iqareward.diffusion import Degradation, RolloutConfig, TrainConfig
-from iqareward.optional import require
+import torch
+from torch import Tensor
 
-PRESETS = {"tiny": ((16, 32, 32), 1), "small": ((32, 64, 128), 1), "base": ((64, 128, 256), 2)}
+import iqareward
+from iqareward import schedules
+from iqareward.advantages import RewardMemory
+from iqareward.cli.train_calls import IN_FILE, Reader, made, object_of
+from iqareward.cli.train_policies import POLICIES, PRESETS
+from iqareward.difficulty import rmse
+from iqareward.diffusion import (
+    ClippedPolicyGradient,
+    Degradation,
+    DegradationModel,
+    DiffusionNFT,
+    DirectRewardGradient,
+    FaceDegradation,
+    FolderPairs,
+    GroupDPO,
+    Objective,
+    Pairs,
+    Policy,
+    RealESRGANDegradation,
+    RolloutConfig,
+    SyntheticPairs,
+    TrainConfig,
+    build_restorer,
+    load_restorer,
+)
+from iqareward.diffusion.updates import MakeOptimizer, MakeSchedule
+from iqareward.rewards.catalog import load
+from iqareward.schedules import Schedule, Weighter, check_signal
+from iqareward.types import Reward
+from iqareward.weighting import AdaptiveWeighter
+
+_OBJECTIVES = {each.__name__: each for each in (ClippedPolicyGradient, DiffusionNFT, DirectRewardGradient, GroupDPO)}
+_DEGRADATIONS = {each.__name__: each for each in (Degradation, RealESRGANDegradation, FaceDegradation)}
+_FORMULAS = {
+    name: getattr(schedules, name) for name in schedules.__all__ if name[0].islower() and name != "check_signal"
+}
+_OPTIMIZERS = {name: each for name, each in vars(torch.optim).items() if isinstance(each, type) and name != "Optimizer"}
+# Of every policy, whether its constructor takes them or not.
+SAMPLER = {name: hint for name, hint in get_type_hints(Policy).items() if name != "model"}
 
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Table `[sft]`: how a preset is trained before RL."""
+    """Table `[sft]`: how a policy is trained before RL; 0 updates, unless it is a preset, which starts from scratch."""
 
-    updates: int = 2000
+    updates: int | None = None
     batch_size: int = 16
     learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    optimizer: MakeOptimizer | None = None
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    rows_at_once: int | None = None
 
     def __post_init__(self) -> None:
-        if self.updates < 0 or self.batch_size < 1 or self.learning_rate <= 0:
+        if (self.updates or 0) < 0 or self.batch_size < 1 or self.learning_rate <= 0:
             raise ValueError(f"expected updates >= 0, batch_size >= 1 and learning_rate > 0, got {self}.")
+
+
+def _usual_rewards() -> Mapping[str, partial[Reward]]:
+    return {name: partial(load, name) for name in ("psnr", "ssim")}
 
 
 @dataclass(frozen=True)
@@ -32,10 +79,14 @@ class ValidationConfig:
     """Table `[validation]`: images that are never trained on, and the rewards that score their restorations."""
 
     images: int = 8
-    rewards: tuple[str, ...] = ("psnr", "ssim")
+    data: partial[Pairs] | None = None
+    rewards: Mapping[str, partial[Reward]] = field(default_factory=_usual_rewards)
     every: int = 25
+    num_steps: int | None = None
+    eta: float | None = None
     stop_on: str | None = None
     patience: int | None = None
+    inputs_at_once: int = 16
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.every < 1 or (self.patience is not None and self.patience < 1):
@@ -48,36 +99,46 @@ class ValidationConfig:
 class RunConfig:
     """The whole file; `iqareward train --example` prints it with a comment on every key."""
 
-    __pydantic_config__ = {"extra": "forbid", "strict": True, "arbitrary_types_allowed": True}  # noqa: RUF012
-
-    folder: Path
-    reward: str
+    data: partial[Pairs]
+    reward: Mapping[str, partial[Reward]]
     output: Path
-    model: str = "small"
-    size: int = 64
-    crops: int = 4
-    degraded_folder: Path | None = None
+    policy: partial[Policy] = field(default_factory=lambda: partial(PRESETS["small"]))
+    reward_weights: Mapping[str, float] | None = None
+    objective: partial[Objective] = field(default_factory=lambda: partial(ClippedPolicyGradient))
+    weighter: Weighter = field(default_factory=AdaptiveWeighter)
+    metric: Callable[..., Tensor] = rmse
+    memory: partial[RewardMemory] | None = None
+    input_quality: partial[Reward] | None = None
+    reachable: bool = False
     updates: int = 200
     save_every: int = 25
-    objective: Literal["diffusion_nft", "clipped_policy_gradient"] = "diffusion_nft"
     seed: int = 0
     resume: bool = False
     trackers: tuple[str, ...] = ()
-    degradation: Degradation = field(default_factory=Degradation)
+    num_workers: int = 0
+    overlap: bool = False
     sft: SFTConfig = field(default_factory=SFTConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        if self.model not in PRESETS and not Path(self.model).is_dir():
-            raise ValueError(f"expected model as one of {list(PRESETS)} or as a folder, got {self.model!r}.")
-        if min(self.size, self.crops, self.updates, self.save_every) < 1 or self.seed < 0:
-            raise ValueError("expected size, crops, updates and save_every >= 1 and seed >= 0.")
+        if min(self.updates, self.save_every) < 1 or min(self.seed, self.num_workers) < 0:
+            raise ValueError("expected updates and save_every >= 1, seed and num_workers >= 0.")
+        unknown = sorted(set(self.reward_weights or {}) - set(self.reward))
+        if unknown:
+            raise ValueError(f"key `reward_weights` expected names of {list(self.reward)}, got {unknown}.")
+        check_signal("key `weighter`", self.weighter, ("difficulty", "pass_rate"))
+
+    @property
+    def sft_updates(self) -> int:
+        """Updates of SFT before RL."""
+        from_scratch = self.policy.func is build_restorer
+        return (2000 if from_scratch else 0) if self.sft.updates is None else self.sft.updates
 
 
 def read_config(path: Path) -> RunConfig:
-    """The settings in a TOML file.
+    """The settings in a TOML file; Python files that it names are run.
 
     Args:
         path: The file; paths inside are relative to where the command runs.
@@ -86,42 +147,170 @@ def read_config(path: Path) -> RunConfig:
         ValueError: The file is not TOML, or a key is unknown, missing or wrong; the key is named.
         OSError: The file cannot be read.
     """
-    pydantic: Any = require("pydantic", extra="diffusers", purpose="iqareward train")
     content = path.read_bytes()
     try:
         table = tomllib.loads(content.decode())
     except Exception as error:  # also of other encodings, or nested too deep
         raise ValueError(f"{path} is not TOML: {error}") from error
-    if "degraded_folder" in table and "degradation" in table:
-        raise ValueError(f"{path}: expected `degraded_folder` or the table `degradation`, got both. Remove one.")
-    rollouts = table.get("rollout")
-    window: Any = rollouts.pop("window", None) if isinstance(rollouts, dict) else None
-    if window is not None and not (isinstance(window, list) and [type(step) for step in window] == [int, int]):
-        raise ValueError(f"{path}: key `rollout.window` expected [first, end] of the steps, got {window!r}.")
     try:
-        # As JSON, because strict types accept lists as tuples and strings as paths there only.
-        config: RunConfig = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(table, default=str))
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{path}: {_explained(error.errors())}") from None
-    return config if window is None else replace(config, rollout=replace(config.rollout, window=range(*window)))
+        return made(partial(RunConfig, **_READER.options(RunConfig, table, "")), "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _explained(errors: Sequence[Mapping[str, Any]]) -> str:
-    """The first error in one sentence, with its key as the file spells it."""
-    tables = {name: kind for name, kind in get_type_hints(RunConfig).items() if is_dataclass(kind)}
-    known = [item.name for item in fields(RunConfig)]
-    known += [f"{name}.{item.name}" for name, kind in tables.items() for item in fields(kind)]
-    location, kind = errors[0]["loc"], errors[0]["type"]
-    key = ".".join(location[: 2 if location and location[0] in tables else 1])
-    if kind == "missing":
-        return f"missing key `{key}`; `iqareward train --example` shows every key."
-    if kind == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key `{key}`; " + (f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}.")
-    if kind == "value_error":
-        reason = str(errors[0]["ctx"]["error"])
-        return f"table `{key}`: {reason}" if key else reason
-    same = [error["msg"] for error in errors if error["loc"][:2] == location[:2]]  # one for each type of a union
-    expected = " or ".join(message.removeprefix("Input should be ") for message in same)
-    expected = expected.replace("array", "list").replace("an object", "a table")
-    return f"key `{key}` expected {expected}, got {errors[0]['input']!r}."
+def make_policy(call: partial[Policy], *, seed: int) -> Policy:
+    """The policy of the settings, on the CPU."""
+    call = _seeded(call, seed)
+    own = inspect.signature(call.func).parameters
+    sampler = {name: value for name, value in call.keywords.items() if name in SAMPLER and name not in own}
+    options = {name: value for name, value in call.keywords.items() if name not in sampler}
+    policy: Policy = made(partial(call.func, *call.args, **options), "policy")
+    for name, value in sampler.items():
+        setattr(policy, name, value)
+    return policy
+
+
+def make_data(call: partial[Pairs], key: str, *, seed: int) -> Pairs:
+    """A data set of the settings."""
+    return made(_seeded(call, seed), key)
+
+
+def _seeded(call: partial[Any], seed: int) -> partial[Any]:
+    """The call with the seed of the run, if it takes one and the file gives no other."""
+    if "seed" in inspect.signature(call.func).parameters and "seed" not in call.keywords:
+        return partial(call, seed=seed)
+    return call
+
+
+def make_on(device: torch.device, call: partial[Any], key: str) -> Any:
+    """A reward of the settings, or an objective that has one, with weights on `device`."""
+
+    def option(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            return {name: option(each, f"{key}.{name}") for name, each in value.items()}
+        return make_on(device, value, key) if isinstance(value, partial) else value
+
+    options = {name: option(value, f"{key}.{name}") for name, value in call.keywords.items()}
+    if "device" in inspect.signature(call.func).parameters:
+        options = {"device": device} | options
+    return made(partial(call.func, *call.args, **options), key)
+
+
+def _policy(spec: Any, key: str) -> partial[Policy]:
+    if isinstance(spec, str) and Path(spec).is_dir():
+        return partial(load_restorer, folder=spec)
+    return _READER.call(spec, key, PRESETS | POLICIES, extra=SAMPLER, also="a folder of save_restorer ")
+
+
+def _data(spec: Any, key: str) -> partial[Pairs]:
+    if isinstance(spec, str) and IN_FILE not in spec:
+        return partial(FolderPairs, source=spec)
+    table = {"name": "FolderPairs"} | spec if isinstance(spec, dict) else spec
+    return _READER.call(table, key, {"FolderPairs": FolderPairs, "SyntheticPairs": SyntheticPairs})
+
+
+def _reward(spec: Any, key: str) -> partial[Reward]:
+    options = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        raise ValueError(f"key `{key}` expected a name of `iqareward list` or a table with `name`, got {spec!r}.")
+    name = options["name"]
+    kind = getattr(iqareward, name, None) if name.isidentifier() else None
+    if IN_FILE in name and isinstance(found := object_of(name, key, {}), Reward) and not isinstance(found, type):
+        return partial(_itself, found)
+    if IN_FILE in name or isinstance(kind, type):
+        return _READER.call(options, key, {name: kind} if isinstance(kind, type) else {}, given=("device",))
+    options = {each: value for each, value in options.items() if each != "name"}
+    return partial(load, name, **_READER.options(load, options, key, given=("spec", "device")))
+
+
+def _itself(reward: Reward) -> Reward:
+    return reward
+
+
+def _rewards(spec: Any, key: str) -> Mapping[str, partial[Reward]]:
+    """One reward, or several by name, or a list of names."""
+    if isinstance(spec, list) and all(isinstance(each, str) for each in spec):
+        spec = {each: each for each in spec}
+    if isinstance(spec, dict) and "name" not in spec:
+        return {name: _reward(each, f"{key}.{name}") for name, each in spec.items()}
+    return {"reward": _reward(spec, key)}
+
+
+def _objective(spec: Any, key: str) -> partial[Objective]:
+    return _READER.call(spec, key, _OBJECTIVES)
+
+
+def _degradation(spec: Any, key: str) -> DegradationModel:
+    table = {"name": "Degradation"} | spec if isinstance(spec, dict) else spec
+    return made(_READER.call(table, key, _DEGRADATIONS), key)
+
+
+def _weighter(spec: Any, key: str) -> Weighter:
+    """A weighter, or a formula as a `Schedule`."""
+    choices = {"AdaptiveWeighter": AdaptiveWeighter} | _FORMULAS
+    table = {"name": "AdaptiveWeighter"} | spec if isinstance(spec, dict) else spec
+    given, extra = ("difficulty", "pass_rate", "step", "bins", "has_signal", "valid"), {"pass_distance": float}
+    name = table["name"] if isinstance(table, dict) else table
+    function = object_of(name, key, choices) if isinstance(name, str) else None
+    is_formula = next(iter(inspect.signature(function).parameters), "") in given if callable(function) else False
+    call = _READER.call(table, key, choices, given=given if is_formula else (), extra=extra if is_formula else None)
+    if not is_formula:
+        return made(call, key)
+    options = dict(call.keywords)
+    distance = options.pop("pass_distance", None)
+    return made(partial(Schedule, partial(call.func, **options), pass_distance=distance), key)
+
+
+def _metric(spec: Any, key: str) -> Callable[..., Tensor]:
+    return rmse if spec == "rmse" else _reward(spec, key)
+
+
+def _memory(spec: Any, key: str) -> partial[RewardMemory]:
+    return partial(RewardMemory, **_READER.options(RewardMemory, spec, key, given=("num_inputs",)))
+
+
+def _optimizer(spec: Any, key: str) -> partial[Any]:
+    return _READER.call(
+        spec, key, _OPTIMIZERS, given=("params",), also="bitsandbytes.optim.AdamW8bit or another class "
+    )
+
+
+def _lr_schedule(spec: Any, key: str) -> partial[Any]:
+    from diffusers.optimization import SchedulerType, get_scheduler
+
+    choices = {each.value: partial(get_scheduler, each.value, num_warmup_steps=0) for each in SchedulerType}
+    return _READER.call(spec, key, choices, given=("name", "optimizer"))
+
+
+def _dtype(spec: Any, key: str) -> torch.dtype:
+    found = getattr(torch, spec, None) if isinstance(spec, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"key `{key}` expected a dtype such as 'bfloat16', got {spec!r}.")
+    return found
+
+
+def _window(spec: Any, key: str) -> range:
+    if not (isinstance(spec, list) and [type(step) for step in spec] == [int, int]):
+        raise ValueError(f"key `{key}` expected [first, end] of the steps, got {spec!r}.")
+    return range(*spec)
+
+
+_READER = Reader(
+    (
+        (partial[Policy], _policy),
+        (partial[Pairs], _data),
+        (partial[Reward], _reward),
+        (Reward, _reward),
+        (Mapping[str, partial[Reward]], _rewards),
+        (Mapping[str, Reward], _rewards),
+        (partial[RewardMemory], _memory),
+        (partial[Objective], _objective),
+        (DegradationModel, _degradation),
+        (Weighter, _weighter),
+        (Callable[..., Tensor], _metric),
+        (MakeOptimizer, _optimizer),
+        (MakeSchedule, _lr_schedule),
+        (torch.dtype, _dtype),
+        (range, _window),
+    )
+)

@@ -1,4 +1,4 @@
-"""The training and held-out images of `iqareward train`."""
+"""The training and held-out inputs of `iqareward train`."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -7,31 +7,21 @@ from typing import NamedTuple
 
 import torch
 
-from iqareward.cli.train_config import PRESETS, RunConfig
-from iqareward.diffusion import FolderPairs, Subset, batches
+from iqareward.cli.train_config import RunConfig, make_data
+from iqareward.diffusion import FolderPairs, Pairs, Subset, batches
 from iqareward.diffusion.folders import READERS
 from iqareward.diffusion.progress import progress_bar
+from iqareward.diffusion.rollouts import scored
 from iqareward.rewards.core import UnscoredWarning
 from iqareward.seeds import generator
 from iqareward.types import Reward
 
 
 class Data(NamedTuple):
-    """A folder, parted by file into inputs to train on and held-out ones."""
+    """A data set, parted into inputs to train on and held-out ones; files are parted as a whole."""
 
-    train: Subset
-    held_out: Subset
-
-
-def folder_pairs(config: RunConfig) -> FolderPairs:
-    """All crops of the folder of the settings.
-
-    Raises:
-        ValueError: A folder is missing or holds no image, or a degraded image is missing.
-    """
-    return FolderPairs(
-        config.folder, config.size, config.degradation, config.seed, config.degraded_folder, config.crops
-    )
+    train: Pairs
+    held_out: Pairs
 
 
 def unusable(pairs: FolderPairs, files: Sequence[int], *, shown: bool = True) -> dict[int, str]:
@@ -66,39 +56,49 @@ def unusable(pairs: FolderPairs, files: Sequence[int], *, shown: bool = True) ->
     return found
 
 
-def split(config: RunConfig, pairs: FolderPairs, left_out: Collection[int] = ()) -> Data:
-    """The crops without those of files that are left out, parted by the seed; a held-out file gives one crop.
+def split(config: RunConfig, pairs: Pairs, left_out: Collection[int] = ()) -> Data:
+    """The inputs without those of files that are left out, parted by the seed; a held-out file gives one crop.
 
     Raises:
-        ValueError: There are too few files; the key is named.
+        ValueError: There are too few; the key is named.
     """
-    crops = config.crops
-    order = torch.randperm(len(pairs.names), generator=generator(config.seed)).tolist()
+    crops = pairs.crops if isinstance(pairs, FolderPairs) else 1
+    order = torch.randperm(len(pairs) // crops, generator=generator(config.seed)).tolist()
     usable = [file for file in order if file not in left_out]
-    held_out, train = (
-        sorted(part) for part in (usable[: config.validation.images], usable[config.validation.images :])
-    )
-    scratch = config.model in PRESETS and config.sft.updates > 0
-    needed = max(config.train.inputs_per_update, config.sft.batch_size if scratch else 1)
+    own = config.validation.data
+    images = config.validation.images if own is None else 0
+    held_out, train = sorted(usable[:images]), sorted(usable[images:])
+    needed = max(config.train.inputs_per_update, config.sft.batch_size if config.sft_updates else 1)
     if len(train) * crops < needed:
         raise ValueError(
-            f"`train.inputs_per_update` and `sft.batch_size` need {needed} crops, but {len(usable)} usable "
-            f"images in {config.folder} without the {config.validation.images} of `validation.images` give "
-            f"{len(train) * crops}. Lower them, raise `crops`, or bring more images."
+            f"`train.inputs_per_update` and `sft.batch_size` need {needed} inputs, but {len(usable)} usable images "
+            f"of `data` without the {images} of `validation.images` give {len(train) * crops}. Lower them, raise "
+            "`data.crops`, or bring more images."
         )
-    ids = tuple(file * crops + crop for file in train for crop in range(crops))
-    return Data(Subset(pairs, ids), Subset(pairs, tuple(file * crops for file in held_out)))
+    if own is not None:
+        separate = make_data(own, "validation.data", seed=config.seed)
+        kept = Subset(separate, tuple(range(min(config.validation.images, len(separate)))))
+    else:
+        kept = Subset(pairs, tuple(file * crops for file in held_out))
+    return Data(Subset(pairs, tuple(file * crops + crop for file in train for crop in range(crops))), kept)
 
 
 def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:
-    """Score one crop with every reward, by key; ValueError for a reward that cannot score crops of this size."""
-    (batch,) = batches(data.train, [0])
+    """Score one input with every reward, by key; ValueError for a reward that cannot score it."""
+    batch = batches(data.train, [0])[0]
+    images = batch.degraded if batch.references is None else batch.references
     for key, reward in rewards.items():
+        if batch.references is None and getattr(reward, "needs_references", False):
+            raise ValueError(
+                f"`{key}`: {reward.name} compares with ground truth, which `data` does not have. Choose a no-reference "
+                "reward, or QualityGain."
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnscoredWarning)  # the error below says more
-            scores = reward(batch.degraded, references=batch.references)
+            scores = scored(reward, images, batch)()
         if not scores.isfinite().all():
+            height, width = images.shape[-2:]
             raise ValueError(
-                f"`{key}`: {reward.name} gives no score for crops of {batch.degraded.shape[-1]} pixels. Raise "
-                "`size`, or choose another reward."
+                f"`{key}`: {getattr(reward, 'name', key)} gives no score for images of {width} x {height} pixels. "
+                "Raise `data.size`, or choose another reward."
             )

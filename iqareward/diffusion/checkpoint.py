@@ -191,7 +191,7 @@ def described(value: Any, *, without: Sequence[str] = ()) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, Path | torch.dtype):
         return str(value)
     if isinstance(value, Tensor):
         return f"tensor of {list(value.shape)}"
@@ -205,7 +205,7 @@ def described(value: Any, *, without: Sequence[str] = ()) -> Any:
     if isinstance(value, Sequence):
         return [described(item) for item in value]
     if isinstance(value, functools.partial):
-        return {"function": _name(value.func), "arguments": described([*value.args]), **described(value.keywords)}
+        return {"function": described(value.func), "arguments": described([*value.args]), **described(value.keywords)}
     config = getattr(value, "config", None)
     if isinstance(config, Mapping) and not is_dataclass(value):  # a scheduler of diffusers
         options = {key: item for key, item in config.items() if not str(key).startswith("_")}

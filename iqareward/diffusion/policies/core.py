@@ -382,6 +382,11 @@ def frozen(module: Any) -> Any:
     return module.requires_grad_(False).eval()
 
 
-def trainable(module: Any, *, lora_rank: int | None) -> nn.Module:
-    """A module that trains: LoRA adapters of this rank, or all of its weights if there is no rank."""
-    return module.requires_grad_(True) if lora_rank is None else add_lora(module, rank=lora_rank)
+def trainable(module: Any, *, lora_rank: int | None, lora_targets: str | list[str] = "all-linear") -> nn.Module:
+    """A module that trains: LoRA adapters of this rank, or all of its weights, in float32, if there is no rank.
+
+    Steps of a usual learning rate are lost in the rounding of weights in bfloat16; adapters are in float32 anyway.
+    """
+    if lora_rank is None:
+        return module.float().requires_grad_(True)
+    return add_lora(module, rank=lora_rank, targets=lora_targets)

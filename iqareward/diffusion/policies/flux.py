@@ -64,6 +64,7 @@ class FluxKontextPolicy(TokenPolicy):
         prompt: str = "",
         negative_prompt: str = "",
         lora_rank: int | None = None,
+        lora_targets: str | list[str] = "all-linear",
         checkpointing: bool = False,
         guidance_scale: float = 1.0,
         **options: Any,
@@ -75,6 +76,7 @@ class FluxKontextPolicy(TokenPolicy):
             prompt: For inputs without a prompt of their own.
             negative_prompt: What guidance leads away from.
             lora_rank: Rank of LoRA adapters; None trains all weights of the transformer.
+            lora_targets: Names of the layers that get adapters, or "all-linear".
             checkpointing: Recompute activations in the backward pass, for less memory.
             guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
             options: The policy's own.
@@ -82,7 +84,7 @@ class FluxKontextPolicy(TokenPolicy):
         if checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         return cls(
-            trainable(pipeline.transformer, lora_rank=lora_rank),
+            trainable(pipeline.transformer, lora_rank=lora_rank, lora_targets=lora_targets),
             Autoencoder(pipeline.vae),
             FlowSDE(pipeline.scheduler, linspace_sigmas=True),
             PipelinePrompts(pipeline, _encoded, prompt),

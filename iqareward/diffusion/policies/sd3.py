@@ -76,6 +76,7 @@ class SD3ControlNetPolicy(PromptedPolicy):
         negative_prompt: str = "",
         train: Literal["controlnet", "transformer"] = "controlnet",
         lora_rank: int | None = None,
+        lora_targets: str | list[str] = "all-linear",
         checkpointing: bool = False,
         guidance_scale: float = 7.0,
         **options: Any,
@@ -88,6 +89,7 @@ class SD3ControlNetPolicy(PromptedPolicy):
             negative_prompt: What guidance leads away from.
             train: "controlnet" or "transformer".
             lora_rank: Rank of LoRA adapters on what trains; None trains all of its weights.
+            lora_targets: Names of the layers that get adapters, or "all-linear".
             checkpointing: Recompute activations in the backward pass, for less memory.
             guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
             options: The policy's own.
@@ -96,7 +98,7 @@ class SD3ControlNetPolicy(PromptedPolicy):
         if checkpointing:
             for part in parts.values():  # the gradient passes through the frozen one as well
                 part.enable_gradient_checkpointing()
-        parts[train] = trainable(parts[train], lora_rank=lora_rank)
+        parts[train] = trainable(parts[train], lora_rank=lora_rank, lora_targets=lora_targets)
         return cls(
             **parts,
             autoencoder=Autoencoder(pipeline.vae),

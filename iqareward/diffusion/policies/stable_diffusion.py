@@ -73,6 +73,7 @@ class StableDiffusionPolicy(PromptedPolicy):
         negative_prompt: str = "",
         train: str | None = None,
         lora_rank: int | None = None,
+        lora_targets: str | list[str] = "all-linear",
         checkpointing: bool = False,
         guidance_scale: float = 1.0,
         autoencoder: Autoencoder | None = None,
@@ -86,6 +87,7 @@ class StableDiffusionPolicy(PromptedPolicy):
             negative_prompt: What guidance leads away from.
             train: What trains, as the policy takes it; the first of its `networks` if None.
             lora_rank: Rank of LoRA adapters on what trains; None trains all of its weights.
+            lora_targets: Names of the layers that get adapters, or "all-linear".
             checkpointing: Recompute activations in the backward pass, for less memory.
             guidance_scale: Scale of classifier-free guidance in sampling; 1 is none.
             autoencoder: Another one than the pipeline's.
@@ -97,7 +99,7 @@ class StableDiffusionPolicy(PromptedPolicy):
             if checkpointing:  # the gradient passes through a frozen one as well
                 part.enable_gradient_checkpointing()
             if train in (name, "both"):
-                parts[name] = trainable(part, lora_rank=lora_rank)
+                parts[name] = trainable(part, lora_rank=lora_rank, lora_targets=lora_targets)
         return cls(
             **parts,
             autoencoder=Autoencoder(pipeline.vae) if autoencoder is None else autoencoder,
