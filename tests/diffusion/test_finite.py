@@ -29,8 +29,9 @@ from tests.diffusion.train_tiny import contrast, experience_of, trainer, use_rew
 from tests.tolerances import EXACT
 
 KINDS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
-PLACES = ("loss", "gradient", "reward", "reference", "degraded", "EMA")
-INJECTIONS = [*((place, kind) for place in PLACES for kind in KINDS), ("learning rate", 1e30), ("learning rate", 1e37)]
+PLACES = {"loss": "inf", "gradient": "-inf", "reward": "-inf", "reference": "inf", "degraded": "-inf", "EMA": "inf"}
+INJECTIONS = [*((place, kind) for place, sign in PLACES.items() for kind in ("nan", sign))]
+INJECTIONS += [("learning rate", 1e30), ("learning rate", 1e37)]
 BAD_UPDATE, UPDATES = 1, 3  # the second of three
 
 
