@@ -369,6 +369,7 @@ def collect(
             window=config.window,
             keep_clean=config.reward_steps,
         )
+
         # Step by step, because the images of all steps would not fit into memory at once.
         def score(images: Tensor, inputs: Batch = side_by_side) -> list[Callable[[], Tensor]]:
             return [scored(reward, images, inputs) for reward in rewards]

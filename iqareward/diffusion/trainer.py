@@ -312,12 +312,13 @@ class DifficultyAdaptiveTrainer:
         means = self._means({name: torch.cat(values) for name, values in found.items()})
         means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
         if self.show_progress and self.accelerator.is_main_process:
-            note(
-                "rewards of the ground truth, and encoded and decoded: "
-                + ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-                if means
-                else "without ground truth there is no SFT: difficulty is that of the degraded images"
-            )
+            reached = [
+                f"{name} {means[f'truth/{name}']:.4g}, encoded and decoded {means[f'ceiling/{name}']:.4g}"
+                for name in self.rewards
+                if f"ceiling/{name}" in means
+            ]
+            no_truth = "No ground truth, so no SFT; difficulty is that of the degraded images."
+            note(f"The ground truth scores {'; '.join(reached)}." if reached else no_truth)
         return means
 
     def update(self) -> dict[str, Any]:
