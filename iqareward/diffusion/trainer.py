@@ -166,8 +166,15 @@ class DifficultyAdaptiveTrainer:
                     "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the "
                     f"other attributes of `Reward`, got {type(each).__name__}. Wrap it in FullReference or NoReference."
                 )
+        objective = objective or ClippedPolicyGradient()
+        if objective.relative and self.rollout_config.group_size < 2 and memory is None:
+            raise ValueError(
+                f"DifficultyAdaptiveTrainer expected, for {type(objective).__name__}, a group_size of at least 2, "
+                "because it compares the rollouts of an input, got 1. Raise it, give a RewardMemory, or take an "
+                "objective such as DirectRewardGradient."
+            )
         self.order = InputOrder(len(pairs), self.train_config.inputs_per_update, sub_seed(seed, ORDER))
-        self.learner = Learner(policy, objective or ClippedPolicyGradient(), self.train_config, self.accelerator)
+        self.learner = Learner(policy, objective, self.train_config, self.accelerator)
         self.scorers = [Overlapped(each) if overlap else each for each in self.rewards.values()]
         self.updates, self.history, self.failures = 0, [], 0
         self._reader: Iterator[list[Batch]] | None = None
@@ -242,6 +249,8 @@ class DifficultyAdaptiveTrainer:
                 self._updates(num_updates, save_every, validate_every)
             except TrainingError as error:
                 raise TrainingError(f"{error} {self._where_to_go_on()}") from error
+            finally:
+                self._reader = None  # ends its workers; an `update` of the caller reads for itself
         return self.history
 
     def _updates(self, num_updates: int, save_every: int, validate_every: int) -> None:
