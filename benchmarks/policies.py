@@ -4,7 +4,7 @@
     python -m benchmarks.policies --kinds swinir ir_sde # check some of them, and print their rows
 
 The kinds are the files of `examples/policies`, built with tiny networks of random weights. Three more arguments make it
-a training run of one process: `--train KIND FOLDER UPDATES`.
+a training run of one process: `--train FOLDER UPDATES`.
 """
 
 import argparse
@@ -125,10 +125,11 @@ def ratio_error(kind: str) -> float:
     return float((torch.stack(again) - before).exp().sub(1).abs().max())
 
 
-def trainer(kind: str, folder: Path | str, *, objective: Any = None, **options: Any) -> DifficultyAdaptiveTrainer:
+def trainer(
+    kind: str, folder: Path | str, *, objective: Any = None, validation: Validation | None = None, **options: Any
+) -> DifficultyAdaptiveTrainer:
     """A run of a kind's policy with rollouts of a few steps."""
-    config = {"inputs_per_update": NUM_INPUTS, "rows_at_once": 2, "learning_rate": 1e-3} | options
-    held_out = Validation(Inputs(kind, 2, first=100), {"psnr": FullReference(psnr, higher_is_better=True)}, NUM_STEPS)
+    config = {"inputs_per_update": NUM_INPUTS, "rows_at_once": 4, "learning_rate": 1e-3} | options
     return DifficultyAdaptiveTrainer(
         policy_of(kind),
         REWARD,
@@ -137,7 +138,7 @@ def trainer(kind: str, folder: Path | str, *, objective: Any = None, **options: 
         objective=objective or ClippedPolicyGradient(),
         rollout_config=RolloutConfig(group_size=GROUP_SIZE, num_steps=NUM_STEPS),
         train_config=TrainConfig(**config),
-        validation=held_out,
+        validation=validation,
         accelerator=Accelerator(cpu=True),
         show_progress=False,
     )
@@ -181,7 +182,8 @@ def resumes(kind: str, folder: Path) -> float:
 
 def draws_grid(kind: str, folder: Path) -> bool:
     """Whether validation writes a grid of restored images."""
-    trainer(kind, folder).train(0)
+    held_out = Validation(Inputs(kind, 2, first=100), {"psnr": FullReference(psnr, higher_is_better=True)}, NUM_STEPS)
+    trainer(kind, folder, validation=held_out).train(0)
     return any(path.stat().st_size > 0 for path in folder.glob("samples-*.png"))
 
 
@@ -190,33 +192,42 @@ def plain_gradient_descent(weights: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, lr=0.1)
 
 
-def two_processes(kind: str, folder: Path) -> float:
-    """The largest difference between the weights after two updates of one process and of two that share the inputs."""
+def two_processes(kinds: Sequence[str], folder: Path) -> dict[str, float]:
+    """For each kind the largest difference between the weights of one process and of two that share the inputs.
+
+    After two updates. The same two processes train all kinds, since starting them takes longer than training.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.policies", "--train", kind, str(folder / "two"), "2"]
+    options = ["--kinds", *kinds, "--train", str(folder / "two"), "2"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.policies", *options]
     ranks = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    one = trainer(kind, folder / "one", optimizer=plain_gradient_descent)
-    one.train(2)
-    if any(process.wait(300) for process in ranks):
-        raise RuntimeError(f"A process of two that trained {kind} failed.")
-    return difference(weights_of(one), torch.load(folder / "two" / "final.pt", weights_only=True))
+    alone = {kind: trainer(kind, folder / "one" / kind, optimizer=plain_gradient_descent) for kind in kinds}
+    for run in alone.values():
+        run.train(2)
+    if any(process.wait(600) for process in ranks):
+        raise RuntimeError(f"One of two processes that trained {', '.join(kinds)} failed.")
+    return {
+        kind: difference(weights_of(run), torch.load(folder / "two" / kind / "final.pt", weights_only=True))
+        for kind, run in alone.items()
+    }
 
 
-def train(kind: str, folder: Path, updates: int) -> None:
-    """One of the processes of `two_processes`."""
+def train(kinds: Sequence[str], folder: Path, updates: int) -> None:
+    """What each process of `two_processes` does."""
     torch.set_num_threads(1)
-    run = trainer(kind, folder, optimizer=plain_gradient_descent)
-    run.train(updates)
-    if run.accelerator.is_main_process:
-        torch.save(weights_of(run), folder / "final.pt")
-    run.accelerator.end_training()
+    for kind in kinds:
+        run = trainer(kind, folder / kind, optimizer=plain_gradient_descent)
+        run.train(updates)
+        if run.accelerator.is_main_process:
+            torch.save(weights_of(run), folder / kind / "final.pt")
+    Accelerator(cpu=True).end_training()
 
 
 def figure(value: float) -> str:
@@ -237,7 +248,7 @@ def row(kind: str, folder: Path) -> str:
         ", ".join(learned),
         figure(resumes(kind, folder / "resume")),
         "yes" if draws_grid(kind, folder / "grid") else "no",
-        figure(two_processes(kind, folder)),
+        figure(two_processes([kind], folder)[kind]),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -264,11 +275,11 @@ def main() -> None:
     """Check the kinds; write the table if they are all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--train", nargs=3, metavar=("KIND", "FOLDER", "UPDATES"))
+    parser.add_argument("--train", nargs=2, metavar=("FOLDER", "UPDATES"))
     options = parser.parse_args()
     if options.train:
-        kind, folder, updates = options.train
-        train(kind, Path(folder), int(updates))
+        folder, updates = options.train
+        train(options.kinds, Path(folder), int(updates))
         return
     rows = []
     for kind in options.kinds:

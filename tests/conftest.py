@@ -59,11 +59,11 @@ def fixtures_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def photographs() -> Tensor:
-    """`[4, 3, 288, 288]`: centres of the colour photographs that scikit-image brings along."""
+    """`[4, 3, 192, 192]`: centres of the colour photographs that scikit-image brings along."""
     skimage = pytest.importorskip("skimage")
     folder = Path(skimage.__file__).parent / "data"
     rows = [iqareward.to_images(folder / name)[0] for name in PHOTOS]
-    return torch.stack([center_crop(row, 288) for row in rows])
+    return torch.stack([center_crop(row, 192) for row in rows])
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,34 @@
 import diffusers
 import pytest
 import torch
+from accelerate import Accelerator
 
 import iqareward
 from benchmarks.meter import Meter
 from iqareward import FullReference, NoReference
-from iqareward.diffusion import Autoencoder, Degradation
+from iqareward.difficulty import rmse
+from iqareward.diffusion import (
+    DDIM,
+    Autoencoder,
+    Batch,
+    ClippedPolicyGradient,
+    ControlNetPolicy,
+    Degradation,
+    FixedPrompt,
+    RolloutConfig,
+    TrainConfig,
+    add_lora,
+)
+from iqareward.diffusion.learner import Learner
+from iqareward.diffusion.rollouts import collect, compare, reference_distances
+from iqareward.diffusion.updates import Updates
 from iqareward.functional import haarpsi
 from iqareward.functional.resize import pillow_resize
 from iqareward.monitor import STATISTICS
 from iqareward.rewards.owl2.rewards import QAlignReward
 from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward
-from tests.diffusion.tiny import seeded
+from iqareward.weighting import LossWeights
+from tests.diffusion.tiny import pixel_policy, seeded
 from tests.owl2 import owl2_tiny
 from tests.tolerances import EXACT, NETWORK_BATCH
 
@@ -258,3 +275,72 @@ def test_large_photographs_are_preprocessed_within_the_budget():
         meter.reset()
         assert reward(images).shape == (12,)
         assert meter.peak_bytes < BUDGET
+
+
+def stable_diffusion(trained, guidance_scale=1.0):
+    """A ControlNet in float32, or adapters in float32, beside frozen networks of Stable Diffusion 1.5 in bfloat16."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        control = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        autoencoder = vae((128, 256, 512, 512), 32)
+    unet, autoencoder = (part.to(torch.bfloat16).to_empty(device="cuda") for part in (unet, autoencoder))
+    control = control.to_empty(device="cuda")
+    if trained == "unet":
+        unet = add_lora(unet, rank=16, targets=["to_q", "to_k", "to_v", "to_out.0"])
+        control = control.to(torch.bfloat16)
+    process = DDIM.from_scheduler(diffusers.DDIMScheduler(beta_schedule="scaled_linear"))
+    prompts = FixedPrompt({"prompt": torch.randn(1, 77, 768, device="cuda")})
+    options = {"train": trained, "guidance_scale": guidance_scale}
+    return ControlNetPolicy(control, unet, Autoencoder(autoencoder), process, prompts, prompts, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")  # fake scores are what the meter says
+@pytest.mark.parametrize(("trained", "guidance_scale"), [("controlnet", 4.0), ("unet", 1.0)])
+def test_an_update_by_default_options_fits_a_gpu_of_24_gib(trained, guidance_scale, monkeypatch):
+    """Weights included: 64 rollouts of 512x512 by Stable Diffusion 1.5's size, then a step of the optimiser."""
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
+    with Meter(read=1.0) as meter:
+        policy = stable_diffusion(trained, guidance_scale)
+        learner = Learner(policy, ClippedPolicyGradient(), TrainConfig(), Accelerator(cpu=True))
+
+        def sampled(count, config):
+            images, references = torch.rand(2, count, 3, 512, 512, device="cuda")
+            batch = Batch(tuple(range(count)), images, references)
+            distance = reference_distances(rmse)
+            return collect(policy, [iqareward.load("ssim")], batch, config, seed=0, distance=distance)
+
+        everything = sampled(8, RolloutConfig(num_steps=2))
+        assert len(everything.distances) == 64
+        # learning takes the same memory for each piece of 4 rollouts or inputs, so one of each will do
+        config = RolloutConfig(group_size=1, num_steps=2, window=range(1))
+        experience = compare([sampled(4, config)], config, weights=[1.0], std_floor=0.0)
+        record = learner.learn(experience, LossWeights(*torch.ones(2, 4, device="cuda")), update=0, seed=0)
+        assert record["skipped"] == 0
+    assert meter.peak_bytes < 24 * 2**30
+
+
+def test_gradients_are_averaged_in_buckets(monkeypatch):
+    """Over two processes, each gradient once, in messages of at most 128 MiB beyond the gradients themselves."""
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: None)
+    sent = []
+
+    def reduce(accelerator, tensor, reduction):
+        if reduction == "mean":
+            sent.append(tensor.nbytes)
+        return tensor.clone()
+
+    monkeypatch.setattr(Accelerator, "reduce", reduce)
+    with Meter(read=1.0) as meter:
+        policy = pixel_policy()
+        policy.model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, device="cuda") for _ in range(16)))
+        updates = Updates(policy, Accelerator(cpu=True), torch.optim.SGD, max_grad_norm=float("inf"))
+        updates.backward(policy.model(torch.rand(4, 2048, device="cuda")).square().sum())
+        meter.reset()
+        updates.step(torch.zeros(1, device="cuda"), update=1)
+    assert sum(sent) == sum(weight.nbytes for weight in updates.weights)
+    assert max(sent) <= 2**27
+    assert len(sent) == 3
+    assert meter.peak_bytes < 3 * 2**27

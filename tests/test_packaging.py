@@ -51,11 +51,12 @@ def test_sdist_can_be_tested(built: Path) -> None:
 
 def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) -> None:
     """Installed beside its dependencies, outside the checkout, it imports from there, lists, loads data and scores."""
-    venv.create(tmp_path / "env", with_pip=True)
+    venv.create(tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
     (wheel,) = built.glob("*.whl")
-    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)]
-    subprocess.run([python, *install], check=True, capture_output=True, timeout=600)
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)]
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    subprocess.run([*pip, *install], check=True, capture_output=True, timeout=600)
     # the dependencies are gigabytes: those of this environment are borrowed, without the checkout that it points to
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
     borrowed = next(Path(path) for path in sys.path if path.endswith("site-packages"))

@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,12 +26,12 @@ MARK, DIGEST_BYTES = b"iqareward sha256", 32
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that train, by name, on the CPU; only the adapters of a LoRA model."""
-    return {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().cpu().clone() for name, weight in _training(model).items()}
 
 
 def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Restore weights of `trained_weights`; a ValueError if names or shapes differ, and then nothing is loaded."""
-    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    own = _training(model)
     shapes, saved = ({name: list(weight.shape) for name, weight in part.items()} for part in (own, weights))
     differing = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
     if differing:
@@ -43,6 +44,12 @@ def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])
+
+
+def _training(model: nn.Module) -> dict[str, Tensor]:
+    # named as in the network itself, not as in what torch.compile makes of it or of a part
+    named = model.named_parameters()
+    return {name.replace("_orig_mod.", ""): weight for name, weight in named if weight.requires_grad}
 
 
 def previous(path: Path) -> Path:
@@ -59,12 +66,23 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        torch.save(dict(state), file)
+        torch.save(_numbers(dict(state)), file)
         file.write(MARK + _digest(file, file.tell()))
         file.flush()
         os.fsync(file.fileno())  # the new one is safe before the old one loses its name
         if path.is_file():
             _keep(path)
+
+
+def _numbers(value: Any) -> Any:
+    """The value with numbers of NumPy as Python's, which `load_state` can read: a learning-rate schedule makes such."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {_numbers(key): _numbers(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_numbers(item) for item in value)
+    return value
 
 
 def _keep(path: Path) -> None:

@@ -100,6 +100,8 @@ def _leaves(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_finite(value: Any) -> bool:
+    if hasattr(value, "__tensor_flatten__"):  # quantised states are made of tensors, and know little arithmetic
+        return all(_is_finite(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
     return not isinstance(value, float) or math.isfinite(value)

@@ -16,7 +16,7 @@ from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.objectives import Objective
 from iqareward.diffusion.policies.core import Policy, Versions, evaluating
 from iqareward.diffusion.rollouts import Experience
-from iqareward.diffusion.updates import MakeOptimizer, MakeSchedule, Updates, supervising
+from iqareward.diffusion.updates import MakeOptimizer, MakeSchedule, Updates, adamw, supervising
 from iqareward.seeds import sub_seed
 from iqareward.weighting import GradientBalance, LossWeights, gradient_norm
 
@@ -116,13 +116,8 @@ class Learner:
 
     def __init__(self, policy: Policy, objective: Objective, config: TrainConfig, accelerator: Any) -> None:
         self.policy, self.objective, self.options, self.accelerator = policy, objective, config, accelerator
-
-        def adamw(weights: Sequence[Tensor]) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-        self.updates = Updates(
-            policy, accelerator, config.optimizer or adamw, config.lr_schedule, max_grad_norm=config.max_grad_norm
-        )
+        make = config.optimizer or adamw(config.learning_rate, config.weight_decay)
+        self.updates = Updates(policy, accelerator, make, config.lr_schedule, max_grad_norm=config.max_grad_norm)
         self.weights = self.updates.weights
         compared = config.kl_beta > 0 or objective.needs_reference
         self.versions = Versions(policy, reference=compared, old=objective.keeps_old)
@@ -158,7 +153,10 @@ class Learner:
         if self.objective.keeps_old:
             self.versions.follow(self.objective.old_decay(update))
         problems = [record.pop("problem") for record in records]
-        means = {name: sum(record[name] for record in records) / steps for name in records[0]}
+        counts = [record.pop("count") for record in records]
+        means = {name: sum(record[name] for record in records) / steps for name in ("grad_norm", "skipped")}
+        for name in ("rl_loss", "sft_loss", "kl", "ratio"):
+            means[name] = sum(record[name] for record in records) / max(sum(counts), 1)
         return means | {"problem": next((text for text in problems if text), "")}
 
     def _step(self, parts: Sequence[_Part], *, update: int, seed: int, measure: bool) -> dict[str, Any]:
@@ -169,14 +167,20 @@ class Learner:
         rl = self._reinforce(parts, count, seed, measure)
         sft = self._supervise(parts, count, seed, measure)
         if self.balance is not None and measure:
-            norms = [torch.full_like(count, torch.nan) if each.norm is None else each.norm for each in (rl, sft)]
-            rl_norm, sft_norm = self.accelerator.reduce(torch.stack(norms), "mean").unbind()
+            # a process may have measured none, for instance because its inputs have no ground truth
+            nothing = torch.zeros(2, device=count.device)
+            found = [
+                nothing if each.norm is None else torch.stack([each.norm.float(), count.new_ones(())])
+                for each in (rl, sft)
+            ]
+            sums, counts = self.accelerator.reduce(torch.stack(found, 1), "sum").unbind()
+            rl_norm, sft_norm = (sums / counts).unbind()
             self.balance.update(rl_norm=rl_norm, sft_norm=sft_norm)
         figures = torch.stack([rl.loss, sft.loss, rl.kl, rl.ratio, taking_part.sum().float()])
         totals, norm, step = self.updates.step(figures, update=update + 1)
         *sums, total = totals
         names = ("rl_loss", "sft_loss", "kl", "ratio")
-        record: dict[str, Any] = {name: value / max(total, 1) for name, value in zip(names, sums, strict=True)}
+        record: dict[str, Any] = dict(zip(names, sums, strict=True)) | {"count": total}
         record |= {"grad_norm": norm, "skipped": float(not step.moved), "problem": ""}
         if step.moved and self.ema is not None:
             self.ema.step(self.weights)

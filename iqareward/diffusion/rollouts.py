@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward.advantages import RewardMemory, combine_advantages, group_advantages
 from iqareward.difficulty import pass_rate, reference_distance
@@ -91,7 +91,7 @@ def rollout(
         A `Trajectory`; decode its `sample` with `policy.decode`.
 
     Raises:
-        ValueError: The window leaves the schedule.
+        ValueError: The window or `keep_clean` leaves the schedule.
 
     Example:
         >>> from iqareward.diffusion import Batch, build_restorer
@@ -109,6 +109,8 @@ def rollout(
     window = range(len(schedule)) if window is None else window
     if len(window) and not (min(window) >= 0 and max(window) < len(schedule)):
         raise ValueError(f"rollout expected `window` within range({len(schedule)}), got {window}.")
+    if any(step >= len(schedule) for step in keep_clean):
+        raise ValueError(f"rollout expected `keep_clean` within range({len(schedule)}), got {tuple(keep_clean)}.")
     eta = policy.eta if eta is None else eta
     etas = tuple(eta if index in window else 0.0 for index in range(len(schedule)))
     latents = policy.start(condition, noise)
@@ -214,6 +216,7 @@ class Experience:
         advantages: `[S, N]`, 0 where unknown.
         has_signal: `[B]` whether the rewards of an input differ at all.
         group_size: Rollouts per input, K.
+        reachable: `[B, 3, H, W]`, what rewards were given as references, if that is not those of the batch.
     """
 
     batch: Batch
@@ -225,6 +228,7 @@ class Experience:
     advantages: Tensor
     has_signal: Tensor
     group_size: int
+    reachable: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -250,8 +254,9 @@ class Experience:
         inputs = slice(rows.start // size, -(-rows.stop // size))
         mine = slice(rows.start - inputs.start * size, rows.stop - inputs.start * size)
         noise = Noise.of_groups(self.batch.ids[inputs], size, seed=seed, device=self.rewards.device)
+        batch = self.batch if self.reachable is None else replace(self.batch, references=self.reachable)
         return Rollouts(
-            self.batch.select(inputs).repeat(size).select(mine),
+            batch.select(inputs).repeat(size).select(mine),
             select(repeat(select(self.condition, inputs), size), mine),
             noise.rows(mine),
             self.trajectory.rows(rows),
@@ -294,7 +299,9 @@ def columns_for(reward: Callable[..., Any], batch: Batch) -> dict[str, Any]:
     elif isinstance(reward, Reward):
         taken = set(columns)
     else:
-        parameters = inspect.signature(reward).parameters.values()
+        # the call of a module takes anything, its `forward` does not
+        called = reward.forward if isinstance(reward, nn.Module) else reward
+        parameters = inspect.signature(called).parameters.values()
         every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         taken = set(columns) if every else {parameter.name for parameter in parameters}
     if isinstance(reward, Reward) and not getattr(reward, "needs_inputs", False):
@@ -322,6 +329,7 @@ class Sampled:
     trajectory: Trajectory
     parts: Tensor
     distances: Tensor
+    reachable: Tensor | None
 
 
 @torch.no_grad()
@@ -352,13 +360,14 @@ def collect(
         len(batch),
         caller=type(policy).__name__,
     )
-    trajectories, distances, pending = [], [], []
+    trajectories, distances, pending, reached = [], [], [], []
     at_once = config.inputs_at_once or len(batch)
     for start in range(0, len(batch), at_once):
         part = slice(start, min(start + at_once, len(batch)))
         inputs, own = batch.select(part), select(condition, part)
         if reachable and inputs.references is not None:
-            inputs = replace(inputs, references=policy.reconstruct(inputs.references, own).float().clamp(0, 1))
+            reached.append(policy.reconstruct(inputs.references, own).float().clamp(0, 1))
+            inputs = replace(inputs, references=reached[-1])
         side_by_side, own = inputs.repeat(size), repeat(own, size)
         trajectory = rollout(
             policy,
@@ -369,6 +378,7 @@ def collect(
             window=config.window,
             keep_clean=config.reward_steps,
         )
+
         # Step by step, because the images of all steps would not fit into memory at once.
         def score(images: Tensor, inputs: Batch = side_by_side) -> list[Callable[[], Tensor]]:
             return [scored(reward, images, inputs) for reward in rewards]
@@ -382,7 +392,8 @@ def collect(
     parts = [
         torch.stack([torch.stack([scores().to(device) for scores in step]) for step in steps], 1) for steps in pending
     ]
-    return Sampled(batch, condition, _joined(trajectories), torch.cat(parts, 2), torch.cat(distances))
+    best = torch.cat(reached) if reached else None
+    return Sampled(batch, condition, _joined(trajectories), torch.cat(parts, 2), torch.cat(distances), best)
 
 
 def compare(
@@ -436,6 +447,7 @@ def compare(
                 advantages[:, rows],
                 has_signal[inputs],
                 size,
+                each.reachable,
             )
         )
     return experiences

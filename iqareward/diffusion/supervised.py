@@ -2,12 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from iqareward.diffusion.batches import read_ahead
 from iqareward.diffusion.checkpoint import append_line
@@ -17,7 +15,7 @@ from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.pairs import InputOrder, Pairs
 from iqareward.diffusion.policies.core import Policy
 from iqareward.diffusion.progress import progress_bar
-from iqareward.diffusion.updates import MakeOptimizer, Updates, supervising
+from iqareward.diffusion.updates import MakeOptimizer, Updates, adamw, supervising
 from iqareward.seeds import sub_seed
 
 ORDER, NOISE, DROPOUT = range(3)  # purposes of random numbers
@@ -87,15 +85,13 @@ def supervised(
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     order = InputOrder(len(pairs), batch_size, sub_seed(seed, ORDER))
 
-    def adamw(weights: Sequence[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay)
-
     def cosine(made: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(
             made, lambda step: (1 + math.cos(math.pi * step / max(num_updates, 1))) / 2
         )
 
-    updates = Updates(policy, accelerator, optimizer or adamw, cosine, max_grad_norm=max_grad_norm)
+    make = optimizer or adamw(learning_rate, weight_decay)
+    updates = Updates(policy, accelerator, make, cosine, max_grad_norm=max_grad_norm)
     average = averaged_weights(updates.weights, ema_decay, use_ema_warmup=True) if ema_decay else None
     losses: list[float] = []
     failures, why = 0, ""

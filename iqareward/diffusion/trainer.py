@@ -166,8 +166,15 @@ class DifficultyAdaptiveTrainer:
                     "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the "
                     f"other attributes of `Reward`, got {type(each).__name__}. Wrap it in FullReference or NoReference."
                 )
+        objective = objective or ClippedPolicyGradient()
+        if objective.relative and self.rollout_config.group_size < 2 and memory is None:
+            raise ValueError(
+                f"DifficultyAdaptiveTrainer expected, for {type(objective).__name__}, a group_size of at least 2, "
+                "because it compares the rollouts of an input, got 1. Raise it, give a RewardMemory, or take an "
+                "objective such as DirectRewardGradient."
+            )
         self.order = InputOrder(len(pairs), self.train_config.inputs_per_update, sub_seed(seed, ORDER))
-        self.learner = Learner(policy, objective or ClippedPolicyGradient(), self.train_config, self.accelerator)
+        self.learner = Learner(policy, objective, self.train_config, self.accelerator)
         self.scorers = [Overlapped(each) if overlap else each for each in self.rewards.values()]
         self.updates, self.history, self.failures = 0, [], 0
         self._reader: Iterator[list[Batch]] | None = None
@@ -242,6 +249,8 @@ class DifficultyAdaptiveTrainer:
                 self._updates(num_updates, save_every, validate_every)
             except TrainingError as error:
                 raise TrainingError(f"{error} {self._where_to_go_on()}") from error
+            finally:
+                self._reader = None  # ends its workers; an `update` of the caller reads for itself
         return self.history
 
     def _updates(self, num_updates: int, save_every: int, validate_every: int) -> None:
@@ -312,12 +321,13 @@ class DifficultyAdaptiveTrainer:
         means = self._means({name: torch.cat(values) for name, values in found.items()})
         means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
         if self.show_progress and self.accelerator.is_main_process:
-            note(
-                "rewards of the ground truth, and encoded and decoded: "
-                + ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-                if means
-                else "without ground truth there is no SFT: difficulty is that of the degraded images"
-            )
+            reached = [
+                f"{name} {means[f'truth/{name}']:.4g}, encoded and decoded {means[f'ceiling/{name}']:.4g}"
+                for name in self.rewards
+                if f"ceiling/{name}" in means
+            ]
+            no_truth = "No ground truth, so no SFT; difficulty is that of the degraded images."
+            note(f"The ground truth scores {'; '.join(reached)}." if reached else no_truth)
         return means
 
     def update(self) -> dict[str, Any]:

@@ -19,6 +19,22 @@ _BUCKET = 1 << 25  # elements of gradients that are averaged together
 _REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 
 
+def adamw(learning_rate: float, weight_decay: float) -> MakeOptimizer:
+    """Makes AdamW; a ValueError for weights of half precision, in which its small steps are rounded away."""
+
+    def make(weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+        coarse = sorted({str(weight.dtype) for weight in weights if torch.finfo(weight.dtype).bits < 32})
+        if coarse:
+            raise ValueError(
+                f"The trainer expected the weights that train in float32, got {', '.join(coarse)}, in which steps of "
+                f"size {learning_rate:g} are rounded away. Keep them in float32 with Accelerator(mixed_precision="
+                "'bf16'), train LoRA adapters, or give an `optimizer` that rounds at random."
+            )
+        return torch.optim.AdamW(weights, lr=learning_rate, weight_decay=weight_decay)
+
+    return make
+
+
 class Updates:
     """Moves the weights of a policy's model; gradients are averaged over the processes after the last backward pass.
 
@@ -74,7 +90,9 @@ class Updates:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part of the loss."""
         if loss.requires_grad:
-            self.accelerator.backward(loss)
+            # not `accelerator.backward`, which divides by its steps of gradient accumulation
+            scaler = self.accelerator.scaler
+            (loss if scaler is None else scaler.scale(loss)).backward()
 
     def step(self, figures: Tensor, *, update: int) -> tuple[list[float], float, OptimizerStep]:
         """Move the weights if the gradient is finite, in all processes alike, and clear the gradient.
@@ -90,7 +108,9 @@ class Updates:
             TrainingError: The step made weights that are not finite.
         """
         self._average_gradients()
-        norm = self.accelerator.clip_grad_norm_(self.weights, self.max_grad_norm)
+        # not `accelerator.clip_grad_norm_`, which unscales for every optimiser that the accelerator has made
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
         norm = torch.as_tensor(norm, device=figures.device).float().view(1)
         summed: Any = self.accelerator.reduce(torch.cat([figures.float(), norm]), "sum")
         *totals, norm = summed.tolist()

@@ -60,12 +60,12 @@ def test_a_result_does_not_depend_on_its_batch(model, severities):
 @pytest.mark.parametrize("model", MODELS, ids=NAMES)
 def test_a_result_does_not_depend_on_the_number_of_threads(model):
     """A worker process has one thread, the trainer's own process has several."""
-    images, before = synthetic_images(range(8), size=128), torch.get_num_threads()
+    images, before = synthetic_images(range(4), size=128), torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(model(images, None, range(8)))
+            results.append(model(images, None, range(4)))
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(*results, **EXACT)

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from iqareward.diffusion import (
+    FeedForwardPolicy,
     RolloutConfig,
     StoredPairs,
     SyntheticPairs,
@@ -29,8 +31,9 @@ from tests.diffusion.train_tiny import contrast, experience_of, trainer, use_rew
 from tests.tolerances import EXACT
 
 KINDS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
-PLACES = ("loss", "gradient", "reward", "reference", "degraded", "EMA")
-INJECTIONS = [*((place, kind) for place in PLACES for kind in KINDS), ("learning rate", 1e30), ("learning rate", 1e37)]
+PLACES = {"loss": "inf", "gradient": "-inf", "reward": "-inf", "reference": "inf", "degraded": "-inf", "EMA": "inf"}
+INJECTIONS = [*((place, kind) for place, sign in PLACES.items() for kind in ("nan", sign))]
+INJECTIONS += [("learning rate", 1e30), ("learning rate", 1e37)]
 BAD_UPDATE, UPDATES = 1, 3  # the second of three
 
 
@@ -410,3 +413,41 @@ def test_sft_warns_of_a_skipped_update_and_refuses_to_end_with_one(bad):
     assert "inputs [" in told[0]
     assert type(policy.model).__name__ == "UNet2DModel"
     require_finite("weights", trained_weights(policy.model))
+
+
+def test_weights_of_half_precision_are_refused():
+    """AdamW's steps are rounded away in bfloat16, so the run would train nothing; another optimiser may do better."""
+    policy = FeedForwardPolicy(torch.nn.Conv2d(3, 3, 3, padding=1).to(torch.bfloat16))
+    options = {"num_updates": 1, "batch_size": 2, "learning_rate": 1e-5, "show_progress": False}
+    with pytest.raises(ValueError, match=r"in float32, got torch.bfloat16.*mixed_precision"):
+        supervised(policy, SyntheticPairs(4, size=SIZE), **options)
+    supervised(policy, SyntheticPairs(4, size=SIZE), optimizer=partial(torch.optim.SGD, lr=0.1), **options)
+
+
+class Scaled(Accelerator):
+    """An accelerator that scales losses as in fp16, on the CPU."""
+
+    mixed_precision = "fp16"
+
+    def __init__(self, **options):
+        super().__init__(cpu=True, **options)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=1024.0), True
+
+    def prepare_model(self, model, **options):
+        """The model without autocast."""
+        return model
+
+
+@pytest.mark.parametrize("kind", [partial(Scaled), partial(Accelerator, cpu=True)])
+def test_the_gradient_does_not_depend_on_what_else_the_accelerator_did(tmp_path, kind):
+    """Its optimiser of SFT does not unscale the gradient again, nor do its steps of accumulation divide the loss."""
+    norms = []
+    for before in (False, True):
+        accelerator = kind(gradient_accumulation_steps=4 if before else 1)
+        run = trainer(tmp_path / f"{before}", accelerator=accelerator, validation=None)
+        if before:
+            options = {"num_updates": 1, "batch_size": 2, "learning_rate": 1e-20, "show_progress": False}
+            supervised(run.policy, run.pairs, accelerator=accelerator, **options)
+        run.calibrate()
+        norms.append(run.update()["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)

@@ -1,5 +1,7 @@
 """What users have: x4, sizes that differ, no ground truth, prompts and tasks, rewards that want to see all of it."""
 
+import multiprocessing
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,9 +9,11 @@ from PIL import Image
 from torch import nn
 
 import iqareward
+from iqareward.advantages import RewardMemory
 from iqareward.diffusion import (
     ClippedPolicyGradient,
     DifficultyAdaptiveTrainer,
+    DirectRewardGradient,
     FeedForwardPolicy,
     PixelPolicy,
     RolloutConfig,
@@ -239,3 +243,72 @@ def test_data_in_worker_processes_is_the_same_data(tmp_path):
     """Two workers read ahead; the history does not change."""
     alone, ahead = (run_of(tmp_path / str(count), Items(), num_workers=count) for count in (0, 2))
     assert alone.train(3) == ahead.train(3)
+
+
+class Module(nn.Module):
+    """A reward as users have them: a module that takes no more than it names."""
+
+    def forward(self, images, references):
+        """Minus the mean difference."""
+        return -(images - references).abs().mean((1, 2, 3))
+
+
+def test_a_module_is_a_reward(tmp_path):
+    """It gets the columns that its `forward` names, though calling a module takes anything."""
+    run = run_of(tmp_path, Items(), reward=Module())
+    experience = experience_of(run)
+    images = run.policy.decode(experience.trajectory.sample, {}).clamp(0, 1)
+    expected = Module()(images, experience.batch.references.repeat_interleave(2, 0))
+    torch.testing.assert_close(experience.rewards[0], expected, **FORMULA_FP32)
+
+
+def test_reward_gradients_see_the_reachable_references_too(tmp_path):
+    """With `reachable` the reward is followed towards the references that it was given when rollouts were scored."""
+    seen = []
+
+    def mse(images, references):
+        seen.append(references.clone())
+        return -(images - references).square().flatten(1).mean(1)
+
+    reward = FullReference(mse, name="mse", higher_is_better=True, differentiable=True)
+    options = {"objective": DirectRewardGradient(reward), "rollout_config": RolloutConfig(1, 2, eta=0.0)}
+    config = TrainConfig(inputs_per_update=4, rows_at_once=None)
+    run = run_of(tmp_path, Items(), policy_of("controlnet"), reward, reachable=True, train_config=config, **options)
+    run.calibrate()
+    seen.clear()
+    run.update()
+    torch.testing.assert_close(seen[1], seen[0], **EXACT)
+
+
+def test_one_rollout_per_input_has_nothing_to_be_compared_with(tmp_path):
+    """Refused, instead of a run that is SFT alone; a memory of the input's own rewards is enough."""
+    one = RolloutConfig(group_size=1, num_steps=3)
+    with pytest.raises(ValueError, match=r"ClippedPolicyGradient, a group_size of at least 2"):
+        run_of(tmp_path, Items(), rollout_config=one)
+    run_of(tmp_path, Items(), rollout_config=one, memory=RewardMemory(8))
+
+
+def test_means_are_over_inputs_and_not_over_minibatches(tmp_path):
+    """If no input of a minibatch takes part, the figures are those of the other one."""
+    found = []
+    for count in (1, 2):
+        config = TrainConfig(learning_rate=1e-9, inputs_per_update=4, minibatches=count)
+        data = [Items()[index] for index in range(8)]
+        run = run_of(tmp_path / str(count), data, train_config=config)
+        run.calibrate()
+        for index in run.order.ids(0)[:2]:
+            data[index]["lq"].fill_(torch.nan)
+        with pytest.warns(RuntimeWarning, match="left out 2 inputs"):
+            found.append(run.update())
+    # the noise of the two differs, that of a step is its own
+    assert found[1]["sft_loss"] == pytest.approx(found[0]["sft_loss"], rel=0.2)
+    assert found[0]["ratio"] == found[1]["ratio"] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_update_of_the_caller_reads_for_itself(tmp_path):
+    """Also after `train`, whose workers have ended then."""
+    run = run_of(tmp_path / "a", Items(), num_workers=1)
+    run.train(1)
+    assert not multiprocessing.active_children()
+    expected = run_of(tmp_path / "b", Items()).train(2)[-1]
+    assert run.update()["reward"] == expected["reward"]

@@ -125,9 +125,18 @@ def test_gradient_reaches_every_trained_weight(kind):
 
 
 def test_lora_starts_at_the_reference_and_leaves_it(kind):
-    """KL to the model with its adapters off is 0 at the start, and not after the adapters have moved."""
+    """KL to the model as it was is 0 at the start, also of adapters that SFT has trained, and not once they moved."""
     policy = policy_of(kind)
     policy.model = add_lora(policy.model, rank=2)
+    adapters = [weight for name, weight in policy.model.named_parameters() if "lora_B" in name]
+    assert adapters
+
+    def move():
+        with torch.no_grad():
+            for weight in adapters:
+                weight.add_(0.1)
+
+    move()
     trajectory, condition = sample(policy, kind), conditioned(policy)
     versions = Versions(policy, reference=True)
 
@@ -138,19 +147,17 @@ def test_lora_starts_at_the_reference_and_leaves_it(kind):
         return now.kl(before)
 
     assert divergence().abs().max() == 0
-    adapters = [weight for name, weight in policy.model.named_parameters() if "lora_B" in name]
-    assert adapters
-    with torch.no_grad():
-        for weight in adapters:
-            weight.add_(0.1)
+    move()
     assert (divergence() > 0).all()
     assert {name.split(".")[-2] for name, w in policy.model.named_parameters() if w.requires_grad} == {"default"}
 
 
 def test_rollout_says_what_does_not_fit():
-    """A window lies inside of the schedule."""
+    """A window lies inside of the schedule, and so do the steps whose images are scored."""
     with pytest.raises(ValueError, match="window"):
         sample(pixel_policy(), "pixel", window=range(3, 6))
+    with pytest.raises(ValueError, match="keep_clean"):
+        sample(pixel_policy(), "pixel", keep_clean=(0, 6))
 
 
 def test_older_weights_have_to_be_kept():

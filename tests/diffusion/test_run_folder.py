@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,13 @@ from iqareward.diffusion import (
     SyntheticPairs,
     TrainConfig,
 )
-from iqareward.diffusion.checkpoint import load_state, previous, save_state, trained_weights
+from iqareward.diffusion.checkpoint import (
+    load_state,
+    load_trained_weights,
+    previous,
+    save_state,
+    trained_weights,
+)
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule, constant
 from iqareward.weighting import AdaptiveWeighter
@@ -238,3 +245,39 @@ def test_a_linked_checkpoint_keeps_its_predecessor(tmp_path):
     assert load_state(previous(folder / "checkpoint.pt"))["updates"] == 1
     (store / "checkpoint.pt").unlink()
     assert [line["update"] for line in trainer(folder).train(2, resume=True)] == [0, 1, 2]
+
+
+def test_a_learning_rate_of_numpy_is_saved_as_a_number(tmp_path):
+    """A schedule may compute with NumPy; its checkpoint can be read, and the run goes on exactly."""
+    schedule = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: np.cos(step / 4))
+    config = TrainConfig(learning_rate=1e-3, inputs_per_update=4, lr_schedule=schedule)
+    whole = trainer(tmp_path / "a", train_config=config)
+    whole.train(3)
+    trainer(tmp_path / "b", train_config=config).train(2)
+    again = trainer(tmp_path / "b", train_config=config)
+    again.train(3, resume=True)
+    for name, weight in trained_weights(whole.policy.model).items():
+        torch.testing.assert_close(trained_weights(again.policy.model)[name], weight, **EXACT)
+
+
+def test_the_older_weights_stay_when_a_part_cannot_be_loaded(tmp_path):
+    """Those that DiffusionNFT samples with are put back like all others."""
+    begun = trainer(tmp_path, objective=DiffusionNFT(num_terms=1))
+    begun.train(1)
+    fresh = trainer(tmp_path, objective=DiffusionNFT(num_terms=1))
+    before = [weight.clone() for weight in fresh.learner.versions.state_dict()["old"]]
+    state = load_state(fresh.checkpoint)
+    save_state(fresh.checkpoint, state | {"memory": {}})
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        fresh.load()
+    for weight, expected in zip(fresh.learner.versions.state_dict()["old"], before, strict=True):
+        torch.testing.assert_close(weight, expected, **EXACT)
+
+
+def test_a_compiled_model_has_the_checkpoint_of_the_model_itself(tmp_path):
+    """Names of weights do not depend on `torch.compile`."""
+    policy = pixel_policy()
+    names = trained_weights(policy.model).keys()
+    policy.model = torch.compile(policy.model, backend="eager")
+    assert trained_weights(policy.model).keys() == names
+    load_trained_weights(policy.model, trained_weights(pixel_policy().model))

@@ -181,7 +181,7 @@ def test_hosted_trackers_get_the_figures_through_accelerate(tmp_path, monkeypatc
 
 
 def test_kl_is_zero_in_the_first_update_and_not_after(tmp_path):
-    """Against the frozen copy of a whole model, and against a LoRA model with its adapters off."""
+    """Against the frozen copy of a whole model, and against a LoRA model with its first adapters."""
     for name, policy in (("whole", pixel_policy()), ("lora", pixel_policy())):
         optimization = TrainConfig(learning_rate=1e-3, inputs_per_update=4, kl_beta=0.1)
         run = trainer(tmp_path / name, train_config=optimization, validation=None)

@@ -34,11 +34,11 @@ def unet(channels=8) -> nn.Module:
             SIZE,
             6,
             3,
-            block_out_channels=(channels, channels),
+            block_out_channels=(channels,),
             layers_per_block=1,
             norm_num_groups=4,
-            down_block_types=("DownBlock2D",) * 2,
-            up_block_types=("UpBlock2D",) * 2,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
         )
     )
 

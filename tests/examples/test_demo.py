@@ -117,4 +117,4 @@ def test_terminal(demo: Run) -> None:
     assert all(len(line) <= 80 for line in lines if str(demo.folder) not in line)
     assert "…" not in demo.printed
     for line in demo.progress.splitlines():
-        assert re.match(r" *\d+ s  \w|(SFT|RL) \d+/4 |rewards of the ground truth", line), line
+        assert re.match(r" *\d+ s  \w|(SFT|RL) \d+/4 |The ground truth scores ", line), line

@@ -37,7 +37,7 @@ def test_keeps_the_contract(
     iqareward.check_reward(reward, degraded_photographs, photographs)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     calls=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=8), min_size=1, max_size=8),
     max_entries=st.integers(1, 12),

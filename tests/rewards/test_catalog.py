@@ -93,14 +93,14 @@ def test_wrong_ranges_are_not_scored(name: str, photographs: Tensor) -> None:
 @pytest.mark.parametrize("picture", ["black", "white", "gray", "ramp", "checker", "noise", "identical"])
 def test_special_pictures(name: str, picture: str, photographs: Tensor) -> None:
     """Flat, extreme and identical images give a number or NaN, never inf, and never another image's score."""
-    rows, columns = torch.meshgrid(torch.arange(288), torch.arange(288), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(192), torch.arange(192), indexing="ij")
     special = {
-        "black": torch.zeros(3, 288, 288),
-        "white": torch.ones(3, 288, 288),
-        "gray": torch.full((3, 288, 288), 0.5),
-        "ramp": (columns / 287).expand(3, -1, -1),
+        "black": torch.zeros(3, 192, 192),
+        "white": torch.ones(3, 192, 192),
+        "gray": torch.full((3, 192, 192), 0.5),
+        "ramp": (columns / 191).expand(3, -1, -1),
         "checker": ((rows + columns) % 2).float().expand(3, -1, -1),
-        "noise": torch.rand(3, 288, 288, generator=torch.Generator().manual_seed(0)),
+        "noise": torch.rand(3, 192, 192, generator=torch.Generator().manual_seed(0)),
         "identical": photographs[0],
     }[picture]
     reward = load(name)

@@ -324,14 +324,14 @@ def test_the_exploits_are_real(tmp_path):
         assert marker.exists(), name
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(PLAIN, st.integers(3, 5))
 def test_plain_data_survives(document, protocol):
     """What the dialects send comes back as it was, from every protocol of Python 3 clients."""
     assert loads_plain(pickle.dumps(document, protocol)) == document
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200) | st.builds(lambda d, i, b: d[:i] + b + d[i + 1 :], PLAIN.map(pickle.dumps),
                                            st.integers(0, 100), st.binary(max_size=3)))  # fmt: skip
 def test_any_bytes(body):

@@ -14,7 +14,7 @@ from iqareward.serving.requests import Settings
 from iqareward.serving.wire import Limits, encode_request
 from tests.serving.in_process import application, post, served
 
-EXAMPLES, DAMAGED_BODIES = 60, 500  # per route; of each kind
+EXAMPLES, DAMAGED_BODIES = 25, 150  # per route; of each kind
 
 
 def damaged(documents: list[bytes]) -> st.SearchStrategy[bytes]:

@@ -200,7 +200,7 @@ ENTRY = st.fixed_dictionaries({}, optional={"token": JSON, "logprob": JSON, "byt
 
 
 @given(content=JSON | st.lists(ENTRY | st.fixed_dictionaries({"token": st.just("4"), "top_logprobs": st.lists(ENTRY)})))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_answer_is_read_or_refused(content) -> None:
     """Whatever stands where the log-probabilities should be: probabilities that make sense, or a RemoteError."""
     body = json.dumps({"choices": [{"logprobs": {"content": content}}]}).encode()

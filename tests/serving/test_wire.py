@@ -204,7 +204,7 @@ def test_the_image_at_fault_is_named() -> None:
     assert caught.value.index == 1
 
 
-@settings(max_examples=2000, **FUZZ)
+@settings(max_examples=500, **FUZZ)
 @given(st.binary(max_size=200))
 def test_fuzz_any_bytes(body: bytes) -> None:
     """Arbitrary bytes, with and without a true length before them, are a WireError and never a request."""
@@ -218,7 +218,7 @@ VALID = {
 }
 
 
-@settings(max_examples=2000, **FUZZ)
+@settings(max_examples=500, **FUZZ)
 @given(
     st.sampled_from(sorted(VALID)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4)
 )
@@ -256,7 +256,7 @@ ENTRIES = st.fixed_dictionaries(
 FIELDS = {"version": st.just(1) | JSON, "rewards": st.just(["ssim"]) | JSON, "prompts": JSON, "deadline": JSON}
 
 
-@settings(max_examples=300, **FUZZ)
+@settings(max_examples=200, **FUZZ)
 @given(
     st.dictionaries(st.sampled_from(["images", "references", "images.0", "images.1", "x"]), ENTRIES | JSON, max_size=4),
     st.fixed_dictionaries({}, optional=FIELDS) | JSON,

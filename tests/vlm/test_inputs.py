@@ -61,7 +61,7 @@ def test_patches_are_the_librarys(patch) -> None:
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([28, 32]), st.sampled_from([3136, 65536]))
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 def test_smart_size_is_the_librarys(height, width, factor, smallest) -> None:
     """Every size and both families' limits; what the library refuses is None."""
     limits = {"factor": factor, "min_pixels": smallest, "max_pixels": 1_000_000}

@@ -271,7 +271,7 @@ def add_lora(model: nn.Module, *, rank: int = 16, targets: str | list[str] = "al
         targets: Names of the layers that get one, or peft's "all-linear".
 
     Returns:
-        A `peft.PeftModel`; with its adapters off it is the model from before, the reference policy for KL.
+        A `peft.PeftModel`, which answers as the model did until its adapters are trained.
 
     Example:
         >>> model = add_lora(nn.Sequential(nn.Linear(100, 100)), rank=2, targets=["0"])
@@ -292,7 +292,7 @@ class Versions:
 
     Args:
         policy: The model as it is now.
-        reference: Keep the weights from before RL. A LoRA model needs no copy: its adapters are switched off.
+        reference: Keep the weights from before RL; of a LoRA model, its adapters, which SFT may have trained.
         old: Keep the weights of the policy that samples.
 
     Example:
@@ -306,8 +306,7 @@ class Versions:
 
     def __init__(self, policy: Policy, *, reference: bool = False, old: bool = False) -> None:
         self.policy = policy
-        self._has_adapters = hasattr(policy.model, "disable_adapter")
-        self._reference = self._copy() if reference and not self._has_adapters else None
+        self._reference = self._copy() if reference else None
         self._old = self._copy() if old else None
 
     def _copy(self) -> list[Tensor]:
@@ -319,15 +318,10 @@ class Versions:
     @contextmanager
     def reference(self) -> Generator[None]:
         """Within this context the policy acts as before RL, without a gradient."""
-        if self._has_adapters:
-            model: Any = self.policy.model
-            with torch.no_grad(), model.disable_adapter():
-                yield
-        elif self._reference is None:
+        if self._reference is None:
             raise ValueError("Versions expected reference=True, to know the weights from before RL.")
-        else:
-            with torch.no_grad(), self._swapped(self._reference):
-                yield
+        with torch.no_grad(), self._swapped(self._reference):
+            yield
 
     @contextmanager
     def old(self) -> Generator[None]:
@@ -373,8 +367,8 @@ class Versions:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken."""
         if self._old is not None and state["old"] is not None:
-            for weight, saved in zip(self._old, state["old"], strict=True):
-                weight.copy_(saved)
+            # new tensors, because a state that was taken before has the present ones
+            self._old = [saved.to(old, copy=True) for old, saved in zip(self._old, state["old"], strict=True)]
 
 
 def frozen(module: Any) -> Any:
