@@ -281,3 +281,28 @@ def test_a_compiled_model_has_the_checkpoint_of_the_model_itself(tmp_path):
     policy.model = torch.compile(policy.model, backend="eager")
     assert trained_weights(policy.model).keys() == names
     load_trained_weights(policy.model, trained_weights(pixel_policy().model))
+
+
+def test_the_reference_comes_from_the_checkpoint(tmp_path):
+    """A resumed run is compared with the weights from before RL, whatever the policy is that it is built with."""
+    config = TrainConfig(learning_rate=1e-3, inputs_per_update=4, kl_beta=0.1)
+    whole = trainer(tmp_path / "a", train_config=config)
+    expected = whole.train(3)
+    trainer(tmp_path / "b", train_config=config).train(2)
+    other = pixel_policy()
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1.0)
+    again = trainer(tmp_path / "b", train_config=config, policy=other)
+    assert again.train(3, resume=True)[-1]["kl"] == expected[-1]["kl"] > 0
+
+
+def test_another_objective_samples_with_the_weights_of_now(tmp_path):
+    """A run that goes on with DiffusionNFT takes the trained weights for old, not those that it was built with."""
+    begun = trainer(tmp_path)
+    begun.train(1)
+    again = trainer(tmp_path, objective=DiffusionNFT(num_terms=1))
+    again.load(allow_changes=True)
+    with again.learner.versions.sampling():
+        sampling = trained_weights(again.policy.model)
+    for name, weight in trained_weights(begun.policy.model).items():
+        torch.testing.assert_close(sampling[name], weight, **EXACT)

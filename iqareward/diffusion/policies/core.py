@@ -309,8 +309,10 @@ class Versions:
         self._reference = self._copy() if reference else None
         self._old = self._copy() if old else None
 
-    def _copy(self) -> list[Tensor]:
-        return [weight.detach().clone() for weight in self._weights()]
+    def _copy(self, values: Sequence[Tensor] | None = None) -> list[Tensor]:
+        own = self._weights()
+        pairs = zip(own, own if values is None else values, strict=True)
+        return [value.detach().to(weight, copy=True) for weight, value in pairs]
 
     def _weights(self) -> list[Tensor]:
         return [weight for weight in self.policy.model.parameters() if weight.requires_grad]
@@ -361,14 +363,16 @@ class Versions:
                 weight.data = data
 
     def state_dict(self) -> dict[str, Any]:
-        """The old weights; those from before RL come with the policy that a run begins with."""
-        return {"old": self._old}
+        """The weights that are kept."""
+        return {"reference": self._reference, "old": self._old}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict()` was taken."""
-        if self._old is not None and state["old"] is not None:
-            # new tensors, because a state that was taken before has the present ones
-            self._old = [saved.to(old, copy=True) for old, saved in zip(self._old, state["old"], strict=True)]
+        """Continue where `state_dict()` was taken; without old weights there, those of now become old."""
+        # new tensors, because a state that was taken before has the present ones
+        if self._reference is not None and state["reference"] is not None:
+            self._reference = self._copy(state["reference"])
+        if self._old is not None:
+            self._old = self._copy(state["old"])
 
 
 def frozen(module: Any) -> Any:
