@@ -14,15 +14,18 @@ pytest.importorskip("diffusers", reason="training needs the extra diffusers")
 pytest.importorskip("peft", reason="adapters need the extra diffusers")
 
 import diffusers
+import peft
 import safetensors.torch
 
 from examples.policies.nafnet import Residual
 from iqareward.cli import app
-from iqareward.diffusion import synthetic_images
+from iqareward.cli.train_policies import save_policy
+from iqareward.diffusion import OneStepPolicy, synthetic_images
 from iqareward.diffusion.checkpoint import load_state
 from tests.diffusion.policies import flow_pipelines as flow
 from tests.diffusion.policies import kinds
 from tests.diffusion.policies import sd_pipelines as sd
+from tests.tolerances import EXACT
 
 ROOT = Path(__file__).parents[1]
 HOW_TO = (ROOT / "docs/how-to/own-policy.md").read_text(encoding="utf-8")
@@ -134,3 +137,28 @@ def test_each_kind_trains_resumes_and_is_written(block: str, monkeypatch: pytest
     written = [weight for file in files for weight in safetensors.torch.load_file(file).values()]
     for weight in trained().values():
         assert any(weight.shape == each.shape and torch.equal(weight, each.to(weight)) for each in written)
+
+
+def test_what_is_written_loads_as_the_command_says(folder: Path) -> None:
+    """Adapters into the network they were trained on, other weights into the model; both then answer alike."""
+
+    def build() -> OneStepPolicy:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return OneStepPolicy.from_pipeline(sd.text_to_image(), lora_rank=2, train="both")
+
+    policy, fresh = build(), build()
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.add_(0.1 * weight.requires_grad)
+    adapters, encoder = save_policy(policy, Path("model"))
+    assert 'peft.PeftModel.from_pretrained(network, "model/unet")' in adapters
+    assert 'policy.model["encoder"].load_state_dict' in encoder
+    inputs = torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 3, 8)
+    with torch.no_grad():
+        network = peft.PeftModel.from_pretrained(sd.unet(), "model/unet")
+        torch.testing.assert_close(network(*inputs).sample, policy.unet(*inputs).sample, **EXACT)
+        weights = safetensors.torch.load_file("model/encoder/model.safetensors")
+        assert not fresh.model["encoder"].load_state_dict(weights, strict=False).unexpected_keys
+        images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(fresh.encoder(images), policy.encoder(images), **EXACT)

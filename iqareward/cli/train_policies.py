@@ -109,13 +109,13 @@ def save_policy(policy: Policy, folder: Path) -> list[str]:
         return [f"{folder}/ is the trained restorer, for iqareward.diffusion.load_restorer"]
     model = policy.model
     require_finite("The model", trained_weights(model))
-    parts = {f"/{name}": part for name, part in model.items()} if isinstance(model, TrainedTogether) else {"": model}
+    parts = dict(model.items()) if isinstance(model, TrainedTogether) else {"": model}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as whole:
-        return [_save(part, Path(f"{whole}{name}"), f"{folder}{name}") for name, part in parts.items()]
+        return [_save(part, whole / name, folder / name, f'["{name}"]' if name else "") for name, part in parts.items()]
 
 
-def _save(part: Any, folder: Path, shown: str) -> str:
+def _save(part: Any, folder: Path, shown: Path, item: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(part, "peft_config") and hasattr(part, "disable_adapter"):
         part.save_pretrained(folder, save_embedding_layers=False)
@@ -130,5 +130,5 @@ def _save(part: Any, folder: Path, shown: str) -> str:
     _ = (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights))
     return (
         f"{shown}/model.safetensors has the trained weights: "
-        "policy.model.load_state_dict(safetensors.torch.load_file(file), strict=False)"
+        f"policy.model{item}.load_state_dict(safetensors.torch.load_file(file), strict=False)"
     )
