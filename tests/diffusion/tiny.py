@@ -27,18 +27,18 @@ def seeded(build, seed=0) -> nn.Module:
         return build().eval()
 
 
-def unet(channels=8) -> nn.Module:
+def unet(channels=8, levels=1) -> nn.Module:
     """A conditional pixel UNet."""
     return seeded(
         lambda: diffusers.UNet2DModel(
             SIZE,
             6,
             3,
-            block_out_channels=(channels,),
+            block_out_channels=(channels,) * levels,
             layers_per_block=1,
             norm_num_groups=4,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
+            down_block_types=("DownBlock2D",) * levels,
+            up_block_types=("UpBlock2D",) * levels,
         )
     )
 
