@@ -60,7 +60,7 @@ def concatenated(first: Any, *others: Any) -> Any:
         return [text for part in (first, *others) for text in part]
     if isinstance(first, dict):
         return {name: concatenated(value, *(other[name] for other in others)) for name, value in first.items()}
-    return type(first)(concatenated(*parts) for parts in zip(first, *others, strict=True))
+    return _like(first, [concatenated(*parts) for parts in zip(first, *others, strict=True)])
 
 
 def _is_text(value: Any) -> bool:
@@ -73,8 +73,13 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _mapped(function, item) for name, item in value.items()}
     if isinstance(value, list | tuple) and not _is_text(value):
-        return type(value)(_mapped(function, item) for item in value)
+        return _like(value, [_mapped(function, item) for item in value])
     return function(value)
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """A list, tuple or named tuple like `value`, of these items."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _leaves(value: Any, name: str) -> Any:

@@ -237,12 +237,14 @@ class StoredPairs(PairSet):
 class InputOrder:
     """The ids of each update: all inputs once per epoch in random order, without those that fill no whole batch.
 
-    Ids are integers in [0, num_inputs), and `batch_size` counts the inputs per update over all processes.
+    Ids are integers in [0, num_inputs), and `batch_size` counts the inputs per update over all processes. Each process
+    gets a share of each of the `minibatches`, so that they are the same on any number of processes.
     """
 
     num_inputs: int
     batch_size: int
     seed: int
+    minibatches: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= self.num_inputs:
@@ -256,6 +258,7 @@ class InputOrder:
         per_epoch = self.num_inputs // self.batch_size
         epoch, batch = divmod(update, per_epoch)
         order = torch.randperm(self.num_inputs, generator=generator(self.seed, epoch)).tolist()
-        start = batch * self.batch_size
-        first, last = (self.batch_size * place // world for place in (rank, rank + 1))
-        return order[start + first : start + last]
+        start, parts = batch * self.batch_size, self.minibatches
+        ends = [start + self.batch_size * place // (parts * world) for place in range(parts * world + 1)]
+        own = range(rank, parts * world, world)
+        return [each for place in own for each in order[ends[place] : ends[place + 1]]]

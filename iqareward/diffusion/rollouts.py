@@ -329,7 +329,7 @@ class Sampled:
     trajectory: Trajectory
     parts: Tensor
     distances: Tensor
-    reachable: Tensor | None
+    reachable: Tensor | None = None
 
 
 @torch.no_grad()

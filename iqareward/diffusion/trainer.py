@@ -173,7 +173,10 @@ class DifficultyAdaptiveTrainer:
                 "because it compares the rollouts of an input, got 1. Raise it, give a RewardMemory, or take an "
                 "objective such as DirectRewardGradient."
             )
-        self.order = InputOrder(len(pairs), self.train_config.inputs_per_update, sub_seed(seed, ORDER))
+        config = self.train_config
+        self.order = InputOrder(
+            len(pairs), config.inputs_per_update, sub_seed(seed, ORDER), minibatches=config.minibatches
+        )
         self.learner = Learner(policy, objective, self.train_config, self.accelerator)
         self.scorers = [Overlapped(each) if overlap else each for each in self.rewards.values()]
         self.updates, self.history, self.failures = 0, [], 0

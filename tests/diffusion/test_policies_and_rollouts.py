@@ -1,11 +1,13 @@
 """Rollouts of policies: they can be repeated and replayed, and the ratio before the first update is 1."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from iqareward.diffusion import Batch, Noise, add_lora, rollout
-from iqareward.diffusion.conditions import repeat
+from iqareward.diffusion.conditions import concatenated, repeat, select
 from iqareward.diffusion.policies.core import Versions
 from iqareward.diffusion.rollouts import replay
 from tests.diffusion.tiny import ETA, KINDS, SIZE, images, pixel_policy, policy_of
@@ -167,3 +169,11 @@ def test_older_weights_have_to_be_kept():
         pass
     with pytest.raises(ValueError, match="old=True"), versions.old():
         pass
+
+
+def test_conditions_may_be_named_tuples():
+    """Rows of one are selected and repeated as those of a tuple, and two are put together."""
+    pair = namedtuple("pair", "images texts")(torch.arange(2.0), ["a", "b"])
+    found = concatenated(select(repeat({"pair": pair}, 2), slice(1, 3)), {"pair": pair})["pair"]
+    assert found.images.tolist() == [0, 1, 0, 1]
+    assert found.texts == ["a", "b", "a", "b"]

@@ -257,6 +257,10 @@ def test_input_order_visits_all_inputs_once_per_epoch():
     assert len(set(order.ids(0) + order.ids(1))) == 8
     assert order.ids(2) != order.ids(0)
     assert order.ids(5, rank=0, world=2) + order.ids(5, rank=1, world=2) == order.ids(5)
+    halves = InputOrder(10, 8, seed=3, minibatches=2)
+    one, first, second = halves.ids(1), halves.ids(1, rank=0, world=2), halves.ids(1, rank=1, world=2)
+    assert one == InputOrder(10, 8, seed=3).ids(1)
+    assert first[:2] + second[:2] + first[2:] + second[2:] == one, "both have half of each minibatch"
     with pytest.raises(ValueError, match="batch_size"):
         InputOrder(3, 4, seed=0)
 
