@@ -237,8 +237,9 @@ CHANGES = {
     "option of a policy": (
         "num_steps = 2 }",
         "lora_rank = 2 }",
-        "unknown key `policy.lora_rank`; Known are layers, seed",
+        "unknown key `policy.lora_rank`; Known are layers, scale, seed",
     ),
+    "scale": ("size = 16", "size = 16, degradation = 'RealESRGANDegradation'", "`policy.scale` expected 4"),
     "size of the images": ("size = 16", "size = 32", "at least 32 x 32, got photos/0.png of 24 x 24"),
     "size for the model": ("size = 16", "size = 18", "`data.size` expected a multiple of 4"),
     "too few images": ("validation.images = 2", "validation.images = 6", "without the 6 of `validation.images` give 0"),
@@ -483,6 +484,25 @@ def history(text: str, *options: str, file: str = "own.py") -> list[dict[str, fl
     Path("train.toml").write_text(RUN + text.replace("own.py", file))
     train(Path("train.toml"), *options)
     return [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
+
+
+def test_an_objective_that_does_not_fit_the_policy_is_refused_before_sft(folder: Path) -> None:
+    """And not after hours of it."""
+    Path("own.py").write_text(OWN)
+    text = 'policy = "own.py:policy"\ndata = "own.py:data"\nreward = "own.py:bright"\nobjective = "DiffusionNFT"\n'
+    Path("train.toml").write_text(RUN + text + "sft.updates = 1000000\n")
+    assert "key `objective` expected another one than DiffusionNFT" in " ".join(
+        train(Path("train.toml"), code=2).split()
+    )
+
+
+def test_a_small_model_enlarges(folder: Path) -> None:
+    """With the scale of the data as an option of the policy; the trained model keeps it."""
+    text = settings(updates=1).read_text().replace('name = "tiny"', 'name = "tiny", scale = 4')
+    text = text.replace("size = 16", "size = 16, degradation = 'RealESRGANDegradation'")
+    Path("train.toml").write_text(text)
+    train(Path("train.toml"))
+    assert load_restorer("run/model").scale == 4
 
 
 def test_python_files_give_policy_data_reward_and_loss(folder: Path) -> None:

@@ -22,6 +22,8 @@ from iqareward.cli.train_data import Data, check_rewards, split, unusable
 from iqareward.cli.train_policies import save_policy
 from iqareward.diffusion import (
     DifficultyAdaptiveTrainer,
+    DiffusionNFT,
+    DiffusionPolicy,
     FolderPairs,
     Pairs,
     PixelPolicy,
@@ -275,6 +277,11 @@ def _open_output(config: RunConfig, file: Path, accelerator: Any, *, resume: boo
 def _starting_policy(config: RunConfig, data: Data, accelerator: Any) -> Policy:
     """The policy before RL: as the settings give it, with the SFT of the run to be resumed, or with SFT now."""
     policy = make_policy(config.policy, seed=config.seed)
+    if config.objective.func is DiffusionNFT and not isinstance(policy, DiffusionPolicy):
+        raise ValueError(
+            "key `objective` expected another one than DiffusionNFT, which adds noise to samples of a DiffusionPolicy, "
+            f"got it for a {type(policy).__name__}. Use ClippedPolicyGradient or GroupDPO."
+        )
     _check_sizes(policy, data)
     weights = config.output / _SFT_WEIGHTS
     if weights.is_file():
@@ -310,7 +317,14 @@ def _check_sizes(policy: Policy, data: Data) -> None:
     if isinstance(policy, PixelPolicy):
         model: Any = policy.model
         factor = 2 ** (len(model.config.block_out_channels) - 1)
-        side = policy.scale * batches(data.train, [0])[0].degraded.shape[-1]
+        batch = batches(data.train, [0])[0]
+        side = policy.scale * batch.degraded.shape[-1]
+        if batch.references is not None and batch.references.shape[-1] != side:
+            scale = batch.references.shape[-1] / batch.degraded.shape[-1]
+            raise ValueError(
+                f"key `policy.scale` expected {scale:g}, because the ground truth is so many times larger than the "
+                f"degraded images, got {policy.scale}."
+            )
         if side % factor:
             raise ValueError(f"key `data.size` expected a multiple of {factor} for this model, got {side}.")
 

@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def build_restorer(channels: Sequence[int], *, layers: int = 1, seed: int = 0) -> PixelPolicy:
+def build_restorer(channels: Sequence[int], *, layers: int = 1, scale: int = 1, seed: int = 0) -> PixelPolicy:
     """Build a convolutional UNet that predicts the change to the degraded image; train it by SFT first.
 
     It takes images of any size whose sides are multiples of `2 ** (len(channels) - 1)`.
@@ -30,6 +30,7 @@ def build_restorer(channels: Sequence[int], *, layers: int = 1, seed: int = 0) -
     Args:
         channels: Channels per resolution; multiples of 8.
         layers: Blocks per resolution.
+        scale: How many times larger than the degraded images the restored ones are.
         seed: Seed of the weights.
 
     Returns:
@@ -56,7 +57,7 @@ def build_restorer(channels: Sequence[int], *, layers: int = 1, seed: int = 0) -
     scheduler = diffusers.DDIMScheduler(
         prediction_type="sample", timestep_spacing="trailing", clip_sample=False, rescale_betas_zero_snr=True
     )
-    return PixelPolicy(unet, DDIM(scheduler), residual=True)
+    return PixelPolicy(unet, DDIM(scheduler), residual=True, scale=scale)
 
 
 def save_restorer(policy: PixelPolicy, folder: Path | str) -> None:
