@@ -490,7 +490,9 @@ def test_an_objective_that_does_not_fit_the_policy_is_refused_before_sft(folder:
     """And not after hours of it."""
     Path("own.py").write_text(OWN)
     text = 'policy = "own.py:policy"\ndata = "own.py:data"\nreward = "own.py:bright"\nobjective = "DiffusionNFT"\n'
-    Path("train.toml").write_text(RUN + text + "sft.updates = 1000000\n")
+    Path("train.toml").write_text(
+        RUN + text + "sft = { updates = 1000000, batch_size = 4 }\ntrain.inputs_per_update = 4\n"
+    )
     assert "key `objective` expected another one than DiffusionNFT" in " ".join(
         train(Path("train.toml"), code=2).split()
     )
