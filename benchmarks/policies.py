@@ -192,6 +192,10 @@ def plain_gradient_descent(weights: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, lr=0.1)
 
 
+# As many rows in a pass as a process has inputs: the masks of dropout depend on which inputs share a pass.
+SHARED: dict[str, Any] = {"optimizer": plain_gradient_descent, "rows_at_once": NUM_INPUTS // 2}
+
+
 def two_processes(kinds: Sequence[str], folder: Path) -> dict[str, float]:
     """For each kind the largest difference between the weights of one process and of two that share the inputs.
 
@@ -208,7 +212,7 @@ def two_processes(kinds: Sequence[str], folder: Path) -> dict[str, float]:
         subprocess.Popen(command, cwd=ROOT, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    alone = {kind: trainer(kind, folder / "one" / kind, optimizer=plain_gradient_descent) for kind in kinds}
+    alone = {kind: trainer(kind, folder / "one" / kind, **SHARED) for kind in kinds}
     for run in alone.values():
         run.train(2)
     if any(process.wait(600) for process in ranks):
@@ -223,7 +227,7 @@ def train(kinds: Sequence[str], folder: Path, updates: int) -> None:
     """What each process of `two_processes` does."""
     torch.set_num_threads(1)
     for kind in kinds:
-        run = trainer(kind, folder / kind, optimizer=plain_gradient_descent)
+        run = trainer(kind, folder / kind, **SHARED)
         run.train(updates)
         if run.accelerator.is_main_process:
             torch.save(weights_of(run), folder / kind / "final.pt")

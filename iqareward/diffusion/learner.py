@@ -39,7 +39,7 @@ class TrainConfig:
         minibatches: Optimiser steps that share the inputs of an update.
         epochs: How often the rollouts of an update are used.
         rows_at_once: Rollouts, or inputs in SFT, per pass through the network; fewer take less memory and give the same
-            step. All if None.
+            step, except for the masks of dropout in SFT. All if None.
         kl_beta: Weight of the divergence from the policy before RL.
         sft_scale: Factor of the SFT loss; "balanced" makes both gradients equally long (`GradientBalance`), measured on
             the first parts of the update, so it depends on `rows_at_once` and the number of processes.

@@ -190,12 +190,12 @@ def test_callers_that_left_are_missed_only_once() -> None:
 
 
 def test_slow_batches_are_worth_a_longer_wait() -> None:
-    """After a batch that took three seconds, the worker waits longer than `max_wait_ms` for a second caller."""
+    """After a batch that took six seconds, the worker waits longer than `max_wait_ms` for a second caller."""
     slow = Brightness()
 
     async def pairs() -> None:
         await asyncio.gather(*(reward.ascore(flat(value)) for value in (0.1, 0.2)))
-        slow.seconds = 3.0
+        slow.seconds = 6.0
         await asyncio.gather(*(reward.ascore(flat(value)) for value in (0.1, 0.2)))
         slow.seconds = 0.0
         first = asyncio.create_task(reward.ascore(flat(0.1)))
