@@ -133,7 +133,7 @@ def train(settings: Settings, progress: Callable[[str], None]) -> Trained:
             objective=diffusion.DiffusionNFT(),
             rollout_config=diffusion.RolloutConfig(group_size=settings.group_size, num_steps=settings.num_steps),
             train_config=diffusion.TrainConfig(
-                learning_rate=2e-4, inputs_per_update=settings.inputs, sft_scale="balanced"
+                learning_rate=2e-4, inputs_per_update=settings.inputs, rows_at_once=None, sft_scale="balanced"
             ),
             validation=validation,
             **common,
