@@ -95,7 +95,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "FluxKontextPolicy": Pretrained(FluxKontextPolicy, "FluxKontextPipeline"),
     "QwenImageEditPolicy": Pretrained(QwenImageEditPolicy, "QwenImageEditPipeline"),
 }
-"""What loads the weights of a policy."""
+"""Policies with pretrained weights, by name, and the function that loads each."""
 
 
 def save_policy(policy: Policy, folder: Path) -> list[str]:

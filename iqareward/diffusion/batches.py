@@ -1,4 +1,4 @@
-"""What the loop reads: batches of inputs that share their sizes, read from a data set, ahead of need."""
+"""Batches of inputs that have the same size, and a loader that reads them from a data set in advance."""
 
 import pickle
 import traceback

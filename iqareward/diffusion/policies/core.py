@@ -1,4 +1,4 @@
-"""What the trainer asks of a restoration model, and a base that leaves little to write for a model of your own."""
+"""The interface between the trainer and a restoration model, and a base class for diffusion models of your own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
@@ -155,7 +155,10 @@ class DiffusionPolicy(Parts, ABC):
 
     def unconditional(self, condition: Condition) -> Condition:
         """The condition that guidance leads away from, for instance with the negative prompt."""
-        raise NotImplementedError(f"{type(self).__name__} expected guidance_scale=1, as it has no `unconditional`.")
+        raise ValueError(
+            f"{type(self).__name__} expected guidance_scale=1, because it has no method `unconditional`, got "
+            f"{self.guidance_scale:g}. Write that method, or set the scale to 1."
+        )
 
     def anchor(self, condition: Condition) -> Tensor | None:
         """Latents of the degraded images, for processes that end there instead of in pure noise."""

@@ -1,4 +1,4 @@
-"""What all noise processes share: one formula for noise, network output and denoising step."""
+"""The base class of noise processes, and the Gaussian of a denoising step."""
 
 import math
 from abc import ABC, abstractmethod
