@@ -189,22 +189,34 @@ def test_callers_that_left_are_missed_only_once() -> None:
     assert min(waits[1:]) < 0.9
 
 
-def test_slow_batches_are_worth_a_longer_wait() -> None:
-    """After a batch that took six seconds, the worker waits longer than `max_wait_ms` for a second caller."""
-    slow = Brightness()
+class TenMinutes(Held):
+    """A batch of two takes ten minutes of a clock that only this reward moves forward."""
 
-    async def pairs() -> None:
-        await asyncio.gather(*(reward.ascore(flat(value)) for value in (0.1, 0.2)))
-        slow.seconds = 6.0
-        await asyncio.gather(*(reward.ascore(flat(value)) for value in (0.1, 0.2)))
-        slow.seconds = 0.0
+    ahead = 0.0
+
+    def __call__(self, images: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        scores = super().__call__(images)
+        self.ahead += 600 * (len(images) == 2)
+        return scores
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def test_slow_batches_are_worth_a_longer_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a batch of two that took ten minutes, the worker waits longer than `max_wait_ms` for a second caller."""
+    slow = TenMinutes()
+    monkeypatch.setattr("iqareward.rewards.batching.time", slow)
+
+    async def two_calls() -> None:
         first = asyncio.create_task(reward.ascore(flat(0.1)))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
         await asyncio.gather(first, reward.ascore(flat(0.2)))
 
     with MicroBatched(slow, max_wait_ms=0) as reward:
-        asyncio.run(pairs())
-    assert slow.sizes[-1] == 2
+        asyncio.run(behind(slow, reward, 0.1, 0.2))
+        asyncio.run(two_calls())
+    assert slow.sizes == [1, 2, 2]
 
 
 class Launches(Brightness):
