@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,10 @@ def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qalign: Reward) ->
     offline = functools.partial(trl.GRPOTrainer, processing_class=other.processing_class)
     monkeypatch.setattr(trl, "GRPOTrainer", offline)
     assert run("TRL", names)["trainer"].reward_func_names == ["qalign"]
+
+
+def test_the_page_lists_what_the_tests_run() -> None:
+    """The table of trainers has a row for each that a test is marked with, and no other."""
+    command = [sys.executable, "-m", "benchmarks.adapters", "--check"]
+    found = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
