@@ -5,7 +5,7 @@ are subclasses, made when Flow-Factory can be imported. Their settings are the k
 
 - `reward`: a name or sum of the catalogue.
 - `references`, `inputs`: `condition_images` (the first of each sample), or a column of the dataset.
-- `on_nan`: `raise`, `mean`, `worst`, or a number. Flow-Factory itself passes NaN on to the advantages.
+- `on_nan`: `raise`, `mean`, `worst`, or a number. Flow-Factory itself stops at NaN without naming the image.
 - `std_floor` (ranks only): a spread of scores up to which all ranks are 0.
 """
 
@@ -33,11 +33,11 @@ _KEYS = ("reward", "references", "inputs", "on_nan")
 def adaptive_aggregation(
     weighter: AdaptiveWeighter, difficulty: Callable[[Sequence[Any]], Tensor], *, aggregation: str = "gdpo"
 ) -> Callable[[Any, Sequence[Any], dict[str, Tensor], bool], Tensor]:
-    """An `aggregation_func` for `AdvantageProcessor.compute_advantages`: its own result, weighted per sample.
+    """Make an aggregation for Flow-Factory's `AdvantageProcessor`: its own advantages, times the RL weight per sample.
 
-    The YAML allows no callable, so pass it in a subclass of the trainer. Each sample's SFT weight is stored beside its
-    advantage, in `sample.extra_kwargs["sft_weight"]`. The NFT trainer derives its r from the advantage, so the weights
-    have an effect there too.
+    The YAML allows no callable, so assign it to `training_args.advantage_aggregation` in a subclass of the trainer:
+    `reward_optimization_overlap`, which cannot use it, is then an error. Each sample's SFT weight is stored beside its
+    advantage, in `sample.extra_kwargs["sft_weight"]`, and is a column of the batches that trainers make.
 
     Args:
         weighter: A calibrated weighter, or one with `calibrate_on_first=True`.
@@ -54,7 +54,7 @@ def adaptive_aggregation(
 
     def aggregate(processor: Any, samples: Sequence[Any], rewards: dict[str, Tensor], store_to_samples: bool) -> Tensor:
         advantages = processor.compute_advantages(samples, rewards, store_to_samples, aggregation)
-        difficulties = difficulty(samples)
+        difficulties = difficulty(samples).to(advantages.device)  # samples may be on the CPU, batches are not
         weights = weighter(difficulties)
         weighter.update(difficulties)
         weighted = weighted_advantages(advantages, weights)
@@ -89,7 +89,10 @@ class _Settings:
 
 
 @cache
-def _classes(rewards: ModuleType) -> dict[str, type]:
+def _classes(rewards: ModuleType, samples: ModuleType) -> dict[str, type]:
+    # Before that field existed, gathered samples were grouped by a hash of what was gathered.
+    identified = hasattr(samples.BaseSample, "sampling_group_id")
+
     class IQARewardModel(rewards.PointwiseRewardModel):
         """Each image's own score, higher is better."""
 
@@ -115,9 +118,11 @@ def _classes(rewards: ModuleType) -> dict[str, type]:
             super().__init__(config, accelerator)
             self.settings = _Settings("IQARankRewardModel", config.extra_kwargs, self.device, (*_KEYS, "std_floor"))
             self.std_floor = float(config.extra_kwargs.get("std_floor", 0.0))
-            # only these fields are gathered from the other processes
+            # Where a group is spread over processes, only these fields are gathered; columns are in `extra_kwargs`.
             named = {source for source in self.settings.scorer.sources.values() if source is not None}
-            more = {source if source == _CONDITION_IMAGES else "metadata" for source in named}
+            more = {source if source == _CONDITION_IMAGES else "extra_kwargs" for source in named}
+            if not identified:
+                more.add(_CONDITION_IMAGES)
             self.required_fields = ("image", "prompt", *sorted(more))
 
         def __call__(
@@ -138,4 +143,5 @@ def __getattr__(name: str) -> type:
     if name not in ("IQARewardModel", "IQARankRewardModel"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "https://github.com/X-GenGroup/Flow-Factory"
-    return _classes(framework("flow_factory.rewards", who=name, home=home))[name]
+    modules = [framework(f"flow_factory.{part}", who=name, home=home) for part in ("rewards", "samples")]
+    return _classes(*modules)[name]

@@ -1,6 +1,11 @@
 """Flow-Factory: real subclasses by dotted path, settings from YAML, and its dispatch by class and signature."""
 
+import importlib
 import pickle
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,25 +13,36 @@ import yaml
 from torch import Tensor
 
 import iqareward
+from iqareward import FullReference, NoReference
 from iqareward.adapters import flow_factory
 from iqareward.adapters.flow_factory import adaptive_aggregation
 from iqareward.types import Reward
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.doubles import flow_factory as double
-from tests.adapters.doubles.pages import blocks, execute, package
-from tests.tolerances import EXACT, NETWORK_BATCH
+from tests.adapters.doubles.pages import DOCS, blocks, execute, package
+from tests.adapters.restoration_agent import as_pil
+from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
+pytestmark = pytest.mark.trainer("Flow-Factory", "5f6cda1", "caller", "reader")
 POINTWISE, GROUPWISE = (f"iqareward.adapters.flow_factory.{name}" for name in ("IQARewardModel", "IQARankRewardModel"))
 
 
 @pytest.fixture(autouse=True)
 def trainer(monkeypatch: pytest.MonkeyPatch):
     """Flow-Factory is importable, and our classes are made for it."""
-    package(monkeypatch, flow_factory__rewards=double.rewards_module())
+    package(monkeypatch, **double.modules())
 
 
 def photos(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+def rmse(images: Tensor, references: Tensor) -> Tensor:
+    return (images - references).square().mean(dim=(1, 2, 3)).sqrt()
 
 
 def model(path: str = POINTWISE, **settings):
@@ -107,6 +123,30 @@ def test_ranks_within_the_group() -> None:
     assert not double.RewardProcessor({"q": floored}).compute_rewards(rows)["q"].any()
 
 
+@pytest.mark.trainer("Flow-Factory", "5f6cda1", "processes")
+@pytest.mark.parametrize("references", [None, "condition_images", "gt_path"])
+@pytest.mark.parametrize("planned", [True, False], ids=["5f6cda1", "a0b2bc5"])
+def test_ranks_where_groups_are_spread_over_processes(
+    planned: bool, references: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every sampler each input's rollouts are ranked among themselves, although all prompts are alike."""
+    package(monkeypatch, **double.modules(planned=planned))
+    degraded = photos(2).repeat_interleave(4, 0)
+    images = degraded * torch.tensor([1.0, 0.9, 0.8, 0.7, 0.4, 0.3, 0.2, 0.1]).view(8, 1, 1, 1)
+    columns, reward = {}, NoReference(brightness, higher_is_better=True)
+    if references:
+        reward = FullReference(rmse, higher_is_better=False)
+    if references == "gt_path":
+        columns = {"gt_path": [str(tmp_path / f"{row // 4}.png") for row in range(8)]}
+        for path, image in zip(columns["gt_path"], degraded):
+            as_pil(image).save(path)
+    rows = double.samples(images, [7] * 4 + [9] * 4, degraded, planned=planned, **columns)
+    ranked = double.RewardProcessor({"q": model(GROUPWISE, reward=reward, references=references)})
+    first, second = ranked.compute_gathered([rows[0::2], rows[1::2]])["q"]
+    torch.testing.assert_close(first, torch.tensor([1.0, -1 / 3] * 2), **OTHER_PACKAGE)
+    torch.testing.assert_close(second, torch.tensor([1 / 3, -1.0] * 2), **OTHER_PACKAGE)
+
+
 def test_unscored_images() -> None:
     """The framework passes NaN on; ours stops by default and counts it as it is told to."""
     images = photos(3)
@@ -129,7 +169,7 @@ def test_settings() -> None:
     with pytest.raises(ValueError, match="needs `references`, and has none"):
         model(reward="ssim")
     with pytest.raises(ValueError, match="these samples have none"):
-        double.RewardProcessor({"q": model(reward="piqe")}).compute_rewards([double.Sample("", None, 0)])
+        double.RewardProcessor({"q": model(reward="piqe")}).compute_rewards([double.PlannedSample()])
 
 
 def test_class_is_one_and_can_be_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,18 +202,62 @@ def test_weights() -> None:
     assert all(row.extra_kwargs["advantage"] == old for row, old in zip(rows, before))
 
 
+def test_weights_go_where_the_advantages_are() -> None:
+    """Samples may be offloaded to the CPU; the weights are stacked into batches that are not."""
+    rows = double.samples(photos(2), [0, 0])
+    weighter = AdaptiveWeighter(mode="convex")
+    weighter.calibrate(torch.tensor([0.1, 0.4]))
+    elsewhere = SimpleNamespace(compute_advantages=lambda *arguments: torch.ones(2, device="meta"))
+    adaptive_aggregation(weighter, lambda samples: torch.tensor([0.1, 0.4]))(elsewhere, rows, {}, True)
+    assert {row.extra_kwargs["sft_weight"].device.type for row in rows} == {"meta"}
+
+
+@pytest.mark.trainer("Flow-Factory", "5f6cda1", "configuration")
 def test_page(qalign: Reward) -> None:
-    """The page's YAML builds a model, and its Python weights the advantages."""
+    """The page's YAML builds a model whose scores are logged and become advantages."""
     (text,) = blocks("how-to/flow-factory.md", "yaml")
     (entry,) = yaml.safe_load(text)["rewards"]
     built = double.build(double.RewardArguments.from_dict({**entry, "device": "cpu"}))
     assert built.config.batch_size == 16
-    (code,) = blocks("how-to/flow-factory.md")
-    rows = double.samples(photos(4), [0, 0, 1, 1], photos(2, seed=1).repeat_interleave(2, 0))
-    scope = {
-        "advantage_processor": double.AdvantageProcessor(),
-        "samples": rows,
-        "rewards": {"q": torch.tensor([1.0, 2.0, 1.0, 3.0])},
-    }
+    images, degraded = photos(4), photos(2, seed=1).repeat_interleave(2, 0)
+    trainer = double.DiffusionNFTTrainer(adapter=double.Adapter(2), reward_models={entry["name"]: built})
+    rows = double.samples(images, [0, 0, 1, 1], degraded)
+    trainer.run_cycle(rows)
+    expected = 0.7 * qalign(images) + 0.3 * iqareward.load("ssim")(images, references=degraded)
+    assert trainer.logged["train/reward_quality_mean"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    signs = torch.stack([row.extra_kwargs["advantage"] for row in rows]).sign()
+    assert torch.equal(signs, (expected - expected.view(2, 2).mean(1).repeat_interleave(2)).sign())
+
+
+@pytest.mark.trainer("Flow-Factory", "5f6cda1", "configuration", "gradients", "weights")
+def test_recipe(qalign: Reward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's trainer gives each row's policy loss its RL weight, and each row's supervised loss its SFT weight."""
+    text = (DOCS / "how-to/adaptive-in-your-trainer.md").read_text().partition("## Flow-Factory")[2]
+    scope = {"ground_truth": lambda adapter, batch: double.LatentState({"latent": batch["truth"]})}
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text.partition("\n## ")[0], re.M | re.S)
     execute(code, scope)
-    assert all(0 < row.extra_kwargs["sft_weight"] < 1 for row in rows)
+    (trainer_class,) = importlib.import_module("flow_factory.trainers.registry").trainers.values()
+
+    def trained(cls: type, **arguments) -> tuple[list, Any]:
+        levels = torch.tensor([0.2, 0.2, 0.9, 0.9]).view(4, 1, 1, 1)  # the second input is nearly solved
+        rows = double.samples(photos(4), [0, 0, 1, 1], levels * torch.ones(4, 3, 32, 32))
+        for row, latent in zip(rows, torch.eye(4)):
+            row.all_latents, row.extra_kwargs["truth"] = latent, 2 * latent
+        reward = NoReference(brightness, higher_is_better=True)
+        trainer = cls(adapter=double.Adapter(4), reward_models={"quality": model(reward=reward)}, **arguments)
+        trainer.run_cycle(rows)
+        return rows, trainer
+
+    rows, adaptive = trained(trainer_class)
+    plain_rows, plain = trained(double.DiffusionNFTTrainer)
+    sft = torch.stack([row.extra_kwargs["sft_weight"] for row in rows])
+    assert sft[0] == sft[1] < 0.5 < sft[2] == sft[3]
+    weighted, unweighted = (torch.stack([row.extra_kwargs["advantage"] for row in one]) for one in (rows, plain_rows))
+    torch.testing.assert_close(weighted, (1 - sft) * unweighted, **OTHER_PACKAGE)
+    policy, supervised = adaptive.gradients
+    # row i is the only one with a latent in component i, so component i holds the gradient of its loss
+    torch.testing.assert_close(policy["policy_loss"], (1 - sft) * plain.gradients[0]["policy_loss"], **OTHER_PACKAGE)
+    torch.testing.assert_close(supervised["sft_loss"], sft * 2 * 2 / 4 / 4, **OTHER_PACKAGE)
+    assert "train/sft_loss" in adaptive.logged
+    with pytest.raises(ValueError, match="custom advantage aggregation cannot"):  # not trained without the weights
+        trained(trainer_class, reward_optimization_overlap=True)

@@ -50,7 +50,7 @@ def flow_grpo_edit_script(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def flow_factory_yaml(monkeypatch: pytest.MonkeyPatch) -> object:
-    package(monkeypatch, flow_factory__rewards=flow_factory_double.rewards_module())
+    package(monkeypatch, **flow_factory_double.modules())
     entry = {"name": "gain", "reward_model": f"{flow_factory.__name__}.IQARewardModel", "device": "cpu"}
     entry |= {"reward": Gain(), "inputs": "condition_images"}
     model = flow_factory_double.build(flow_factory_double.RewardArguments.from_dict(entry))
