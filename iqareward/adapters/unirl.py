@@ -6,8 +6,8 @@ backends; the scorer takes the same ones as arguments, which are the `params` of
 - `reward`: a name or sum of the catalogue, or any reward.
 - `references`, `inputs`: a key of each sample's metadata; in `IQARewardBackend` also `conditioning`, the conditioning
   image, and in `IQAScorer` `history`, the first of two turns.
-- `on_nan`: `raise`, `mean`, `worst`, a number, or `nan`. UniRL itself stops the step at a reward that is not finite;
-  NaN is the mark that its reward service asks for, and the default of `IQAScorer`.
+- `on_nan`: `raise`, `mean`, `worst`, a number, or `nan`. UniRL gives an image with a NaN reward no advantage; until
+  September 2026 it stopped the step. Its reward service asks for NaN, the default of `IQAScorer`, and stops the step.
 """
 
 from collections.abc import Sequence

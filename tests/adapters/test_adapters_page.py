@@ -46,12 +46,6 @@ def run(heading: str, scope: dict | None = None) -> dict:
     return scope
 
 
-def settings(heading: str) -> dict:
-    """The YAML of a section."""
-    (text,) = code(heading, "yaml")
-    return yaml.safe_load(text)
-
-
 def test_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     """`install` in a script like flow_grpo's."""
     module = flow_grpo.rewards_module()
@@ -63,20 +57,24 @@ def test_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
 
 
 def test_unirl(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
-    """The targets build a backend that scores, and the scorer is registered with the service."""
+    """The targets build a backend that scores, in UniRL's process or behind its reward service."""
     service = unirl_double.Service()
     package(monkeypatch, **unirl_double.modules(new=True), **service.modules())
-    entry = settings("UniRL")["reward"]["backend"]
+    local, served, remote = (yaml.safe_load(text) for text in code("UniRL", "yaml"))
+    request = unirl_double.request(IMAGES, ["a"] * 2, None, None, new=True)
+    entry = local["reward"]["backend"]
     config = dict(entry["config"])
     backend, spec = (getattr(unirl, part.pop("_target_").rsplit(".", 1)[1]) for part in (entry, config))
     built = backend(base_device=entry["base_device"], config=spec(**config))
-    request = unirl_double.request(IMAGES, ["a"] * 2, None, None, new=True)
-    rewards = unirl_double.score_and_attach(built, request)
-    torch.testing.assert_close(torch.tensor(rewards), qalign(IMAGES), **NETWORK_BATCH)
-    run("UniRL")
-    items = [unirl_double.ScoreItem([("a", picture)]) for picture in PICTURES]
-    scores = [row["score"] for row in service.score("iqareward", {"reward": "qalign"}, items)]
-    torch.testing.assert_close(torch.tensor(scores), qalign(STORED), **NETWORK_BATCH)
+    assert f"backend={built.get_model_name()}`" in sections()["UniRL"]
+    scores = unirl_double.score_and_attach(built, request, new=True)
+    torch.testing.assert_close(scores, qalign(IMAGES), **NETWORK_BATCH)
+    run("UniRL")  # registers the scorer
+    (entry,), config = served["rewards"], remote["reward"]["backend"]["config"]
+    assert config["required_rewards"] == [entry["name"]]
+    client = service.backend(entry["scorer"], entry["params"], config["image_format"])
+    scores = unirl_double.score_and_attach(client, request, new=True)
+    torch.testing.assert_close(scores, qalign(STORED), **NETWORK_BATCH)
 
 
 def test_models_of_loops_without_a_hook(tmp_path: Path, qalign: Reward) -> None:

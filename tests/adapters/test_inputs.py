@@ -75,7 +75,8 @@ def verl_omni(monkeypatch: pytest.MonkeyPatch) -> object:
 def unirl_backend(monkeypatch: pytest.MonkeyPatch) -> object:
     package(monkeypatch, **unirl_double.modules(new=True))
     backend = unirl.IQARewardBackend(config=unirl.IQASpec(Gain(), inputs="conditioning"), base_device="cpu")
-    return unirl_double.score_and_attach(backend, unirl_double.request(IMAGES, ["", ""], INPUTS, None, new=True))
+    call = unirl_double.request(IMAGES, ["", ""], INPUTS, None, new=True)
+    return unirl_double.score_and_attach(backend, call, new=True)
 
 
 def best_of_one(monkeypatch: pytest.MonkeyPatch) -> object:

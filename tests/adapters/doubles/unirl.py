@@ -1,5 +1,8 @@
-"""UniRL and its reward service, as far as a backend or scorer can notice."""
+"""UniRL at 1a7b501 (June 2026) and 0104a7e (September), and its reward service: calls, and what reads our scores."""
 
+import contextlib
+import importlib
+import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -31,6 +34,10 @@ class LocalRewardBackend(ABC):
 
     @abstractmethod
     def _compute_model_rewards(self, request: Any) -> list[float]: ...
+
+    def get_model_name(self) -> str:
+        """What RewardService logs when it starts."""
+        return self.model_name
 
     def compute_rewards(self, request: Any) -> Any:
         rewards = self._compute_model_rewards(request)
@@ -67,12 +74,18 @@ def resolve_device(spec_device: str, base_device: str) -> str:
 
 
 def modules(*, new: bool) -> dict[str, ModuleType]:
-    """`unirl.reward.*` of June (`new=False`) or September 2026, for `pages.package`."""
-    base, local, device = (ModuleType(name) for name in ("base", "local", "device"))
+    """`unirl.*` of June (`new=False`) or September 2026, for `pages.package`."""
+    base, local, device, trainer = (ModuleType(name) for name in ("base", "local", "device", "trainer"))
+    trainer.DiffusionTrainer = DiffusionTrainer
     base.BaseRewardComponentSpec = BaseRewardComponentSpec
     local.LocalRewardBackend = NewLocalRewardBackend if new else LocalRewardBackend
     device.resolve_device = resolve_device
-    return {"unirl__reward__base": base, "unirl__reward__local__base": local, "unirl__reward__local__device": device}
+    return {
+        "unirl__reward__base": base,
+        "unirl__reward__local__base": local,
+        "unirl__reward__local__device": device,
+        "unirl__trainer__diffusion": trainer,
+    }
 
 
 def request(images: Tensor, prompts: Sequence[str], condition: Tensor | None, metadata: Any, *, new: bool) -> Any:
@@ -89,13 +102,50 @@ def request(images: Tensor, prompts: Sequence[str], condition: Tensor | None, me
     )
 
 
-def score_and_attach(backend: Any, request: Any) -> list[float]:
-    """RewardService: a reward that is not finite, or a sample that failed, stops the step."""
+@dataclass
+class Part:
+    """The generated samples of one step."""
+
+    rewards: Tensor
+    metadata: list[dict[str, Any]] | None = None
+    advantages: Tensor | None = None
+
+    def compute_advantages(self, branch: int, eps: float = 1e-8) -> None:
+        """Within groups of `branch` consecutive rows, from the finite rewards; the others get 0."""
+        rewards = self.rewards.view(-1, branch)
+        finite = rewards.isfinite()
+        count = finite.sum(1, keepdim=True)
+        mean = rewards.where(finite, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+        centred = (rewards - mean).where(finite, 0.0)
+        std = (centred.square().sum(1, keepdim=True) / count.clamp(min=1)).sqrt()
+        self.advantages = (centred / (std.where(count > 1, 1.0) + eps)).flatten()
+
+
+def score_and_attach(backend: Any, request: Any, *, new: bool) -> Tensor:
+    """RewardService: a sample that failed stops the step, and in June a reward that is not finite, too."""
     response = backend.compute_rewards(request)
-    if not all(response.successes) or not all(math.isfinite(reward) for reward in response.rewards):
-        raise RuntimeError("reward failed for a sample")
-    assert all(type(reward) is float for reward in response.rewards)
-    return response.rewards
+    finite = new or all(math.isfinite(reward) for reward in response.rewards)
+    if not all(response.successes) or not finite:
+        raise RuntimeError("Reward computation flagged a sample as failure")
+    return torch.tensor(response.rewards, dtype=torch.float32)
+
+
+class DiffusionTrainer:
+    """Rollout, reward, advantage, and the gradient of each row's loss by the score of its sample."""
+
+    def __init__(self, backend: Any, request: Any, branch: int) -> None:
+        self.backend, self.request, self.branch = backend, request, branch
+
+    def _rollout_and_score(self, sample: Any, *, rollout_id: int = 0) -> tuple[Any, float]:
+        part = Part(score_and_attach(self.backend, self.request, new=True), self.request.metadata)
+        part.compute_advantages(self.branch)
+        return SimpleNamespace(parts=[part]), float(part.rewards.mean())
+
+    def train_step(self) -> Tensor:
+        sample, _ = self._rollout_and_score(None, rollout_id=1)
+        log_probs = torch.zeros(len(sample.parts[-1].rewards), requires_grad=True)
+        (-sample.parts[-1].advantages * (log_probs - log_probs.detach()).exp()).sum().backward()
+        return log_probs.grad
 
 
 def refl_step(backend: Any, images: Tensor, prompts: list[str], metadata: Any = None) -> None:
@@ -121,10 +171,11 @@ class BaseScorer(ABC):
 
 
 class Service:
-    """The registry and one actor of the reward service."""
+    """The reward service, and UniRL's client for it: images over the wire, one actor that imports the scorer itself."""
 
     def __init__(self) -> None:
-        self.scorers: dict[str, type] = {}
+        self.registered: dict[str, type] = {}
+        self.scorer_modules = {"clip": "reward_service.scorers.clip"}  # edited in the service's registry.py
 
     def modules(self) -> dict[str, ModuleType]:
         base, registry = ModuleType("base"), ModuleType("registry")
@@ -132,16 +183,42 @@ class Service:
 
         def register(name: str, scorer: type) -> None:
             assert issubclass(scorer, BaseScorer)
-            if name in self.scorers:
+            if name in self.registered:
                 raise ValueError(f"scorer already registered: {name}")
-            self.scorers[name] = scorer
+            self.registered[name] = scorer
 
-        registry.register = register
+        registry.register, registry.SCORER_MODULES = register, self.scorer_modules
         return {"reward_service__scorers__base": base, "reward_service__scorers__registry": registry}
 
     def score(self, name: str, params: dict[str, Any], items: list[ScoreItem]) -> list[dict[str, float]]:
-        scorer = self.scorers[name](**params)
+        """The actor: a module that cannot be imported is only a warning, an unknown name an error."""
+        with contextlib.suppress(ImportError):
+            importlib.import_module(self.scorer_modules.get(name, "reward_service.scorers.base"))
+        if name not in self.registered:
+            raise KeyError(f"unknown scorer: {name}. available: {sorted(self.registered)}")
+        scorer = self.registered[name](**params)
         results = scorer.score(items)
         assert len(results) == len(items)
         assert all(set(result) == set(scorer.sub_metric_names) for result in results)
         return results
+
+    def backend(self, name: str, params: dict[str, Any], image_format: str = "JPEG") -> Any:
+        """RemoteRewardBackend; a reward that is not finite is a failed sample."""
+
+        def sent(image: Tensor) -> Image.Image:
+            buffer = io.BytesIO()
+            pixels = (image * 255).round().byte().movedim(0, -1).numpy()
+            Image.fromarray(pixels).save(buffer, image_format, quality=95)
+            return Image.open(buffer)
+
+        def compute_rewards(request: Any) -> Any:
+            images, media = request.generated["image"].pixels, getattr(request, "conditioning", {})
+            turns = [[("", sent(image))] for image in images]
+            if "image" in media:
+                turns = [[("", sent(first)), *turn] for first, turn in zip(media["image"].pixels, turns, strict=True)]
+            metadata = request.metadata or [None] * len(images)
+            items = [ScoreItem(turn, row) for turn, row in zip(turns, metadata, strict=True)]
+            rewards = [next(iter(result.values())) for result in self.score(name, params, items)]
+            return SimpleNamespace(rewards=rewards, successes=[math.isfinite(reward) for reward in rewards])
+
+        return SimpleNamespace(compute_rewards=compute_rewards)
