@@ -1,23 +1,34 @@
 """Watch for reward hacking: compare scores of held-out images with those of the model before RL."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from iqareward.functional._checks import check_images
 from iqareward.functional._chunks import map_chunks
 from iqareward.functional._fused import correlate
 from iqareward.functional.color import luma
 from iqareward.functional.filters import mean_of_map
-from iqareward.groups import finite_or_nan
+from iqareward.groups import finite_or_nan, gather_rows, is_distributed
+from iqareward.images import ImageLike, to_images
+from iqareward.rewards.catalog import load
+from iqareward.types import Images
 
 _DARK = 0.1
 _CLIPPED = 1 / 255  # a channel nearer to 0 or 1 than this is saturated
 _FEWEST_IMAGES = 4  # with fewer a standard error says nothing
+_LARGEST_BLOCK, _FEWEST_BLOCKS = 32, 8  # pixels of a block of a periodic grid, and blocks along the shorter side
+_FAINT = 1e-3  # amplitudes below vote less: a step of one level in one pixel of a block has 4 / 255
+_SEGMENT, _SEGMENTS = 32, 8  # pixels of a line that vote together, and the fewest votes of a line
+_NEAR = 8  # lines on either side that a line is compared with
+_FAINT_JUMP = 1e-4  # a fortieth of a level, averaged over a segment
 
 
 def _saturation_share(images: Tensor) -> Tensor:
@@ -52,6 +63,94 @@ def _high_frequency_share(images: Tensor) -> Tensor:
     return torch.where(total < 1e-10 * planes.shape[1:].numel(), 0.0, shown / total)
 
 
+def _grid(images: Tensor) -> Tensor:
+    planes = luma(images)
+    largest = _LARGEST_BLOCK
+    while largest * _FEWEST_BLOCKS > min(planes.shape[1:]):
+        largest //= 2
+    if largest < 2:
+        return torch.zeros_like(planes[:, 0, 0])
+    middle = planes[:, 1:-1, 1:-1]  # the Laplacian has no gradient left, whose phase would be the same everywhere
+    planes = 4 * middle - planes[:, :-2, 1:-1] - planes[:, 2:, 1:-1] - planes[:, 1:-1, :-2] - planes[:, 1:-1, 2:]
+    found = [_agreement(planes, size) for size in sorted({largest * eighths // 8 for eighths in (5, 6, 7, 8)} - {1})]
+    return torch.stack(found).amax(0)
+
+
+def _agreement(planes: Tensor, size: int) -> Tensor:
+    """Largest share of blocks in which a frequency with a whole number of cycles per block has one phase, `[B]`."""
+    rows, columns = (side // size for side in planes.shape[1:])
+    if rows * columns < 2:
+        return torch.zeros_like(planes[:, 0, 0])
+    blocks = planes[:, : rows * size, : columns * size].unflatten(2, (columns, size)).unflatten(1, (rows, size))
+    waves = torch.view_as_real(torch.fft.rfft2(blocks, dim=(2, 4)))  # [B, rows, size, columns, frequencies, 2]
+    votes = waves / (waves.square().sum(-1, keepdim=True).sqrt() + _FAINT)
+    total = votes.sum(1).sum(2).square().sum(-1)  # [B, size, frequencies]; 1 per block by chance
+    share = (total / (rows * columns) - 1) / (rows * columns - 1)
+    share[:, 0, 0] = 0
+    return share.flatten(1).amax(1).clamp(min=0).sqrt()
+
+
+def seam_strength(images: Tensor, *, period: int | None = None, offset: int = 0) -> Tensor:
+    """How clearly whole rows or columns are borders of tiles: 0 or less by chance, towards 1 where all of a line jumps.
+
+    Every line between two columns, and every one between two rows, is cut into segments of 32 pixels. A segment votes
+    `(own - near) / (own + near)`, where `own` is the jump of mean luma across the line, beyond the gradient beside it,
+    and `near` the mean of that on the 14 lines around. So every part of an image counts alike, however strong its
+    texture. Borders that are blended over several pixels are not found.
+
+    Args:
+        images: `[B, 3, H, W]` in [0, 1].
+        period: Pixels between borders; None = unknown.
+        offset: Place of the first border; 0 counts the edge of the image as one.
+
+    Returns:
+        `[B]` in fp32 in [-1, 1]: the mean vote of the borders, or, where `period` is unknown, of the strongest line.
+        NaN for an image with a pixel that is not finite; 0 for an unknown period in images below 16 pixels.
+
+    Raises:
+        ValueError: There is no border of that period that is far enough from the edges.
+
+    Example:
+        >>> tiled = torch.linspace(0.2, 0.8, 64).repeat(1, 3, 64, 1)
+        >>> tiled[..., 32:] += 4 / 255  # seen by the column, not by the row
+        >>> seam_strength(tiled, period=32).round(decimals=2)
+        tensor([0.5000])
+    """
+    if period is not None and period < 2:
+        raise ValueError(f"seam_strength expected period >= 2, got {period}.")
+    return _statistic("seam_strength", partial(_seams, period=period, offset=offset), images)
+
+
+def _seams(images: Tensor, *, period: int | None = None, offset: int = 0) -> Tensor:
+    planes = luma(images)
+    votes: list[Tensor] = []
+    for turned in (planes, planes.mT):
+        height, width = turned.shape[1:]
+        near = min(_NEAR, (width - 3) // 6)
+        if near < 2:
+            continue
+        size = max(1, min(_SEGMENT, height // _SEGMENTS))
+        lines = turned[:, : height // size * size].unflatten(1, (-1, size)).mean(2)  # [B, segments, W]
+        steps = lines.diff(dim=2)
+        jumps = (steps[..., 1:-1] - (steps[..., :-2] + steps[..., 2:]) / 2).abs()
+        around = F.avg_pool1d(jumps, 2 * near + 1, 1) * (2 * near + 1)
+        inner = F.avg_pool1d(jumps, 3, 1)[..., near - 1 : 1 - near] * 3  # also jump where the middle one does
+        around = (around - inner) / (2 * near - 2)
+        own = jumps[..., near:-near]
+        vote = ((own - around) / (own + around + _FAINT_JUMP)).mean(1)
+        votes.append(vote if period is None else vote[:, (offset - 2 - near) % period :: period])
+    if period is None:
+        return torch.cat([*votes, images.new_zeros(len(images), not votes)], 1).amax(1)
+    found = torch.cat([*votes, images.new_zeros(len(images), 0)], 1)
+    if not found.shape[1]:
+        height, width = images.shape[2:]
+        raise ValueError(
+            f"seam_strength expected a border of period {period} and offset {offset} that is at least {_NEAR + 2} "
+            f"pixels from the edges, got images of {width} x {height}. Pass larger images."
+        )
+    return found.mean(1)
+
+
 def _statistic(name: str, formula: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Apply a formula to the images in pieces; NaN for images with non-finite pixels."""
 
@@ -69,6 +168,8 @@ STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
         "dark_fraction": _dark_fraction,
         "edge_density": _edge_density,
         "high_frequency_share": _high_frequency_share,
+        "periodic_grid": _grid,
+        "seams": _seams,
     }.items()
 }
 """Image statistics by name; each maps images `[B, 3, H, W]` in [0, 1] with sides of at least 3 to `[B]` in fp32.
@@ -79,6 +180,12 @@ STATISTICS: Mapping[str, Callable[[Tensor], Tensor]] = {
 - `edge_density`: mean length of the luma gradient, in grey levels per pixel; rises with sharpening, ringing and noise.
 - `high_frequency_share`: share of the luma's variance above half the Nyquist frequency; rises with added noise and
   invented texture, 0 for flat images.
+- `periodic_grid`: how coherent the strongest periodic pattern of luma is over the whole image, as left by decoders and
+  by exploited rewards. Each block of 20, 24, 28 or 32 pixels votes with the phase of each frequency that has a whole
+  number of cycles in it; the value is the square root of the excess share of votes that agree. 1 = one pattern
+  everywhere, 0.13 to 0.35 by chance. Images below 256 pixels have smaller blocks, down to an eighth of their shorter
+  side; below 16 pixels it is 0. The blocks of a JPEG are such a pattern too.
+- `seams`: `seam_strength` of the strongest row or column, as left by tiled decoders; 0.15 to 0.5 in photographs.
 """
 
 
@@ -90,37 +197,50 @@ class MonitorReport:
         means: mean over the images of each measure by name; the training reward is "reward".
         changes: mean paired change of each measure since before RL, in standard deviations over the images before RL.
         alarms: one sentence for each measure that is suspicious while the reward rose; empty if none is.
+        alarmed: the names of those measures.
     """
 
     means: dict[str, float]
     changes: dict[str, float]
-    alarms: tuple[str, ...]
+    alarms: tuple[str, ...] = ()
+    alarmed: tuple[str, ...] = ()
+
+    def log(self, prefix: str = "monitor/") -> dict[str, float]:
+        """Everything as one flat dictionary for `wandb.log`, `accelerator.log` and the like, without NaN."""
+        found = {prefix + name: value for name, value in self.means.items()}
+        found |= {f"{prefix}change/{name}": value for name, value in self.changes.items()}
+        found[f"{prefix}alarms"] = float(len(self.alarms))
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 class HackingMonitor:
     """Raise an alarm when the training reward rises while held-out rewards fall, or while the images drift.
 
     Every call compares the same held-out inputs with themselves before RL. A change counts if it is more than `z`
-    standard errors from 0 and more than `effect` standard deviations over the images. Judges alarm when they fall.
-    Image statistics alarm when they move *away from those of the ground truth*, in either direction: restorations that
-    get as sharp as the ground truth are what was asked for.
+    standard errors from 0 and more than `effect` standard deviations over the images. Held-out rewards alarm when they
+    fall. Image statistics alarm when they move *away from those of the ground truth*, in either direction: restorations
+    that get as sharp as the ground truth are what was asked for. Without ground truth they alarm when they move away
+    from those before RL. Without training rewards, whatever alarms does so although nothing is known to have risen.
+
+    `calibrate` and `update` take all inputs at once. Where they come in batches, or from several processes, `add` every
+    batch and then call `step`.
 
     Args:
-        held_out: `reward(images, references=...) -> [V]` by name, higher is better: rewards and fidelity metrics
-            that are not part of the training reward.
+        held_out: Rewards that are not part of the training reward, higher is better: names for `iqareward.load`, or a
+            mapping of names to rewards, or to functions `reward(images, references=...) -> [V]`.
+        reward: The training reward, or its name; called where its values are not given.
         statistics: `statistic(images) -> [V]` by name.
         z: number of standard errors that count as significant.
         effect: smallest change that matters, in standard deviations over the images before RL.
         patience: number of calls in a row that must find the same change before it is an alarm.
 
     Raises:
-        ValueError: an option is not positive.
-        TypeError: `held_out` or `statistics` is not a mapping of names to functions.
+        ValueError: an option is not positive, or a name is unknown.
+        TypeError: `held_out` is neither names nor a mapping, or `statistics` is no mapping of names to functions.
 
     Example:
-        >>> from iqareward.functional import psnr
         >>> clean = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        >>> monitor = HackingMonitor({"psnr": psnr}, patience=1)
+        >>> monitor = HackingMonitor(["psnr"], patience=1)
         >>> monitor.calibrate(0.9 * clean, clean, rewards=torch.zeros(8))
         >>> monitor.update(0.6 * clean, clean, rewards=torch.ones(8)).alarms[0]
         'psnr fell from 24.8 to 12.8 while the reward rose from 0 to 1'
@@ -128,8 +248,9 @@ class HackingMonitor:
 
     def __init__(
         self,
-        held_out: Mapping[str, Callable[..., Tensor]],
+        held_out: Sequence[str] | Mapping[str, str | Callable[..., Tensor]],
         *,
+        reward: str | Callable[..., Tensor] | None = None,
         statistics: Mapping[str, Callable[[Tensor], Tensor]] = STATISTICS,
         z: float = 3.0,
         effect: float = 0.1,
@@ -137,46 +258,56 @@ class HackingMonitor:
     ) -> None:
         if not (z > 0 and effect > 0 and patience >= 1):
             raise ValueError(f"HackingMonitor expected z, effect > 0 and patience >= 1, got {z}, {effect}, {patience}.")
-        for argument, measures in (("held_out", held_out), ("statistics", statistics)):
-            if not (isinstance(measures, Mapping) and all(map(callable, measures.values()))):
-                raise TypeError(
-                    f"HackingMonitor expected `{argument}` as a mapping of names to functions of images, such as "
-                    f"{{'psnr': iqareward.load('psnr')}} for `held_out`, got {measures!r}."
-                )
-        self.held_out, self.statistics = dict(held_out), dict(statistics)
+        self.held_out = _named(held_out)
+        if not (isinstance(statistics, Mapping) and all(map(callable, statistics.values()))):
+            raise TypeError(
+                "HackingMonitor expected `statistics` as a mapping of names to functions of images, such as "
+                f"iqareward.monitor.STATISTICS, got {statistics!r}."
+            )
+        self.statistics = dict(statistics)
+        self.reward = load(reward) if isinstance(reward, str) else reward
+        repeated = [
+            name for name in ("reward", *self.held_out) if [*self.held_out, *statistics, "reward"].count(name) > 1
+        ]
+        if repeated:
+            raise ValueError(f"HackingMonitor expected every measure to have a name of its own, got {repeated} twice.")
         self.z, self.effect, self.patience = z, effect, patience
         self.history: list[MonitorReport] = []
         self._before: dict[str, Tensor] = {}
         self._references: dict[str, Tensor] = {}
         self._in_a_row: dict[str, int] = {}
+        self._added: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     @property
     def calibrated(self) -> bool:
-        """Whether `calibrate` was called."""
+        """Whether the model before RL was measured."""
         return bool(self._before)
 
-    @torch.no_grad()
-    def calibrate(self, images: Tensor, references: Tensor, rewards: Tensor) -> None:
+    def calibrate(
+        self, images: ImageLike, references: ImageLike | None = None, rewards: Any = None, **more: Any
+    ) -> None:
         """Measure how the model before RL restores the held-out inputs.
 
         Args:
-            images: `[V, 3, H, W]` restorations in [0, 1].
-            references: ground truth of the same shape.
+            images: `[V, 3, H, W]` restorations in [0, 1], or anything else that `iqareward.to_images` reads.
+            references: ground truth of the same shape, if there is any.
             rewards: `[V]` training rewards of `images`.
+            more: `inputs` or `prompts`, for rewards that need them.
         """
-        self._before = self._measure(images, references, rewards)
-        clean = {name: statistic(references).float().cpu() for name, statistic in self.statistics.items()}
-        self._references = {name: finite_or_nan(values) for name, values in clean.items()}
-        self._in_a_row, self.history = {}, []
+        self._before, self._added = {}, []
+        self.add(images, references, rewards, **more)
+        _ = self.step()
 
-    @torch.no_grad()
-    def update(self, images: Tensor, references: Tensor, rewards: Tensor) -> MonitorReport:
+    def update(
+        self, images: ImageLike, references: ImageLike | None = None, rewards: Any = None, **more: Any
+    ) -> MonitorReport:
         """Compare the restorations of the same inputs, in the same order, with those before RL.
 
         Args:
-            images: `[V, 3, H, W]` restorations in [0, 1].
-            references: ground truth of the same shape.
+            images: `[V, 3, H, W]` restorations in [0, 1], or anything else that `iqareward.to_images` reads.
+            references: ground truth of the same shape, if there is any.
             rewards: `[V]` training rewards of `images`.
+            more: `inputs` or `prompts`, for rewards that need them.
 
         Returns:
             A `MonitorReport`, also kept in `history`. Inputs without a score are left out of a comparison; with fewer
@@ -190,26 +321,118 @@ class HackingMonitor:
             raise RuntimeError(
                 "HackingMonitor expected calibrate(...) on the model before RL, before its first update."
             )
-        if len(images) != len(self._before["reward"]):
+        self._added = []
+        self.add(images, references, rewards, **more)
+        return self.step()
+
+    @torch.no_grad()
+    def add(
+        self,
+        images: ImageLike,
+        references: ImageLike | None = None,
+        rewards: Any = None,
+        *,
+        inputs: ImageLike | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
+        """Measure a batch of the held-out inputs for the next `step`; only the numbers are kept.
+
+        Args:
+            images: `[b, 3, H, W]` in [0, 1], or anything else that `iqareward.to_images` reads.
+            references: ground truth, if there is any.
+            rewards: `[b]` training rewards; None = those of `reward`, if the monitor has one.
+            inputs: degraded images, for rewards that need them.
+            prompts: texts, for rewards that need them.
+        """
+        shown = _images(images)
+        given: dict[str, Any] = {"references": references, "inputs": inputs}
+        given = {name: _images(value) for name, value in given.items() if value is not None}
+        if prompts is not None:
+            given["prompts"] = prompts
+        if rewards is None and self.reward is not None:
+            rewards = self.reward(shown, **given)
+        found = {} if rewards is None else {"reward": torch.as_tensor(rewards)}
+        found |= {name: reward(shown, **given) for name, reward in self.held_out.items()}
+        found |= self._described(shown)
+        clean = self._described(given["references"]) if references is not None and not self.calibrated else {}
+        self.add_values(found, clean)
+
+    def add_values(self, values: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None) -> None:
+        """Give the measures of a batch, `[b]` by name, and the statistics of its ground truth, instead of images."""
+        unknown = set(values) - {"reward", *self.held_out, *self.statistics}
+        lengths = {name: len(found) for name, found in values.items()}
+        if unknown or len(set(lengths.values())) > 1:
             raise ValueError(
-                f"HackingMonitor expected the {len(self._before['reward'])} inputs of calibrate, got {len(images)}. "
-                "Pass the same held-out inputs every time."
+                f"HackingMonitor expected one value per image of {['reward', *self.held_out, *self.statistics]}, got "
+                f"{lengths}."
             )
-        now = self._measure(images, references, rewards)
-        moved = {name: self._moved(now[name] - self._before[name], self._before[name]) for name in now}
-        suspects = [name for name in now if name != "reward" and moved["reward"][1] > 0 and self._suspicious(name, now)]
-        self._in_a_row = {name: self._in_a_row.get(name, 0) + 1 for name in suspects}
-        alarms = tuple(self._sentence(name, now) for name, looks in self._in_a_row.items() if looks >= self.patience)
+        batch = [
+            {name: finite_or_nan(found.detach().float().cpu()) for name, found in part.items()}
+            for part in (values, references or {})
+        ]
+        self._added.append((batch[0], batch[1]))
+
+    def step(self, *, gather: bool = False) -> MonitorReport:
+        """Compare all that was added since the last step with the first step, which must be before RL.
+
+        Args:
+            gather: compare the inputs of all processes; every process must then call it, and gets the same report.
+                Without it every process is for itself: call it on one.
+
+        Returns:
+            A `MonitorReport`, also kept in `history`; of the first step its means alone, which are not kept there.
+
+        Raises:
+            ValueError: nothing was added, or another number of inputs than in the first step.
+        """
+        now, clean = (self._joined(part, gather=gather) for part in (0, 1))
+        self._added = []
+        count = len(next(iter(now.values()), ()))
+        if not count:
+            raise ValueError("HackingMonitor expected add(...) before step(), got no images.")
         means = {name: float(values.nanmean()) for name, values in now.items()}
-        report = MonitorReport(means, {name: change for name, (change, _) in moved.items()}, alarms)
+        if not self.calibrated:
+            self._before, self._references, self._in_a_row, self.history = now, clean, {}, []
+            return MonitorReport(means, {})
+        before = len(next(iter(self._before.values())))
+        if count != before or set(now) != set(self._before):
+            raise ValueError(
+                f"HackingMonitor expected the {before} inputs of calibrate with {sorted(self._before)}, got {count} "
+                f"with {sorted(now)}. Pass the same held-out inputs every time."
+            )
+        moved = {name: self._moved(now[name] - self._before[name], self._before[name]) for name in now}
+        rose = "reward" not in now or moved["reward"][1] > 0
+        suspects = [name for name in now if name != "reward" and rose and self._suspicious(name, now)]
+        self._in_a_row = {name: self._in_a_row.get(name, 0) + 1 for name in suspects}
+        alarmed = tuple(name for name, looks in self._in_a_row.items() if looks >= self.patience)
+        changes = {name: change for name, (change, _) in moved.items()}
+        report = MonitorReport(means, changes, tuple(self._sentence(name, now) for name in alarmed), alarmed)
         self.history.append(report)
         return report
 
-    def _measure(self, images: Tensor, references: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-        found = {"reward": rewards}
-        found |= {name: reward(images, references=references) for name, reward in self.held_out.items()}
-        found |= {name: statistic(images) for name, statistic in self.statistics.items()}
-        return {name: finite_or_nan(values.detach().float().cpu()) for name, values in found.items()}
+    def _described(self, images: Images) -> dict[str, Tensor]:
+        """The statistics of images, which may differ in size."""
+        batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        return {name: torch.cat([found(batch) for batch in batches]) for name, found in self.statistics.items()}
+
+    def _joined(self, part: int, *, gather: bool) -> dict[str, Tensor]:
+        """What was added, as one tensor per measure, over all processes if they are gathered."""
+        batches = [batch[part] for batch in self._added]
+        if len({frozenset(batch) for batch in batches}) > 1:
+            raise ValueError(
+                "HackingMonitor expected rewards and references with every batch of a step or with none, got "
+                f"{[sorted(batch) for batch in batches]}."
+            )
+        found = {name: torch.cat([batch[name] for batch in batches]) for name in (batches[0] if batches else {})}
+        if not (gather and is_distributed()):
+            return found
+        names = ["reward", *self.held_out, *self.statistics]  # in one order on every process, whatever each has
+        rows = len(next(iter(found.values()), ()))
+        nothing = torch.full((rows,), torch.nan)
+        table = torch.stack([found.get(name, nothing) for name in names], 1)
+        (table,), _ = gather_rows(table if "gloo" in dist.get_backend() else table.to("cuda"))
+        columns = dict(zip(names, table.cpu().unbind(1), strict=True))
+        return {name: values for name, values in columns.items() if name in found or not values.isnan().all()}
 
     def _moved(self, difference: Tensor, before: Tensor) -> tuple[float, int]:
         """Mean change in standard deviations of `before`, and its sign, or 0 if it does not count."""
@@ -225,6 +448,8 @@ class HackingMonitor:
         before = self._before[name]
         if name in self.held_out:
             return self._moved(now[name] - before, before)[1] < 0
+        if name not in self._references:
+            return self._moved(now[name] - before, before)[1] != 0
         clean = self._references[name]
         return self._moved((now[name] - clean).abs() - (before - clean).abs(), before)[1] > 0
 
@@ -232,12 +457,10 @@ class HackingMonitor:
         def step(key: str) -> str:
             return f"from {float(self._before[key].nanmean()):.3g} to {float(now[key].nanmean()):.3g}"
 
-        verb = (
-            "fell"
-            if name in self.held_out
-            else f"left the ground truth's {float(self._references[name].nanmean()):.3g},"
-        )
-        return f"{name} {verb} {step(name)} while the reward rose {step('reward')}"
+        verb = "fell" if name in self.held_out else "moved"
+        if name in self._references:
+            verb = f"left the ground truth's {float(self._references[name].nanmean()):.3g},"
+        return f"{name} {verb} {step(name)}" + (f" while the reward rose {step('reward')}" if "reward" in now else "")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that later calls depend on; without `history`."""
@@ -247,11 +470,27 @@ class HackingMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken; ValueError if that monitor had other measures."""
-        watched = {"reward", *self.held_out, *self.statistics}
-        if state["before"] and set(state["before"]) != watched:
+        watched = {*self.held_out, *self.statistics}
+        if state["before"] and set(state["before"]) - {"reward"} != watched:
             raise ValueError(
                 f"HackingMonitor expected the state of one that watches {sorted(watched)}, got "
                 f"{sorted(state['before'])}. Build it with the same held-out rewards and statistics."
             )
         self._before, self._references = dict(state["before"]), dict(state["references"])
         self._in_a_row = dict(state["in_a_row"])
+
+
+def _named(held_out: Any) -> dict[str, Callable[..., Tensor]]:
+    """Rewards by name, loaded where only their names are given."""
+    if isinstance(held_out, Sequence) and not isinstance(held_out, str) and all(isinstance(x, str) for x in held_out):
+        return {name: load(name) for name in held_out}
+    if isinstance(held_out, Mapping) and all(isinstance(x, str) or callable(x) for x in held_out.values()):
+        return {name: load(found) if isinstance(found, str) else found for name, found in held_out.items()}
+    raise TypeError(
+        "HackingMonitor expected `held_out` as names of rewards, such as ['psnr', 'ssim'], or as a mapping of names to "
+        f"rewards, got {held_out!r}."
+    )
+
+
+def _images(images: ImageLike) -> Images:
+    return to_images(images, value_range=(0, 1))

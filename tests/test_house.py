@@ -18,9 +18,9 @@ LAYERS = {
     "weight_files": 0, "atomic": 0, "seeds": 0,
     "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1,
     "rewards": 2,
-    "testing": 3,
-    "adapters": 3, "diffusion": 3, "serving": 3, "monitor": 2,
-    "cli": 4, "__main__": 5,
+    "testing": 3, "monitor": 3,
+    "adapters": 4, "diffusion": 4, "serving": 4,
+    "cli": 5, "__main__": 6,
 }  # fmt: skip
 HEAVY = {
     "transformers", "diffusers", "trl", "pyiqa", "ray", "accelerate", "peft", "torchao", "torchvision",

@@ -1,5 +1,6 @@
 """The monitor is silent while all is well and alarms when a reward is hacked; each statistic does what it says."""
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ from iqareward.diffusion import synthetic_images
 from iqareward.functional.filters import blur_valid, gaussian_taps
 from iqareward.functional.psnr import psnr
 from iqareward.functional.ssim import ssim
-from iqareward.monitor import STATISTICS, HackingMonitor
+from iqareward.monitor import STATISTICS, HackingMonitor, seam_strength
 from tests.tolerances import EXACT
 
 JUDGES = {"psnr": psnr, "ssim": ssim}
@@ -126,12 +127,20 @@ def noisy(images):
     return (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
 
 
+def checkerboard(cell, side):
+    """`[side, side]` of +0.5 and -0.5."""
+    cells = torch.arange(side) // cell
+    return ((cells[:, None] + cells) % 2) - 0.5
+
+
 CHANGES = {
     "saturation_share": lambda images: (3 * images - 1).clamp(0, 1),
     "colorfulness": lambda images: (images + 0.5 * (images - images.mean(1, keepdim=True))).clamp(0, 1),
     "dark_fraction": lambda images: images**4,
     "edge_density": noisy,
     "high_frequency_share": noisy,
+    "periodic_grid": lambda images: images + 4 / 255 * checkerboard(2, 32),
+    "seams": lambda images: images + 0.3 * checkerboard(16, 32),
 }
 
 
@@ -154,12 +163,16 @@ def test_each_statistic_rises_with_what_it_describes(name, scenes):
         ("edge_density", torch.linspace(0, 0.7, 8).expand(8, 8), 0.1),
         ("high_frequency_share", torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(4, 4), 1.0),
         ("high_frequency_share", torch.full((8, 8), 0.3), 0.0),
+        ("periodic_grid", torch.full((64, 64), 0.3), 0.0),
+        ("periodic_grid", torch.linspace(0, 1, 64).expand(64, 64), 0.0),
+        ("seams", torch.full((64, 64), 0.3), 0.0),
+        ("seams", torch.linspace(0, 1, 65).square()[1:].expand(64, 64), 0.0),
     ],
 )
 def test_statistics_by_hand(name, image, expected):
     """Grey images whose value can be checked on paper."""
-    found = STATISTICS[name](image.expand(1, 3, 8, 8))
-    torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-4, atol=1e-6)
+    found = STATISTICS[name](image.expand(1, 3, *image.shape))
+    torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-4, atol=2e-3 if name == "seams" else 1e-6)
 
 
 @pytest.mark.parametrize("name", STATISTICS)
@@ -192,6 +205,117 @@ def test_digits_do_not_depend_on_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
+def grey(planes):
+    """Images of which every channel is the plane."""
+    return planes[:, None].repeat(1, 3, 1, 1)
+
+
+def textured(side, count=4):
+    """Random planes with the spectrum of photographs, in 8 bits."""
+    chance = torch.Generator().manual_seed(2)
+    frequency = torch.hypot(*torch.meshgrid(torch.fft.fftfreq(side), torch.fft.rfftfreq(side), indexing="ij"))
+    waves = torch.fft.rfft2(torch.randn(count, side, side, generator=chance)) / (frequency + 1 / side) ** 1.6
+    planes = torch.fft.irfft2(waves, s=(side, side))
+    return ((0.5 + 0.12 * planes / planes.std((1, 2), keepdim=True)).clamp(0, 1) * 255).round() / 255
+
+
+def test_periodic_grid_is_its_definition():
+    """One frequency after another, with a sum over every block, in float64."""
+    plane = textured(64, 1)[0].double() + 4 / 255 * checkerboard(2, 64)
+    inner = plane[1:-1, 1:-1]
+    edges = 4 * inner - plane[:-2, 1:-1] - plane[2:, 1:-1] - plane[1:-1, :-2] - plane[1:-1, 2:]
+    best = 0.0
+    for size in (5, 6, 7, 8):
+        count = 62 // size
+        for row, column in itertools.product(range(size), repeat=2):
+            angle = 2 * torch.pi / size * (row * torch.arange(size)[:, None] + column * torch.arange(size)).double()
+            wave = torch.polar(torch.ones_like(angle), -angle)
+            total = 0
+            for top, left in itertools.product(range(0, count * size, size), repeat=2):
+                value = (edges[top : top + size, left : left + size] * wave).sum()
+                total += value / (value.abs() + 1e-3)
+            share = (float(abs(total)) ** 2 / count**2 - 1) / (count**2 - 1)
+            best = max(best, share if row or column else 0.0)
+    assert 0.3 < best < 0.95
+    found = STATISTICS["periodic_grid"](grey(plane[None]))
+    torch.testing.assert_close(found, torch.tensor([best**0.5], dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 7, 8, 10, 16, 28, 32])
+def test_faint_grids_of_any_period_stand_out(period):
+    """Lines of two grey levels in a texture, whatever their place; and the texture alone does not have it."""
+    planes, lines = textured(256), (torch.arange(256) + 5) % period == 0
+    grid = (lines[:, None] | lines).float()
+    found = STATISTICS["periodic_grid"](grey((planes + 3 / 255 * grid).clamp(0, 1)))
+    assert (found > STATISTICS["periodic_grid"](grey(planes)) + 0.1).all()
+    assert (STATISTICS["periodic_grid"](grey(planes)) < 0.5).all()
+
+
+def test_a_grid_counts_by_its_area():
+    """A strong one on half of the image is half and what agrees by chance, and contrast does not matter."""
+    planes = textured(512, 2)
+    planes[..., :256] += 0.3 * checkerboard(2, 512)[:, :256]
+    found = STATISTICS["periodic_grid"](grey(planes))
+    torch.testing.assert_close(found, torch.full((2,), 0.55), rtol=0, atol=0.1)
+    torch.testing.assert_close(STATISTICS["periodic_grid"](grey(0.5 * planes)), found, rtol=0, atol=0.02)
+
+
+def test_a_period_that_drifts_is_no_grid():
+    """Fences and cloth in photographs: as regular within a block, but never a whole number of pixels everywhere."""
+    place = torch.arange(256.0)
+    bars = 0.2 * torch.sin(2 * torch.pi * (place / 8 + (place / 256).square() * 4))
+    found = STATISTICS["periodic_grid"](grey((textured(256) + bars).clamp(0, 1)))
+    assert (found < 0.5).all()
+    even = 0.2 * torch.sin(2 * torch.pi * place / 8)
+    assert (STATISTICS["periodic_grid"](grey((textured(256) + even).clamp(0, 1))) > 0.9).all()
+
+
+def test_seams_are_their_definition():
+    """Line after line and segment after segment, in float64; period and offset choose lines, none the strongest."""
+    plane = textured(96, 1)[0].double()
+    plane[:, 40:] += 3 / 255
+    votes = [[], []]
+    for turn, side in enumerate((plane, plane.T)):
+        means = torch.stack([side[top : top + 12].mean(0) for top in range(0, 96, 12)])
+        for line in range(10, 87):  # between the columns line - 1 and line
+
+            def jump(at, row):
+                step = row[at - 2 : at + 2].diff()
+                return float((step[1] - (step[0] + step[2]) / 2).abs())
+
+            vote = []
+            for row in means:
+                own = jump(line, row)
+                near = sum(jump(line + away, row) for away in range(-8, 9) if abs(away) > 1) / 14
+                vote.append((own - near) / (own + near + 1e-4))
+            votes[turn].append(sum(vote) / 8)
+    image = grey(plane[None])
+    torch.testing.assert_close(seam_strength(image), torch.tensor([max(votes[0] + votes[1])], dtype=torch.float64), rtol=1e-3, atol=1e-4)
+    chosen = [side[line - 10] for side in votes for line in (16, 40, 64)]
+    found = seam_strength(image, period=24, offset=16)
+    torch.testing.assert_close(found, torch.tensor([sum(chosen) / 6], dtype=torch.float64), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [2, 4, 8])
+def test_tiles_of_other_brightness_have_seams(levels):
+    """Where the tile is known, two levels are enough in a texture; what lies elsewhere does not count."""
+    planes = textured(256)
+    tiled = grey((planes + levels / 255 * checkerboard(64, 256)).clamp(0, 1))
+    assert (seam_strength(tiled, period=64) > seam_strength(grey(planes), period=64) + 0.05 * levels**0.5).all()
+    assert (seam_strength(tiled, period=64, offset=32) < 0.1).all()
+    if levels == 8:
+        assert (seam_strength(tiled) > seam_strength(grey(planes)) + 0.1).all()
+
+
+def test_seams_need_a_border_inside():
+    """One that is too near to the edges, or a period of one pixel, is refused."""
+    images = grey(textured(64))
+    with pytest.raises(ValueError, match="border of period 64"):
+        seam_strength(images, period=64)
+    with pytest.raises(ValueError, match="period >= 2"):
+        seam_strength(images, period=1)
+
+
 def test_blur_lowers_edges_and_high_frequencies(scenes):
     """The two that noise raises."""
     blurred = blur_valid(scenes, gaussian_taps(5, 1.0))
@@ -199,10 +323,83 @@ def test_blur_lowers_edges_and_high_frequencies(scenes):
         assert (STATISTICS[name](blurred) < STATISTICS[name](scenes[..., 2:-2, 2:-2])).all()
 
 
-@pytest.mark.parametrize("wrong", [["psnr"], None, {"psnr": "psnr"}])
+@pytest.mark.parametrize("wrong", ["psnr", None, [psnr], {"psnr": 3}])
 def test_measures_come_by_name(wrong) -> None:
-    """A list, nothing, or a name in place of a reward is refused when the monitor is made."""
-    with pytest.raises(TypeError, match="HackingMonitor expected `held_out` as a mapping of names to functions"):
+    """One name, nothing, or functions without names are refused when the monitor is made."""
+    with pytest.raises(TypeError, match="HackingMonitor expected `held_out` as names of rewards"):
         HackingMonitor(wrong)
     with pytest.raises(TypeError, match="HackingMonitor expected `statistics` as a mapping"):
         HackingMonitor({}, statistics=wrong)
+    with pytest.raises(ValueError, match="unknown reward 'psnrr'"):
+        HackingMonitor(["psnrr"])
+    with pytest.raises(ValueError, match="a name of its own"):
+        HackingMonitor({"seams": psnr})
+
+
+def test_names_are_loaded():
+    """A name is the reward of the catalogue, in a list and in a mapping, and for the training reward."""
+    watching = HackingMonitor(["psnr", "0.5*ssim + 0.5*gmsd[-0.35, 0]"], reward="psnr", patience=1)
+    named = HackingMonitor({"fidelity": "psnr"}, statistics={})
+    for each in (watching, named):
+        each.calibrate(BLURRED, TRUTH, None if each is watching else LOW)
+        each.update(noise(0.1), TRUTH, None if each is watching else LOW + 1)
+    expected = float(psnr(noise(0.1), TRUTH).mean())
+    assert named.history[0].means["fidelity"] == pytest.approx(expected, rel=1e-5)
+    assert watching.history[0].means["psnr"] == watching.history[0].means["reward"] == pytest.approx(expected, rel=1e-5)
+    assert "0.5*ssim + 0.5*gmsd[-0.35, 0]" in watching.history[0].changes
+
+
+def test_batches_are_one_look():
+    """Added in batches of any size, as PIL images or lists of other types, the inputs are compared as a whole."""
+    whole, parts = monitor(patience=1), HackingMonitor(JUDGES, patience=1)
+    for images, gain in ((BLURRED, 0), (noise(0.2), 1)):
+        for rows in (slice(0, 3), slice(3, 16)):
+            parts.add(images[rows], TRUTH[rows], (LOW[rows] + gain).numpy())
+        report = parts.step()
+    expected = whole.update(noise(0.2), TRUTH, LOW + 1)
+    assert report.alarmed == expected.alarmed
+    assert report.changes == pytest.approx(expected.changes, rel=1e-4)
+    with pytest.raises(ValueError, match="got no images"):
+        parts.step()
+    parts.add(BLURRED[:3], TRUTH[:3], LOW[:3])
+    parts.add(BLURRED[3:], TRUTH[3:])
+    with pytest.raises(ValueError, match="with every batch"):
+        parts.step()
+
+
+def test_flat_numbers_for_a_logger():
+    """Means, changes and the number of alarms under one prefix; what has no value is left out."""
+    report = monitor(patience=1).update(noise(0.2), TRUTH, LOW + 1)
+    logged = report.log("watch/")
+    assert logged["watch/psnr"] == report.means["psnr"]
+    assert logged["watch/change/psnr"] == report.changes["psnr"] < 0
+    assert logged["watch/alarms"] == len(report.alarms) == len(report.alarmed) > 0
+    assert all(isinstance(value, float) for value in logged.values())
+    silent = HackingMonitor({}, statistics={})
+    silent.calibrate(BLURRED, rewards=torch.full((16,), torch.nan))
+    assert silent.update(BLURRED, rewards=torch.full((16,), torch.nan)).log() == {
+        "monitor/change/reward": 0.0,
+        "monitor/alarms": 0.0,
+    }
+
+
+def test_without_ground_truth_drift_alarms():
+    """Either way, significantly; other samples of the same kind do not."""
+    chance = torch.Generator().manual_seed(1)
+    texture = 0.4 + 0.2 * torch.rand(2, 32, 3, 24, 24, generator=chance)
+    for change, alarmed in ((1.0, set()), (0.5, {"colorfulness", "edge_density"}), (1.5, {"colorfulness"})):
+        watching = HackingMonitor({}, patience=1)
+        watching.calibrate(texture[0], rewards=torch.zeros(32))
+        report = watching.update(0.5 + change * (texture[1] - 0.5), rewards=torch.ones(32))
+        assert alarmed <= set(report.alarmed)
+        assert bool(report.alarms) == bool(alarmed)
+    assert "colorfulness moved from" in report.alarms[0]
+
+
+def test_without_rewards_nothing_has_to_rise():
+    """Then a fall is an alarm by itself, and no sentence speaks of a reward."""
+    watching = HackingMonitor(JUDGES, patience=1)
+    watching.calibrate(BLURRED, TRUTH)
+    report = watching.update(noise(0.2), TRUTH)
+    assert {"psnr", "ssim"} <= set(report.alarmed)
+    assert not any("while" in alarm for alarm in report.alarms)

@@ -20,11 +20,9 @@ from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.pairs import Pairs
 from iqareward.diffusion.policies.core import Policy, evaluating
 from iqareward.diffusion.rollouts import images_of, rollout, scored
-from iqareward.functional._checks import check_images
-from iqareward.functional.color import luma
 from iqareward.functional.psnr import psnr
 from iqareward.groups import gather_rows
-from iqareward.monitor import HackingMonitor
+from iqareward.monitor import HackingMonitor, seam_strength
 from iqareward.types import Reward
 
 COLUMNS = 8  # images on a grid
@@ -367,11 +365,11 @@ def decoder_ceiling(
         decode: Images of latents, e.g. `policy.autoencoder.decode`.
         images: `[B, 3, H, W]` ground truth in [0, 1].
         reward: Scores each image; called with `references=images`.
-        tile: Side of a tile in pixels, for tiled decoding; without it `seams` is 1.
+        tile: Side of a tile in pixels, for tiled decoding; None = unknown.
 
     Returns:
         A named tuple of three `[B]` tensors: `scores` after the autoencoder, `reference_scores` of the images
-        themselves, and `seams`, how much larger luma jumps are across tile borders than elsewhere.
+        themselves, and `seams`, the `iqareward.monitor.seam_strength` of the decoded images.
 
     Example:
         >>> import iqareward
@@ -382,26 +380,4 @@ def decoder_ceiling(
     """
     decoded = decode(encode(images)).float().clamp(0, 1)
     scores, reference_scores = reward(decoded, references=images), reward(images, references=images)
-    seams = torch.ones_like(scores) if tile is None else seam_strength(decoded, period=tile)
-    return CeilingReport(scores, reference_scores, seams)
-
-
-def seam_strength(images: Tensor, *, period: int, offset: int = 0) -> Tensor:
-    """How much larger luma jumps are across tile borders than elsewhere, `[B]` fp32: 1 = no seams, NaN = not finite.
-
-    The borders are `period` pixels apart, the first at `offset`, or at `period` if that is 0.
-    """
-    images = check_images("seam_strength", images, min_side=2)
-    plane, sums, counts = luma(images), [], []
-    if not 2 <= period < min(images.shape[2:]):
-        raise ValueError(f"seam_strength expected 2 <= period < sides of {list(images.shape)}, got {period}.")
-    for dim in (1, 2):
-        jumps = plane.diff(dim=dim).abs().mean(3 - dim)
-        border = torch.arange(1, jumps.shape[1] + 1, device=images.device) % period == offset % period
-        for mask in (border, ~border):
-            sums.append((jumps * mask).sum(1))
-            counts.append(mask.sum())
-    at_borders = (sums[0] + sums[2]) / (counts[0] + counts[2])
-    elsewhere = (sums[1] + sums[3]) / (counts[1] + counts[3])
-    flat = (at_borders == 0) & (elsewhere == 0)
-    return torch.where(flat, 1.0, at_borders / elsewhere)
+    return CeilingReport(scores, reference_scores, seam_strength(decoded, period=tile))
