@@ -1,12 +1,13 @@
-"""Rewards for verl-omni, which scores one image per call, and for verl's batch reward manager.
+"""Rewards for verl-omni, which scores one image per call, and for verl, where text leads to images.
 
-verl-omni turns every exception into the reward 0 unless its YAML says `required: true` beside the function. Its reward
-workers are Ray actors without a GPU, from which Ray hides CUDA: pass `device: cuda` for rewards with weights, and
-export `RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0` before Ray starts.
+verl-omni's sum of `reward_functions` turns every exception into the reward 0, unless the YAML says `required: true`
+beside the function. Reward workers are Ray actors, and each holds its own copy of the reward. In verl-omni
+`reward.accelerator_workers.enabled=true` gives each a GPU; otherwise they see none or all, depending on Ray's version.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,11 +15,10 @@ import torch
 from torch import Tensor
 
 from iqareward.adapters._core import OnNan, Scorer
-from iqareward.images import ImageLike
 from iqareward.rewards.batching import MicroBatched
-from iqareward.types import Reward
+from iqareward.types import Images, Reward
 
-__all__ = ["batch_score_function", "compute_score"]
+__all__ = ["compute_score"]
 
 
 async def compute_score(
@@ -27,106 +27,86 @@ async def compute_score(
     ground_truth: Any = None,
     extra_info: Mapping[str, Any] | None = None,
     *,
+    solution_str: str | None = None,
     reward: str | Reward,
+    decode: Callable[[str, Mapping[str, Any]], Any] | None = None,
     references: str | None = None,
     inputs: str | None = None,
     on_nan: OnNan = "raise",
+    no_image: float | None = None,
     device: str | None = None,
     max_batch: int = 32,
     max_wait_ms: float = 5.0,
     **ignored: Any,
 ) -> dict[str, float]:
-    """Score one image; calls that are under way in the same process are scored together.
+    """Score one sample; calls that are under way in the same process are scored together.
 
     Args:
         data_source: Not used.
-        solution_image: uint8 `[3, H, W]`. Latents (`output_type: latent`) and videos are refused.
+        solution_image: uint8 `[3, H, W]`, from verl-omni. Latents (`output_type: latent`) and videos are refused.
         ground_truth: The path of the reference, with `references="ground_truth"`; the prompt, for rewards that need it.
         extra_info: The metadata of the dataset's row.
+        solution_str: The completion, from verl's reward managers `naive`, `dapo` and `gdpo`.
         reward: A name or sum of the catalogue.
+        decode: `decode(solution_str, extra_info)` returns the image of a completion, or None if it led to none. A plain
+            function runs in a thread; an `async` one is awaited.
         references: `"ground_truth"`, or the key of `extra_info` that holds the ground truth (path, PIL image, array or
             uint8 tensor).
         inputs: The key of `extra_info` that holds the degraded image, for rewards that need it.
         on_nan: What an image without a score becomes: "raise" or a number.
+        no_image: The reward of a completion that led to no image, best below all scores; None treats it as not scored.
         device: Where images are scored, and where weights live.
         max_batch: Largest number of images that are scored together.
         max_wait_ms: How long a free worker waits for more calls, or a fifth of its last batch's time if longer.
         ignored: Whatever else verl passes.
 
     Returns:
-        `{"score": float}`.
+        `{"score": float, NAME: float}`: the score twice, the second time under the name of the reward, which is logged.
 
     Raises:
-        ValueError: The image was not scored, or is not a uint8 image.
+        ValueError: The sample was not scored, is not a uint8 image, or is text and `decode` is missing.
         RuntimeError: `device` is CUDA and this worker sees none.
 
     Example:
         >>> image = torch.arange(3 * 16 * 16, dtype=torch.uint8).reshape(3, 16, 16)
         >>> call = {"solution_image": image, "ground_truth": "", "extra_info": {"clean": image}}
         >>> asyncio.run(compute_score(**call, reward="ssim", references="clean"))
-        {'score': 1.0}
+        {'score': 1.0, 'ssim': 1.0}
     """
     scorer, batched = _batched(reward, references, inputs, on_nan, device, max_batch, max_wait_ms)
-    image = scorer.images(_one_image(solution_image))
-    columns = scorer.columns(extra_info or {}, ground_truth=ground_truth)
-    for name, found in columns.items():
-        if found is not None:  # read in a thread, because a file must not stop the event loop
-            columns[name] = await asyncio.to_thread(scorer.images, found, image[0].device)
-    prompts = [str(ground_truth)] if batched.needs_prompts else None
-    return {"score": scorer.with_policy(await batched.ascore(image, prompts=prompts, **columns)).item()}
+    row = extra_info or {}
+    if solution_str is None:
+        image = scorer.images(_pixels(solution_image))
+    else:
+        image = await _decoded(decode, solution_str, row, scorer)
+    if image is None:
+        scores = torch.tensor([torch.nan if no_image is None else no_image])
+    else:
+        columns = scorer.columns(row, ground_truth=ground_truth)
+        for name, found in columns.items():
+            if found is not None:  # read in a thread, because a file must not stop the event loop
+                columns[name] = await asyncio.to_thread(scorer.images, found, image[0].device)
+        prompts = [str(ground_truth)] if batched.needs_prompts else None
+        scores = await batched.ascore(image, prompts=prompts, **columns)
+    score = scorer.with_policy(scores).item()
+    return {"score": score, batched.name: score}
 
 
-def batch_score_function(
-    decode: Callable[..., Sequence[ImageLike | None]],
-    reward: str | Reward,
-    *,
-    references: str | None = None,
-    inputs: str | None = None,
-    on_nan: OnNan = "raise",
-    no_image: float | None = None,
-    device: str | None = None,
-) -> Callable[..., list[float]]:
-    """A plain `compute_score` for verl's batch reward manager, whose completions are text that leads to images.
-
-    Args:
-        decode: `decode(solution_strs, extra_infos)` returns the image of each completion, None where it led to none.
-        reward: A name or sum of the catalogue, or any reward.
-        references: `"ground_truth"`, or the key of `extra_info` that holds the ground truth.
-        inputs: The key of `extra_info` that holds the degraded image, for rewards that need it.
-        on_nan: What an image without a score becomes: "raise" (training stops), "mean" or "worst" of the batch, or a
-            number.
-        no_image: The reward of a completion that led to no image, best below all scores; None treats it as not scored.
-        device: Where images are scored, and where weights live.
-
-    Returns:
-        `compute_score(data_sources, solution_strs, ground_truths, extra_infos)`, one float per completion.
-
-    Example:
-        >>> def decode(solution_strs, extra_infos):
-        ...     return [info["clean"] if text == "keep" else None for text, info in zip(solution_strs, extra_infos)]
-        >>> compute_score = batch_score_function(decode, "ssim", references="clean", no_image=-1.0)
-        >>> info = {"clean": torch.arange(3 * 16 * 16, dtype=torch.uint8).reshape(3, 16, 16)}
-        >>> compute_score(["", ""], ["keep", "nonsense"], ["", ""], [info, info])
-        [1.0, -1.0]
-    """
-    scorer = Scorer(
-        reward,
-        who="batch_score_function",
-        sources={"references": references, "inputs": inputs},
-        on_nan=on_nan,
-        device=_visible(device),
-        moves_images=True,
-    )
-
-    def compute_score(
-        data_sources: Any, solution_strs: Any, ground_truths: Any, extra_infos: Any, **ignored: Any
-    ) -> list[float]:
-        columns = scorer.columns(extra_infos, ground_truth=ground_truths)
-        columns["prompts"] = [str(text) for text in ground_truths]
-        images = list(decode(solution_strs, extra_infos))
-        return scorer(images, no_image=torch.nan if no_image is None else no_image, **columns).tolist()
-
-    return compute_score
+async def _decoded(
+    decode: Callable[[str, Mapping[str, Any]], Any] | None, text: str, row: Mapping[str, Any], scorer: Scorer
+) -> Images | None:
+    if decode is None:
+        raise ValueError(
+            "compute_score expected `decode`, because verl passes a completion (`solution_str`) and no image. Write a "
+            "function in a file of yours that calls compute_score(**call, decode=..., reward=...), and name that file."
+        )
+    made = decode(text, row) if inspect.iscoroutinefunction(decode) else asyncio.to_thread(decode, text, row)
+    if (found := await made) is None:
+        return None
+    image = await asyncio.to_thread(scorer.images, found)
+    if len(image) != 1:
+        raise ValueError(f"compute_score expected one image from `decode`, or None, got {len(image)}.")
+    return image
 
 
 @lru_cache(maxsize=64)
@@ -155,14 +135,15 @@ def _batched(
 def _visible(device: str | None) -> str | None:
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"verl: the reward was told to use {device!r}, and this process sees no GPU. verl's reward workers are Ray "
-            "actors with num_gpus=0, from which Ray hides CUDA: export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 before Ray "
-            "starts, or score on the CPU with device: cpu."
+            f"verl: the reward was told to use {device!r}, and this process sees no GPU. In verl-omni, "
+            "reward.accelerator_workers.enabled=true gives each reward worker one. Elsewhere export "
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 before Ray starts, because older versions hide the GPUs from actors "
+            "with num_gpus=0, or score on the CPU with device: cpu."
         )
     return device
 
 
-def _one_image(image: Any) -> Tensor:
+def _pixels(image: Any) -> Tensor:
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(

@@ -79,8 +79,10 @@ class ImageDevice:
         return partial(ImageDevice, name=self._name), (self._asked,)
 
     def get(self) -> torch.device | None:
-        """The device, now that it has to be used."""
-        return None if self._device is None else _device_now(self._device, name=self._name)
+        """The device, now that it has to be used; the same ever after."""
+        if self._device is not None:
+            self._device = _device_now(self._device, name=self._name)
+        return self._device
 
 
 # Held while weights are loaded: a forked child would find the modules that are being imported half done for ever, and

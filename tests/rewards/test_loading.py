@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from iqareward import MicroBatched, Overlapped
 from iqareward.adapters.reward_models import HPSv3Model
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward
-from iqareward.adapters.verl import batch_score_function
+from iqareward.adapters.verl import compute_score
 from iqareward.rewards.loading import HostCopy, LazyModel, as_current
 from iqareward.rewards.owl2 import checkpoints
 from iqareward.rewards.owl2.preprocess import preprocess
@@ -219,13 +219,6 @@ ADAPTERS = {
         restored=[torch.zeros(3, 4, 4)],
     ),
     "reward_models": lambda: partial(HPSv3Model(Brightness(), device="cuda").reward, [torch.zeros(3, 4, 4)], [""]),
-    "verl": lambda: partial(
-        batch_score_function(lambda texts, _: texts, Brightness(), device="cuda"),
-        [""],
-        [torch.zeros(3, 4, 4)],
-        [""],
-        [{}],
-    ),
 }
 
 
@@ -263,6 +256,21 @@ def test_adapters_move_images_to_the_gpu_of_the_thread_that_makes_them(
 
     assert in_a_thread(run)[0] == 0
     assert seen == ["cuda:3"]
+
+
+def test_verls_function_stays_on_the_gpu_of_its_first_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray runs it in a background thread, and the first call may be the first to use CUDA."""
+    seen = []
+    monkeypatch.setattr(
+        "iqareward.adapters._core.to_images",
+        lambda images, device, **_: seen.append(str(device)) or torch.zeros(1, 3, 4, 4),
+    )
+    machine.in_use, reward = False, Brightness()
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    for _ in range(2):
+        in_a_thread(lambda: asyncio.run(compute_score(solution_image=image, reward=reward, device="cuda")))
+        machine.in_use = True
+    assert seen == ["cuda:0", "cuda:0"]
 
 
 def test_weights_are_read_when_they_are_there(machine: Machine) -> None:
