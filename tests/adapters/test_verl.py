@@ -21,6 +21,7 @@ from iqareward import AdaptiveWeighter, NoReference
 from iqareward.adapters import verl
 from iqareward.adapters.verl import compute_score
 from iqareward.advantages import group_advantages
+from iqareward.types import Reward
 from iqareward.weighting import mixed_advantages, optimality_probability
 from tests.adapters.doubles import verl as double
 from tests.adapters.doubles.pages import blocks, execute, package
@@ -195,6 +196,17 @@ def test_page_for_one_reward() -> None:
         log = double.logged(double.RewardLoop(reward)(image, [{"gt_path": image[0]}]))
         assert log["critic/0.7*haarpsi + 0.3*ssim/mean"] == pytest.approx(expected, abs=1e-4)
         assert log["critic/rewards/mean"] == pytest.approx(expected, abs=1e-4)
+
+
+@omni("configuration", "caller", "reader")
+def test_reference_page(qalign: Reward) -> None:
+    """Its configuration gives the sum, under its name."""
+    (block,) = (block for block in blocks("reference/adapters.md", "yaml") if "adapters.verl" in block)
+    image = pixels(1, side=48)
+    loop = double.RewardLoop(double.merged(double.OMNI, yaml.safe_load(block)["reward"]))
+    log = double.logged(loop(image, [{"gt_path": image[0]}]))
+    expected = 0.7 * qalign(image / 255).item() + 0.3
+    assert log["critic/0.7*qalign + 0.3*ssim/mean"] == log["critic/rewards/mean"] == pytest.approx(expected, abs=1e-4)
 
 
 @omni("configuration", "caller", "reader")
