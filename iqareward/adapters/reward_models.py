@@ -1,18 +1,21 @@
-"""Rewards in the place of other reward models and losses: imscore, DanceGRPO's HPSv3, AlignProp, VADER.
+"""Rewards in the place of other reward models and losses: imscore, DanceGRPO's HPSv2 and HPSv3, AlignProp, VADER.
 
 These loops pass no ground truth, so rewards that need references are refused.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeAlias, final
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from iqareward.adapters._core import OnNan, Scorer
+from iqareward.images import to_images
 from iqareward.types import Reward, Scores
 
-__all__ = ["HPSv3Model", "ImscoreModel", "alignprop_loss", "vader_loss"]
+__all__ = ["HPSv2Model", "HPSv3Model", "ImscoreModel", "alignprop_loss", "vader_loss"]
 
 _Loss: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
@@ -53,6 +56,56 @@ class ImscoreModel(nn.Module):
 
 
 @final
+class HPSv2Model:
+    """Any reward where HPSv2 is expected: its model, tokenizer and preprocessing, as DanceGRPO calls them.
+
+    Args:
+        reward: A name or sum of the catalogue, or any no-reference reward.
+        device: Where images are scored, weights of rewards given by name live, and scores are returned; with several
+            processes the device of this one, because DanceGRPO gathers the scores there.
+        on_nan: What an image without a score becomes: "raise" or a number. DanceGRPO passes one image at a time, so
+            there is no mean to take.
+
+    Example:
+        >>> model = HPSv2Model("piqe", device="cpu")
+        >>> pixels = model.preprocess(Image.new("RGB", (64, 48)))[None]
+        >>> outputs = model(pixels, model.tokenizer(["a cat"]))
+        >>> torch.diagonal(outputs["image_features"] @ outputs["text_features"].T).shape  # the score
+        torch.Size([1])
+    """
+
+    def __init__(self, reward: str | Reward, *, device: torch.device | str, on_nan: OnNan = "raise") -> None:
+        self._scorer = Scorer(
+            reward, who="HPSv2Model", on_nan=on_nan, policies=("raise",), device=device, moves_images=True
+        )
+
+    @staticmethod
+    def preprocess(image: Image.Image) -> Tensor:
+        """The image as it is, `[3, H, W]` in [0, 1]: neither resized nor cropped."""
+        return to_images(image)[0]
+
+    @staticmethod
+    def tokenizer(prompts: Sequence[str]) -> Tensor:
+        """The prompts as `[B, length]` bytes of UTF-8, padded with 0."""
+        rows = [torch.tensor(list(prompt.encode()), dtype=torch.uint8) for prompt in prompts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def __call__(self, pixels: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """`[B, 1]` features whose product is the score.
+
+        Args:
+            pixels: `[B, 3, H, W]` in [0, 1].
+            text: `[B, length]` from `tokenizer`.
+        """
+        prompts = None
+        if self._scorer.reward.needs_prompts:  # reading them from a GPU waits for it
+            prompts = [bytes(row).rstrip(b"\0").decode() for row in text.tolist()]
+        # float64, because autocast would round the scores to half precision in the product
+        features = self._scorer(pixels, prompts=prompts).double()[:, None]
+        return {"image_features": features, "text_features": torch.ones_like(features)}
+
+
+@final
 class HPSv3Model:
     """Any reward where an HPSv3 inferencer is expected: `model.reward(image_paths, prompts)`, as DanceGRPO calls it.
 
@@ -75,16 +128,26 @@ class HPSv3Model:
         )
 
     def reward(self, image_paths: Sequence[str], prompts: Sequence[str]) -> Scores:
-        """`[B]` scores of the images in these files, on `device`; higher is better."""
+        """`[B]` scores of the images in these files, on `device`; higher is better.
+
+        Raises:
+            ValueError: A file is a JPEG, whose score would be that of the codec as much as of the image.
+        """
+        for path in image_paths:
+            if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+                raise ValueError(
+                    f"HPSv3Model expected images stored without loss, got {Path(path).name}, whose score would be "
+                    "that of the JPEG codec as much as of the image. Let the trainer write PNG: change '.jpg' to "
+                    "'.png' where it makes the path."
+                )
         return self._scorer(list(image_paths), prompts=list(prompts))
 
 
 def alignprop_loss(reward: str | Reward, *, device: torch.device | str | None = None, on_nan: OnNan = "raise") -> _Loss:
     """`loss_fn(images, prompts=None) -> (loss [B], rewards [B])` for AlignProp.
 
-    Set `trainer.loss_fn = alignprop_loss(...)` on the finished trainer, and keep `config.reward_fn="aesthetic"`: it
-    accepts no other word for a loss without prompts. The loss is one number per sample, to be multiplied with
-    `weights.rl` for a weight per sample.
+    It takes the place of what `alignprop_trainer.aesthetic_loss_fn` returns, which gets no prompts, or `hps_loss_fn`,
+    which gets them. The loss is one number per sample, to be multiplied with `weights.rl` for a weight per sample.
 
     Args:
         reward: A name or sum of the catalogue, or any differentiable no-reference reward.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import iqareward
@@ -20,9 +21,9 @@ from iqareward.rewards.core import ImageReward
 from tests.adapters.doubles import cosmos
 from tests.adapters.doubles import miles as double
 from tests.adapters.doubles.gradient_loops import LatentNoiseTrainer
-from tests.adapters.doubles.reward_models import mixgrpo_rewards, srpo_losses
+from tests.adapters.doubles.reward_models import group_advantages, mixgrpo, srpo_step
 from tests.adapters.restoration_agent import as_pil, photographs
-from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
+from tests.tolerances import EXACT, HALF_NETWORK, NETWORK_BATCH, OTHER_PACKAGE
 
 IMAGES = photographs(4, side=32)
 PROMPTS = ["a", "b", "c", "d"]
@@ -155,40 +156,93 @@ def test_cosmos_takes_one_image_and_a_group(monkeypatch: pytest.MonkeyPatch) -> 
         cosmos.compute_rewards([cosmos_rl.quality], IMAGES[0] * torch.nan, reference)
 
 
-def test_mixgrpo_knows_models_by_their_class_name() -> None:
-    """A model of a known name is called and weighted; the reward itself would silently train on zeros."""
-    weights = {"PickScoreRewardModel": 1.0}
-    merged, successes, _ = mixgrpo_rewards(PICTURES, PROMPTS, [PickScoreRewardModel(CONTRAST)], weights)
-    assert merged == pytest.approx(contrast(STORED).tolist())
-    assert successes == [1] * 4
-    assert all(type(reward) is float for reward in merged)
-    naive, successes, _ = mixgrpo_rewards(PICTURES, PROMPTS, [CONTRAST], {"NoReference": 1.0})
-    assert naive == [0.0] * 4
-    assert successes == [0] * 4
+MIXGRPO = pytest.mark.trainer("MixGRPO", "e5cdd6a", "caller", "reader", "configuration", "threads")
+SRPO = pytest.mark.trainer("SRPO", "81e5898", "caller", "reader", "gradients")
+RENO = pytest.mark.trainer("ReNO", "bd6f6ac", "caller", "reader", "gradients")
+
+
+class HPSClipRewardModel:
+    """A model of MixGRPO's own beside ours."""
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        return [0.25 * len(prompt) for prompt in prompts]
+
+
+@MIXGRPO
+def test_mixgrpo_learns_from_the_scores() -> None:
+    """A model of a known name makes the advantages, whatever its weight; the reward itself gives zeros."""
+    expected = contrast(STORED)
+    for flags in ({}, {"pick_score_weight": 0.1}):
+        rewards, advantages = mixgrpo(
+            [PickScoreRewardModel(CONTRAST, device="cpu")], flags, PICTURES, PROMPTS, generations=2
+        )
+        torch.testing.assert_close(rewards, expected, **OTHER_PACKAGE)
+        torch.testing.assert_close(advantages, group_advantages(expected, 2), rtol=1e-3, atol=1e-3)
+    naive, advantages = mixgrpo([CONTRAST], {}, PICTURES, PROMPTS, generations=2)
+    assert naive.tolist() == advantages.tolist() == [0.0] * 4
     with pytest.raises(ValueError, match="needs references"):
-        PickScoreRewardModel("ssim")
+        PickScoreRewardModel("ssim", device="cpu")
 
 
+@MIXGRPO
+@pytest.mark.parametrize("mix", ["reward_aggr", "advantage_aggr"])
+def test_mixgrpo_weighs_its_own_models_beside_ours(mix) -> None:
+    """With `--reward_model multi_reward`, the share of ours is its weight over the sum of all."""
+    models = [HPSClipRewardModel(), PickScoreRewardModel(CONTRAST, device="cpu")]
+    flags, texts = {"hps_weight": 3.0, "pick_score_weight": 1.0}, ["a", "bb", "c", "dd"]
+    rewards, advantages = mixgrpo(models, flags, PICTURES, texts, generations=2, mix=mix)
+    theirs, ours = torch.tensor([0.25, 0.5, 0.25, 0.5]), contrast(STORED)
+    if mix == "reward_aggr":
+        torch.testing.assert_close(rewards, 0.75 * theirs + 0.25 * ours, **OTHER_PACKAGE)
+    else:
+        torch.testing.assert_close(rewards["PickScoreRewardModel"], ours, **OTHER_PACKAGE)
+        expected = 0.75 * group_advantages(theirs, 2) + 0.25 * group_advantages(ours, 2)
+        torch.testing.assert_close(advantages, expected, rtol=1e-3, atol=1e-3)
+
+
+@MIXGRPO
+def test_mixgrpo_takes_one_of_our_models() -> None:
+    """Of two models of one name only one would count, so the second is refused while the first lives."""
+    first = PickScoreRewardModel(CONTRAST, device="cpu")
+    with pytest.raises(ValueError, match="Combine the rewards in one sum"):
+        PickScoreRewardModel(BRIGHTNESS, device="cpu")
+    with pytest.raises(ValueError, match="needs references"):
+        PickScoreRewardModel("ssim", device="cpu")
+    del first
+    assert PickScoreRewardModel("0.7*piqe[-100, 0] + 0.3*niqe[-12, 0]", device="cpu").reward.bounds == (0.0, 1.0)
+
+
+@MIXGRPO
 @pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 def test_mixgrpo_stops_where_it_would_go_on_with_zeros() -> None:
     """An image that cannot be scored ends the process, through two handlers that swallow every exception."""
     tiny = [as_pil(image[:, :8, :8]) for image in IMAGES]
     with pytest.raises(SystemExit, match="could not score every image"):
-        mixgrpo_rewards(tiny, PROMPTS, [PickScoreRewardModel("piqe")], {"PickScoreRewardModel": 1.0})
+        mixgrpo([PickScoreRewardModel("piqe", device="cpu")], {}, tiny, PROMPTS, generations=2)
 
 
+@SRPO
 def test_srpo_learns_from_the_difference_of_two_texts() -> None:
     """A text-conditioned reward pulls the two branches apart; its formula is (1 + k) r(positive) - r(negative)."""
-    image = IMAGES[:1].clone().requires_grad_()
-    forward, inverse = srpo_losses(SRPOModel(LooksLike()), image, "bright photo", "photo", k=0.1)
-    brightness = IMAGES[:1].mean()
-    dark = 1 - brightness
-    torch.testing.assert_close(forward.detach(), torch.relu(0.7 - (1.1 * brightness - dark)))
-    torch.testing.assert_close(inverse.detach(), torch.relu(0.7 - (1.1 * dark - brightness)))
-    pulls = [torch.autograd.grad(loss, image, retain_graph=True)[0].sum() for loss in (forward, inverse)]
-    assert pulls[0] < 0 < pulls[1]  # descending makes the image brighter in one branch and darker in the other
+    decoded = nn.Parameter(2 * IMAGES[:1] - 1)
+    losses, pulls = srpo_step(SRPOModel(LooksLike()), decoded, "bright photo", "photo", script="flux")
+    bright = IMAGES[:1].mean().item()
+    expected = [0.7 - (1.1 * bright - (1 - bright)), 0.7 - (1.1 * (1 - bright) - bright)]
+    assert losses == pytest.approx(expected, abs=HALF_NETWORK["atol"])
+    assert pulls[0].sum() < 0 < pulls[1].sum()  # descending makes the image brighter in one branch, darker in the other
 
 
+@SRPO
+def test_srpo_for_qwen_stretches_the_image() -> None:
+    """SRPO_Qwen.py scores the image stretched to [0, 1], and has no inversion branch and no threshold."""
+    decoded = nn.Parameter(2 * IMAGES[:1] - 1)
+    (loss,), (pull,) = srpo_step(SRPOModel(LooksLike()), decoded, "bright photo", "photo", script="qwen")
+    image = (IMAGES[:1] - IMAGES[:1].min()) / (IMAGES[:1].max() - IMAGES[:1].min())
+    assert loss == pytest.approx(-0.5 * (2 * image.mean().item() - 1), abs=HALF_NETWORK["atol"])
+    assert pull.flatten().median() < 0
+
+
+@SRPO
 def test_srpo_refuses_a_reward_without_text() -> None:
     """Why: both texts get one score, and both branches would pull the same way."""
 
@@ -196,9 +250,7 @@ def test_srpo_refuses_a_reward_without_text() -> None:
         def SRP_cfg(self, prompts, negative, images, k):
             return (1 + k) * CONTRAST(images) - CONTRAST(images)
 
-    image = IMAGES[:1].clone().requires_grad_()
-    losses = srpo_losses(Naive(), image, "bright photo", "photo", k=0.1)
-    pulls = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in losses]
+    _, pulls = srpo_step(Naive(), nn.Parameter(2 * IMAGES[:1] - 1), "bright photo", "photo", script="flux")
     torch.testing.assert_close(pulls[0], pulls[1], **EXACT)
     with pytest.raises(ValueError, match="reads the prompt"):
         SRPOModel(CONTRAST)
@@ -206,15 +258,30 @@ def test_srpo_refuses_a_reward_without_text() -> None:
         SRPOModel(LooksLike(differentiable=False))
 
 
+@RENO
 def test_reno_needs_its_preprocessing_taken_out() -> None:
     """At native resolution the noise follows the reward; CLIP's crop is refused, however harmless its values look."""
     latents = nn.Parameter(2 * IMAGES[:1] - 1)
-    trainer = LatentNoiseTrainer([ReNOLoss(BRIGHTNESS, 2.0)], iterations=3)
+    optimizer = torch.optim.SGD([latents], 5.0)
+    trainer = LatentNoiseTrainer([ReNOLoss(BRIGHTNESS, 500.0)], n_iters=4)
     with pytest.raises(ValueError, match=r"preprocess_fn = torch\.nn\.Identity"):
-        trainer.train(latents, "a cat")
+        trainer.train(latents, "a cat", optimizer)
     trainer.preprocess_fn = nn.Identity()
-    logs = trainer.train(latents, "a cat")
-    assert logs[0] == pytest.approx({"brightness": -brightness(IMAGES[:1]).item()})
-    assert logs[0]["brightness"] > logs[1]["brightness"] > logs[2]["brightness"]  # a loss: lower is better
+    image, first, best = trainer.train(latents, "a cat", optimizer)
+    assert first["brightness"] == pytest.approx(-brightness(IMAGES[:1]).item(), rel=HALF_NETWORK["rtol"])
+    assert first["total"] == pytest.approx(500 * first["brightness"])
+    assert best["total"] < first["total"]
+    assert best["brightness"] == pytest.approx(-brightness(image).item(), rel=HALF_NETWORK["rtol"])
     with pytest.raises(ValueError, match="ReNOLoss expected a differentiable no-reference reward"):
         ReNOLoss(iqareward.load("ssim", differentiable=True))
+
+
+@RENO
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
+def test_reno_stops_at_an_image_without_a_score() -> None:
+    """Its best image is the one of the lowest loss, and NaN is never lower: without a stop it would return none."""
+    trainer = LatentNoiseTrainer([ReNOLoss(BRIGHTNESS)], n_iters=2)
+    trainer.preprocess_fn = nn.Identity()
+    latents = nn.Parameter(torch.full((1, 3, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match="brightness could not score the image"):
+        trainer.train(latents, "a cat", torch.optim.SGD([latents], 5.0))

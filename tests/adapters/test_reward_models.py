@@ -1,21 +1,29 @@
-"""Rewards in mocks of the loops of imscore, DanceGRPO, AlignProp and VADER: their ranges, shapes and gradients."""
+"""Rewards in mocks of the loops of imscore, DanceGRPO, AlignProp and VADER: what they call, and what follows."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import iqareward
-from iqareward.adapters.reward_models import HPSv3Model, ImscoreModel, alignprop_loss, vader_loss
+from iqareward.adapters.reward_models import HPSv2Model, HPSv3Model, ImscoreModel, alignprop_loss, vader_loss
+from iqareward.rewards.core import ImageReward
 from iqareward.rewards.metric import NoReference
-from iqareward.weighting import LossWeights
-from tests.adapters.doubles.gradient_loops import AlignPropTrainer, vader_step
-from tests.adapters.doubles.reward_models import dancegrpo_advantages, imscore_step
-from tests.adapters.restoration_agent import as_pil, photographs
-from tests.tolerances import EXACT, HALF_NETWORK
+from iqareward.weighting import LossWeights, weighted_advantages
+from tests.adapters.doubles.gradient_loops import alignprop_module, vader_step
+from tests.adapters.doubles.reward_models import dancegrpo, group_advantages, imscore_step
+from tests.adapters.restoration_agent import photographs
+from tests.tolerances import EXACT, HALF_NETWORK, OTHER_PACKAGE
+
+IMSCORE = pytest.mark.trainer("imscore", "0.0.11 (cb28b8b)", "caller", "reader", "gradients", "weights")
+DANCEGRPO = pytest.mark.trainer("DanceGRPO", "22b85ef", "caller", "reader", "configuration", "weights")
+ALIGNPROP = pytest.mark.trainer("AlignProp", "b22918a", "caller", "reader", "configuration", "gradients", "weights")
+VADER = pytest.mark.trainer("VADER", "adaf2ef", "caller", "reader", "configuration", "gradients", "weights")
 
 IMAGES = photographs(4, side=32)
 PROMPTS = ["a", "b", "c", "d"]
-PICTURES = [as_pil(image) for image in IMAGES]
+TEXTS = ["a", "b"]
 STORED = (255 * IMAGES).round() / 255
 
 
@@ -27,41 +35,116 @@ def contrast(images: Tensor) -> Tensor:
 CONTRAST = NoReference(contrast, higher_is_better=True, differentiable=True)
 
 
-def test_imscore_loop_gets_scores_and_a_gradient() -> None:
-    """The README's post-training step reaches the pixels, with the library's own scores."""
-    pixels = IMAGES.clone().requires_grad_()
-    scores = imscore_step(ImscoreModel(CONTRAST), pixels, PROMPTS)
-    torch.testing.assert_close(scores, contrast(IMAGES))
+class Brightest(ImageReward):
+    """Brightness, for a caption that asks for it; else 0."""
+
+    name, needs_prompts, bounds = "brightest", True, (0.0, 1.0)
+
+    def score_batch(self, images: Tensor, prompts) -> Tensor:
+        return images.mean((1, 2, 3)) * torch.tensor([float(prompt == "hellstes Bild, größer") for prompt in prompts])
+
+
+def hpsv2(reward) -> SimpleNamespace:
+    """The three names that DanceGRPO's scripts build for HPSv2, from ours."""
+    model = HPSv2Model(reward, device="cpu")
+    return SimpleNamespace(reward_model=model, processor=model.tokenizer, preprocess_val=model.preprocess)
+
+
+def hpsv3(reward) -> SimpleNamespace:
+    """The name that DanceGRPO's scripts build for HPSv3, from ours."""
+    return SimpleNamespace(reward_model=HPSv3Model(reward, device="cpu"))
+
+
+@IMSCORE
+def test_imscore_loop_follows_the_reward() -> None:
+    """The loss of the README's post-training step is that of the reward, and the step raises the reward."""
+    pixels = nn.Parameter(IMAGES.clone())
+    loss = imscore_step(ImscoreModel(CONTRAST), pixels, PROMPTS)
+    assert loss == pytest.approx(-contrast(IMAGES).mean().item())
+    assert contrast(pixels.detach()).gt(contrast(IMAGES)).all()
+    scores = ImscoreModel(CONTRAST).score(pixels, PROMPTS)
+    pixels.grad = None
+    (torch.tensor([1.0, 0.0, 0.0, 0.0]) * -scores).mean().backward()  # a weight per sample
     assert pixels.grad is not None
-    assert pixels.grad.flatten(1).abs().amax(1).gt(0).all()
+    assert pixels.grad.flatten(1).abs().amax(1).gt(0).tolist() == [True, False, False, False]
 
 
+@IMSCORE
 def test_naive_reward_has_no_gradient_for_imscore() -> None:
     """A reward that is not differentiable scores, and cannot be trained through."""
     model = ImscoreModel("piqe", differentiable=False)
     torch.testing.assert_close(model.score(IMAGES, PROMPTS), iqareward.load("piqe")(IMAGES), **EXACT)
     with pytest.raises(RuntimeError, match="does not require grad"):
-        imscore_step(model, IMAGES.clone().requires_grad_(), PROMPTS)
+        imscore_step(model, nn.Parameter(IMAGES.clone()), PROMPTS)
     with pytest.raises(ValueError, match="no useful gradient"):
         ImscoreModel("piqe")
 
 
-def test_dancegrpo_scores_files(tmp_path) -> None:
-    """One PNG at a time gives the scores of the batch, as a tensor on the device that gathers them."""
-    advantages = dancegrpo_advantages(
-        HPSv3Model(CONTRAST, device="cpu"), PICTURES, PROMPTS, tmp_path, generations=2, device="cpu"
+@DANCEGRPO
+@pytest.mark.parametrize("slot", [hpsv2, hpsv3])
+@pytest.mark.parametrize("generations", [2, None])
+def test_dancegrpo_learns_from_the_scores(tmp_path, slot, generations) -> None:
+    """In both slots of the FLUX and Qwen-Image scripts, gathered rewards and gradients are those of the reward.
+
+    Close to float32 exactly, although the script multiplies the features of HPSv2 under autocast.
+    """
+    rewards, gradient = dancegrpo("flux", slot(CONTRAST), IMAGES, PROMPTS, tmp_path, generations=generations)
+    torch.testing.assert_close(rewards, contrast(STORED), **OTHER_PACKAGE)
+    torch.testing.assert_close(gradient, -group_advantages(contrast(STORED), generations or 4), rtol=1e-3, atol=1e-3)
+    with pytest.raises(AttributeError):
+        dancegrpo("flux", SimpleNamespace(reward_model=iqareward.load("piqe")), IMAGES, PROMPTS, tmp_path)
+
+
+@DANCEGRPO
+@pytest.mark.parametrize("slot", [hpsv2, hpsv3])
+def test_dancegrpo_passes_each_image_its_caption(tmp_path, slot) -> None:
+    """Captions reach a reward that reads them, also through the tensor that HPSv2's tokenizer makes."""
+    captions = ["a", "hellstes Bild, größer"] * 2
+    rewards, _ = dancegrpo("flux", slot(Brightest()), IMAGES, captions, tmp_path)
+    assert rewards.gt(0).tolist() == [False, True] * 2
+
+
+@DANCEGRPO
+def test_dancegrpo_stable_diffusion_must_write_png(tmp_path) -> None:
+    """A JPEG would be scored with the traces of the codec, so it is refused; with another suffix the image arrives."""
+    smooth = photographs(2, side=512)
+    noisy = smooth + 0.01 * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(0))
+    levels = (255 * noisy).byte() / 255
+    with pytest.raises(ValueError, match=r"image-0-0-rank-0\.jpg.*'\.jpg' to '\.png'"):
+        dancegrpo("sd", hpsv3("niqe"), noisy, TEXTS, tmp_path)
+    expected = iqareward.load("niqe")(levels)
+    for slot in (hpsv2, hpsv3):
+        rewards, _ = dancegrpo("sd", slot("niqe"), noisy, TEXTS, tmp_path, suffix=".png")
+        torch.testing.assert_close(rewards, expected, **OTHER_PACKAGE)
+    codec, _ = dancegrpo("sd", hpsv2("niqe"), noisy, TEXTS, tmp_path)  # HPSv2 gets a decoded image, which tells nothing
+    assert (codec - expected).min() > 1  # the codec smoothes the grain away
+
+
+@DANCEGRPO
+def test_dancegrpo_weights_its_advantages(tmp_path) -> None:
+    """A weight per sample changes that sample's gradient only."""
+    weights = LossWeights(rl=torch.tensor([1.0, 1.0, 0.5, 0.0]), sft=torch.zeros(4))
+    _, plain = dancegrpo("flux", hpsv2(CONTRAST), IMAGES, PROMPTS, tmp_path)
+    _, weighted = dancegrpo(
+        "flux", hpsv2(CONTRAST), IMAGES, PROMPTS, tmp_path, weigh=lambda rows: weighted_advantages(rows, weights)
     )
-    groups = contrast(STORED).view(-1, 2)
-    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)
-    torch.testing.assert_close(advantages, expected.flatten(), rtol=1e-3, atol=1e-4)
-    with pytest.raises(AttributeError, match="reward"):
-        dancegrpo_advantages(iqareward.load("piqe"), PICTURES, PROMPTS, tmp_path, generations=2, device="cpu")
+    torch.testing.assert_close(weighted, weights.rl * plain, **OTHER_PACKAGE)
+
+
+@DANCEGRPO
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
+@pytest.mark.parametrize("slot", [hpsv2, hpsv3])
+def test_dancegrpo_stops_at_an_image_without_a_score(tmp_path, slot) -> None:
+    """An image that cannot be scored stops the script."""
+    with pytest.raises(ValueError, match=r"could not score images \[0\]"):
+        dancegrpo("flux", slot("piqe"), IMAGES[:, :, :8, :8], PROMPTS, tmp_path)
 
 
 @pytest.mark.parametrize(
     "build",
     [
         lambda: ImscoreModel("ssim"),
+        lambda: HPSv2Model("ssim", device="cpu"),
         lambda: HPSv3Model("ssim", device="cpu"),
         lambda: alignprop_loss("ssim"),
         lambda: vader_loss("ssim"),
@@ -75,7 +158,11 @@ def test_rewards_with_references_are_refused(build) -> None:
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: ImscoreModel(CONTRAST, on_nan="nan"), lambda: HPSv3Model(CONTRAST, device="cpu", on_nan="mean")],
+    [
+        lambda: ImscoreModel(CONTRAST, on_nan="nan"),
+        lambda: HPSv2Model(CONTRAST, device="cpu", on_nan="mean"),
+        lambda: HPSv3Model(CONTRAST, device="cpu", on_nan="mean"),
+    ],
 )
 def test_unknown_policies_are_refused(build) -> None:
     """A policy that a loop cannot honour is refused when the model is built."""
@@ -84,7 +171,6 @@ def test_unknown_policies_are_refused(build) -> None:
 
 
 FRAMES = photographs(2, side=32)
-TEXTS = ["a", "b"]
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -95,28 +181,45 @@ def brightness(images: Tensor) -> Tensor:
 REWARD = NoReference(brightness, higher_is_better=True, differentiable=True)
 
 
-def test_alignprop_sees_the_image_as_it_is() -> None:
-    """The reward is that of the image in [0, 1]; AlignProp's own losses see a washed-out one."""
-    trainer = AlignPropTrainer("aesthetic", nn.Parameter(FRAMES.logit()))
-    _, washed_out = trainer.step(TEXTS)
-    torch.testing.assert_close(washed_out, brightness(FRAMES) / 2 + 0.5)
-    trainer.loss_fn, trainer.pixels.grad = alignprop_loss(REWARD), None
-    loss, rewards = trainer.step(TEXTS)
-    torch.testing.assert_close(rewards, brightness(FRAMES))
-    assert loss == pytest.approx(-0.01 * brightness(FRAMES).mean().item())
-    assert trainer.pixels.grad is not None
-    assert trainer.pixels.grad.lt(0).all()  # descending makes every pixel brighter
+@ALIGNPROP
+@pytest.mark.parametrize(("reward_fn", "factory"), [("aesthetic", "aesthetic_loss_fn"), ("hps", "hps_loss_fn")])
+def test_alignprop_logs_and_follows_the_reward(reward_fn, factory) -> None:
+    """In place of a factory, the loss downloads nothing, sees the image as it is, and the step makes it brighter."""
+    module, pixels = alignprop_module(), nn.Parameter(FRAMES.logit())
+    setattr(module, factory, lambda *args, **options: alignprop_loss(REWARD))
+    logs = module.AlignPropTrainer(pixels, reward_fn).step(TEXTS)
+    assert module.downloads == []
+    assert logs["reward_mean"] == pytest.approx(brightness(FRAMES).mean().item())
+    assert logs["loss"] == pytest.approx(-0.01 * logs["reward_mean"])
+    assert pixels.detach().sigmoid().gt(FRAMES).all()
 
 
-def test_alignprop_loss_takes_prompts_and_weights() -> None:
-    """The loss is one number per sample before the mean, where a weight per sample belongs."""
-    images = FRAMES.clone().requires_grad_()
-    loss, _ = alignprop_loss(REWARD)(images, TEXTS)
+@ALIGNPROP
+def test_alignprop_downloads_before_its_loss_is_replaced() -> None:
+    """Its own loss is loaded with the trainer, and takes [0, 1] for [-1, 1]."""
+    module = alignprop_module()
+    trainer = module.AlignPropTrainer(nn.Parameter(FRAMES.logit()), "aesthetic")
+    assert trainer.step(TEXTS)["reward_mean"] == pytest.approx((brightness(FRAMES) / 2 + 0.5).mean().item(), rel=1e-2)
+    assert module.downloads == ["CLIP and the aesthetic head"]
+
+
+@ALIGNPROP
+def test_alignprop_takes_a_weight_per_sample() -> None:
+    """The loss is one number per sample before the trainer's mean; a row of weight 0 does not move."""
+    module, pixels = alignprop_module(), nn.Parameter(FRAMES.logit())
     weights = LossWeights(rl=torch.tensor([1.0, 0.0]), sft=torch.tensor([0.0, 1.0]))
-    (weights.rl * loss).mean().backward()
-    assert images.grad is not None
-    assert images.grad[0].abs().sum() > 0
-    assert images.grad[1].abs().sum() == 0
+    loss_fn = alignprop_loss(REWARD)
+
+    def weighted(images, prompts=None):
+        loss, rewards = loss_fn(images, prompts)
+        return weights.rl * loss, rewards
+
+    module.aesthetic_loss_fn = lambda **options: weighted
+    logs = module.AlignPropTrainer(pixels, "aesthetic").step(TEXTS)
+    assert logs["reward_mean"] == pytest.approx(brightness(FRAMES).mean().item())
+    moved = pixels.detach().sub(FRAMES.logit()).flatten(1).abs().amax(1)
+    assert moved[0] > 0
+    assert moved[1] == 0
 
 
 def half_scored(images: Tensor) -> Tensor:
@@ -126,6 +229,8 @@ def half_scored(images: Tensor) -> Tensor:
     return torch.cat([zero.sqrt() / zero, others])
 
 
+@ALIGNPROP
+@VADER
 @pytest.mark.parametrize("on_nan", ["mean", "worst", 0.0])
 def test_an_image_without_a_score_spoils_no_weights(on_nan) -> None:
     """In both losses its gradient is 0, and that of the other image is a number."""
@@ -142,19 +247,32 @@ def test_an_image_without_a_score_spoils_no_weights(on_nan) -> None:
         assert images.grad[1].lt(0).all()
 
 
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
-def test_vader_converts_its_range() -> None:
-    """Frames in [-1, 1] and half precision are scored as images in [0, 1]; both results are scalars."""
-    frames = (2 * FRAMES - 1).requires_grad_()
-    for reward in ("aesthetic", "hps"):
-        loss, logged = vader_step(vader_loss(REWARD), frames, TEXTS, reward=reward)
-        expected = brightness(FRAMES).mean().item()
-        assert logged == pytest.approx(expected, rel=HALF_NETWORK["rtol"])
-        assert loss == pytest.approx(-logged)
-    assert frames.grad is not None
-    assert frames.grad.lt(0).all()
-    naive = REWARD(2 * FRAMES - 1)
-    assert not torch.allclose(naive, brightness(FRAMES), equal_nan=True)
+@VADER
+@pytest.mark.parametrize("reward_fn", ["aesthetic", "pick_score"])
+def test_vader_logs_and_follows_the_reward(reward_fn) -> None:
+    """Frames in [-1, 1] and half precision are scored as images in [0, 1], and the step makes them brighter."""
+    frames = nn.Parameter(2 * FRAMES - 1)
+    logs = vader_step(vader_loss(REWARD), frames, TEXTS, reward_fn=reward_fn)
+    assert logs["step_reward"] == pytest.approx(brightness(FRAMES).mean().item(), rel=HALF_NETWORK["rtol"])
+    assert logs["step_loss"] == logs["avg_loss"] == -logs["step_reward"]
+    assert frames.detach().gt(2 * FRAMES - 1).all()
+
+
+@VADER
+def test_vader_takes_a_weight_per_frame() -> None:
+    """Its loss is a scalar, so the weights enter where that is made, from one score per frame."""
+    frames, weights = nn.Parameter(2 * FRAMES - 1), torch.tensor([1.0, 0.0])
+    model = ImscoreModel(REWARD)
+
+    def weighted(frames, prompts=None):
+        scores = model.score(frames.float() / 2 + 0.5, prompts)
+        return -(weights * scores).mean(), scores.detach().mean()
+
+    logs = vader_step(weighted, frames, TEXTS, reward_fn="aesthetic")
+    assert logs["step_reward"] == pytest.approx(brightness(FRAMES).mean().item(), rel=HALF_NETWORK["rtol"])
+    moved = frames.detach().sub(2 * FRAMES - 1).flatten(1).abs().amax(1)
+    assert moved[0] > 0
+    assert moved[1] == 0
 
 
 @pytest.mark.parametrize("build", [alignprop_loss, vader_loss])

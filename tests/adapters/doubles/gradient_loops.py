@@ -1,6 +1,8 @@
-"""Loops that follow a reward's gradient, as far as a loss can notice: AlignProp, VADER and ReNO."""
+"""Loops that follow a reward's gradient, and what they do with the loss: AlignProp, VADER and ReNO."""
 
+import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,43 +11,77 @@ from torch import Tensor, nn
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class AlignPropTrainer:
-    """Its training step, on a generator that is one tensor of pixels."""
+def alignprop_module() -> SimpleNamespace:
+    """Its module: two factories, which download their models, and the trainer, which calls one of them."""
+    module = SimpleNamespace(downloads=[])
 
-    def __init__(self, reward_fn: str, pixels: nn.Parameter) -> None:
-        if reward_fn not in ("hps", "aesthetic"):
-            raise NotImplementedError(f"{reward_fn}: theirs knows two names; ours replaces its loss instead")
-        self.reward_fn, self.pixels = reward_fn, pixels
-        self.loss_fn: Callable[..., Any] = self.shipped_loss
+    def aesthetic_loss_fn(**options: Any) -> Callable[..., Any]:
+        module.downloads.append("CLIP and the aesthetic head")
 
-    @staticmethod
-    def shipped_loss(images: Tensor) -> tuple[Tensor, Tensor]:
-        """Like its own losses: it takes [0, 1] for [-1, 1]."""
-        rewards = ((images / 2) + 0.5).clamp(0, 1).mean((1, 2, 3))
-        return -rewards, rewards
+        def loss_fn(images: Tensor) -> tuple[Tensor, Tensor]:
+            rewards = ((images / 2) + 0.5).clamp(0, 1).mean((1, 2, 3))  # takes [0, 1] for [-1, 1]
+            return -rewards * options["grad_scale"], rewards
 
-    def step(self, prompts: Sequence[str]) -> tuple[float, Tensor]:
-        """The loss and the rewards that are logged."""
-        with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
-            images = self.pixels.sigmoid()  # denormalised to [0, 1] by its pipeline
-            texts = (list(prompts),) if "hps" in self.reward_fn else ()
-            loss, rewards = self.loss_fn(images, *texts)
-            logged = rewards.detach().cpu().numpy()
-            assert loss.shape == rewards.shape == (len(prompts),)
-            loss = loss.mean() * 0.01
-            loss.backward()
-        return loss.item(), torch.from_numpy(logged)
+        return loss_fn
+
+    def hps_loss_fn(inference_dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+        module.downloads.append("HPSv2")
+        return lambda images, prompts: None
+
+    class AlignPropTrainer:
+        """Its training step, on a generator that is one tensor of pixels before a sigmoid."""
+
+        def __init__(self, pixels: nn.Parameter, reward_fn: str, loss_coeff: float = 0.01) -> None:
+            self.pixels, self.reward_fn, self.loss_coeff = pixels, reward_fn, loss_coeff
+            self.optimizer = torch.optim.AdamW([pixels], 0.01, weight_decay=0.0)
+            device, dtype = torch.device("cpu"), torch.bfloat16
+            if reward_fn == "hps":
+                self.loss_fn = module.hps_loss_fn(dtype, device)
+            elif reward_fn == "aesthetic":
+                self.loss_fn = module.aesthetic_loss_fn(
+                    grad_scale=1.0, aesthetic_target=None, accelerator=None, torch_dtype=dtype, device=device
+                )
+            else:
+                raise NotImplementedError
+
+        def step(self, prompts: Sequence[str]) -> dict[str, float]:
+            """What it logs."""
+            self.optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+                images = self.pixels.sigmoid()  # its pipeline denormalises to [0, 1]
+                texts = (list(prompts),) if "hps" in self.reward_fn else ()
+                loss, rewards = self.loss_fn(images, *texts)
+                logged = torch.cat([rewards]).detach().cpu().numpy()  # gathered
+                loss = loss.mean() * self.loss_coeff
+                loss.backward()
+                nn.utils.clip_grad_norm_([self.pixels], 1.0)
+                self.optimizer.step()
+            return {"reward_mean": float(logged.mean()), "reward_std": float(logged.std()), "loss": loss.item()}
+
+    module.aesthetic_loss_fn, module.hps_loss_fn = aesthetic_loss_fn, hps_loss_fn
+    module.AlignPropTrainer = AlignPropTrainer
+    return module
 
 
 def vader_step(
-    loss_fn: Callable[..., Any], frames: Tensor, prompts: Sequence[str], *, reward: str
-) -> tuple[float, float]:
-    """Decoded frames `[B, 3, H, W]` in [-1, 1], in half precision; the scalars that are logged."""
-    texts = () if reward == "aesthetic" else (list(prompts),)
-    loss, rewards = loss_fn(frames.to(torch.bfloat16), *texts)
-    logged = loss.repeat(len(prompts)).mean().item()
+    loss_fn: Callable[..., Any], frames: nn.Parameter, prompts: Sequence[str], *, reward_fn: str
+) -> dict[str, float]:
+    """What it logs of a step on decoded frames `[B, 3, H, W]` in [-1, 1], cast to the model's half precision."""
+    optimizer = torch.optim.SGD([frames], 1.0)
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = frames.to(torch.bfloat16)
+        without = reward_fn in ("aesthetic", "rainy", "snowy", "objectDetection", "compression_score")
+        loss, rewards = loss_fn(half) if without else loss_fn(half, list(prompts))
+    average = loss.repeat(len(prompts)).mean()  # gathered
     loss.backward()
-    return logged, rewards.item()
+    nn.utils.clip_grad_norm_([frames], 1.0)
+    optimizer.step()
+    return {
+        "avg_loss": average.item(),
+        "step_loss": loss.detach().item(),
+        "step_reward": rewards.detach().item(),
+    }
 
 
 def clip_crop(image: Tensor) -> Tensor:
@@ -55,26 +91,34 @@ def clip_crop(image: Tensor) -> Tensor:
 
 
 class LatentNoiseTrainer:
-    """ReNO's trainer, on a generator that shows its latents."""
+    """ReNO's trainer, on a generator that shows its latents in half precision."""
 
-    def __init__(self, reward_losses: Sequence[Any], iterations: int) -> None:
-        self.reward_losses, self.iterations = reward_losses, iterations
+    def __init__(self, reward_losses: Sequence[Any], n_iters: int) -> None:
+        self.reward_losses, self.n_iters = reward_losses, n_iters
         self.preprocess_fn: Callable[[Tensor], Tensor] = clip_crop
 
-    def train(self, latents: nn.Parameter, prompt: str) -> list[dict[str, float]]:
-        """What it logs in each iteration."""
-        optimizer, logs = torch.optim.SGD([latents], 5.0), []
-        for _ in range(self.iterations):
+    def train(
+        self, latents: nn.Parameter, prompt: str, optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+        """The best image, and the losses that were logged first and for that image."""
+        best_loss, best_image, logs, best = math.inf, None, [], {}
+        for iteration in range(self.n_iters):
             optimizer.zero_grad()
-            image = (latents / 2 + 0.5).clamp(0, 1)
+            image = (latents / 2 + 0.5).clamp(0, 1).half()
+            total, log = 0, {}
             seen = self.preprocess_fn(image)
-            total, log = torch.zeros((), dtype=latents.dtype), {}
             for reward_loss in self.reward_losses:
                 loss = reward_loss(seen, prompt)
-                total = total + loss * reward_loss.weighting
+                total += loss * reward_loss.weighting
                 log[reward_loss.name] = loss.item()
+            log["total"] = reached = total.item()
+            norm = torch.linalg.vector_norm(latents).float()
+            total += (0.01 * (0.5 * norm**2 - (latents[0].numel() - 1) * norm.log())).to(total.dtype)
             logs.append(log)
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(latents, 0.1)
-            optimizer.step()
-        return logs
+            if reached < best_loss:
+                best_loss, best_image, best = reached, image, log
+            if iteration != self.n_iters - 1:
+                total.backward()
+                nn.utils.clip_grad_norm_(latents, 0.1)
+                optimizer.step()
+        return best_image.detach().float(), logs[0], best

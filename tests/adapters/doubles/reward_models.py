@@ -1,33 +1,104 @@
-"""Loops that build their own reward models, as far as such a model can notice: DanceGRPO, MixGRPO, imscore, SRPO."""
+"""Loops that build their own reward models, and what they do with the scores: DanceGRPO, MixGRPO, imscore, SRPO."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def dancegrpo_advantages(
-    model: Any, images: Sequence[Image.Image], captions: Sequence[str], folder: Path, *, generations: int, device: str
-) -> Tensor:
-    """One image at a time, by the path of its PNG, then z-scores within consecutive groups."""
-    rewards = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            path = str(folder / f"flux_0_{index}.png")
-            image.save(path)
-            score = model.reward([path], [caption])
-            if score.ndim == 2:
-                score = score[:, 0]
-            rewards.append(score)
-    joined = torch.cat(rewards).to(torch.float32)
-    assert joined.shape == (len(images),)
-    assert joined.device == torch.device(device)
-    groups = joined.view(-1, generations)
+def group_advantages(rewards: Tensor, generations: int) -> Tensor:
+    """z-scores within consecutive groups."""
+    groups = rewards.view(-1, generations)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)).flatten()
+
+
+def policy_gradient(advantages: Tensor) -> Tensor:
+    """The gradient to the log-probability of each sample, of the clipped loss that is taken sample by sample."""
+    log_probs = nn.Parameter(torch.zeros(len(advantages)))
+    for row, advantage in enumerate(advantages.clamp(-5.0, 5.0)):
+        ratio = (log_probs[row] - log_probs[row].detach()).exp()
+        torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-4, 1 + 1e-4)).mean().backward()
+    assert log_probs.grad is not None
+    return log_probs.grad
+
+
+def dancegrpo(
+    script: str,
+    slot: SimpleNamespace,
+    images: Tensor,
+    captions: Sequence[str],
+    folder: Path,
+    *,
+    generations: int | None = 2,
+    suffix: str = ".jpg",
+    weigh: Callable[[Tensor], Tensor] = lambda advantages: advantages,
+) -> tuple[Tensor, Tensor]:
+    """One image at a time: what a script writes, what it asks of its slot, and the policy gradient that follows.
+
+    Args:
+        script: "flux", which writes PNG, or "sd", which resizes to 512 pixels and writes `suffix`.
+        slot: the names that the script builds: `reward_model`, and for HPSv2 `processor` and `preprocess_val`.
+        images: `[B, 3, H, W]` in [0, 1].
+        captions: one per image.
+        folder: where the script writes.
+        generations: `--num_generations` with `--use_group`; None = the advantages of the whole batch.
+        suffix: the end of the file name in train_grpo_sd.py.
+        weigh: what a user does with the advantages after they are computed.
+
+    Returns:
+        The rewards that are gathered and logged, and the gradient to the log-probability of each sample.
+    """
+    rewards = []
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        levels = 255 * image.movedim(0, -1)
+        if script == "flux":
+            picture, path = Image.fromarray(levels.round().byte().numpy()), str(folder / f"flux_0_{index}.png")
+        else:  # rounded down
+            picture = Image.fromarray(levels.byte().numpy()).resize((512, 512))
+            path = str(folder / f"image-{index}-0-rank-0{suffix}")
+        picture.save(path)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            if hasattr(slot, "processor"):  # hpsv2
+                seen = picture if script == "flux" else Image.open(path).convert("RGB")
+                pixels = slot.preprocess_val(seen).unsqueeze(0).to(device="cpu", non_blocking=True)
+                text = slot.processor([caption]).to(device="cpu", non_blocking=True)
+                outputs = slot.reward_model(pixels, text)
+                score = torch.diagonal(outputs["image_features"] @ outputs["text_features"].T)
+            else:  # hpsv3
+                score = slot.reward_model.reward([path], [caption])
+                if score.ndim == 2:
+                    score = score[:, 0]
+        rewards.append(score)
+    joined = torch.cat(rewards, dim=0).to(torch.float32)
+    gathered = torch.zeros_like(joined).copy_(joined)
+    assert gathered.shape == (len(images),)
+    if generations is None:
+        advantages = (joined - gathered.mean()) / (gathered.std() + 1e-8)
+    else:
+        advantages = group_advantages(joined, generations)
+    return gathered, policy_gradient(weigh(advantages))
+
+
+FLAGS = {
+    "HPSClipRewardModel": "hps_weight",
+    "CLIPScoreRewardModel": "clip_score_weight",
+    "ImageRewardModel": "image_reward_weight",
+    "PickScoreRewardModel": "pick_score_weight",
+}
+
+
+def mixgrpo_weights(models: Sequence[Any], flags: dict[str, float]) -> dict[str, float]:
+    """Its weights by class name, whose sum is 1."""
+    weights = {type(model).__name__: flags.get(FLAGS.get(type(model).__name__, ""), 1.0) for model in models}
+    total = sum(weights.values())
+    if total > 0:
+        return {name: weight / total for name, weight in weights.items()}
+    return {type(model).__name__: 1.0 / len(models) for model in models}
 
 
 def mixgrpo_rewards(
@@ -39,13 +110,13 @@ def mixgrpo_rewards(
         name = type(model).__name__
         try:
             if name in ("HPSClipRewardModel", "ImageRewardModel", "PickScoreRewardModel"):
-                rewards, good = model(images, prompts), [1] * len(prompts)
+                rewards = model(images, prompts)
             elif name == "CLIPScoreRewardModel":
-                rewards, good = model(prompts, images), [1] * len(prompts)
+                rewards = model(prompts, images)
             else:
                 raise ValueError(f"unknown model {name}")
             assert len(rewards) == len(prompts)
-            return rewards, good
+            return rewards, [1] * len(rewards)
         except Exception as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -61,25 +132,84 @@ def mixgrpo_rewards(
                 rewards[name], good[name] = [0.0] * len(prompts), [0] * len(prompts)
     merged, successes = [0.0] * len(prompts), [0] * len(prompts)
     for index in range(len(prompts)):
-        if all(good[name][index] for name in weights):
-            merged[index] = sum(weight * rewards[name][index] for name, weight in weights.items())
+        if all(good[name][index] == 1 for name in weights if name in good):
+            merged[index] = sum(weights[name] * rewards[name][index] for name in weights if name in rewards)
             successes[index] = 1
     return merged, successes, rewards
 
 
-def imscore_step(model: Any, generated: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The post-training step of its README: the gradient that reaches the generator's pixels."""
-    model.to("cpu").eval().requires_grad_(False)
-    scores = model.score(generated, list(prompts))
+def mixgrpo(
+    models: Sequence[Any],
+    flags: dict[str, float],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    *,
+    generations: int,
+    mix: str = "reward_aggr",
+) -> tuple[Any, Tensor]:
+    """What is gathered and logged, and the advantages, of images that are scored one at a time."""
+    weights = mixgrpo_weights(models, flags)
+    merged: list[Tensor] = []
+    apart: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for image, prompt in zip(images, prompts, strict=True):
+            total, _, rewards = mixgrpo_rewards([image], [prompt], models, weights)
+            merged.append(torch.tensor(total, dtype=torch.float32))
+            for name, values in rewards.items():
+                apart.setdefault(name, []).append(torch.tensor(values, dtype=torch.float32))
+    if mix == "reward_aggr":
+        gathered = torch.cat(merged)
+        return gathered, group_advantages(gathered, generations)
+    each = {name: torch.cat(values) for name, values in apart.items()}
+    parts = [weights[name] * group_advantages(values, generations) for name, values in each.items()]
+    return each, torch.stack(parts).sum(0)
+
+
+def imscore_step(model: Any, pixels: nn.Parameter, prompts: Sequence[str]) -> float:
+    """The post-training step of its README, on a generator that is one tensor of pixels; the loss."""
+    optimizer = torch.optim.SGD([pixels], 1.0)
+    optimizer.zero_grad()
+    scores = model.score(pixels, list(prompts))
     assert scores.shape == (len(prompts),)
-    (-scores.mean()).backward()
-    return scores.detach()
+    loss = -scores.mean()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
-def srpo_losses(model: Any, image: Tensor, positive: str, caption: str, *, k: float) -> tuple[Tensor, Tensor]:
-    """The loss of the denoising and of the inversion branch, from one decoded image `[1, 3, H, W]` in [0, 1]."""
-    trained = [*model.eval().parameters()]
-    assert all(not weight.requires_grad for weight in trained)
-    forward = model.SRP_cfg([positive], [caption], image, k)
-    inverse = model.SRP_cfg([caption], [positive], image, k)
-    return tuple(torch.relu(-outputs + 0.7).mean() for outputs in (forward, inverse))
+def srpo_step(
+    model: Any,
+    decoded: nn.Parameter,
+    positive: str,
+    caption: str,
+    *,
+    script: str,
+    k: float = 0.1,
+    discount: float = 0.5,
+) -> tuple[list[float], list[Tensor]]:
+    """Losses and gradients of one step of SRPO.py ("flux": denoising, inversion) or SRPO_Qwen.py ("qwen": denoising).
+
+    Args:
+        model: the reward model.
+        decoded: `[1, 3, H, W]` in [-1, 1], what the generator decodes.
+        positive: the caption with a control word.
+        caption: the caption.
+        script: "flux", which clamps the image, or "qwen", which stretches it to [0, 1].
+        k: the discount of SRPO.py, inside the score.
+        discount: the discount of SRPO_Qwen.py, outside.
+    """
+    model.eval()
+    model.requires_grad_(False)
+    (trained,) = [weight for weight in [decoded, *model.parameters()] if weight.requires_grad]
+    image = decoded.to(torch.bfloat16)  # its decoder runs under autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        if script == "flux":
+            image = (image / 2 + 0.5).clamp(0, 1)
+            forward = model.SRP_cfg([positive], [caption], image, torch.tensor([k]))
+            inverse = model.SRP_cfg([caption], [positive], image, torch.tensor([k]))
+            losses = [torch.relu(-outputs + 0.7).mean() for outputs in (forward, inverse)]
+        else:
+            image = (image - image.min()) / (image.max() - image.min())
+            losses = [(-model.SRP_cfg([positive], [caption], image, 0.0) * torch.tensor([discount])).mean()]
+    pulls = [torch.autograd.grad(loss, trained, retain_graph=True)[0] for loss in losses]
+    return [loss.item() for loss in losses], pulls
