@@ -1,9 +1,14 @@
-"""A text-conditioned reward for SRPO (read at 81e5898). Copy this file, and set `reward_model = SRPOModel(reward)`.
+"""A text-conditioned reward for SRPO (read at 81e5898). Copy this file, and write
+
+    reward_model = SRPOModel(reward)  # in place of the `if args.reward_model == ...` of SRPO.py or SRPO_Qwen.py
 
 SRPO learns from the scores of one image for two texts, `(1 + k) r(image, positive) - r(image, negative)`, and swaps the
 texts for its inversion branch. A reward that reads no text, such as every quality metric, gives both texts the same
 score: the difference vanishes, `k r(image)` is left, and both branches pull the same way. Follow the gradient of such a
 reward instead, with AlignProp's loss (`iqareward.adapters.reward_models`) or the loop of `iqareward.diffusion`.
+
+SRPO_Qwen.py stretches every image to [0, 1] by its own minimum and maximum before the reward sees it, so that exposure
+and contrast are not judged; SRPO.py clamps.
 
 Shen et al., Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference, 2025,
 https://arxiv.org/abs/2509.06942

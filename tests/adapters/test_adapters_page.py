@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
+from iqareward import AdaptiveWeighter, to_images
 from iqareward.adapters import unirl
 from iqareward.types import Reward
 from tests.adapters.doubles import flow_grpo, gradient_loops, reward_models
@@ -19,7 +22,7 @@ from tests.adapters.doubles.pages import DOCS, blocks, execute, package
 from tests.adapters.restoration_agent import as_pil
 from tests.adapters.test_reward_models import CONTRAST
 from tests.diffusion.tiny import images as smooth
-from tests.tolerances import EXACT, NETWORK_BATCH
+from tests.tolerances import EXACT, HALF_NETWORK, NETWORK_BATCH
 
 PAGE = "reference/adapters.md"
 IMAGES = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
@@ -77,20 +80,40 @@ def test_unirl(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     torch.testing.assert_close(scores, qalign(STORED), **NETWORK_BATCH)
 
 
-def test_models_of_loops_without_a_hook(tmp_path: Path, qalign: Reward) -> None:
-    """imscore and DanceGRPO get what they call, AlignProp and VADER their losses, and the weights reach the loss."""
+def test_models_of_loops_without_a_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
+    """DanceGRPO, AlignProp and VADER learn from what the page tells them to write, weights included."""
+    theirs = gradient_loops.alignprop_module()
+    package(monkeypatch, alignprop_trainer=theirs)
+    samples = {"rewards": torch.tensor([0.5, 0.7, 0.8, 0.9]), "advantages": torch.tensor([-1.0, 1.0, -1.0, 1.0])}
+    scope = {
+        "device": "cpu", "Image": Image, "decoded_video": [IMAGES.movedim(1, -1).numpy()], "reward": CONTRAST,
+        "samples": samples, "args": SimpleNamespace(num_generations=2), "accelerator": SimpleNamespace(device="cpu"),
+        "weighter": AdaptiveWeighter(mode="convex", calibrate_on_first=True),
+    }  # fmt: skip
+    slots = []
+    for block in code("imscore, DanceGRPO, AlignProp, VADER"):
+        execute(block, scope)
+        slots += [SimpleNamespace(**scope)] if "reward_model =" in block else []
+    del slots[1].processor  # the script has either block
+    for slot in slots:
+        rewards, _ = reward_models.dancegrpo("flux", slot, IMAGES, ["", ""], tmp_path)
+        torch.testing.assert_close(rewards, qalign(STORED), **NETWORK_BATCH)
+    torch.testing.assert_close(to_images(scope["image_path"])[0], STORED[0], **EXACT)
+    easier, harder = samples["advantages"].abs()[[3, 1]]
+    assert easier < harder
+
     pixels = nn.Parameter(IMAGES[:, :, :32, :32].clamp(0.1, 0.9).logit())
-    trainer = gradient_loops.AlignPropTrainer("aesthetic", pixels)
-    names = {"alignprop_trainer": trainer, "reward": CONTRAST}
-    scope = run("imscore, DanceGRPO, AlignProp, VADER", names)
-    assert scope["scores"].shape == (2,)
-    model = scope["reward_model"]
-    advantages = reward_models.dancegrpo_advantages(model, PICTURES, ["", ""], tmp_path, generations=2, device="cpu")
-    assert torch.equal(advantages.sign(), (qalign(STORED) - qalign(STORED).mean()).sign())
-    _, rewards = trainer.step(["", ""])
-    torch.testing.assert_close(rewards, CONTRAST(pixels.detach().sigmoid()), **EXACT)
-    assert scope["loss"].requires_grad
-    torch.testing.assert_close(scope["loss"].detach(), -scope["weights"].rl * scope["rewards"], **EXACT)
+    logs = theirs.AlignPropTrainer(pixels, "aesthetic").step(["", ""])
+    assert logs["loss"] == pytest.approx(-0.01 * logs["reward_mean"])
+    frames = nn.Parameter(2 * IMAGES - 1)
+    logs = gradient_loops.vader_step(scope["loss_fn"], frames, ["", ""], reward_fn="aesthetic")
+    assert logs["step_loss"] == -logs["step_reward"]
+    theirs.aesthetic_loss_fn = lambda **options: scope["weighted_loss"]
+    logs = theirs.AlignPropTrainer(nn.Parameter(IMAGES.logit(1e-3)), "aesthetic", loss_coeff=1.0).step(["", ""])
+    weighted = -(scope["weights"].rl * IMAGES.mean((1, 2, 3))).mean().item()
+    assert logs["loss"] == pytest.approx(weighted, rel=1e-3)
+    logs = gradient_loops.vader_step(scope["weighted_vader_loss"], frames, ["", ""], reward_fn="aesthetic")
+    assert logs["step_loss"] == pytest.approx(weighted, rel=HALF_NETWORK["rtol"])
 
 
 def test_diffusers(capsys: pytest.CaptureFixture[str], qalign: Reward) -> None:

@@ -17,7 +17,7 @@ from tests.adapters.restoration_agent import photographs
 from tests.tolerances import EXACT, HALF_NETWORK, OTHER_PACKAGE
 
 IMSCORE = pytest.mark.trainer("imscore", "0.0.11 (cb28b8b)", "caller", "reader", "gradients", "weights")
-DANCEGRPO = pytest.mark.trainer("DanceGRPO", "22b85ef", "caller", "reader", "configuration", "weights")
+DANCEGRPO = pytest.mark.trainer("DanceGRPO", "15cc71d", "caller", "reader", "configuration", "weights")
 ALIGNPROP = pytest.mark.trainer("AlignProp", "b22918a", "caller", "reader", "configuration", "gradients", "weights")
 VADER = pytest.mark.trainer("VADER", "adaf2ef", "caller", "reader", "configuration", "gradients", "weights")
 
@@ -121,13 +121,17 @@ def test_dancegrpo_stable_diffusion_must_write_png(tmp_path) -> None:
 
 
 @DANCEGRPO
-def test_dancegrpo_weights_its_advantages(tmp_path) -> None:
-    """A weight per sample changes that sample's gradient only."""
+@pytest.mark.parametrize(("script", "key"), [("flux", "advantages"), ("sd", "final_advantages")])
+def test_dancegrpo_weights_its_advantages(tmp_path, script, key) -> None:
+    """A weight per sample changes that sample's gradient only, under the key that the script trains on."""
     weights = LossWeights(rl=torch.tensor([1.0, 1.0, 0.5, 0.0]), sft=torch.zeros(4))
-    _, plain = dancegrpo("flux", hpsv2(CONTRAST), IMAGES, PROMPTS, tmp_path)
-    _, weighted = dancegrpo(
-        "flux", hpsv2(CONTRAST), IMAGES, PROMPTS, tmp_path, weigh=lambda rows: weighted_advantages(rows, weights)
-    )
+
+    def weigh(samples: dict[str, Tensor]) -> None:
+        samples[key] = weighted_advantages(samples[key], weights)
+
+    _, plain = dancegrpo(script, hpsv2(CONTRAST), IMAGES, PROMPTS, tmp_path)
+    _, weighted = dancegrpo(script, hpsv2(CONTRAST), IMAGES, PROMPTS, tmp_path, weigh=weigh)
+    assert plain.abs().min() > 0.5
     torch.testing.assert_close(weighted, weights.rl * plain, **OTHER_PACKAGE)
 
 

@@ -36,7 +36,7 @@ def dancegrpo(
     *,
     generations: int | None = 2,
     suffix: str = ".jpg",
-    weigh: Callable[[Tensor], Tensor] = lambda advantages: advantages,
+    weigh: Callable[[dict[str, Tensor]], Any] = lambda samples: None,
 ) -> tuple[Tensor, Tensor]:
     """One image at a time: what a script writes, what it asks of its slot, and the policy gradient that follows.
 
@@ -48,7 +48,7 @@ def dancegrpo(
         folder: where the script writes.
         generations: `--num_generations` with `--use_group`; None = the advantages of the whole batch.
         suffix: the end of the file name in train_grpo_sd.py.
-        weigh: what a user does with the advantages after they are computed.
+        weigh: what a user does with `samples` after the advantages are computed.
 
     Returns:
         The rewards that are gathered and logged, and the gradient to the log-probability of each sample.
@@ -81,7 +81,9 @@ def dancegrpo(
         advantages = (joined - gathered.mean()) / (gathered.std() + 1e-8)
     else:
         advantages = group_advantages(joined, generations)
-    return gathered, policy_gradient(weigh(advantages))
+    samples = {"rewards": joined, "advantages": advantages, "final_advantages": advantages.clone()}
+    weigh(samples)
+    return gathered, policy_gradient(samples["advantages" if script == "flux" else "final_advantages"])
 
 
 FLAGS = {
