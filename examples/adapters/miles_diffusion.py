@@ -1,7 +1,9 @@
-"""Rewards and weights per sample for miles_diffusion (read at 2929e49, 2026-05). Copy this file and edit the settings.
+"""Rewards, and advantages weighted per sample, for miles_diffusion. Copy this file and edit the settings.
 
-Start with `--custom-rm-path my_rewards.custom_rm --custom-reward-post-process-path my_rewards.post_process`, and leave
-`--reward-key` unset. miles awaits `custom_rm(args, samples)` on the event loop that also serves rollouts.
+Read at 153b243. Start with `--custom-rm-path my_rewards.custom_rm --custom-reward-post-process-path
+my_rewards.post_process`, and without `--reward-key`. Rewards are logged as `rollout/reward/raw_mean`, weighted
+advantages as `rollout/reward/norm_mean`. miles has no supervised loss beside its policy loss, so the SFT weight is not
+used.
 """
 
 import asyncio
@@ -22,14 +24,18 @@ _lock = threading.Lock()
 
 
 async def custom_rm(args: Any, samples: Sequence[Any], **ignored: Any) -> list[float]:
-    """One reward per sample, scored in a thread so that rollouts go on meanwhile."""
+    """One reward per sample, scored in a thread, because miles awaits it on the loop that also serves rollouts."""
+    if args.reward_key:
+        raise ValueError(
+            f"custom_rm returns one number per sample: start without --reward-key, got {args.reward_key!r}."
+        )
     return await asyncio.to_thread(_score, samples)
 
 
 def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
     """Raw rewards and advantages within `sample.group_index`, weighted by the distance to the ground truth.
 
-    Each sample's SFT weight is left in `sample.train_metadata["sft_weight"]`, for a `--loss-type custom_loss`.
+    Without weights these are the advantages of `--globalize-reward-std`.
     """
     if any(sample.group_index is None for sample in samples):
         raise ValueError("post_process expected a `group_index` in every sample, which tells the inputs apart.")
@@ -38,8 +44,6 @@ def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[f
     advantages = iqareward.group_advantages(torch.tensor(raw), groups, scale="batch")
     difficulty = iqareward.reference_distance(_images(samples), _ground_truth(samples), groups=groups)
     weights = weighter(difficulty, has_signal=advantages.has_signal)
-    for sample, sft in zip(samples, weights.sft.tolist(), strict=True):
-        sample.train_metadata = {**(sample.train_metadata or {}), "sft_weight": sft}
     return raw, weighted_advantages(advantages.values, weights).tolist()
 
 

@@ -72,6 +72,10 @@ def stacked(rows: list[double.Sample]) -> tuple[Tensor, Tensor, Tensor]:
     return images, torch.stack([row.metadata["gt_path"] for row in rows]), torch.tensor([r.group_index for r in rows])
 
 
+MILES = pytest.mark.trainer("miles_diffusion", "153b243", "caller", "reader", "configuration", "async", "gradients")
+
+
+@MILES
 def test_miles_scores_micro_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of one frame are scored against the metadata, as floats in the order of the samples."""
     monkeypatch.setattr(miles_diffusion, "REWARD", iqareward.load("ssim"))
@@ -82,14 +86,28 @@ def test_miles_scores_micro_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     images, clean, _ = stacked(rows)
     expected = iqareward.load("ssim")(images, references=clean)
     torch.testing.assert_close(torch.tensor([row.reward for row in rows]), expected, **NETWORK_BATCH)
-    assert all(type(row.reward) is float for row in rows)
+    centred = expected.view(2, 2) - expected.view(2, 2).mean(1, keepdim=True)
+    gradients = double.policy_gradients(rows, globalize_reward_std=True)
+    torch.testing.assert_close(gradients, -2 * centred.flatten() / (expected.std() + 1e-4), rtol=1e-3, atol=1e-5)
     rows[2].generated_output = torch.full_like(rows[2].generated_output, torch.nan)
     with pytest.raises(ValueError, match="ssim could not score every image"):
         asyncio.run(double.rollout(CUSTOM_RM, rows))
     with pytest.raises(ValueError, match="expected"):
-        asyncio.run(miles_diffusion.custom_rm(None, [double.Sample(0, "", torch.zeros(3, 5, 32, 32))]))
+        asyncio.run(double.rollout(CUSTOM_RM, [double.Sample(0, "", torch.zeros(3, 5, 32, 32))]))
 
 
+@MILES
+def test_miles_refuses_a_reward_key() -> None:
+    """The trainer would look it up in our number, after the rollouts."""
+    rows = samples()
+    with pytest.raises(ValueError, match="start without --reward-key, got 'quality'"):
+        asyncio.run(double.rollout(CUSTOM_RM, rows, reward_key="quality"))
+    rows[0].reward = 0.5
+    with pytest.raises(TypeError):
+        double.post_process(rows, reward_key="quality")
+
+
+@MILES
 def test_miles_keeps_its_loop_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function scores in a thread, so that the event loop goes on."""
 
@@ -101,8 +119,10 @@ def test_miles_keeps_its_loop_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(double.rollout(CUSTOM_RM, samples())) > 10
 
 
+@MILES
+@pytest.mark.trainer("miles_diffusion", "153b243", "weights")
 def test_miles_weights_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Advantages are weighted by how far each input is from its ground truth, and the SFT weight is left for a loss."""
+    """Each row's policy gradient is that of the trainer's own advantages, times its RL weight."""
     rows = samples(8)
     for index, row in enumerate(rows):
         row.reward = float(index % 3)
@@ -112,31 +132,30 @@ def test_miles_weights_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     weighter = AdaptiveWeighter(mode="convex")
     weighter.calibrate(torch.tensor([0.02, 0.1, 0.5]))
     monkeypatch.setattr(miles_diffusion, "weighter", weighter)
-    raw, rewards = double.post_process(POST_PROCESS, rows, 2)
+    raw, _ = double.post_process(rows, POST_PROCESS)
     assert raw == [row.reward for row in rows]
     share = weighter(reference_distance(images, clean, groups=groups)).rl
     assert share[:4].max() < share[4:].min()
-    plain = iqareward.group_advantages(torch.tensor(raw), groups, scale="batch").values
-    torch.testing.assert_close(torch.tensor(rewards), share * plain, rtol=1e-3, atol=1e-5)
-    sft = torch.tensor([row.train_metadata["sft_weight"] for row in rows])
-    torch.testing.assert_close(sft, 1 - share, **OTHER_PACKAGE)
+    plain = double.policy_gradients(rows, globalize_reward_std=True)
+    weighted = double.policy_gradients(rows, POST_PROCESS)
+    torch.testing.assert_close(weighted, share * plain, rtol=1e-3, atol=1e-5)
     rows[0].group_index = None
     with pytest.raises(ValueError, match="expected a `group_index` in every sample"):
-        double.post_process(POST_PROCESS, rows, 2)
+        double.post_process(rows, POST_PROCESS)
 
 
+@MILES
 def test_miles_leaves_unscored_samples_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One NaN costs a whole group in the trainer's own normalisation; in the example it costs its own row."""
     monkeypatch.setattr(miles_diffusion, "weighter", AdaptiveWeighter(calibrate_on_first=True))
     rows = samples(4)
     for row, reward in zip(rows, (1.0, math.nan, 1.0, 3.0)):
         row.reward = reward
-    _, plain = double.post_process(None, rows, 2)
+    _, plain = double.post_process(rows)
     assert [math.isnan(value) for value in plain] == [True, True, False, False]
-    _, rewards = double.post_process(POST_PROCESS, rows, 2)
+    _, rewards = double.post_process(rows, POST_PROCESS)
     assert rewards[:2] == [0.0, 0.0]
     assert rewards[2] < 0 < rewards[3]
-    assert rows[0].train_metadata["sft_weight"] == 1.0  # nothing to compare with: SFT only
 
 
 @pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")

@@ -1,4 +1,4 @@
-"""miles_diffusion, as far as a reward function or a post-processing hook can notice."""
+"""miles_diffusion at 153b243: the rollout that awaits a reward, the normaliser, the train pairs and the policy loss."""
 
 import asyncio
 import importlib
@@ -20,12 +20,11 @@ class Sample:
     generated_output: Tensor | None = None
     reward: Any = None
     metadata: dict = field(default_factory=dict)
-    train_metadata: dict | None = None
 
     def get_reward_value(self, args: Any) -> float:
         if self.reward is None:
             raise ValueError("sample.reward is None")
-        return float(self.reward)
+        return float(self.reward[args.reward_key] if args.reward_key else self.reward)
 
 
 def load_function(path: str) -> Any:
@@ -33,9 +32,16 @@ def load_function(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-async def rollout(custom_rm_path: str, samples: list[Sample], micro_group: int = 2) -> int:
+def arguments(**changed: Any) -> Any:
+    """The command line, with the defaults of the trainer."""
+    defaults: dict[str, Any] = {"reward_key": None, "custom_reward_post_process_path": None, "n_samples_per_prompt": 2}
+    defaults |= {"globalize_reward_mean": False, "globalize_reward_std": False, "grpo_std_normalization": True}
+    return SimpleNamespace(**{**defaults, "diffusion_adv_clip_max": 5.0, "diffusion_clip_range": 1e-4, **changed})
+
+
+async def rollout(custom_rm_path: str, samples: list[Sample], micro_group: int = 2, **options: Any) -> int:
     """Await the function for every micro-group, beside a loop that must stay alive; returns that loop's turns."""
-    args, turns, done = SimpleNamespace(reward_key=None), 0, False
+    args, turns, done = arguments(**options), 0, False
     function = load_function(custom_rm_path)
 
     async def generate() -> None:
@@ -60,14 +66,33 @@ async def rollout(custom_rm_path: str, samples: list[Sample], micro_group: int =
     return turns
 
 
-def post_process(path: str | None, samples: list[Sample], n_samples_per_prompt: int) -> tuple[list[float], list[float]]:
+def post_process(samples: list[Sample], path: str | None = None, **options: Any) -> tuple[list[float], list[float]]:
     """Raw rewards and advantages: by the hook, or normalised over consecutive samples."""
-    args = SimpleNamespace(reward_key=None)
+    args = arguments(custom_reward_post_process_path=path, **options)
     if path is not None:
-        raw, rewards = load_function(path)(args, samples)
-        assert len(raw) == len(rewards) == len(samples)
-        return raw, rewards
-    raw = [sample.get_reward_value(args) for sample in samples]
-    rewards = torch.tensor(raw).reshape(-1, n_samples_per_prompt)
-    rewards = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    return raw, rewards.flatten().tolist()
+        return load_function(path)(args, samples)
+    raw = torch.tensor([sample.get_reward_value(args) for sample in samples])
+    rewards = raw.view(-1, args.n_samples_per_prompt)
+    rewards = rewards - (raw.mean() if args.globalize_reward_mean else rewards.mean(-1, keepdim=True))
+    if args.grpo_std_normalization:
+        std = raw.std() if args.globalize_reward_std else rewards.std(-1, keepdim=True)
+        rewards = rewards / (std + 1e-4)
+    return raw.tolist(), rewards.flatten().tolist()
+
+
+def policy_gradients(samples: list[Sample], path: str | None = None, *, steps: int = 2, **options: Any) -> Tensor:
+    """The gradient of the loss by each sample's log-probability, from one train pair per denoising step."""
+    args = arguments(**options)
+    raw, rewards = post_process(samples, path, **options)
+    pairs = [
+        {"advantage": float(reward), "raw_reward": float(score), "sample": index}
+        for index, (reward, score) in enumerate(zip(rewards, raw, strict=True))
+        for _ in range(steps)
+    ]
+    advantage = torch.tensor([pair["advantage"] for pair in pairs], dtype=torch.float32)
+    advantage = advantage.clamp(-args.diffusion_adv_clip_max, args.diffusion_adv_clip_max)
+    log_probs = torch.zeros(len(samples), requires_grad=True)
+    ratio = log_probs[[pair["sample"] for pair in pairs]].exp()
+    clipped = ratio.clamp(1 - args.diffusion_clip_range, 1 + args.diffusion_clip_range)
+    torch.maximum(-advantage * ratio, -advantage * clipped).sum().backward()
+    return log_probs.grad
