@@ -7,18 +7,20 @@ trainers for diffusion models were removed in 0.24.
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward.adapters._core import Scorer, column
+from iqareward.atomic import atomic_write
 from iqareward.groups import group_statistics
 from iqareward.images import ImageLike
 from iqareward.optional import require
-from iqareward.schedules import check_signal
+from iqareward.schedules import Weighter, check_signal
 from iqareward.types import Reward, Scores
-from iqareward.weighting import AdaptiveWeighter, weighted_advantages
+from iqareward.weighting import LossWeights, weighted_advantages
 
 __all__ = ["AsyncTRLReward", "Decode", "TRLReward", "adaptive_trainer", "tool_images"]
 
@@ -79,7 +81,7 @@ class TRLReward:
         self.__name__ = name or self.reward.name
 
     def __call__(
-        self, *, completions: Sequence[Any], log_metric: Callable[[str, float], None] | None = None, **columns: Any
+        self, completions: Sequence[Any], *, log_metric: Callable[[str, float], None] | None = None, **columns: Any
     ) -> list[float | None]:
         """One number or None per completion, from what TRL passes by keyword."""
         columns["completions"] = completions
@@ -102,12 +104,15 @@ class TRLReward:
             for row, score in zip(rows, scores.tolist(), strict=True):
                 rewards[row] = score if math.isfinite(score) else None
         if log_metric is not None:
-            unscored = sum(rewards[row] is None for row in rows)
-            log_metric(f"{self.__name__}/no_image", 1 - len(rows) / max(1, len(found)))
-            log_metric(f"{self.__name__}/unscored", unscored / max(1, len(found)))
+            # One call per completion, because TRL averages the calls of all processes, which hold different numbers of
+            # scored images.
+            unscored = {row for row in rows if rewards[row] is None}
+            for row in range(len(found)):
+                log_metric(f"{self.__name__}/no_image", float(found[row] is None))
+                log_metric(f"{self.__name__}/unscored", float(row in unscored))
             for name, scores in parts.items():
-                if scores.isfinite().any():
-                    log_metric(f"{self.__name__}/{name}", scores[scores.isfinite()].mean().item())
+                for score in filter(math.isfinite, scores.tolist()):
+                    log_metric(f"{self.__name__}/{name}", score)
         return rewards
 
 
@@ -163,28 +168,40 @@ def tool_images(completions: Sequence[Sequence[dict[str, Any]]], **columns: Any)
     return [_last_tool_image(messages) for messages in completions]
 
 
-def adaptive_trainer(trainer: type, weighter: AdaptiveWeighter, fidelity: TRLReward) -> Any:
+def adaptive_trainer(
+    trainer: type, weighter: Weighter, fidelity: TRLReward, *, targets: str | None = None, sft_scale: float = 1.0
+) -> Any:
     """A subclass of GRPOTrainer or RLOOTrainer that learns more from the prompts whose images are still bad.
 
     Every advantage is multiplied with the RL weight of its prompt, which follows from the mean distance of the prompt's
-    images to the ground truth. TRL has no supervised loss, so the SFT weights are not used; evaluation does not change.
-    `adaptive/difficulty` and `adaptive/rl_share` appear in the logs.
+    images to the ground truth. With `targets`, the mean of `sft_scale * weight * loss` over the rows is added to the
+    loss, with the SFT weight of the row's prompt and the cross-entropy per token of its target. A prompt whose
+    completions all got the same reward has no RL weight. Evaluation does not change. `adaptive/difficulty`,
+    `adaptive/rl_share`, `adaptive/sft_share` and `adaptive/sft_loss` appear in the logs.
+
+    The weighter's state is saved in each checkpoint, as `weighter.pt`, and restored when training resumes.
 
     Args:
-        trainer: `trl.GRPOTrainer` or `trl.RLOOTrainer`. TRL 1.16 was read: its `_calculate_rewards` and
-            `_generate_and_score_completions` are extended.
-        weighter: A weighter in mode "convex", calibrated or built with `calibrate_on_first=True`. TRL's checkpoints do
-            not hold its state: save `weighter.state_dict()` beside them.
+        trainer: `trl.GRPOTrainer` or `trl.RLOOTrainer`. TRL 1.16 was read: its `_calculate_rewards`,
+            `_generate_and_score_completions`, `compute_loss`, `_save_checkpoint` and `_load_optimizer_and_scheduler`
+            are extended.
+        weighter: A weighter that takes a difficulty, calibrated or built with `calibrate_on_first=True`. Without
+            `targets` its mode must be "convex", because the SFT weights are not used.
         fidelity: Measures the distance: a reward with references and an upper bound, preferably not the one that is
             trained on. It is not one of the `reward_funcs`, and decodes the images once more.
+        targets: The column of completions to imitate: text, or a list of one assistant message for conversational
+            prompts; None or an empty text for a prompt that has none. Only for text models.
+        sft_scale: Brings the supervised loss to the scale of the policy loss.
 
     Returns:
         A class that is built like `trainer`.
 
     Raises:
-        ValueError: The weighter would scale nothing or does not take a difficulty, or the reward has no upper bound.
+        ValueError: The weighter would scale nothing or does not take a difficulty, or the reward has no upper bound; in
+            training: a target is neither text nor one assistant message, or the prompts have images.
 
     Example:
+        >>> from iqareward import AdaptiveWeighter
         >>> weighter = AdaptiveWeighter(mode="convex", calibrate_on_first=True)
         >>> fidelity = TRLReward("gmsd", "restored", references="clean")
         >>> adaptive_trainer(object, weighter, fidelity).__name__
@@ -192,57 +209,143 @@ def adaptive_trainer(trainer: type, weighter: AdaptiveWeighter, fidelity: TRLRew
     """
     check_signal("adaptive_trainer", weighter)
     best = fidelity.reward.bounds[1]
-    if weighter.mode != "convex":
+    if targets is None and getattr(weighter, "mode", "convex") != "convex":
         raise ValueError(
             "adaptive_trainer expected a weighter with mode='convex', got 'additive', whose RL weight is 1 for all. "
-            "Build it with AdaptiveWeighter(mode='convex')."
+            "Build it with AdaptiveWeighter(mode='convex'), or name the column of completions to imitate with targets=."
         )
     if best is None or not fidelity.reward.needs_references:
         raise ValueError(
             f"adaptive_trainer expected `fidelity` with references and an upper bound, got {fidelity.reward.name!r}. "
             "Use for example 'gmsd', 'ssim', 'psnr' or 'lpips'."
         )
+    if targets is not None and not hasattr(trainer, "loss_is_scaled_for_ga"):
+        raise ValueError(f"adaptive_trainer expected a trainer of TRL 1.16 or newer for `targets`, got {trainer}.")
 
     class Adaptive(trainer):
         def _calculate_rewards(
-            self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, *rest: Any
+            self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids: Any
         ) -> Tensor:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, *rest)
-            scores = _scores(self, fidelity, inputs, prompts=prompts, completions=completions)
-            self._difficulty = _per_prompt(self, (best - scores).abs())
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+            if self.model.training:
+                call = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+                distances = (best - _scores(self, fidelity, inputs, **call)).abs()
+                self._weights = _prompt_weights(self, weighter, distances, rewards)
             return rewards
 
-        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
             batch = super()._generate_and_score_completions(inputs)
             if self.model.training:
-                weights = weighter(self._difficulty)
-                batch["advantages"] = weighted_advantages(batch["advantages"], weights)
-                weighter.update(self._difficulty)
-                self._metrics["train"]["adaptive/difficulty"].append(self._difficulty.nanmean().item())
-                self._metrics["train"]["adaptive/rl_share"].append(weights.rl.mean().item())
+                batch["advantages"] = weighted_advantages(batch["advantages"], self._weights)
+                if targets is not None:
+                    if "pixel_values" in batch:
+                        raise ValueError(
+                            "adaptive_trainer expected prompts without images for `targets`. Leave it out."
+                        )
+                    rows = [torch.tensor(_target_ids(self, row, targets), dtype=torch.int64) for row in inputs]
+                    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+                    batch["target_ids"] = ids.to(self.accelerator.device)
+                    batch["sft_weights"] = self._weights.sft
             return batch
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **options)
+            if "target_ids" not in inputs:
+                return loss
+            sft_loss = (inputs["sft_weights"] * _cross_entropy(model, inputs)).mean()
+            mean = self.accelerator.gather(sft_loss.detach()).mean().item()
+            self._metrics["train"]["adaptive/sft_loss"].append(mean)
+            parts = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
+            return loss + sft_scale * sft_loss / parts
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                with atomic_write(folder / _STATE) as file:
+                    torch.save(weighter.state_dict(), file)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and (path := Path(checkpoint) / _STATE).exists():
+                weighter.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     Adaptive.__name__ = Adaptive.__qualname__ = f"Adaptive{trainer.__name__}"
     return Adaptive
 
 
+_STATE = "weighter.pt"  # in the folder of a checkpoint
+
+
 def _scores(trainer: Any, fidelity: TRLReward, inputs: list[dict[str, Any]], **call: Any) -> Tensor:
     """`[local rows]` scores from the call that TRL makes of its own reward functions; NaN for None."""
-    columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
+    call |= {"trainer_state": trainer.state, "log_extra": lambda column, values: None}  # logged by the rewards already
+    columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion", *call)}
     if getattr(trainer, "environments", None) is not None:
         columns["environments"] = trainer.environments
     scores = fidelity(**columns, **call)
     return torch.tensor([math.nan if score is None else score for score in scores], device=trainer.accelerator.device)
 
 
-def _per_prompt(trainer: Any, distances: Tensor) -> Tensor:
-    """`[local rows]`, each row's mean over all rows of its prompt, whichever process generated them."""
+def _prompt_weights(trainer: Any, weighter: Weighter, distances: Tensor, rewards: Tensor) -> LossWeights:
+    """Weights of this process's rows, from the distances of its rows and the rewards `[rows, functions]` of all."""
     accelerate = require("accelerate", extra="trl", purpose="adaptive_trainer")
     everywhere = accelerate.utils.gather(distances)
-    size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    groups = torch.arange(len(everywhere), device=everywhere.device) // size
+    groups = torch.arange(len(everywhere), device=everywhere.device) // trainer.num_generations
     start = trainer.accelerator.process_index * len(distances)
-    return group_statistics(everywhere, groups).mean[start : start + len(distances)]
+    mine = slice(start, start + len(distances))
+    difficulty = group_statistics(everywhere, groups).mean
+    spreads = [group_statistics(column, groups).std > 0 for column in rewards.unbind(1)]
+    weights = weighter(difficulty[mine], has_signal=torch.stack(spreads).any(0)[mine])
+    weighter.update(difficulty[mine])
+    found = {"difficulty": difficulty} | {
+        f"{name}_share": accelerate.utils.gather(rows) for name, rows in weights._asdict().items()
+    }
+    for name, rows in found.items():
+        trainer._metrics["train"][f"adaptive/{name}"].append(rows.nanmean().item())
+    return weights
+
+
+def _target_ids(trainer: Any, row: dict[str, Any], column: str) -> list[int]:
+    """The tokens of a row's target, which follow those of its prompt; none if the row has no target."""
+    if column not in row:
+        raise ValueError(f"adaptive_trainer expected targets in column {column!r}, got a row with {sorted(row)}.")
+    target, tokenizer = row[column], trainer.processing_class
+    if not target:
+        return []
+    end = tokenizer.eos_token_id
+    if isinstance(target, str):
+        return [*tokenizer(target, add_special_tokens=False)["input_ids"], end]
+    if [message["role"] for message in target] != ["assistant"]:
+        raise ValueError(
+            f"adaptive_trainer expected targets that are text or one message of the assistant, got {target}. "
+            "Keep the first answer, such as its tool call."
+        )
+
+    def tokens(messages: list[Any], **options: Any) -> list[int]:
+        options |= {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+
+    question = [{"role": "user", "content": "any"}]
+    before, whole = tokens(question, add_generation_prompt=True), tokens(question + target)
+    if whole[: len(before)] != before:
+        raise ValueError(
+            "adaptive_trainer expected a chat template that continues a prompt with its answer; this one changes the "
+            "prompt. Give targets as text, exactly as the model should write them."
+        )
+    answer = whole[len(before) :]
+    return answer[: len(answer) - answer[::-1].index(end)] if end in answer else [*answer, end]
+
+
+def _cross_entropy(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """`[rows]` mean over the tokens of each row's target; 0 without a target."""
+    targets, start = inputs["target_ids"], inputs["prompt_ids"].shape[1]
+    found = targets >= 0
+    ids = torch.cat([inputs["prompt_ids"], targets.clamp(min=0)], 1)
+    mask = torch.cat([inputs["prompt_mask"], found.to(inputs["prompt_mask"].dtype)], 1)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, start - 1 : -1]
+    losses = nn.functional.cross_entropy(logits.float().mT, targets, reduction="none")  # ignores -100
+    return losses.sum(1) / found.sum(1).clamp(min=1)
 
 
 def _last_tool_image(messages: Sequence[dict[str, Any]]) -> ImageLike | None:

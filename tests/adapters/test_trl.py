@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import pickle
+from collections import defaultdict
 from collections.abc import Sequence
 
 import pytest
@@ -14,6 +15,7 @@ from iqareward.adapters.trl import AsyncTRLReward, TRLReward, adaptive_trainer, 
 from iqareward.weighting import AdaptiveWeighter
 from tests.adapters.restoration_agent import apply_operations, as_pil, photographs
 
+pytestmark = pytest.mark.trainer("TRL", "1.16.0", "caller", "async")
 IMAGES = photographs(3, side=32)
 CLEAN = IMAGES.flip(0)
 
@@ -25,6 +27,19 @@ class NeedsTexts:
 
     def __call__(self, images: Tensor, references=None, prompts: Sequence[str] = (), **ignored) -> Tensor:
         return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+class Log(defaultdict[str, list[float]]):
+    """TRL's `log_metric`, whose values it averages."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    def __call__(self, name: str, value: float) -> None:
+        self[name].append(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self.items()}
 
 
 def call(reward, columns, count=3, **more):
@@ -58,25 +73,25 @@ def test_images_of_different_sizes() -> None:
 
 def test_unscored_is_none_and_no_image_is_what_was_asked_for() -> None:
     """A broken image is left to TRL's nan-aware statistics; a completion without an image earns `no_image`."""
-    metrics = {}
+    log = Log()
     rows = [IMAGES[0], IMAGES[1] * torch.nan, None]
     reward = TRLReward("ssim", "restored", references="clean", no_image=-1.0)
-    scores = call(reward, {"restored": rows, "clean": list(CLEAN)}, log_metric=metrics.__setitem__)
+    scores = call(reward, {"restored": rows, "clean": list(CLEAN)}, log_metric=log)
     assert scores[0] == pytest.approx(iqareward.load("ssim")(IMAGES[:1], references=CLEAN[:1]).item())
     assert scores[1:] == [None, -1.0]
-    assert metrics == pytest.approx({"ssim/no_image": 1 / 3, "ssim/unscored": 1 / 3})
+    assert log.means() == pytest.approx({"ssim/no_image": 1 / 3, "ssim/unscored": 1 / 3})
     assert call(TRLReward("piqe", "restored"), {"restored": [None] * 3}) == [None] * 3
 
 
 def test_components_are_logged() -> None:
     """Each part of a weighted sum is logged with its mean over the images that it scored."""
-    metrics = {}
+    log = Log()
     rows = [IMAGES[0], IMAGES[1], None]
     reward = TRLReward("2*ssim + 1*haarpsi", "restored", references="clean", name="both")
-    scores = call(reward, {"restored": rows, "clean": list(CLEAN)}, log_metric=metrics.__setitem__)
+    scores = call(reward, {"restored": rows, "clean": list(CLEAN)}, log_metric=log)
     parts = iqareward.evaluate([iqareward.load("ssim"), iqareward.load("haarpsi")], IMAGES[:2], CLEAN[:2])
     for name, part in parts.items():
-        assert metrics[f"both/{name}"] == pytest.approx(part.mean().item())
+        assert log.means()[f"both/{name}"] == pytest.approx(part.mean().item())
     assert scores[:2] == pytest.approx((2 * parts["ssim"] + parts["haarpsi"]).tolist())
 
 

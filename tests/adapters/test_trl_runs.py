@@ -5,16 +5,19 @@ import statistics
 import pytest
 import torch
 
-import iqareward
-from iqareward.adapters.trl import AsyncTRLReward, TRLReward, adaptive_trainer, tool_images
+from iqareward.adapters.trl import AsyncTRLReward, TRLReward, tool_images
 from iqareward.rewards.metric import NoReference
-from iqareward.weighting import AdaptiveWeighter
-from tests.adapters.restoration_agent import SEEN, apply_operations, build, data_set
+from tests.adapters import restoration_run
+from tests.adapters.restoration_agent import SEEN, apply_operations, build
+from tests.tolerances import EXACT
 
 trl = pytest.importorskip("trl")
-# TRL 1.16 uses names that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-TRAINERS = {"GRPO": trl.GRPOTrainer, "RLOO": trl.RLOOTrainer}
+pytestmark = [
+    pytest.mark.trainer("TRL", "1.16.0", "run", "reader"),
+    # TRL 1.16 uses names that transformers 5.23 has renamed
+    pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning"),
+]
 
 
 def brightness(images: torch.Tensor) -> torch.Tensor:
@@ -42,33 +45,33 @@ def run(trainer: type, folder, rewards, **options):
     return built, [record for record in built.state.log_history if "reward" in record]
 
 
-def expected_scores(name: str) -> list[float]:
-    """Mean score of the images of each batch, by the library alone."""
-    judge, means = iqareward.load(name), []
-    for restored, clean in SEEN:
-        pairs = [(image, iqareward.to_images(truth)[0]) for image, truth in zip(restored, clean, strict=True)]
-        images, truths = (
-            torch.stack(row) for row in zip(*[pair for pair in pairs if pair[0] is not None], strict=True)
-        )
-        means.append(judge(images, references=truths).mean().item())
-    return means
-
-
-@pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
-def test_two_steps_of_the_real_trainer(trainer, tmp_path) -> None:
-    """Both trainers run, log the library's own scores and components, and change the model."""
-    _, records = run(trainer, tmp_path, [fidelity()])
-    assert len(records) == 2
-    for name, key in (
-        ("0.7*ssim + 0.3*haarpsi", "rewards/restored/mean"),
-        ("ssim", "restored/ssim"),
-        ("haarpsi", "restored/haarpsi"),
-    ):
-        assert [record[key] for record in records] == pytest.approx(expected_scores(name), rel=1e-5)
-    missing = [statistics.mean(image is None for image in restored) for restored, _ in SEEN]
-    assert [record["restored/no_image"] for record in records] == pytest.approx(missing)
-    assert sum(missing) > 0  # some completions named no operation and were left out, without harm
-    assert all(record["grad_norm"] > 0 and record["restored/unscored"] == 0 for record in records)
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        (trl.GRPOTrainer, {"scale_rewards": "group"}),
+        (trl.GRPOTrainer, {"scale_rewards": "batch"}),
+        (trl.GRPOTrainer, {"scale_rewards": "none"}),
+        (trl.GRPOTrainer, {"scale_rewards": "group", "steps_per_generation": 2, "gradient_accumulation_steps": 2}),
+        (trl.RLOOTrainer, {}),
+    ],
+)
+def test_logs_and_advantages_are_those_of_direct_calls(trainer, options, tmp_path) -> None:
+    """In every step the logged scores, shares and weights and the advantages in the loss are the library's own."""
+    records, advantages = restoration_run.run(trainer, tmp_path, steps=3, **options)
+    assert len(records) == 3
+    missing, broken = 0.0, 0.0
+    for record, batch, (whole, losses) in zip(records, restoration_run.seen(), advantages, strict=True):
+        log, wanted = restoration_run.expected(*batch, options.get("scale_rewards", "none"))
+        assert {name: record[name] for name in log} == pytest.approx(log, rel=1e-5)
+        if trainer is trl.RLOOTrainer:  # the mean of the others is subtracted, not that of all
+            scored = torch.tensor([image is not None and bool(image.isfinite().all()) for image in batch[0]])
+            count = scored.view(-1, 4).sum(1).repeat_interleave(4)
+            wanted = wanted * torch.where(count > 1, count / (count - 1), 0)
+        torch.testing.assert_close(whole, wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.cat(losses).sort().values, whole.sort().values, **EXACT)
+        missing, broken = missing + log["restored/no_image"], broken + log["restored/unscored"]
+    assert missing > 0 < broken
+    assert max(record["grad_norm"] for record in records) > 0
 
 
 def test_async_form_gives_the_same_run(tmp_path) -> None:
@@ -88,40 +91,6 @@ def test_agent_learns_to_restore(tmp_path) -> None:
     rewards = [record["reward"] for record in records]
     first, last = statistics.mean(rewards[:5]), statistics.mean(rewards[-5:])
     assert 1 - last < 0.2 * (1 - first)  # four fifths of what was missing to the best score, 1
-
-
-@pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
-def test_adaptive_trainer_scales_advantages(trainer, tmp_path) -> None:
-    """Advantages are multiplied with the RL share of their prompt's mean distance, and only in training."""
-    before, after = [], []
-
-    class Plain(trainer):
-        def _generate_and_score_completions(self, inputs):
-            before.append(super()._generate_and_score_completions(inputs))
-            return dict(before[-1])
-
-    weighter = AdaptiveWeighter(mode="convex")
-    weighter.calibrate(torch.tensor([0.1, 0.2, 0.3]))
-    distance = TRLReward("gmsd", apply_operations, references="clean")
-
-    class Watched(adaptive_trainer(Plain, weighter, distance)):
-        def _generate_and_score_completions(self, inputs):
-            after.append(super()._generate_and_score_completions(inputs))
-            return after[-1]
-
-    built, records = run(Watched, tmp_path, [fidelity()], steps=1)
-    judge = iqareward.load("gmsd")
-    restored, clean = SEEN[-1]
-    truths = [iqareward.to_images(truth)[0] for truth in clean]
-    images = [truth * torch.nan if image is None else image for image, truth in zip(restored, truths, strict=True)]
-    per_prompt = (-judge(images, references=truths)).view(-1, 4).nanmean(1).repeat_interleave(4)
-    share = weighter(per_prompt).rl
-    assert share.unique().numel() == 2
-    torch.testing.assert_close(after[0]["advantages"], before[0]["advantages"] * share)
-    assert records[0]["adaptive/rl_share"] == pytest.approx(share.mean().item())
-    assert records[0]["adaptive/difficulty"] == pytest.approx(per_prompt.mean().item())
-    built.evaluate(data_set())
-    assert torch.equal(after[-1]["advantages"], before[-1]["advantages"])
 
 
 def test_naive_module_is_refused_by_the_trainer(tmp_path) -> None:
