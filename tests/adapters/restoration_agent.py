@@ -53,7 +53,9 @@ def data_set(count: int = 4):
     return Dataset.from_dict({"prompt": ["restore"] * count, **columns})
 
 
-def build(trainer: type, folder: Path, reward_funcs: list[Any], *, steps: int = 2, **options: Any) -> Any:
+def build(
+    trainer: type, folder: Path, reward_funcs: list[Any], *, steps: int = 2, data: Any = None, **options: Any
+) -> Any:
     """A trainer of TRL on a causal language model of one layer with seeded random weights, on the CPU."""
     import tokenizers
     import transformers
@@ -74,5 +76,6 @@ def build(trainer: type, folder: Path, reward_funcs: list[Any], *, steps: int = 
     batch = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 2}
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
     plain = {"use_cpu": True, "bf16": False, "beta": 0.0}  # a reference model would be loaded by its name
-    args = settings(str(folder), max_steps=steps, **plain, **batch, **quiet, **options)
-    return trainer(model, reward_funcs, args, train_dataset=data_set(), processing_class=processing)
+    args = settings(str(folder), max_steps=steps, **{**plain, **batch, **quiet, **options})
+    data = data_set() if data is None else data
+    return trainer(model, reward_funcs, args, train_dataset=data, processing_class=processing)

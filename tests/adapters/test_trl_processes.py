@@ -1,79 +1,60 @@
-"""The adaptive trainer in two processes: a prompt's difficulty is that of all its completions, wherever they are."""
+"""TRL's trainers in two processes: logs, weights and advantages are those of all completions, wherever they are."""
 
 import os
-from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
 
-from iqareward import AdaptiveWeighter, FullReference
-from iqareward.adapters.trl import TRLReward, adaptive_trainer
-from tests.tolerances import FORMULA_FP32
+from tests.adapters import restoration_run
+from tests.adapters.restoration_agent import SEEN
 
-DISTANCES = torch.tensor([0.1, 0.3, 0.5, torch.nan, 0.2, 0.4, torch.nan, 0.6])
-
-
-def closeness(images: Tensor, references: Tensor) -> Tensor:
-    return 1 - (images - references).abs().mean((1, 2, 3))
-
-
-class Trainer:
-    """The two methods of TRL's trainers, with an advantage of 1 for every row."""
-
-    def __init__(self, accelerator, num_generations: int) -> None:
-        self.accelerator, self.num_generations = accelerator, num_generations
-        self.model, self._metrics = SimpleNamespace(training=True), {"train": defaultdict(list)}
-
-    def _calculate_rewards(self, inputs, prompts, completions) -> Tensor:
-        return torch.zeros(len(inputs))
-
-    def _generate_and_score_completions(self, inputs) -> dict[str, Tensor]:
-        self._calculate_rewards(inputs, [""] * len(inputs), [""] * len(inputs))
-        return {"advantages": torch.ones(len(inputs))}
-
-
-def weighter() -> AdaptiveWeighter:
-    made = AdaptiveWeighter(mode="convex")
-    made.calibrate(torch.tensor([0.1, 0.3, 0.5]))
-    return made
+pytestmark = pytest.mark.trainer("TRL", "1.16.0", "run", "reader", "processes", "weights")
+STEPS, ROWS = 2, 6  # rows per process: three prompts of four completions, the second of which is in both
 
 
 def work(rank: int, folder: str) -> None:
-    """One of two processes, with half of the rows; groups of eight lie across both."""
-    import accelerate
+    """One of two processes of each trainer."""
+    import warnings
 
+    import trl
+
+    warnings.filterwarnings("ignore", ".* is deprecated and will be removed in v6", FutureWarning)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # looked for by accelerate, not used
-    weighters = [weighter() for _ in range(3)]  # before they would calibrate on the rows of both processes
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    timeout = timedelta(minutes=5)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout)
     try:
-        accelerator = accelerate.Accelerator(cpu=True)
-        reward = FullReference(closeness, higher_is_better=True, bounds=(None, 1.0))
-        fidelity = TRLReward(reward, "restored", references="clean")
-        rows = [
-            {"restored": torch.full((3, 8, 8), distance.item()), "clean": torch.zeros(3, 8, 8)}
-            for distance in DISTANCES[4 * rank : 4 * rank + 4]
-        ]
-        found = []
-        for size, one in zip((2, 4, 8), weighters, strict=True):
-            trainer = adaptive_trainer(Trainer, one, fidelity)(accelerator, size)
-            found.append(trainer._generate_and_score_completions(rows)["advantages"])
-        torch.save(found, Path(folder) / f"{rank}.pt")
+        for trainer in (trl.GRPOTrainer, trl.RLOOTrainer):
+            SEEN.clear()
+            place = Path(folder) / trainer.__name__
+            found = restoration_run.run(trainer, place, steps=STEPS, per_device_train_batch_size=ROWS)
+            torch.save((*found, restoration_run.seen()), place / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
-def test_difficulty_over_two_processes(tmp_path) -> None:
-    """The weights follow means over groups of two, four and eight rows, half of which the other process has."""
-    pytest.importorskip("accelerate")
+def test_two_processes(tmp_path) -> None:
+    """The first process logs the means over all images, and both learn from advantages among all completions."""
+    pytest.importorskip("trl")
     mp.spawn(work, args=(str(tmp_path),), nprocs=2)
-    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for size, *rows in zip((2, 4, 8), *halves, strict=True):
-        difficulty = DISTANCES.view(-1, size).nanmean(1).repeat_interleave(size)
-        torch.testing.assert_close(torch.cat(rows), weighter()(difficulty).rl, **FORMULA_FP32)
+    for name, scale in (("GRPOTrainer", "group"), ("RLOOTrainer", "none")):
+        both = [torch.load(tmp_path / name / f"{rank}.pt", weights_only=False) for rank in range(2)]
+        missing = []
+        for step in range(STEPS):
+            (images, truths), more = (images[step] for _, _, images in both)
+            restored, clean = [*images, *more[0]], [*truths, *more[1]]
+            log, wanted = restoration_run.expected(restored, clean, scale)
+            record = both[0][0][step]
+            assert {name: record[name] for name in log} == pytest.approx(log, rel=1e-5)
+            whole = torch.cat([advantages[step][0] for _, advantages, _ in both])
+            if scale == "group":
+                torch.testing.assert_close(whole, wanted, rtol=1e-3, atol=1e-4)
+            else:
+                assert torch.equal(whole.sign(), wanted.sign())
+            missing += [[image is None for image in images[step][0]] for _, _, images in both]
+        assert len({sum(row) for row in missing}) > 1  # the processes scored different numbers of images

@@ -49,7 +49,7 @@ class Scripted(transformers.LlamaForCausalLM):
         return torch.cat([input_ids, line.expand(len(input_ids), -1)], 1)
 
 
-def build(trainer: type, folder: Path, reward: Any, **tools: Any) -> Any:
+def build(trainer: type, folder: Path, reward: Any, columns: dict[str, Any] | None = None, **tools: Any) -> Any:
     """A GRPO trainer of the scripted agent; `tools` are the trainer's `tools` or `environment_factory`."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.models.BPE(vocab={token: i for i, token in enumerate((*SPECIAL, *alphabet))}, merges=[])
@@ -68,5 +68,7 @@ def build(trainer: type, folder: Path, reward: Any, **tools: Any) -> Any:
     sizes = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 512, "max_steps": 1}
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
     args = trl.GRPOConfig(str(folder), use_cpu=True, bf16=False, **sizes, **quiet)
-    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "restore"}]] * 2, "level": [80, 80]})
+    rows = Dataset.from_dict(
+        {"prompt": [[{"role": "user", "content": "restore"}]] * 2, "level": [80, 80]} | (columns or {})
+    )
     return trainer(agent, [reward], args, train_dataset=rows, processing_class=tokenizer, **tools)
