@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward._gradients import clamp
 from iqareward.adapters._core import Scorer
@@ -24,34 +24,52 @@ from iqareward.types import Reward, Scores
 __all__ = ["Best", "StepwiseRewards", "decode_latents", "generate_best"]
 
 
-def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
+def decode_latents(pipeline: Any, latents: Tensor, *, height: int | None = None) -> Tensor:
     """Decode latents to images that are clamped to [0, 1], as pipelines return them.
 
     Args:
-        pipeline: A pipeline with an `AutoencoderKL`.
-        latents: `[B, C, h, w]`, scaled as in the pipeline.
+        pipeline: A pipeline with an autoencoder that `iqareward.diffusion.Autoencoder` takes.
+        latents: `[B, C, h, w]`, scaled as in the pipeline, or packed `[B, T, C]` as in those of Flux and Qwen-Image.
+        height: Of packed latents, in tokens.
 
     Returns:
         `[B, 3, H, W]` float32.
 
     Raises:
-        ValueError: The latents are packed (Flux) or normalised per channel, or the autoencoder overflows in float16.
+        ValueError: The autoencoder or the shape of the latents is another, or packed latents have no height.
     """
-    config = pipeline.vae.config
-    dtype = next(pipeline.vae.parameters()).dtype
-    if latents.ndim != 4 or getattr(config, "latents_mean", None) is not None:
-        raise ValueError(
-            f"decode_latents expected latents [B, C, h, w] of an AutoencoderKL, got {list(latents.shape)} of "
-            f"{type(pipeline).__name__}. Pass decode=..., a function (pipeline, latents) -> images in [0, 1]."
-        )
-    if dtype == torch.float16 and getattr(config, "force_upcast", False):
-        raise ValueError(
-            "decode_latents expected an autoencoder that decodes in float16, but this one says force_upcast. "
-            "Load it in float32 or bfloat16."
-        )
-    shift = getattr(config, "shift_factor", None) or 0.0
-    decoded = pipeline.vae.decode((latents / config.scaling_factor + shift).to(dtype)).sample
-    return clamp((decoded.float() + 1) / 2, 0, 1)
+    from iqareward.diffusion.policies.autoencoders import Autoencoder
+    from iqareward.diffusion.policies.tokens import from_tokens
+
+    vae = getattr(pipeline, "vae", None)
+    got = f"{list(latents.shape)} of {type(pipeline).__name__} with {type(vae).__name__}"
+    unfit = ValueError(
+        "decode_latents expected latents [B, C, h, w], or [B, T, C] with their height, of an autoencoder that "
+        f"iqareward.diffusion.Autoencoder takes, got {got}. Pass decode=..., a function (pipeline, latents) -> images "
+        "in [0, 1]."
+    )
+    if not isinstance(vae, nn.Module):
+        raise unfit
+    trained, training = [weight for weight in vae.parameters() if weight.requires_grad], vae.training
+    config: Any = getattr(vae, "config", {})
+    upcast = bool(config.get("force_upcast")) and vae.dtype == torch.float16  # it would overflow
+    try:
+        try:
+            autoencoder = Autoencoder(vae.float() if upcast else vae, checkpointed=False)
+        except TypeError as error:
+            raise unfit from error
+        if latents.ndim == 3 and height is not None:
+            whole = latents.shape[2] == autoencoder.channels  # Flux2, whose latents are 2x2 patches already
+            latents = latents.mT.unflatten(2, (height, -1)) if whole else from_tokens(latents, height)
+        if latents.ndim != 4 or latents.shape[1] != autoencoder.channels:
+            raise unfit
+        return clamp(autoencoder.decode(latents), 0, 1)
+    finally:  # `Autoencoder` freezes its weights
+        for weight in trained:
+            weight.requires_grad_(True)
+        vae.train(training)
+        if upcast:
+            vae.half()
 
 
 @final
@@ -60,8 +78,8 @@ class StepwiseRewards:
 
     The predictions are the scheduler's own, after guidance and for every prediction type; to read them, its `step` is
     wrapped while the `with` block lasts. It works with schedulers that report `pred_original_sample` (DDIM, DDPM,
-    Euler, ...) or `denoised` (LCM), with DPM-Solver++ and UniPC, and with flow matching (Euler). Every step that is
-    scored costs a decoding and a scoring.
+    Euler, ...) or `denoised` (LCM), with DPM-Solver++ and UniPC, and with flow matching (Euler), and unpacks the
+    latents of Flux and Qwen-Image. Every step that is scored costs a decoding and a scoring.
 
     Args:
         pipeline: Any diffusers pipeline with `callback_on_step_end`.
@@ -70,11 +88,12 @@ class StepwiseRewards:
         inputs: The degraded images, one per generated image, for rewards that need them.
         prompts: One per generated image, for rewards that need them.
         every: Each `every`-th step is scored, and the last.
-        decode: `decode(pipeline, latents) -> images [B, 3, H, W]` in [0, 1].
+        decode: `decode(pipeline, latents) -> images [B, 3, H, W]` in [0, 1], for latents as the scheduler has them;
+            None = `decode_latents`, with the height that the network was told.
 
     Raises:
         ValueError: The reward needs references or inputs and there are none; in a step: the scheduler does not report
-            its prediction.
+            its prediction, or `decode_latents` refuses it.
         RuntimeError: The callback is used outside of its `with` block.
     """
 
@@ -87,7 +106,7 @@ class StepwiseRewards:
         inputs: ImageLike | None = None,
         prompts: Sequence[str] | None = None,
         every: int = 1,
-        decode: Callable[[Any, Tensor], Tensor] = decode_latents,
+        decode: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"StepwiseRewards expected `every` >= 1, got {every}.")
@@ -97,6 +116,8 @@ class StepwiseRewards:
         self._scheduler: Any = None  # while it is watched
         self._own_step: Any = None  # what another watcher left on it
         self._clean: Tensor | None = None
+        self._places: Mapping[str, Any] = {}  # what the network was told about the places of its tokens
+        self._hook: Any = None
         self._rows: list[tuple[Any, Scores]] = []
 
     def __enter__(self) -> Self:
@@ -113,7 +134,12 @@ class StepwiseRewards:
             return result if as_dict else result.to_tuple()
 
         scheduler.step = step
+        if isinstance(network := getattr(self.pipeline, "transformer", None), nn.Module):
+            self._hook = network.register_forward_pre_hook(self._note, with_kwargs=True)
         return self
+
+    def _note(self, network: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._places = {name: named.get(name) for name in ("img_shapes", "img_ids")}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -122,7 +148,10 @@ class StepwiseRewards:
         del self._scheduler.step
         if self._own_step is not None:
             self._scheduler.step = self._own_step
-        self._scheduler = self._own_step = self._clean = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._scheduler = self._own_step = self._clean = self._hook = None
+        self._places = {}
 
     def __call__(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
@@ -136,7 +165,10 @@ class StepwiseRewards:
             self._rows = []
         if step_index % self.every == 0 or step_index + 1 == getattr(pipeline, "num_timesteps", None):
             with torch.no_grad():
-                images = self.decode(pipeline, self._clean)
+                if self.decode is None:
+                    images = decode_latents(pipeline, self._clean, height=_height(self._places, self._clean))
+                else:
+                    images = self.decode(pipeline, self._clean)
             self._rows.append((timestep, self._scorer(images, **self._columns).detach()))
         return {}
 
@@ -292,6 +324,17 @@ def _take(values: Any, rows: Sequence[int]) -> Any:
 
 def _scorer(reward: str | Reward, who: str, sources: Mapping[str, object]) -> Scorer:
     return Scorer(reward, who=who, sources=sources, on_nan="nan", policies=("nan",))
+
+
+def _height(places: Mapping[str, Any], latents: Tensor) -> int | None:
+    """Height of packed latents in tokens, from what the pipeline told its network; None if it told nothing."""
+    if places.get("img_shapes") is not None:  # Qwen-Image: (frames, height, width) of each image, the generated first
+        shape = places["img_shapes"][0]
+        return int(shape[1] if isinstance(shape[0], int) else shape[0][1])
+    if places.get("img_ids") is not None and latents.ndim == 3:  # Flux: (image, row, column) of each token
+        ids = places["img_ids"]
+        return int(ids[..., : latents.shape[1], 1].max()) + 1
+    return None
 
 
 def _clean_prediction(scheduler: Any, result: Any, model_output: Tensor, sample: Tensor) -> Tensor:
