@@ -239,10 +239,19 @@ def test_functions_without_their_manager_are_ignored() -> None:
         double.command_line(double.OMNI, without_plus)
     for block in (0, 1):
         double.RewardLoop(double.merged(settings(block), model))
+
+
+@omni("configuration", "processes")
+def test_page_for_gpus() -> None:
+    """Each worker gets a GPU of its own, which verl-omni refuses for more workers or beside a reward model."""
     workers = yaml.safe_load(blocks(PAGE, "yaml")[2])["reward"]
     assert workers.keys() <= double.OMNI.keys()
+    assert double.RewardLoop(settings(0)).gpus == [[]] * 8
+    assert double.RewardLoop(double.merged(settings(0), workers), num_gpus=4).gpus == [[0], [1], [2], [3]]
+    with pytest.raises(ValueError, match="exceeds accelerator pool size"):
+        double.RewardLoop(double.merged(settings(0), workers), num_gpus=2)
     with pytest.raises(ValueError, match="cannot be combined"):
-        double.RewardLoop(double.merged(double.merged(settings(1), model), workers))
+        double.RewardLoop(double.merged(settings(0), workers | {"reward_model": {"enable": True}}))
 
 
 def settings(block: int) -> dict:

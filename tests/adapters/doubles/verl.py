@@ -196,14 +196,22 @@ async def _default_image_score(data_source: Any, solution_image: Tensor, **ignor
 
 
 class RewardLoop:
-    """What the merged configuration under `reward` makes of a batch of responses."""
+    """What the merged configuration under `reward` makes of a batch of responses.
 
-    def __init__(self, reward: dict[str, Any]) -> None:
+    Attributes:
+        gpus: the GPUs of each worker.
+    """
+
+    def __init__(self, reward: dict[str, Any], *, num_gpus: int = 8) -> None:
         custom, manager = reward["custom_reward_function"], reward["reward_manager"]
         if reward["reward_model"]["enable"] and not custom["path"]:
             raise ValueError("reward.reward_model.enable=true requires reward.custom_reward_function.path")
-        if reward.get("accelerator_workers", {}).get("enabled") and reward["reward_model"]["enable"]:
+        workers, on_gpus = reward["num_workers"], reward.get("accelerator_workers", {}).get("enabled", False)
+        if on_gpus and reward["reward_model"]["enable"]:
             raise ValueError("Accelerator reward workers cannot be combined with reward.reward_model.enable=True")
+        if on_gpus and workers > num_gpus:
+            raise ValueError(f"reward.num_workers ({workers}) exceeds accelerator pool size ({num_gpus})")
+        self.gpus = [[worker] if on_gpus else [] for worker in range(workers)]
         function = _default_image_score
         if custom["path"]:
             function = load_extern_object(custom["path"], custom["name"])
