@@ -1,4 +1,4 @@
-"""Rewards for ddpo-pytorch, flow_grpo and its forks: DiffusionNFT, DiffusionOPSD, Edit-R1, BFR_RL, old TRL.
+"""Rewards for ddpo-pytorch, flow_grpo and its forks: DiffusionNFT, DiffusionOPSD, Edit-R1, BFR_RL, GenRL, old TRL.
 
 flow_grpo keeps its rewards in a local variable, so there is no registry to add to. `install` replaces the function
 that builds them; call it before the training script looks that function up.
@@ -93,7 +93,7 @@ def install(
         references: As in `reward_function`.
         inputs: As in `reward_function`.
         groups: The key of `metadata` that holds each sample's input id, an integer below 2**24; passed on as component
-            `groups`.
+            `groups` while sampling for training, not in evaluations.
         value_range: As in `reward_function`.
         on_nan: As in `reward_function`; also for a NaN in `avg` that comes from their rewards.
 
@@ -110,6 +110,8 @@ def install(
         )
     check_on_nan(on_nan, ("raise", "mean", "worst"), who="install")
     pairs = [(weight, name) for name, weight in rewards.items()] if isinstance(rewards, Mapping) else list(rewards)
+    # the loop of BFR_RL has read one or the other
+    totals = ("avg", "total_scores") if hasattr(module, "face_reward_remote") else ("avg",)
     sources = {"references": references, "inputs": inputs}
 
     def multi_score(device: Any, score_dict: Mapping[str, float]) -> _Function:
@@ -133,9 +135,10 @@ def install(
                 scores = _flat(score(pixels, prompts=prompts, **columns))
                 total.append(weight * scores)
                 details[name] = scores.numpy()
-            if groups is not None:
+            if groups is not None and only_strict:  # their evaluations pass False
                 details["groups"] = _ids(column(groups, metadata, who="install"))
-            details["avg"] = apply_policy(torch.stack(total).sum(0), on_nan, name="avg").numpy()
+            average = apply_policy(torch.stack(total).sum(0), on_nan, name="avg").numpy()
+            details.update(dict.fromkeys(totals, average))
             return details, {}
 
         return fn

@@ -3,22 +3,32 @@
 import functools
 import logging
 import threading
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
 
 import iqareward
-from iqareward import FullReference, NoReference
+from examples.adapters import genrl as genrl_example
+from iqareward import AdaptiveWeighter, FullReference, NoReference
 from iqareward.adapters.flow_grpo import install, reward_function
+from iqareward.groups import group_statistics
 from iqareward.types import Reward
-from iqareward.weighting import LossWeights, weighted_advantages
+from iqareward.weighting import LossWeights
+from tests.adapters.doubles import bfr_rl, genrl
 from tests.adapters.doubles import flow_grpo as double
-from tests.adapters.doubles.pages import blocks, execute, package
-from tests.tolerances import EXACT, OTHER_PACKAGE
+from tests.adapters.doubles.pages import blocks, changed, execute, package
+from tests.tolerances import FORMULA_FP32, OTHER_PACKAGE
+
+PAGE, RECIPES = "how-to/flow-grpo.md", "how-to/adaptive-in-your-trainer.md"
+FLOW_GRPO = pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "caller", "reader", "threads")
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -41,6 +51,7 @@ def batch(count: int, seed: int = 0) -> tuple:
     return photos(count, seed), ["restore"] * count, [{"input_id": row // 2} for row in range(count)]
 
 
+@FLOW_GRPO
 def test_reward_in_a_slot_of_the_table() -> None:
     """A plain factory with a `device` argument takes the place of a built-in reward; list and array results mix."""
     module = double.rewards_module()
@@ -57,6 +68,7 @@ def test_reward_in_a_slot_of_the_table() -> None:
     torch.testing.assert_close(torch.from_numpy(gathered["avg"]), expected + 0.1 * len("restore"), **OTHER_PACKAGE)
 
 
+@FLOW_GRPO
 @pytest.mark.parametrize(
     "factory", [BRIGHTNESS, functools.partial(reward_function, BRIGHTNESS)], ids=["object", "partial"]
 )
@@ -68,6 +80,7 @@ def test_objects_and_partials_are_no_factories(factory) -> None:
         module.multi_score("cpu", {"pickscore": 1.0})
 
 
+@FLOW_GRPO
 @pytest.mark.parametrize("takes_ref_images", [False, True])
 def test_install_adds_to_the_trainers_own_rewards(takes_ref_images: bool) -> None:
     """After `install` the script's own line gives their components, ours and the weighted sum of all."""
@@ -84,6 +97,7 @@ def test_install_adds_to_the_trainers_own_rewards(takes_ref_images: bool) -> Non
     torch.testing.assert_close(torch.from_numpy(gathered["brightness"]), brightness(images), **OTHER_PACKAGE)
 
 
+@FLOW_GRPO
 def test_installed_names_share_a_scale() -> None:
     """A named reward that leaves [-1, 1] may be trained on alone; added to others, it needs the range printed."""
     module = double.rewards_module()
@@ -96,6 +110,7 @@ def test_installed_names_share_a_scale() -> None:
     module.multi_score("cpu", {"pickscore": 1.0})
 
 
+@FLOW_GRPO
 def test_install_alone() -> None:
     """With an empty `config.reward_fn` only our rewards count."""
     module = double.rewards_module()
@@ -106,6 +121,7 @@ def test_install_alone() -> None:
     torch.testing.assert_close(torch.from_numpy(gathered["avg"]), 3 * brightness(photos(4)), **OTHER_PACKAGE)
 
 
+@FLOW_GRPO
 def test_one_missing_score_would_destroy_every_advantage(caplog: pytest.LogCaptureFixture) -> None:
     """A NaN makes all advantages NaN under a global standard deviation; ours stops, or counts it as it is told to."""
     images, prompts, metadata = batch(4)
@@ -127,6 +143,7 @@ def test_one_missing_score_would_destroy_every_advantage(caplog: pytest.LogCaptu
         caplog.clear()
 
 
+@FLOW_GRPO
 def test_a_missing_score_of_theirs_stops_too() -> None:
     """`avg` is checked as a whole: NaN from the trainer's own rewards does not get through either."""
     module = double.rewards_module()
@@ -136,6 +153,7 @@ def test_a_missing_score_of_theirs_stops_too() -> None:
         double.sampling_phase(module.multi_score("cpu", {"pickscore": 1.0}), [batch(2)])
 
 
+@FLOW_GRPO
 def test_groups_by_input_id() -> None:
     """With one prompt for all, the trainer's key merges all inputs; component `groups` tells them apart."""
     images, prompts, metadata = batch(8)
@@ -156,6 +174,7 @@ def test_groups_by_input_id() -> None:
         module.multi_score("cpu", {})(images[:1], prompts[:1], [{"input_id": 2**24}])
 
 
+@FLOW_GRPO
 def test_no_graph_in_their_threads() -> None:
     """Grad mode does not reach pool threads: a bare network builds a graph there, our function does not."""
     network = torch.nn.Conv2d(3, 1, 3)
@@ -180,6 +199,7 @@ def test_no_graph_in_their_threads() -> None:
     assert graphs == [True, False]
 
 
+@FLOW_GRPO
 def test_threads_take_turns() -> None:
     """Eight threads never hold two batches in one reward."""
     inside, most, gate = 0, 0, threading.Lock()
@@ -200,33 +220,6 @@ def test_threads_take_turns() -> None:
     assert most == 1
 
 
-def test_ddpo() -> None:
-    """ddpo-pytorch takes a name of its module, dicts as a tuple, uint8 arrays; integers would lose their advantages."""
-    rewards = ModuleType("ddpo_pytorch.rewards")
-    rewards.iqa = lambda: reward_function(BRIGHTNESS)
-    rewards.integers = lambda: lambda images, prompts, metadata: (np.arange(len(prompts)), {})
-    pixels = (photos(4).movedim(1, -1).numpy() * 255).astype(np.uint8)
-    batches = [(pixels, ("a", "a", "b", "b"), ({}, {}, {}, {}))]
-    scores = double.ddpo_sampling(rewards, "iqa", batches)
-    torch.testing.assert_close(torch.from_numpy(scores), torch.from_numpy(pixels / 255).float().mean((1, 2, 3)))
-    assert np.abs(double.DDPOStatTracker().update(batches[0][1], scores)).min() > 0.1
-    integers = double.ddpo_sampling(rewards, "integers", batches)
-    assert np.abs(double.DDPOStatTracker().update(batches[0][1], integers)).max() <= 1  # truncated
-    assert (double.DDPOStatTracker().update(batches[0][1], integers)[1:3] == 0).all()
-
-
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
-def test_bfr() -> None:
-    """BFR_RL hands over [-1, 1] and one mapping with the ground truth; taken for [0, 1] nothing can be scored."""
-    images, truth = photos(3), photos(3, seed=1)
-    call = double.bfr_batch(images, ["face"] * 3, truth)
-    module = double.rewards_module()
-    install(module, [(1.0, CLOSENESS)], references="gt_images", value_range=(-1.0, 1.0), groups=None)
-    gathered = double.sampling_phase(module.multi_score("cpu", {}), [call])
-    torch.testing.assert_close(torch.from_numpy(gathered["avg"]), closeness(images, truth), **OTHER_PACKAGE)
-    assert CLOSENESS(call[0], references=call[2]["gt_images"]).isnan().all()
-
-
 def test_references(tmp_path) -> None:
     """References come from the metadata, as paths too, or from the source images of the edit scripts."""
     images = photos(2)
@@ -243,28 +236,6 @@ def test_references(tmp_path) -> None:
         fn(images, ["", ""], [{"other": 1}, {"other": 2}])
     with pytest.raises(ValueError, match="expected `ref_images` for every sample"):
         reward_function(CLOSENESS, references="ref_images")(images, ["", ""], [{}, {}])
-
-
-def test_old_trl() -> None:
-    """TRL's DDPOTrainer gets tensors of scores, its AlignPropTrainer a graph."""
-    images = photos(2)
-    scores = double.trl_ddpo_scores(reward_function(BRIGHTNESS), images, ("a", "b"))
-    torch.testing.assert_close(scores, brightness(images), **OTHER_PACKAGE)
-    images = photos(2).requires_grad_()
-    reward = NoReference(brightness, higher_is_better=True, differentiable=True)
-    double.trl_alignprop_step(reward_function(reward), images, ("a", "b"))
-    torch.testing.assert_close(images.grad, torch.full_like(images, -1 / images.numel()), **OTHER_PACKAGE)
-
-
-def test_weights() -> None:
-    """Weighted advantages and the SFT weight go through the script's filter, which drops rows without RL."""
-    advantages = torch.tensor([[1.0, 1.0], [-2.0, -2.0], [3.0, 3.0]])
-    weights = LossWeights(rl=torch.tensor([1.0, 0.5, 0.0]), sft=torch.tensor([0.0, 0.5, 1.0]))
-    samples = {"advantages": advantages, "latents": torch.arange(3)}
-    samples["advantages"] = weighted_advantages(samples["advantages"], weights)
-    samples["sft_weight"] = weights.sft
-    torch.testing.assert_close(samples["advantages"], torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]]), **EXACT)
-    assert double.samples_for_training(samples)["sft_weight"].tolist() == [0.0, 0.5]
 
 
 def test_mistakes_before_training() -> None:
@@ -289,20 +260,358 @@ def test_mistakes_before_training() -> None:
         install(module, {"piqe": 1.0})
 
 
-def test_page(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
-    """The page's lines for flow_grpo, BFR_RL and the slot of the table work in scripts like theirs."""
-    module, bfr = double.rewards_module(), double.rewards_module()
-    package(monkeypatch, flow_grpo__rewards=module, diffbir__rewards=bfr)
+@pytest.mark.trainer("ddpo-pytorch", "18294d8", "caller", "reader", "configuration", "threads", "gradients")
+def test_ddpo() -> None:
+    """ddpo-pytorch takes a name of its module, dicts as a tuple, uint8 arrays; integers would lose their advantages."""
     scope: dict = {}
-    for code in blocks("how-to/flow-grpo.md"):
-        execute(code, scope)
-    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    metadata = [{"gt_path": images[row], "input_id": row} for row in range(2)]
-    gathered = double.sampling_phase(module.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])
-    assert set(gathered) == {"pickscore", "qalign", "ssim", "groups", "avg"}
-    gathered = double.sampling_phase(bfr.multi_score("cpu", {}), [double.bfr_batch(images, ["", ""], images)])
-    np.testing.assert_allclose(gathered["avg"], 1, rtol=1e-5)
+    execute(blocks(PAGE, section="ddpo-pytorch and TRL up to 0.23")[0], scope)
+    rewards = ModuleType("ddpo_pytorch.rewards")
+    rewards.named = scope["iqa"]  # builds, and would load its model when it is called
+    rewards.iqa = lambda: reward_function(BRIGHTNESS)
+    rewards.integers = lambda: lambda images, prompts, metadata: (np.arange(len(prompts)), {})
+    pixels = (photos(4).movedim(1, -1).numpy() * 255).astype(np.uint8)
+    batches = [(pixels[:2], ("a", "a"), ({}, {})), (pixels[2:], ("b", "b"), ({}, {}))]
+    scores, gradient = double.ddpo_epoch(rewards, "iqa", batches)
+    expected = torch.from_numpy(pixels / 255).float().mean((1, 2, 3))
+    torch.testing.assert_close(torch.from_numpy(scores), expected, **OTHER_PACKAGE)
+    standard = (expected - expected.mean()) / expected.std(correction=0)
+    torch.testing.assert_close(gradient, -standard / 4, rtol=1e-3, atol=1e-4)  # its statistics add 1e-6
+    _, truncated = double.ddpo_epoch(rewards, "integers", batches)
+    assert (truncated[1:3] == 0).all()
+    with pytest.raises(AttributeError, match="iqaa"):
+        double.ddpo_epoch(rewards, "iqaa", batches)
+
+
+@pytest.mark.trainer("TRL DDPO, AlignProp", "0.23", "caller", "reader", "gradients")
+def test_old_trl() -> None:
+    """TRL's DDPOTrainer trains on the scores, its AlignPropTrainer through the graph."""
+    images = photos(4)
+    gradient = double.trl_ddpo_step(reward_function(BRIGHTNESS), images, ("a", "b", "c", "d"))
+    expected = brightness(images)
+    standard = (expected - expected.mean()) / expected.std(correction=0)
+    torch.testing.assert_close(gradient, -standard / 4, **OTHER_PACKAGE)
+    images = photos(2).requires_grad_()
+    reward = NoReference(brightness, higher_is_better=True, differentiable=True)
+    double.trl_alignprop_step(reward_function(reward), images, ("a", "b"))
+    torch.testing.assert_close(images.grad, torch.full_like(images, -1 / images.numel()), **OTHER_PACKAGE)
+
+
+@FLOW_GRPO
+def test_evaluation_needs_the_columns_but_no_groups() -> None:
+    """Evaluation logs our rewards too, asks its metadata for references, and does not average ids."""
+    module = double.rewards_module(takes_ref_images=True)
+    install(module, [(1.0, CLOSENESS)], references="gt_path", groups="input_id")
+    fn, images = module.multi_score("cpu", {}), photos(3)
+    curves = double.evaluation(fn, [(images, [""] * 3, [{"gt_path": image} for image in images])], double.Accelerator())
+    assert curves == {"eval_reward_closeness": pytest.approx(1), "eval_reward_avg": pytest.approx(1)}
+    with pytest.raises(ValueError, match="expected 'gt_path' in the metadata of every sample"):
+        double.evaluation(fn, [(images, [""] * 3, [{}] * 3)], double.Accelerator())
+
+
+@pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "configuration")
+def test_page_in_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
+    """With the page's lines the script's advantages are those of the weighted sum within each input."""
+    module, images, scope = double.rewards_module(), images_near(REFERENCES), {}
+    package(monkeypatch, flow_grpo__rewards=module)
+    for section in ("Add rewards", "Group by input"):
+        for code in blocks(PAGE, section=section):
+            execute(code, scope)
+    lines = blocks(PAGE, "diff", section="Add rewards") + blocks(PAGE, "diff", section="Group by input")
+    epoch = changed(double.flow_grpo_epoch, lines, scope)
+    fn = module.multi_score("cpu", {})  # config.reward_fn = {}
+    found = epoch(
+        fn, flow_grpo_batches(images), double.Pipeline(6), double.Accelerator(), double.PerPromptStatTracker()
+    )
+    expected = 0.7 * brightness(images) + 0.3 * iqareward.load("ssim")(images, references=REFERENCES[INPUTS])
+    statistics = group_statistics(expected, INPUTS)
+    standard = (expected - statistics.mean) / (statistics.std / 2**0.5 + 1e-4)
+    torch.testing.assert_close(found["advantages"][:, 0].float(), standard, rtol=1e-3, atol=1e-3)
+    assert {"reward_qalign", "reward_ssim", "reward_avg", "reward_groups"} <= set(found["curves"])
     slot = double.rewards_module()
+    execute(blocks(PAGE, section="ddpo-pytorch and TRL up to 0.23")[0], scope)
     slot.pickscore_score = scope["pickscore_score"]
-    scored = double.sampling_phase(slot.multi_score("cpu", {"pickscore": 1.0}), [(images, ["", ""], metadata)])
-    np.testing.assert_allclose(scored["pickscore"], qalign(images).numpy(), rtol=1e-4)
+    batch_of_two = (images[:2], ["", ""], [{}, {}])
+    scored = double.sampling_phase(slot.multi_score("cpu", {"pickscore": 1.0}), [batch_of_two])
+    np.testing.assert_allclose(scored["pickscore"], brightness(images[:2]).numpy(), rtol=1e-4)
+
+
+# Three inputs of two rollouts each: near its ground truth, far from it, and far with two rollouts alike.
+INPUTS = torch.tensor([0, 0, 1, 1, 2, 2])
+REFERENCES = 0.2 + 0.6 * torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def images_near(references: Tensor) -> Tensor:
+    noise = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    noise[5] = noise[4]
+    amount = torch.tensor([0.02, 0.02, 0.15, 0.15, 0.15, 0.15]).view(-1, 1, 1, 1)
+    return (references[INPUTS] + amount * noise).clamp(0, 1)
+
+
+def flow_grpo_batches(images: Tensor, rows: Sequence[int] = range(6)) -> list[tuple]:
+    metadata = [{"gt_path": REFERENCES[INPUTS[row]], "input_id": INPUTS[row].item()} for row in range(6)]
+    batches = [list(rows[start : start + 2]) for start in range(0, len(rows), 2)]
+    return [
+        (torch.tensor(some), images[some], ["restore"] * len(some), [metadata[row] for row in some]) for some in batches
+    ]
+
+
+def weights_by_distance(images: Tensor, references: Tensor) -> LossWeights:
+    distance = 1 - iqareward.load("ssim")(images, references=references)
+    weighter = AdaptiveWeighter(mode="convex", calibrate_on_first=True)
+    weights = weighter(group_statistics(distance, INPUTS).mean)
+    assert weights.rl[2] > weights.rl[0] + 0.3  # hard inputs get RL
+    assert weights.sft[0] > weights.sft[2] + 0.3  # near ones get SFT
+    return weights
+
+
+def sft_gradients() -> Tensor:
+    """Of each row's flow-matching loss without noise, over both steps, after the output of the policy."""
+    clean = ((2 * REFERENCES.mean((1, 2, 3)) - 1) - 0.1) * 2
+    return 2 * 2 * clean[INPUTS]
+
+
+def recipe(monkeypatch: pytest.MonkeyPatch, section: str, **modules: ModuleType) -> dict[str, Any]:
+    """What the Python of a section of the recipes defines, with noise that is 0."""
+    scope: dict[str, Any] = {}
+    package(monkeypatch, **modules)
+    for code in blocks(RECIPES, section=section):
+        execute(code, scope)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    return scope
+
+
+@pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "caller", "reader", "weights")
+def test_weights_in_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
+    """Each row's gradient is its RL weight times the policy's plus its SFT weight times that of its ground truth."""
+    module, images = double.rewards_module(), images_near(REFERENCES)
+    scope = recipe(monkeypatch, "Flow-GRPO", flow_grpo__rewards=module)
+    fn, batches = module.multi_score("cpu", {}), flow_grpo_batches(images)
+    tracker, plain, weighted = double.PerPromptStatTracker(), double.Pipeline(6), double.Pipeline(6)
+    (group_line,) = blocks(PAGE, "diff", section="Group by input")
+    without = changed(double.flow_grpo_epoch, [group_line], scope)(fn, batches, plain, double.Accelerator(), tracker)
+    assert without["kept"] == 4  # the script drops the input whose rollouts are alike
+    epoch = changed(double.flow_grpo_epoch, blocks(RECIPES, "diff", section="Flow-GRPO"), scope)
+    found = epoch(fn, batches, weighted, double.Accelerator(), tracker)
+    assert found["kept"] == 6
+    weights = weights_by_distance(images, REFERENCES[INPUTS])
+    policy = plain.transformer.shift.grad * 4 / 6  # means over 4 and over 6 rows
+    expected = weights.rl * policy + scope["SFT_SCALE"] * weights.sft * sft_gradients() / 6
+    torch.testing.assert_close(weighted.transformer.shift.grad, expected, **FORMULA_FP32)
+    assert policy[:4].abs().min() > 0.1
+    assert policy[4:].abs().max() == 0
+
+
+@pytest.mark.trainer("DiffusionNFT", "24af555", "caller", "reader", "threads", "weights")
+def test_weights_in_diffusion_nft(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
+    """The RL weight moves r towards 0.5, and the ground truth takes part by the SFT weight."""
+    module, images = double.rewards_module(), images_near(REFERENCES)
+    scope = recipe(monkeypatch, "Flow-GRPO", flow_grpo__rewards=module)
+    fn, batches = module.multi_score("cpu", {}), flow_grpo_batches(images)
+    tracker, plain, weighted = double.PerPromptStatTracker(), double.Pipeline(6), double.Pipeline(6)
+    loop = blocks(RECIPES, "diff", section="DiffusionNFT")
+    (line,) = (hunk for hunk in loop[0].split("\n\n") if "stat_tracker" in hunk)
+    changed(double.nft_epoch, [line], scope)(fn, batches, plain, double.Accelerator(), tracker)
+    changed(double.nft_epoch, loop, scope)(fn, batches, weighted, double.Accelerator(), tracker)
+    weights = weights_by_distance(images, REFERENCES[INPUTS])
+    policy = plain.transformer.shift.grad
+    assert (policy[:4].abs() > 0.1).all()
+    expected = weights.rl * policy + scope["SFT_SCALE"] * weights.sft * sft_gradients() / 6
+    torch.testing.assert_close(weighted.transformer.shift.grad, expected, **FORMULA_FP32)
+
+
+@pytest.mark.trainer("Edit-R1", "244883c", "caller", "reader", "configuration", "threads")
+def test_edit_r1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`references="ref_images"` compares with the source images; half images; advantages and bounds are ours."""
+    module, scope = double.rewards_module(takes_ref_images=True), {}
+    package(monkeypatch, flow_grpo__rewards=module)
+    for code in blocks(PAGE, section="DiffusionNFT and Edit-R1"):
+        execute(code, scope)
+    epoch = changed(double.nft_epoch, blocks(PAGE, "diff", section="DiffusionNFT and Edit-R1"), scope)
+    images, pipeline = images_near(REFERENCES).half(), double.Pipeline(6)
+    sources = [Image.fromarray((255 * row.movedim(0, -1)).byte().numpy()) for row in REFERENCES[INPUTS]]
+    prompts = [f"edit {row}" for row in INPUTS.tolist()]
+    batches = [(torch.arange(6), images, prompts, [{}] * 6, sources)]
+    fn = module.multi_score("cpu", {})  # config.reward_fn = {}
+    found = epoch(fn, batches, pipeline, double.Accelerator(), double.EditStatTracker())
+    expected = iqareward.load("ssim")(images.float(), references=iqareward.to_images(sources))
+    torch.testing.assert_close(torch.from_numpy(found["rewards"]["ssim"]), expected, **OTHER_PACKAGE)
+    better = expected > group_statistics(expected, INPUTS).mean
+    assert torch.equal(found["advantages"][:4, 0] > 0, better[:4])
+    curves = double.evaluation(fn, [(images, prompts, [{}] * 6, sources)], double.Accelerator())
+    assert curves["eval_reward_ssim"] == pytest.approx(expected.mean().item(), abs=1e-4)
+
+
+@pytest.mark.trainer("DiffusionOPSD", "2166584", "caller", "reader", "configuration")
+def test_diffusion_opsd() -> None:
+    """It refuses to build no reward, and looks up the name of the first; ours joins, and alone it is not asked."""
+    module, images = double.rewards_module(refuses_none=True), photos(4)
+    install(module, [(2.0, BRIGHTNESS)])
+    reward_fn = {"pickscore": 0.5}
+    assert next(iter(reward_fn)) == "pickscore"
+    for config, weight in ((reward_fn, 2.5), ({}, 2.0)):
+        pipeline, tracker = double.Pipeline(4), double.PerPromptStatTracker()
+        batches = [(torch.arange(4), images, ["a"] * 4, [{}] * 4)]
+        found = double.nft_epoch(module.multi_score("cpu", config), batches, pipeline, double.Accelerator(), tracker)
+        np.testing.assert_allclose(found["rewards"]["avg"][:, 0], weight * brightness(images).numpy(), rtol=1e-5)
+        assert (pipeline.transformer.shift.grad.sign() == (brightness(images) - brightness(images).mean()).sign()).all()
+
+
+# Two inputs of four rollouts; their distances give the first the advantages 0.67, 0.21, -0.20, -0.68 under the
+# standard deviation of all rollouts, as in a check inside BFR_RL's own file.
+ADVANTAGES = torch.tensor([0.67, 0.21, -0.20, -0.68])
+SPREAD = 0.1
+DISTANCES = 0.3 + SPREAD * torch.cat([0.8667 - ADVANTAGES, -0.8667 + ADVANTAGES])
+TRUTH = 0.4 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)).repeat_interleave(4, dim=0)
+
+
+def bfr_batches(images: Tensor, truth: Tensor) -> list[tuple]:
+    """Four rollouts a batch, of which each input has a caption of its own."""
+    return [
+        (rows, 2 * images[rows] - 1, [caption] * 4, 2 * truth[rows] - 1)
+        for rows, caption in ((torch.arange(4), "a face"), (torch.arange(4, 8), "another face"))
+    ]
+
+
+BFR_RL = pytest.mark.trainer("BFR_RL", "ee5a624, 5a5f7a1", "caller", "reader", "threads")
+
+
+def diffbir(server: Callable[[Tensor, Tensor], list[float]]) -> SimpleNamespace:
+    return SimpleNamespace(rewards=bfr_rl.rewards_module(server))
+
+
+def silent(images: Tensor, references: Tensor) -> list[float]:
+    """A face server that answers 0 for every face."""
+    return [0.0] * len(images)
+
+
+def without_server() -> Callable[..., dict[str, Any]]:
+    """BFR_RL's loop after the page's change of the mapping."""
+    return changed(bfr_rl.epoch, blocks(PAGE, "diff", section="BFR_RL")[:1], {})
+
+
+@BFR_RL
+@pytest.mark.parametrize("total", ["avg", "total_scores"])  # its loop has read one and the other
+@pytest.mark.parametrize("server", [True, False], ids=["with its server", "without"])
+def test_bfr_rl_trains_on_our_reward(total: str, server: bool) -> None:
+    """With a face server that answers 0, or none, the advantages of its loop and their gradients are ours."""
+    found_package, policy = diffbir(silent), bfr_rl.Policy(8)
+    install(found_package.rewards, [(1.0, CLOSENESS)], references="gt_images", value_range=(-1, 1))
+    batches = bfr_batches(TRUTH + DISTANCES.view(-1, 1, 1, 1), TRUTH)
+    loop = bfr_rl.epoch if server else without_server()
+    found = loop(found_package, batches, policy, double.Accelerator(), total=total)
+    advantages = found["advantages"].float()
+    expected = torch.cat([ADVANTAGES, -ADVANTAGES])[:, None].expand(-1, double.STEPS)
+    torch.testing.assert_close(advantages, expected, rtol=0.0, atol=2e-3)  # its statistics add 1e-4
+    steps = torch.tensor([1.0, 2.0])  # derivative of the log-probabilities
+    torch.testing.assert_close(policy.shift.grad, -(advantages * steps).sum(1) / 8, rtol=0.0, atol=2e-3)
+
+
+@BFR_RL
+@pytest.mark.parametrize("total", ["avg", "total_scores"])
+def test_bfr_rl_adds_its_server(total: str) -> None:
+    """Its server's scores count beside ours."""
+    found_package, images = diffbir(lambda images, references: brightness(images).tolist()), photos(8)
+    install(found_package.rewards, [(0.5, CLOSENESS)], references="gt_images", value_range=(-1, 1))
+    found = bfr_rl.epoch(found_package, bfr_batches(images, TRUTH), bfr_rl.Policy(8), double.Accelerator(), total=total)
+    expected = brightness(2 * images - 1) + 0.5 * closeness(images, TRUTH)
+    np.testing.assert_allclose(found["rewards"][total][:, 0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.trainer("BFR_RL", "ee5a624, 5a5f7a1", "configuration")
+def test_page_in_bfr_rl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the page's lines its loop trains on SSIM alone, and the page's check passes."""
+    found_package, scope = diffbir(silent), {}
+    package(monkeypatch, diffbir__rewards=found_package.rewards)
+    for code in blocks(PAGE, section="BFR_RL"):
+        execute(code, scope)
+    loop = changed(bfr_rl.epoch, blocks(PAGE, "diff", section="BFR_RL"), {})
+    images = (TRUTH + 0.1 * photos(8)).clamp(0, 1)
+    found = loop(found_package, bfr_batches(images, TRUTH), bfr_rl.Policy(8), double.Accelerator(), total="avg")
+    scores = iqareward.load("ssim")(images, references=TRUTH)
+    np.testing.assert_allclose(found["rewards"]["ssim"], scores.numpy(), rtol=1e-4, atol=1e-5)
+    above = scores.view(2, 4) > scores.view(2, 4).mean(1, keepdim=True)
+    assert torch.equal(found["advantages"][:, 0].view(2, 4) > 0, above)
+    assert "face_reward_remote" not in found["rewards"]
+
+
+@pytest.mark.trainer("BFR_RL", "ee5a624, 5a5f7a1", "weights")
+def test_weights_in_bfr_rl(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
+    """The likelihood of the ground truth counts by the SFT weight, the policy by the RL weight, and no row is lost."""
+    scope, found_package = recipe(monkeypatch, "Flow-GRPO", flow_grpo__rewards=double.rewards_module()), diffbir(silent)
+    recipe(monkeypatch, "BFR_RL", diffbir__rewards=found_package.rewards)
+    images = images_near(REFERENCES)
+    batches = [
+        (torch.arange(start, start + 2), 2 * images[start : start + 2] - 1, [caption] * 2, truth.expand(2, -1, -1, -1))
+        for start, caption, truth in zip((0, 2, 4), ("near", "far", "alike"), 2 * REFERENCES - 1, strict=True)
+    ]
+    plain, weighted = bfr_rl.Policy(6), bfr_rl.Policy(6)
+    without = bfr_rl.epoch(found_package, batches, plain, double.Accelerator(), total="avg")
+    assert without["kept"] == 4
+    loop = changed(bfr_rl.epoch, blocks(RECIPES, "diff", section="BFR_RL"), scope)
+    found = loop(found_package, batches, weighted, double.Accelerator(), total="avg")
+    assert found["kept"] == 6
+    weights = weights_by_distance(images, REFERENCES[INPUTS])
+    policy = torch.zeros(6)
+    policy[:4] = -(without["advantages"][:4].float() * torch.tensor([1.0, 2.0])).sum(1)
+    log_density = (-0.5 - 0.5 * torch.log(torch.tensor(2 * torch.pi))) / 40  # of a ground truth one deviation away
+    likelihood = -torch.exp(log_density) / 40
+    expected = (weights.rl * policy + 0.001 * weights.sft * likelihood) / 6
+    torch.testing.assert_close(weighted.shift.grad, expected, **FORMULA_FP32)
+    torch.testing.assert_close(plain.shift.grad[:4], (policy[:4] + 0.001 * likelihood) / 4, **FORMULA_FP32)
+
+
+@pytest.mark.trainer("GenRL", "0956cd0", "caller", "reader", "configuration", "threads")
+@pytest.mark.parametrize("weight_advantages", [False, True])
+def test_genrl(weight_advantages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example scores videos by their frames; without its module GenRL trains on 0, which its curve shows."""
+    monkeypatch.setattr(genrl_example, "REWARD", BRIGHTNESS)
+    videos = torch.rand(4, 9, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+    batches = [(videos[:2], ["a", "a"]), (videos[2:], ["b", "b"])]
+    config = {
+        "reward_fn": {"iqa": 2.0},
+        "reward_module": genrl_example.__name__,
+        "weight_advantages": weight_advantages,
+    }
+    advantages, logged = genrl.epoch(config, batches)
+    expected = videos[:, ::4].mean((1, 2, 3, 4))
+    assert logged == {"reward_iqa_raw": pytest.approx(expected.mean().item(), rel=1e-5)}
+    better = expected.view(2, 2) > expected.view(2, 2).mean(1, keepdim=True)
+    assert torch.equal(advantages[:, 0].view(2, 2) > 0, better)
+    advantages, logged = genrl.epoch({**config, "reward_module": None}, batches)
+    assert logged == {"reward_iqa_raw": 0.0}
+    assert not advantages.any()
+    with pytest.raises(ValueError, match="no other_score"):
+        genrl.epoch({**config, "reward_fn": {"other": 1.0}}, batches)
+
+
+def gradients(rank: int, folder: str) -> None:
+    """One of two processes with one rollout of each input: what the weighted loop gives its rows."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        shift = weighted_epoch(range(rank, 6, 2))
+        torch.save(shift, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def weighted_epoch(rows: Sequence[int]) -> Tensor:
+    """The gradient of Flow-GRPO's loop with the recipe, for the rows of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        module, code = double.rewards_module(), blocks(RECIPES, section="Flow-GRPO")
+        install(module, [(1.0, BRIGHTNESS), (0.0, "ssim")], references="gt_path", groups="input_id")
+        scope: dict[str, Any] = {}
+        execute(code[1], scope)
+        patch.setattr(torch, "randn_like", torch.zeros_like)
+        epoch = changed(double.flow_grpo_epoch, blocks(RECIPES, "diff", section="Flow-GRPO"), scope)
+        pipeline, tracker = double.Pipeline(6), double.PerPromptStatTracker()
+        batches = flow_grpo_batches(images_near(REFERENCES), rows)
+        epoch(module.multi_score("cpu", {}), batches, pipeline, double.Accelerator(), tracker)
+    return pipeline.transformer.shift.grad
+
+
+@pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "processes")
+def test_two_processes(tmp_path) -> None:
+    """Rollouts of one input on two processes are normalised, weighed and calibrated together, as on one."""
+    mp.spawn(gradients, args=(str(tmp_path),), nprocs=2)
+    found = sum(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)) / 2  # as DDP averages
+    torch.testing.assert_close(found, weighted_epoch(range(6)), **FORMULA_FP32)
