@@ -218,7 +218,7 @@ ADAPTERS = {
         completions=["a"],
         restored=[torch.zeros(3, 4, 4)],
     ),
-    "reward_models": lambda: partial(HPSv3Model(Brightness(), device="cuda").reward, [torch.zeros(3, 4, 4)], [""]),
+    "reward_models": lambda: partial(HPSv3Model(Brightness(), device="cuda").reward, ["a.png"], [""]),
 }
 
 
@@ -246,7 +246,7 @@ def test_adapters_move_images_to_the_gpu_of_the_thread_that_makes_them(
     seen = []
     monkeypatch.setattr(
         "iqareward.adapters._core.to_images",
-        lambda images, device, **_: seen.append(str(device)) or torch.stack(images),
+        lambda images, device, **_: seen.append(str(device)) or torch.zeros(len(images), 3, 4, 4),
     )
     call = ADAPTERS[adapter]()
 
