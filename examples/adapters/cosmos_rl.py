@@ -1,28 +1,42 @@
-"""A reward for cosmos-rl (read at 89f2e5b, 2026-07, in maintenance mode). Copy this file and edit the settings.
+"""A reward for cosmos-rl (read at 4903300, 2026-09, in maintenance mode). Copy this file and edit the settings.
 
-Pass `reward_fns = [(quality, 1.0)]` to the launcher. cosmos-rl calls
-`quality(to_be_evaluated, reference, prompt=, data_packer=, config=, tokenizer=)` and asserts a float for one image, and
-a list for a group (`group_reward_calculation`). There is no hook for weights per sample.
+Pass `reward_fns=[(quality, 1.0)]` to the launcher, with `use_remote_reward = false` in `[train.train_policy]`; if that
+is true, it is never called. Your data set must define `get_reference_answer(index)`: the ground truth, or "".
+
+cosmos-rl's own diffusion trainer takes remote rewards only (`examples/dialect_server.py`): between a local reward and
+the trainer the latents are lost, unless the rollout marks its completions as trainable, as `keep_latents` does.
 """
 
+import threading
 from typing import Any
 
 import iqareward
 
 REWARD = iqareward.load("qalign")
-VALUE_RANGE = (0, 1)  # of floating-point images, which is up to your data packer
-USE_REFERENCE = False  # True: `reference` is the ground truth, a path, PIL image, array or tensor
+VALUE_RANGE = (0, 1)  # of floating-point images; diffusion rollouts have [0, 1]
+USE_REFERENCE = False  # True: the reference answer is the ground truth, a path, PIL image, array or tensor
+_LOCK = threading.Lock()  # rewards of images are called from two threads
 
 
-def quality(to_be_evaluated: Any, reference: Any = None, prompt: Any = "", **ignored: Any) -> float | list[float]:
-    """A float for one image, a list for a list of images; an image that cannot be scored stops the training."""
-    is_group = isinstance(to_be_evaluated, list | tuple)
-    images = iqareward.to_images(to_be_evaluated, value_range=VALUE_RANGE)
+def quality(to_be_evaluated: Any, reference: Any, prompt: Any = "", config: Any = None, **ignored: Any) -> Any:
+    """(score, metrics) of one image, lists of both for a group; an image that cannot be scored stops the training."""
+    group = config.train.train_policy.group_reward_calculation
+    images = iqareward.to_images(to_be_evaluated if group else [to_be_evaluated], value_range=VALUE_RANGE)
     references = None
     if USE_REFERENCE:
         one = iqareward.to_images(reference, value_range=VALUE_RANGE)[0].to(images[0].device)
         references = [one] * len(images)
-    scores = REWARD(images, references=references, prompts=[prompt] * len(images))
+    text = prompt["prompt"] if isinstance(prompt, dict) else prompt
+    with _LOCK:
+        scores = REWARD(images, references=references, prompts=[text] * len(images))
     if not scores.isfinite().all():
         raise ValueError(f"{REWARD.name} could not score every image: {scores.tolist()}.")
-    return scores.tolist() if is_group else scores.item()
+    metrics = [{REWARD.name: score} for score in scores.tolist()]
+    return (scores.tolist(), metrics) if group else (scores.item(), metrics[0])
+
+
+def keep_latents(results: list[Any]) -> list[Any]:
+    """What `rollout_generation` of a subclass of `NFTRollout` returns: the results with every completion trainable."""
+    for result in results:
+        result.completion_trainable = [True] * len(result.completions)
+    return results

@@ -1,4 +1,4 @@
-"""The examples for rare trainers, inside mocks of their loops: miles_diffusion, cosmos-rl, MixGRPO, SRPO, ReNO."""
+"""The examples for rare trainers, inside mocks of their loops: miles_diffusion, MixGRPO, SRPO, ReNO."""
 
 import asyncio
 import math
@@ -11,14 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import iqareward
-from examples.adapters import cosmos_rl, miles_diffusion
+from examples.adapters import miles_diffusion
 from examples.adapters.mixgrpo import PickScoreRewardModel
 from examples.adapters.reno import ReNOLoss
 from examples.adapters.srpo import SRPOModel
 from iqareward import AdaptiveWeighter, FullReference, NoReference
 from iqareward.difficulty import reference_distance
 from iqareward.rewards.core import ImageReward
-from tests.adapters.doubles import cosmos
 from tests.adapters.doubles import miles as double
 from tests.adapters.doubles.gradient_loops import LatentNoiseTrainer
 from tests.adapters.doubles.reward_models import group_advantages, mixgrpo, srpo_step
@@ -156,23 +155,6 @@ def test_miles_leaves_unscored_samples_out(monkeypatch: pytest.MonkeyPatch) -> N
     _, rewards = double.post_process(rows, POST_PROCESS)
     assert rewards[:2] == [0.0, 0.0]
     assert rewards[2] < 0 < rewards[3]
-
-
-@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
-def test_cosmos_takes_one_image_and_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function answers a float or a list, as it was asked; an image without a score stops the training."""
-    monkeypatch.setattr(cosmos_rl, "REWARD", iqareward.load("ssim"))
-    monkeypatch.setattr(cosmos_rl, "USE_REFERENCE", True)
-    reference = IMAGES[3]
-    expected = iqareward.load("ssim")(IMAGES, references=reference.expand_as(IMAGES))
-    one = cosmos.compute_rewards([(cosmos_rl.quality, 2.0)], IMAGES[0], reference)
-    assert one == pytest.approx(2 * expected[0].item(), rel=1e-4)
-    group = cosmos.compute_rewards([(cosmos_rl.quality, 0.5), cosmos_rl.quality], list(IMAGES), reference)
-    torch.testing.assert_close(torch.tensor(group), 1.5 * expected, **NETWORK_BATCH)
-    with pytest.raises(AssertionError):  # a tensor is not a list
-        cosmos.compute_rewards([iqareward.load("piqe")], list(IMAGES))
-    with pytest.raises(ValueError, match="ssim could not score every image"):
-        cosmos.compute_rewards([cosmos_rl.quality], IMAGES[0] * torch.nan, reference)
 
 
 MIXGRPO = pytest.mark.trainer("MixGRPO", "e5cdd6a", "caller", "reader", "configuration", "threads")

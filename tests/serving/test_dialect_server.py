@@ -1,4 +1,4 @@
-"""Clients of other code bases work when `examples/legacy_server.py` stands in front of the server."""
+"""Clients of other code bases work when `examples/dialect_server.py` stands in front of the server."""
 
 import asyncio
 import base64
@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import iqareward
-from examples.legacy_server import loads_plain, translator
+from examples import dialect_server
+from examples.dialect_server import loads_plain, translator
 from iqareward.serving.backend import Served, ServedFacts
 from iqareward.serving.replica import Scored
 from iqareward.serving.requests import ServiceError, Settings
@@ -396,3 +397,185 @@ def test_large_numbers_in_the_memo_cost_nothing():
 def test_deep_nesting(nesting):
     """Lists and tuples in one another, and a list in itself, are built and freed without recursion."""
     assert len(loads_plain(b"\x80\x04" + nesting + b".")) >= 1
+
+
+def npy(array: np.ndarray, **line) -> bytes:
+    """A body of cosmos-rl."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return json.dumps({"reward_fn": {"piqe": 1.0}, "media_type": "image"} | line).encode() + b"\n" + stream.getvalue()
+
+
+async def fetched(app: FastAPI, body: bytes, path: str = "/cosmos", **form: str) -> tuple[int, dict]:
+    """The answer of `pull` after `enqueue`, on one event loop."""
+    response = await send(app, "POST", f"{path}/api/reward/enqueue", content=body)
+    assert response.status_code == 200, response.text
+    form = {"uuid": response.json()["uuid"]} | form
+    response = await send(app, "POST", f"{path}/api/reward/pull", data=form)
+    return response.status_code, response.json()
+
+
+PIXELS = np.stack([np.asarray(picture(seed)) for seed in (1, 2)])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", [np.uint8, np.float16, np.float32])
+def test_cosmos_pixels_arrive_without_loss(app, kind, order):
+    """As uint8, and as floats in [0, 1], in both orders of memory."""
+    pixels = PIXELS if kind is np.uint8 else (PIXELS / np.float32(255)).astype(kind)
+    _, answer = run(fetched(app, npy(np.asarray(pixels, order=order), prompts=["a", "b"]), type="piqe"))
+    images = iqareward.to_images(pixels.astype(np.float32) if kind is np.float16 else pixels, value_range=(0, 1))
+    assert answer == {"scores": {"piqe": iqareward.load("piqe")(images).tolist()}, "type": "piqe"}
+
+
+def test_cosmos_without_a_type(app):
+    """A client that names no reward gets all; `ping` lists those that the server has."""
+    _, answer = run(fetched(app, npy(PIXELS)))
+    assert set(answer["scores"]) == {"piqe"}
+    response = post(app, "/cosmos/api/reward/ping", data={"info_data": "{}"})
+    assert response.json() == {"message": "Ping request received", "rewards": ["piqe", "ssim"]}
+
+
+def headed(header: bytes, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
+    """A body whose numpy file has this header."""
+    line = b'{"reward_fn": {"piqe": 1}, "media_type": "image"}\n'
+    size = len(header).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+    return line + b"\x93NUMPY" + version + size + header + data
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"{}\n",
+        b"[1]\n" + npy(PIXELS).partition(b"\n")[2],
+        b"x" * 2**20 + b"\n",
+        npy(PIXELS, media_type="video"),
+        npy(PIXELS, media_type=None),
+        npy(PIXELS, reward_fn={}),
+        npy(PIXELS, reward_fn={"x" * 300: 1.0}),
+        npy(PIXELS, reward_fn={"nope": 1.0}),
+        npy(PIXELS, prompts=["only one"]),
+        npy(PIXELS)[:-1],
+        npy(PIXELS) + b"x",
+        npy(PIXELS[0]),
+        npy(PIXELS.transpose(0, 3, 1, 2)),
+        npy(PIXELS[:0]),
+        npy(PIXELS.astype(np.int64)),
+        npy(PIXELS.astype(">f4")),
+        npy(np.array([{"a": 1}], dtype=object)),
+        headed(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1, 1000000, 1000000, 3)}"),
+        headed(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1, -1, -1, 3)}", b"xxx"),
+        headed(b"{'descr': '|u1', 'fortran_order': False, 'shape': " + b"(" * 500 + b")" * 500 + b"}"),
+        headed(b"x" * 2000),
+        headed(b"__import__('os').system('true')"),
+        headed(b"{}", version=b"\x03\x00"),
+    ],
+)
+def test_cosmos_bad_bodies(app, body):
+    """What cannot be scored is an answer without scores, which every client of this dialect takes for an error."""
+    status, answer = run(fetched(app, body, type="piqe"))
+    assert (status, set(answer)) == (200, {"error"})
+    assert len(answer["error"]) < 500
+
+
+def test_cosmos_never_unpickles(app, tmp_path):
+    """A numpy file of objects is a pickle; none of it is run."""
+    marker = tmp_path / "exploited"
+    for exploit in (Call(os.system, f"touch {marker}"), Call(eval, f"open({str(marker)!r}, 'w')")):
+        _, answer = run(fetched(app, npy(np.array([exploit], dtype=object)), type="piqe"))
+        assert set(answer) == {"error"}
+    assert os.listdir(tmp_path) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 200))
+def test_cosmos_any_bytes(app, noise, position):
+    """Random bytes, and damaged bodies, get scores or an error, and no other answer."""
+    whole = npy(PIXELS[:, :16, :16])
+    for body in (noise, headed(noise), whole[:position] + noise[:3] + whole[position + 3 :]):
+        status, answer = run(fetched(app, body, type="piqe"))
+        assert status == 200
+        assert ("scores" in answer) != ("error" in answer)
+
+
+def test_cosmos_bounds(app, monkeypatch):
+    """Bodies are bounded one by one and together, the number of jobs too, and scores are kept for a time."""
+    path = "/cosmos/api/reward"
+
+    async def endless():
+        yield b"x"
+        raise AssertionError("the body was read")
+
+    headers = {"content-length": str(2**40)}
+    assert post(app, f"{path}/enqueue", content=endless()).status_code == 411
+    assert post(app, f"{path}/enqueue", content=endless(), headers=headers).status_code == 413
+    assert post(app, f"{path}/pull", content=b"x" * 2**13).status_code == 413
+    body = npy(PIXELS)
+    with monkeypatch.context() as patch:
+        patch.setattr(dialect_server, "MAX_QUEUED_BYTES", len(body) - 1)
+        assert post(app, f"{path}/enqueue", content=body).status_code == 429
+
+    async def one_after_another() -> list[str]:
+        fresh = in_front_of({"piqe": served(iqareward.load("piqe"))})
+        monkeypatch.setattr(dialect_server, "MAX_JOBS", 2)
+        answers = []
+        names = [(await send(fresh, "POST", f"{path}/enqueue", content=body)).json()["uuid"] for _ in range(2)]
+        answers.append((await send(fresh, "POST", f"{path}/enqueue", content=body)).status_code)  # none is scored yet
+        for name in names:
+            await send(fresh, "POST", f"{path}/pull", data={"uuid": name})
+        names.append((await send(fresh, "POST", f"{path}/enqueue", content=body)).json()["uuid"])
+        answers += [(await send(fresh, "POST", f"{path}/pull", data={"uuid": name})).json() for name in names]
+        monkeypatch.setattr(dialect_server, "JOB_SECONDS", -1.0)
+        answers.append((await fetched(fresh, body))[1])
+        return answers
+
+    full, dropped, *kept, expired = run(one_after_another())
+    assert full == 429
+    assert all(set(answer) == {"scores", "type"} for answer in kept)
+    assert "unknown_uuid" in dropped["error"]
+    assert "unknown_uuid" in expired["error"]
+
+
+def test_cosmos_jobs_end_with_their_time(monkeypatch):
+    """A job that a server never answers is given up, and its bytes are free again."""
+    body = npy(PIXELS, reward_fn={"r": 1.0})
+    monkeypatch.setattr(dialect_server, "MAX_QUEUED_BYTES", len(body))
+    monkeypatch.setattr(dialect_server, "JOB_SECONDS", 0.09)
+    monkeypatch.setattr(dialect_server, "PULL_SECONDS", 0.0)
+
+    async def never(call) -> Scored:
+        await asyncio.sleep(100)
+        raise AssertionError
+
+    async def scenario() -> list[int]:
+        app, path = in_front_of({"r": answering(never)}), "/cosmos/api/reward"
+        first = await send(app, "POST", f"{path}/enqueue", content=body)
+        pulled = await send(app, "POST", f"{path}/pull", data={"uuid": first.json()["uuid"]})
+        full = await send(app, "POST", f"{path}/enqueue", content=body)
+        await asyncio.sleep(0.1)
+        await send(app, "POST", f"{path}/enqueue", content=body)  # gives the first one up
+        last = await send(app, "POST", f"{path}/enqueue", content=body)
+        return [response.status_code for response in (first, pulled, full, last)]
+
+    assert run(scenario()) == [200, 400, 429, 200]
+
+
+def test_slow_bodies_are_given_up(only_piqe, monkeypatch):
+    """A client that sends nothing more holds a place for a bounded time."""
+    monkeypatch.setattr(dialect_server, "BODY_SECONDS", 0.01)
+
+    async def slow():
+        yield b"x"
+        await asyncio.sleep(5)
+
+    for path in ("/flow_grpo", "/cosmos/api/reward/enqueue"):
+        assert post(only_piqe, path, content=slow(), headers={"content-length": "100"}).status_code == 408
+
+
+def test_a_slash_at_the_end(app, only_piqe):
+    """deepgen_rl puts one behind every address."""
+    body = pickle.dumps({"images": [encoded()], "prompts": ["a"], "metadata": {}})
+    for served_by, path in ((app, "/verl_omni/piqe/"), (only_piqe, "/verl_omni/")):
+        assert post(served_by, path, content=body).status_code == 200
