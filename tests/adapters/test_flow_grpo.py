@@ -442,18 +442,30 @@ def test_edit_r1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.trainer("DiffusionOPSD", "2166584", "caller", "reader", "configuration")
-def test_diffusion_opsd() -> None:
-    """It refuses to build no reward, and looks up the name of the first; ours joins, and alone it is not asked."""
+def test_diffusion_opsd(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
+    """Ours joins the reward that makes the targets, and weighs them; without that one its main script stops."""
     module, images = double.rewards_module(refuses_none=True), photos(4)
-    install(module, [(2.0, BRIGHTNESS)])
-    reward_fn = {"pickscore": 0.5}
-    assert next(iter(reward_fn)) == "pickscore"
-    for config, weight in ((reward_fn, 2.5), ({}, 2.0)):
-        pipeline, tracker = double.Pipeline(4), double.PerPromptStatTracker()
-        batches = [(torch.arange(4), images, ["a"] * 4, [{}] * 4)]
-        found = double.nft_epoch(module.multi_score("cpu", config), batches, pipeline, double.Accelerator(), tracker)
-        np.testing.assert_allclose(found["rewards"]["avg"][:, 0], weight * brightness(images).numpy(), rtol=1e-5)
-        assert (pipeline.transformer.shift.grad.sign() == (brightness(images) - brightness(images).mean()).sign()).all()
+    package(monkeypatch, diffusionopsd__rewards=module)
+    for code in blocks(PAGE, section="DiffusionOPSD"):
+        execute(code, {})
+    module.pickscore_score = lambda device: lambda images, prompts, metadata: (images[:, 0].mean((1, 2)), {})
+    batches, pipeline = [(torch.arange(4), images, ["a"] * 4, [{}] * 4)], double.Pipeline(4)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    found = double.opsd_epoch(module, {"pickscore": 0.5}, batches, pipeline)
+    expected = 0.5 * images[:, 0].mean((1, 2)) + brightness(images)
+    np.testing.assert_allclose(found["rewards"]["avg"][:, 0], expected.numpy(), rtol=1e-5)
+    assert "reward_qalign" in found["curves"]
+    advantages = (expected - expected.mean()) / (expected.std(correction=0) + 1e-4)
+    r = advantages / double.ADV_CLIP_MAX / 2 + 0.5
+    per_step = []
+    for t in (1.0, 0.5):  # latents of 1 and no noise: the estimate of the clean latents is 1 - t
+        towards, away = -2 * t * (1 - t - 1.5), 2 * t * (1 - t - 0.5)
+        per_step.append(r * towards + (1 - r) * away)
+    torch.testing.assert_close(
+        pipeline.transformer.shift.grad, double.ADV_CLIP_MAX * sum(per_step) / 4, rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(IndexError):
+        double.opsd_epoch(module, {}, batches, pipeline)
 
 
 # Two inputs of four rollouts; their distances give the first the advantages 0.67, 0.21, -0.20, -0.68 under the

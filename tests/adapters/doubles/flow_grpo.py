@@ -3,6 +3,7 @@
 The policy has one number per row, so that its gradient tells what each row contributed.
 """
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -90,14 +91,15 @@ class Policy(nn.Module):
 
     def __init__(self, num_rows: int) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(num_rows))
+        self.shift, self.weight = nn.Parameter(torch.zeros(num_rows)), torch.ones(1, 1)
 
     def forward(
         self, hidden_states, timestep, encoder_hidden_states, pooled_projections=None, return_dict=True
     ) -> tuple[Tensor]:
         assert not return_dict
         assert len(timestep) == len(hidden_states) == len(encoder_hidden_states)
-        return (self.shift[encoder_hidden_states[:, 0].long()].view(-1, 1, 1, 1).expand_as(hidden_states),)
+        rows = nn.functional.linear(encoder_hidden_states, self.weight)  # refuses half embeddings outside of autocast
+        return (self.shift[rows[:, 0].long()].view(-1, 1, 1, 1).expand_as(hidden_states),)
 
     def log_prob(self, sample: dict[str, Tensor], j: int) -> Tensor:
         """Of the step that was sampled; its derivative after the row's parameter is 1 at 0."""
@@ -190,13 +192,13 @@ def flow_grpo_epoch(
 
     A batch is (rows, images, prompts, metadata), or with the source images of the edit scripts after that.
     """
-    transformer, samples = pipeline.transformer, []
-    with ThreadPoolExecutor(max_workers=8) as executor, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    transformer, samples, autocast = pipeline.transformer, [], functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    with ThreadPoolExecutor(max_workers=8) as executor, torch.no_grad(), autocast():
         for rows, images, prompts, prompt_metadata, *ref_images in batches:
             rewards = executor.submit(reward_fn, images, prompts, prompt_metadata, *ref_images, only_strict=True)
             steps = torch.arange(STEPS + 1.0).expand(len(rows), -1)[..., None, None, None].expand(-1, -1, 4, 2, 2)
             sample = {
-                "prompt_embeds": rows[:, None].float(), "pooled_prompt_embeds": rows,
+                "prompt_embeds": rows[:, None].bfloat16(), "pooled_prompt_embeds": rows,
                 "timesteps": torch.tensor([1000.0, 500.0]).repeat(len(rows), 1),
                 "latents": steps[:, :-1], "next_latents": steps[:, 1:],
             }  # fmt: skip
@@ -239,7 +241,9 @@ def flow_grpo_epoch(
         sample = {key: value[number] for key, value in batched.items()}
         for j in range(STEPS):
             clipped_advantages = sample["advantages"][:, j].clamp(-ADV_CLIP_MAX, ADV_CLIP_MAX)
-            ratio = torch.exp(transformer.log_prob(sample, j) - sample["log_probs"][:, j])
+            with autocast():
+                log_prob = transformer.log_prob(sample, j)
+            ratio = torch.exp(log_prob - sample["log_probs"][:, j])
             plain, clipped = (
                 -clipped_advantages * factor for factor in (ratio, ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE))
             )
@@ -282,18 +286,25 @@ def nft_epoch(
     stat_tracker: Any,
     *,
     beta: float = 0.1,
+    targets: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """One epoch of DiffusionNFT, and of Edit-R1 with its source images and tracker: advantages become r in [0, 1]."""
+    """One epoch of DiffusionNFT, and of Edit-R1 with its source images and tracker: advantages become r in [0, 1].
+
+    r weighs the way towards the sampled latents against that away from them, or DiffusionOPSD's two targets.
+    """
+    enable_amp, mixed_precision_dtype = True, torch.bfloat16
+    torch_autocast = functools.partial(torch.autocast, "cpu")
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     transformer_ddp, samples_data_list = pipeline.transformer, []
-    with ThreadPoolExecutor(max_workers=8) as executor, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    autocast = functools.partial(torch_autocast, enabled=enable_amp, dtype=mixed_precision_dtype)
+    with ThreadPoolExecutor(max_workers=8) as executor, torch.no_grad(), autocast():
         for rows, images, prompts, prompt_metadata, *ref_images in batches:
             future = executor.submit(reward_fn, images, prompts, prompt_metadata, *ref_images, only_strict=True)
             latents = torch.ones(len(rows), STEPS + 1, 4, 2, 2)
             samples_data_list.append(
                 {
                     "prompt_ids": encoded(prompts),
-                    "prompt_embeds": rows[:, None].float(),
+                    "prompt_embeds": rows[:, None].bfloat16(),
                     "pooled_prompt_embeds": rows,
                     "timesteps": torch.tensor([1000.0, 500.0]).repeat(len(rows), 1),
                     "latents_clean": latents[:, -1],
@@ -329,18 +340,19 @@ def nft_epoch(
         x0 = train_sample_batch["latents_clean"]
         t = (train_sample_batch["timesteps"][:, j_idx] / 1000).view(-1, 1, 1, 1)
         xt = (1 - t) * x0 + t * torch.randn_like(x0)
-        prediction = transformer_ddp(
-            hidden_states=xt,
-            timestep=train_sample_batch["timesteps"][:, j_idx],
-            encoder_hidden_states=train_sample_batch["prompt_embeds"],
-            pooled_projections=train_sample_batch["pooled_prompt_embeds"],
-            return_dict=False,
-        )[0]
+        with autocast():
+            prediction = transformer_ddp(
+                hidden_states=xt,
+                timestep=train_sample_batch["timesteps"][:, j_idx],
+                encoder_hidden_states=train_sample_batch["prompt_embeds"],
+                pooled_projections=train_sample_batch["pooled_prompt_embeds"],
+                return_dict=False,
+            )[0]
         before = prediction.detach()
         r = (train_sample_batch["advantages"][:, j_idx] / ADV_CLIP_MAX / 2 + 0.5).clamp(0, 1)
         towards, away = (
-            (xt - t * ((1 - sign * beta) * before + sign * beta * prediction) - x0).square().mean((1, 2, 3))
-            for sign in (1, -1)
+            (xt - t * ((1 - sign * beta) * before + sign * beta * prediction) - target).square().mean((1, 2, 3))
+            for sign, target in zip((1, -1), targets or (x0, x0), strict=True)
         )
         mask = train_sample_batch["valid_mask"][:, j_idx].float()
         each = (r * towards + (1 - r) * away) * mask / beta
@@ -348,6 +360,16 @@ def nft_epoch(
         loss = policy_loss
         loss.backward()
     return {"curves": curves, "rewards": gathered_rewards_dict, "advantages": own}
+
+
+def opsd_epoch(
+    rewards: ModuleType, reward_fn: dict[str, float], batches: Sequence[tuple], pipeline: Pipeline
+) -> dict[str, Any]:
+    """DiffusionOPSD: the first name of `config.reward_fn` says whose gradient makes the targets, here two constants."""
+    accelerator = Accelerator()
+    fn, differentiable = rewards.multi_score(accelerator.device, reward_fn), list(reward_fn.keys())[0]  # noqa: RUF015
+    assert differentiable in ("pickscore", "aesthetic")
+    return nft_epoch(fn, batches, pipeline, accelerator, PerPromptStatTracker(), targets=(1.5, 0.5))
 
 
 class DDPOStatTracker:
