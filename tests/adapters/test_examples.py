@@ -18,6 +18,7 @@ from examples.adapters.srpo import SRPOModel
 from iqareward import AdaptiveWeighter, FullReference, NoReference
 from iqareward.difficulty import reference_distance
 from iqareward.rewards.core import ImageReward
+from iqareward.weighting import LossWeights, weighted_advantages
 from tests.adapters.doubles import miles as double
 from tests.adapters.doubles.gradient_loops import LatentNoiseTrainer
 from tests.adapters.doubles.reward_models import group_advantages, mixgrpo, srpo_step
@@ -157,7 +158,7 @@ def test_miles_leaves_unscored_samples_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert rewards[2] < 0 < rewards[3]
 
 
-MIXGRPO = pytest.mark.trainer("MixGRPO", "e5cdd6a", "caller", "reader", "configuration", "threads")
+MIXGRPO = pytest.mark.trainer("MixGRPO", "e5cdd6a", "caller", "reader", "configuration", "threads", "weights")
 SRPO = pytest.mark.trainer("SRPO", "81e5898", "caller", "reader", "gradients")
 RENO = pytest.mark.trainer("ReNO", "bd6f6ac", "caller", "reader", "gradients")
 
@@ -174,13 +175,14 @@ def test_mixgrpo_learns_from_the_scores() -> None:
     """A model of a known name makes the advantages, whatever its weight; the reward itself gives zeros."""
     expected = contrast(STORED)
     for flags in ({}, {"pick_score_weight": 0.1}):
-        rewards, advantages = mixgrpo(
-            [PickScoreRewardModel(CONTRAST, device="cpu")], flags, PICTURES, PROMPTS, generations=2
-        )
+        model = PickScoreRewardModel(CONTRAST, device="cpu")
+        rewards, gradient = mixgrpo([model], flags, PICTURES, PROMPTS, generations=2)
         torch.testing.assert_close(rewards, expected, **OTHER_PACKAGE)
-        torch.testing.assert_close(advantages, group_advantages(expected, 2), rtol=1e-3, atol=1e-3)
-    naive, advantages = mixgrpo([CONTRAST], {}, PICTURES, PROMPTS, generations=2)
-    assert naive.tolist() == advantages.tolist() == [0.0] * 4
+        torch.testing.assert_close(gradient, -group_advantages(expected, 2), rtol=1e-3, atol=1e-3)
+        del model
+    naive, gradient = mixgrpo([CONTRAST], {}, PICTURES, PROMPTS, generations=2)
+    assert not naive.any()
+    assert not gradient.any()
     with pytest.raises(ValueError, match="needs references"):
         PickScoreRewardModel("ssim", device="cpu")
 
@@ -191,14 +193,28 @@ def test_mixgrpo_weighs_its_own_models_beside_ours(mix) -> None:
     """With `--reward_model multi_reward`, the share of ours is its weight over the sum of all."""
     models = [HPSClipRewardModel(), PickScoreRewardModel(CONTRAST, device="cpu")]
     flags, texts = {"hps_weight": 3.0, "pick_score_weight": 1.0}, ["a", "bb", "c", "dd"]
-    rewards, advantages = mixgrpo(models, flags, PICTURES, texts, generations=2, mix=mix)
+    rewards, gradient = mixgrpo(models, flags, PICTURES, texts, generations=2, mix=mix)
     theirs, ours = torch.tensor([0.25, 0.5, 0.25, 0.5]), contrast(STORED)
     if mix == "reward_aggr":
         torch.testing.assert_close(rewards, 0.75 * theirs + 0.25 * ours, **OTHER_PACKAGE)
     else:
         torch.testing.assert_close(rewards["PickScoreRewardModel"], ours, **OTHER_PACKAGE)
         expected = 0.75 * group_advantages(theirs, 2) + 0.25 * group_advantages(ours, 2)
-        torch.testing.assert_close(advantages, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(gradient, -expected, rtol=1e-3, atol=1e-3)
+
+
+@MIXGRPO
+def test_mixgrpo_weights_its_advantages() -> None:
+    """A weight per sample changes that sample's gradient only."""
+    weights = LossWeights(rl=torch.tensor([1.0, 1.0, 0.5, 0.0]), sft=torch.zeros(4))
+
+    def weigh(samples: dict[str, Tensor]) -> None:
+        samples["advantages"] = weighted_advantages(samples["advantages"], weights)
+
+    models = [PickScoreRewardModel(CONTRAST, device="cpu")]
+    _, plain = mixgrpo(models, {}, PICTURES, PROMPTS, generations=2)
+    _, weighted = mixgrpo(models, {}, PICTURES, PROMPTS, generations=2, weigh=weigh)
+    torch.testing.assert_close(weighted, weights.rl * plain, **OTHER_PACKAGE)
 
 
 @MIXGRPO

@@ -148,8 +148,9 @@ def mixgrpo(
     *,
     generations: int,
     mix: str = "reward_aggr",
+    weigh: Callable[[dict[str, Tensor]], Any] = lambda samples: None,
 ) -> tuple[Any, Tensor]:
-    """What is gathered and logged, and the advantages, of images that are scored one at a time."""
+    """What is gathered and logged of images that are scored one at a time, and the policy gradient that follows."""
     weights = mixgrpo_weights(models, flags)
     merged: list[Tensor] = []
     apart: dict[str, list[Tensor]] = {}
@@ -161,10 +162,13 @@ def mixgrpo(
                 apart.setdefault(name, []).append(torch.tensor(values, dtype=torch.float32))
     if mix == "reward_aggr":
         gathered = torch.cat(merged)
-        return gathered, group_advantages(gathered, generations)
-    each = {name: torch.cat(values) for name, values in apart.items()}
-    parts = [weights[name] * group_advantages(values, generations) for name, values in each.items()]
-    return each, torch.stack(parts).sum(0)
+        samples = {"advantages": group_advantages(gathered, generations)}
+    else:
+        gathered = {name: torch.cat(values) for name, values in apart.items()}
+        parts = [weights[name] * group_advantages(values, generations) for name, values in gathered.items()]
+        samples = {"advantages": torch.stack(parts).sum(0)}
+    weigh(samples)
+    return gathered, policy_gradient(samples["advantages"])
 
 
 def imscore_step(model: Any, pixels: nn.Parameter, prompts: Sequence[str]) -> float:
