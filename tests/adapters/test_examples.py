@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from examples.adapters import miles_diffusion
 from examples.adapters.mixgrpo import PickScoreRewardModel
 from examples.adapters.reno import ReNOLoss
 from examples.adapters.srpo import SRPOModel
+from examples.adapters.videox_fun import IQAReward
 from iqareward import AdaptiveWeighter, FullReference, NoReference
 from iqareward.difficulty import reference_distance
+from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.core import ImageReward
 from iqareward.weighting import LossWeights, weighted_advantages
 from tests.adapters.doubles import miles as double
 from tests.adapters.doubles.gradient_loops import LatentNoiseTrainer
-from tests.adapters.doubles.reward_models import group_advantages, mixgrpo, srpo_step
+from tests.adapters.doubles.reward_models import group_advantages, mixgrpo, srpo_step, videox_grpo, videox_reward_lora
 from tests.adapters.restoration_agent import as_pil, photographs
 from tests.tolerances import EXACT, HALF_NETWORK, NETWORK_BATCH, OTHER_PACKAGE
 
@@ -29,6 +32,7 @@ IMAGES = photographs(4, side=32)
 PROMPTS = ["a", "b", "c", "d"]
 PICTURES = [as_pil(image) for image in IMAGES]
 STORED = (255 * IMAGES).round() / 255
+NOISY = photographs(4, side=64) + 0.02 * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 CUSTOM_RM, POST_PROCESS = (f"examples.adapters.miles_diffusion.{name}" for name in ("custom_rm", "post_process"))
 
 
@@ -159,6 +163,7 @@ def test_miles_leaves_unscored_samples_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 MIXGRPO = pytest.mark.trainer("MixGRPO", "e5cdd6a", "caller", "reader", "configuration", "threads", "weights")
+VIDEOX = pytest.mark.trainer("VideoX-Fun", "2352d63", "caller", "reader", "configuration", "gradients", "weights")
 SRPO = pytest.mark.trainer("SRPO", "81e5898", "caller", "reader", "gradients")
 RENO = pytest.mark.trainer("ReNO", "bd6f6ac", "caller", "reader", "gradients")
 
@@ -236,6 +241,51 @@ def test_mixgrpo_stops_where_it_would_go_on_with_zeros() -> None:
     tiny = [as_pil(image[:, :8, :8]) for image in IMAGES]
     with pytest.raises(SystemExit, match="could not score every image"):
         mixgrpo([PickScoreRewardModel("piqe", device="cpu")], {}, tiny, PROMPTS, generations=2)
+
+
+QUALITY = SimpleNamespace(IQAReward=IQAReward)
+
+
+@VIDEOX
+def test_videox_fun_learns_from_the_scores() -> None:
+    """GRPO logs and follows the reward that its two flags name; a weight per sample changes that sample's gradient."""
+    texts, expected = ["a", "a", "b", "b"], iqareward.load("piqe")(NOISY)
+    logs, gradient = videox_grpo(QUALITY, "IQAReward", '{"reward": "piqe"}', NOISY, texts)
+    assert logs == {"IQAReward_reward_mean": pytest.approx(expected.mean().item(), rel=1e-4)}
+    centred = expected.view(2, 2) - expected.view(2, 2).mean(1, keepdim=True)
+    advantages = (centred / expected.std(correction=0)).flatten()
+    assert advantages.abs().min() > 0.1
+    torch.testing.assert_close(gradient, -advantages, **HALF_NETWORK)
+    weights = LossWeights(rl=torch.tensor([1.0, 1.0, 0.5, 0.0]), sft=torch.zeros(4))
+    _, weighted = videox_grpo(
+        QUALITY, "IQAReward", '{"IQAReward": {"reward": "piqe"}}', NOISY, texts,
+        weigh=lambda rows: weighted_advantages(rows, weights),
+    )  # fmt: skip
+    torch.testing.assert_close(weighted, weights.rl * gradient, **HALF_NETWORK)
+
+
+@VIDEOX
+def test_videox_fun_backpropagates_through_all_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reward LoRA logs the mean over frames and videos, and every frame becomes brighter."""
+    entry = CATALOG["haarpsi"]._replace(build=lambda differentiable=False: BRIGHTNESS, needs_references=False)
+    monkeypatch.setitem(CATALOG, "brightness", entry)
+    decoded = nn.Parameter(2 * IMAGES.view(2, 2, 3, 32, 32).transpose(1, 2) - 1)
+    before = decoded.detach().clone()
+    kwargs = '{"reward": "brightness", "differentiable": true}'
+    logs = videox_reward_lora(QUALITY, "IQAReward", kwargs, decoded, ["a", "b"])
+    assert logs["step_reward"] == pytest.approx(IMAGES.mean().item(), rel=HALF_NETWORK["rtol"])
+    assert logs["train_reward"] == pytest.approx(logs["step_reward"]) == pytest.approx(-logs["train_loss"])
+    assert decoded.detach().gt(before).all()
+
+
+@VIDEOX
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
+def test_videox_fun_stops_at_an_image_without_a_score() -> None:
+    """One NaN would make the advantages of all rows NaN, through the standard deviation of the batch."""
+    with pytest.raises(ValueError, match="piqe could not score every frame"):
+        videox_grpo(QUALITY, "IQAReward", '{"reward": "piqe"}', IMAGES[:, :, :8, :8], PROMPTS)
+    with pytest.raises(ValueError, match="needs references"):
+        videox_grpo(QUALITY, "IQAReward", '{"reward": "ssim"}', IMAGES, PROMPTS)
 
 
 @SRPO

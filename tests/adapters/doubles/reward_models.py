@@ -1,5 +1,6 @@
-"""Loops that build their own reward models, and what they do with the scores: DanceGRPO, MixGRPO, imscore, SRPO."""
+"""Loops that build their own reward models, and what follows: DanceGRPO, MixGRPO, VideoX-Fun, imscore, SRPO."""
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -169,6 +170,58 @@ def mixgrpo(
         samples = {"advantages": torch.stack(parts).sum(0)}
     weigh(samples)
     return gathered, policy_gradient(samples["advantages"])
+
+
+def videox_grpo(
+    module: Any,
+    reward_fn: str,
+    reward_fn_kwargs: str,
+    images: Tensor,
+    texts: Sequence[str],
+    *,
+    weigh: Callable[[Tensor], Tensor] = lambda advantages: advantages,
+) -> tuple[dict[str, float], Tensor]:
+    """What VideoX-Fun's train_grpo_lora.py logs of batches of two images, and the policy gradient."""
+    names, kwargs = [name.strip() for name in reward_fn.split(",")], json.loads(reward_fn_kwargs)
+    kwargs = kwargs if any(name in kwargs for name in names) else {names[0]: kwargs}
+    for device in ("cpu", torch.device("cpu")):  # the first only downloads
+        models = {name: getattr(module, name)(device=device, dtype=torch.bfloat16, **kwargs[name]) for name in names}
+    collected, prompts = [], []
+    for pixels, text in zip(images.split(2), [list(texts[row : row + 2]) for row in range(0, len(texts), 2)]):
+        for index, prompt in enumerate(text):
+            text[index] = f"<|im_start|>user\n{prompt}<|im_end|>\n"  # its encoder changes the list
+        collected.append({name: model.get_reward(pixels.unsqueeze(2), text) for name, model in models.items()})
+        prompts += text
+    logs, advantages = {}, torch.zeros(len(images))
+    for name in names:
+        gathered = torch.cat([rewards[name] for rewards in collected], dim=0)
+        logs |= {f"{name}_reward_mean": gathered.mean().item()}
+        rewards = torch.from_numpy(gathered.cpu().float().numpy())
+        for prompt in set(prompts):
+            rows = torch.tensor([other == prompt for other in prompts])
+            centred = rewards[rows] - rewards[rows].mean()
+            advantages[rows] += centred / (rewards.std(correction=0) + 1e-4) / len(names)
+    advantages = weigh(advantages.to(torch.bfloat16)).unsqueeze(1).repeat(1, 3)
+    kept = advantages.abs().sum(1) != 0
+    gradient = torch.zeros(len(images))
+    gradient[kept] = policy_gradient(advantages[kept, 0].float())
+    return logs, gradient
+
+
+def videox_reward_lora(
+    module: Any, reward_fn: str, reward_fn_kwargs: str, decoded: nn.Parameter, prompts: Sequence[str]
+) -> dict[str, float]:
+    """What VideoX-Fun's train_reward_lora.py logs of a step on decoded frames `[B, 3, T, H, W]` in [-1, 1]."""
+    loss_fn = getattr(module, reward_fn)(device="cpu", dtype=torch.bfloat16, **json.loads(reward_fn_kwargs))
+    optimizer = torch.optim.SGD([decoded], 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        frames = (decoded.to(torch.bfloat16) / 2 + 0.5).clamp(0, 1)
+        loss, reward = loss_fn(frames, list(prompts))
+        average = loss.repeat(len(prompts)).mean(), reward.repeat(len(prompts)).mean()
+        loss.backward()
+    nn.utils.clip_grad_norm_([decoded], 1.0)
+    optimizer.step()
+    return {"train_loss": average[0].item(), "train_reward": average[1].item(), "step_reward": reward.detach().item()}
 
 
 def imscore_step(model: Any, pixels: nn.Parameter, prompts: Sequence[str]) -> float:
