@@ -48,6 +48,8 @@ def test_images_without_a_score_are_not_valid() -> None:
     images[1] = torch.nan
     batch = double.evaluate_terminal(IQAEvaluator(NoReference(brightness, higher_is_better=True)), images, {})
     assert batch.valid.tolist() == [True, False, True, True, True, True]
+    mean = brightness(IMAGES[[0, 2, 3, 4, 5]]).mean().item()
+    assert double.logged(batch) == pytest.approx({"r_mean": mean, "valid_frac": 5 / 6})
     gradient = double.flow_grpo_gradient(batch, group_size=3)
     first = brightness(IMAGES[[0, 2]])
     assert gradient[1] == 0

@@ -51,6 +51,7 @@ def model(path: str = POINTWISE, **settings):
     )
 
 
+@pytest.mark.trainer("Flow-Factory", "5f6cda1", "threads")
 @pytest.mark.parametrize("workers", [0, 4])
 def test_pointwise(workers: int) -> None:
     """Lists of tensors of different sizes become float32 scores on the CPU, from threads too."""

@@ -63,3 +63,10 @@ def nft_probability(batch: RewardBatch) -> Tensor:
     valid = batch.rewards if batch.valid is None else batch.rewards[batch.valid]
     spread = max(valid.square().mean().item() - valid.mean().item() ** 2, 1e-6) ** 0.5
     return 0.5 + 0.5 * ((batch.rewards - valid.mean()) / (spread + 1e-8)).clamp(-1, 1)
+
+
+def logged(batch: RewardBatch) -> dict[str, float]:
+    """What `update` returns besides its loss."""
+    valid = batch.rewards if batch.valid is None else batch.rewards[batch.valid]
+    fraction = 1.0 if batch.valid is None else batch.valid.float().mean().item()
+    return {"r_mean": valid.mean().item(), "valid_frac": fraction}
