@@ -290,6 +290,8 @@ def test_old_trl() -> None:
     expected = brightness(images)
     standard = (expected - expected.mean()) / expected.std(correction=0)
     torch.testing.assert_close(gradient, -standard / 4, **OTHER_PACKAGE)
+    with pytest.raises(AttributeError, match="result"):
+        double.trl_ddpo_step(reward_function(BRIGHTNESS), images[:1], ("a",), async_reward_computation=True)
     images = photos(2).requires_grad_()
     reward = NoReference(brightness, higher_is_better=True, differentiable=True)
     double.trl_alignprop_step(reward_function(reward), images, ("a", "b"))

@@ -403,10 +403,21 @@ def ddpo_epoch(rewards: ModuleType, reward_fn: str, batches: Sequence[tuple]) ->
     return scores, _ddpo_gradient(DDPOStatTracker().update(prompts, scores))
 
 
-def trl_ddpo_step(reward_function: Callable[..., Any], images: Tensor, prompts: tuple[str, ...]) -> Tensor:
-    """TRL's DDPOTrainer up to 0.23, the synchronous path, without statistics per prompt: the gradient of its loss."""
+def trl_ddpo_step(
+    reward_function: Callable[..., Any],
+    images: Tensor,
+    prompts: tuple[str, ...],
+    *,
+    async_reward_computation: bool = False,
+) -> Tensor:
+    """TRL's DDPOTrainer up to 0.23, without statistics per prompt: the gradient of its loss."""
     pairs = [[images, prompts, tuple({} for _ in prompts)]]
-    scored = [reward_function(*pair) for pair in pairs]
+    if async_reward_computation:
+        with ThreadPoolExecutor(max_workers=2) as executor:
+            found = executor.map(lambda pair: reward_function(*pair), pairs)
+            scored = [(reward.result(), metadata.result()) for reward, metadata in found]
+    else:
+        scored = [reward_function(*pair) for pair in pairs]
     rewards = torch.cat([torch.as_tensor(reward, device="cpu") for reward, _ in scored]).numpy()
     return _ddpo_gradient((rewards - rewards.mean()) / (rewards.std() + 1e-8))
 
