@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.adapters.restoration_agent import as_pil
 from tests.diffusion.policies import flow_pipelines, sd_pipelines
-from tests.diffusion.tiny import autoencoder, images, seeded
+from tests.diffusion.tiny import images, seeded
 
 SIDE = 16  # of images; the autoencoder halves it twice less than Stable Diffusion's
 SHARED = {"block_out_channels": (8, 8), "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4}
@@ -26,7 +26,7 @@ def img2img(scheduler, cls: type = diffusers.StableDiffusionImg2ImgPipeline, in_
         )
     )  # fmt: skip
     missing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    pipeline = cls(vae=autoencoder().vae, unet=unet, scheduler=scheduler, requires_safety_checker=False, **missing)
+    pipeline = cls(vae=sd_pipelines.vae(), unet=unet, scheduler=scheduler, requires_safety_checker=False, **missing)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
