@@ -103,16 +103,46 @@ def rank_advantages(rewards: Scores, groups: Groups, *, std_floor: float = 0.0) 
     """
     rewards = check_rows("rank_advantages", rewards)
     ids = check_ids("rank_advantages", groups, rewards)
-    num_scored, _, std = group_statistics(rewards, ids)
-    finite = rewards.isfinite()
-    index = group_index(ids)
-    # Rows without a score go last, so that they leave the places of the others alone.
-    order = torch.argsort(torch.where(finite, rewards, torch.inf), stable=True)
-    place = place_in_group(index, order).to(rewards.dtype)
-    # Ties share their mean place: they are the groups of (group, distinct reward).
-    tie = group_index(index * rewards.shape[0] + group_index(rewards))
-    rank = group_sum(place, tie) / group_sum(torch.ones_like(place), tie)
-    return _where_finite(2 * rank / (num_scored - 1) - 1, finite & (std > std_floor))
+    std = group_statistics(rewards, ids).std
+    return _where_finite(2 * win_rates(rewards, ids) - 1, rewards.isfinite() & (std > std_floor))
+
+
+def win_rates(scores: Scores, groups: Groups, *, margin: float = 0.0) -> Tensor:
+    """How often each rollout beats another one of its input, from 0 (never) to 1 (always), where a tie counts half.
+
+    Args:
+        scores: `[B]`, higher is better; rows that are not finite neither win nor lose.
+        groups: `[B]` integer ids of the inputs.
+        margin: Differences that are not larger than this are ties.
+
+    Returns:
+        `[B]` in [0, 1], NaN where a score is not finite or no other one of its input is.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+
+    Example:
+        >>> win_rates(torch.tensor([0.1, 99.0, 0.2, 7.0]), torch.tensor([5, 5, 5, 6]), margin=0.15)
+        tensor([0.2500, 1.0000, 0.2500,    nan])
+    """
+    scores = check_rows("win_rates", scores)
+    index = group_index(check_ids("win_rates", groups, scores))
+    finite = scores.isfinite()
+    count = scores.shape[0]
+    # Each row asks twice how many scores of its group come before: before itself less the margin, which are its wins,
+    # and before itself plus the margin, which are all but its losses. In double precision, so that of two rows one wins
+    # exactly if the other loses. Scores that are not finite lie behind all others and are not counted.
+    known = torch.where(finite, scores, torch.inf).double()
+    order = torch.argsort(torch.cat([known - margin, known, known + margin]), stable=True)
+    order = order[torch.argsort(index.repeat(3)[order], stable=True)]
+    is_score = torch.cat([torch.zeros_like(finite), finite, torch.zeros_like(finite)])
+    before = torch.empty_like(order).scatter_(0, order, is_score[order].cumsum(0))
+    wins, not_lost = before[:count], before[2 * count :]
+    in_other_groups = torch.full_like(index, 3 * count).scatter_reduce(0, index, wins, "amin").gather(0, index)
+    num_scored = group_sum(finite.long(), index)
+    balance = wins + not_lost - 2 * in_other_groups - num_scored  # wins less losses
+    rates = (0.5 + balance / (2 * (num_scored - 1))).to(scores.dtype)
+    return torch.where(finite & (num_scored > 1), rates, torch.nan)
 
 
 def combine_advantages(

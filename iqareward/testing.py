@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iqareward.rewards.calls import COLUMNS
 from iqareward.rewards.core import UnscoredWarning, collect_reasons, why_unscored
 from iqareward.types import Images, Reward
 
@@ -49,6 +50,7 @@ def check_reward(
     references: Tensor | None = None,
     *,
     degraded: Tensor | None = None,
+    task: str | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-5,
 ) -> Report:
@@ -61,11 +63,15 @@ def check_reward(
     what the reward needs is refused; and, with `degraded`, the direction. A reward that cannot score the images at
     all, for example because its weights are not here, ends the test with that one reason.
 
+    A reward that needs `ids` compares the rollouts of an input, so its scores depend on their group, here all images.
+    They must not depend on the order within it, on other groups in the batch, or on a broken image in it.
+
     Args:
         reward: Any object; one that is not a reward fails.
         images: `[B, 3, H, W]` float in [0, 1], B >= 3, large enough for the reward to score each of them.
         references: `[B, 3, H, W]`, needed if the reward needs them; different from `images`.
         degraded: `[B, 3, H, W]`, visibly worse versions of `images`; most of them must score lower.
+        task: The task that a reward which needs `tasks` gets for every image.
         rtol: Relative tolerance for how far a network's score may move with its batch.
         atol: Absolute tolerance for the same.
 
@@ -75,7 +81,8 @@ def check_reward(
     Raises:
         RewardContractError: with all failures, also for an object that is not a reward: a name, a class, or a metric
             that is not wrapped.
-        ValueError: the images are unsuitable, the reward scores none of them, or it needs references and gets none.
+        ValueError: the images are unsuitable, the reward scores none of them, or it needs references or a task and gets
+            none.
 
     Example:
         >>> import torch
@@ -98,7 +105,10 @@ def check_reward(
             f"check_reward expected `references`, because {report.reward!r} compares with them, got None. Pass the "
             "undamaged versions of `images`."
         )
-    case = _Case(reward, images.detach(), references, degraded, {"rtol": rtol, "atol": atol, "equal_nan": True})
+    if task is None and fact(reward, "needs_tasks", False):
+        raise ValueError(f"check_reward expected `task`, because {report.reward!r} scores by task, got None.")
+    close = {"rtol": rtol, "atol": atol, "equal_nan": True}
+    case = _Case(reward, images.detach(), references, degraded, close, task)
     for check in _CHECKS:
         title = check.__doc__ or check.__name__  # `python -OO` drops docstrings
         try:
@@ -200,6 +210,7 @@ class _Case:
     references: Tensor | None
     degraded: Tensor | None
     close: dict[str, Any]
+    task: str | None = None
     unpickled: Reward | None = None
 
     def score(self, images: Images | None = None, references: Images | None = None, **keywords: Any) -> Tensor:
@@ -210,7 +221,7 @@ class _Case:
         images = _copy(self.images if images is None else images)
         references = self.references if references is None else references
         references = None if references is None else _copy(references)
-        scores = self.reward(images, references=references, **self.columns(images), **keywords)
+        scores = self.reward(images, references=references, **self.columns(images) | keywords)
         _expect(isinstance(scores, Tensor), f"scores must be a tensor, got {type(scores).__name__}")
         _expect(
             scores.shape == (len(images),),
@@ -220,11 +231,20 @@ class _Case:
         return scores
 
     def columns(self, images: Images) -> dict[str, Any]:
-        """Prompts, and grey images of half the size as inputs if the reward looks at them."""
+        """Prompts, and if the reward needs them: grey images of half the size as inputs, one id, one task."""
         columns: dict[str, Any] = {"prompts": [""] * len(images)}
         if getattr(self.reward, "needs_inputs", False):
             columns["inputs"] = [torch.full_like(image[:, ::2, ::2].detach(), 0.5) for image in images]
+        if self.in_groups:
+            columns["ids"] = [0] * len(images)
+        if getattr(self.reward, "needs_tasks", False):
+            columns["tasks"] = [self.task] * len(images)
         return columns
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether scores depend on the group."""
+        return getattr(self.reward, "needs_ids", False)
 
     def rows(self, rows: list[int] | slice) -> tuple[Tensor, Tensor | None]:
         """Some of the images and their references."""
@@ -318,15 +338,20 @@ def _same_score(case: _Case) -> None:
     """gives the same score twice, after pickling, and with unknown keywords"""
     case.expect_same(case.score(), "from call to call")
     if case.unpickled is not None:
-        copy = _Case(case.unpickled, case.images, case.references, None, case.close)
+        copy = _Case(case.unpickled, case.images, case.references, None, case.close, case.task)
         case.expect_same(copy.score(), "after pickling")
     case.expect_same(case.score(metadata=[{}], trainer_state=None, a_keyword_nobody_uses=1), "with unknown keywords")
 
 
 def _one_and_none(case: _Case) -> None:
     """gives the same score alone and in a batch, and accepts an empty batch"""
-    alone = [case.score(*case.rows([row])) for row in range(len(case.images))]
-    case.expect_same(torch.cat(alone), "when images are scored one at a time")
+    if case.in_groups:
+        images, references = case.rows([*range(len(case.images)), 0, 1])  # with a second group
+        scores = case.score(images, references, ids=[0] * len(case.images) + [1, 1])
+        case.expect_same(scores[:-2], "when another group is in the batch")
+    else:
+        alone = [case.score(*case.rows([row])) for row in range(len(case.images))]
+        case.expect_same(torch.cat(alone), "when images are scored one at a time")
     nothing = case.rows([])
     try:
         case.score(*nothing)
@@ -346,7 +371,8 @@ def _sequences(case: _Case) -> None:
     mixed = [case.images[0][half], *case.images[1:]]
     mixed_references = None if references is None else [references[0][half], *references[1:]]
     scores = case.score(mixed, mixed_references)
-    case.expect_same(scores[1:], "beside an image of another size", case.score()[1:])
+    if not case.in_groups:
+        case.expect_same(scores[1:], "beside an image of another size", case.score()[1:])
 
 
 def _order_and_layout(case: _Case) -> None:
@@ -412,13 +438,14 @@ def _isolation(case: _Case) -> None:
         images[0, 0, 0, 0] = value
         scores = case.score(images)
         _expect(scores[0].isnan(), f"an image with a {value} pixel must score NaN, got {scores[0].item()}")
-        case.expect_same(scores[1:], f"when another image has a {value} pixel", case.score()[1:])
+        others = case.score(*case.rows(slice(1, None))) if case.in_groups else case.score()[1:]
+        case.expect_same(scores[1:], f"when another image has a {value} pixel", others)
 
 
 def _missing_columns(case: _Case) -> str | None:
     """refuses a call that lacks a column it needs"""
     given: dict[str, Any] = {"references": case.references, **case.columns(case.images)}
-    needed = [name for name in ("references", "inputs", "prompts") if getattr(case.reward, f"needs_{name}", False)]
+    needed = [name for name in COLUMNS if getattr(case.reward, f"needs_{name}", False)]
     for missing in needed:
         try:
             case.reward(case.images, **{name: column for name, column in given.items() if name != missing})
@@ -432,7 +459,12 @@ def _direction(case: _Case) -> str | None:
     """scores degraded images lower"""
     if case.degraded is None:
         return "no degraded images were given"
-    good, bad = case.score(), case.score(case.degraded)
+    if case.in_groups:
+        pairs, count = torch.cat([case.images, case.degraded]), len(case.images)
+        references = None if case.references is None else case.references.repeat(2, 1, 1, 1)
+        good, bad = case.score(pairs, references, ids=[*range(count)] * 2).split(count)
+    else:
+        good, bad = case.score(), case.score(case.degraded)
     lower = int((bad < good).sum())
     _expect(2 * lower > len(good), f"only {lower} of {len(good)} degraded images score lower; is the sign right?")
     return None

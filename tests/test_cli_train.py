@@ -555,6 +555,7 @@ def test_two_rewards_with_weights_and_options() -> None:
 sharp = { name = "haarpsi", differentiable = true }
 gain = { name = "QualityGain", quality = { name = "piqe[-100, 0]" }, fidelity = "ssim[0, 1]", gamma = 0.5 }
 task = { name = "ByTask", rewards = { deblur = "ssim", photo = "haarpsi" } }
+rank = { name = "RankInGroup", reward = "ssim", margin = 0.001 }
 
 [reward_weights]
 gain = 3.0
@@ -565,7 +566,9 @@ gain = 3.0
     train(file)
     line = json.loads(Path("run/history.jsonl").read_text().splitlines()[-1])
     assert line["reward/task"] == pytest.approx(line["reward/sharp"], rel=1e-5)
-    assert line["reward"] == pytest.approx(2 * line["reward/sharp"] + 3 * line["reward/gain"], rel=1e-5)
+    total = 2 * line["reward/sharp"] + line["reward/rank"] + 3 * line["reward/gain"]
+    assert line["reward"] == pytest.approx(total, rel=1e-5)
+    assert line["reward/rank"] == pytest.approx(0.5)
 
 
 def test_everything_that_has_a_name_is_built() -> None:

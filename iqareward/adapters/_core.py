@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from iqareward.images import ImageLike, drop_broken_gradients, to_images
-from iqareward.rewards.calls import Call
+from iqareward.rewards.calls import COLUMNS, Call
 from iqareward.rewards.catalog import load
 from iqareward.rewards.loading import ImageDevice
-from iqareward.types import Images, Reward, Scores
+from iqareward.types import Groups, Images, Reward, Scores
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ UNIT: ValueRange = (0.0, 1.0)
 class Scorer:
     """A reward as an adapter calls it: with the trainer's images, and scores that the trainer can take.
 
-    `sources` are the adapter's settings that say where `references`, `inputs` and `prompts` come from, by these names.
-    A column that is missing there is one that the trainer lacks, except for prompts.
+    `sources` are the adapter's settings that say where `references`, `inputs`, `prompts`, `ids` and `tasks` come from,
+    by these names. A column that is missing there is one that the trainer lacks, except for prompts. An adapter whose
+    calls always hold whole groups names the source of their ids.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class Scorer:
         references: ImageLike | None = None,
         inputs: ImageLike | None = None,
         prompts: Sequence[str] | None = None,
+        ids: Sequence[Any] | Tensor | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> Call:
         """Images and what else the reward needs, converted; an image without a score gets no gradient."""
         converted = self.images(images)
@@ -99,6 +102,8 @@ class Scorer:
             self.images(references, device) if self.reward.needs_references else None,
             self.images(inputs, device) if getattr(self.reward, "needs_inputs", False) else None,
             prompts,
+            numbered(ids) if getattr(self.reward, "needs_ids", False) else None,
+            tasks if getattr(self.reward, "needs_tasks", False) else None,
         )
 
     def images(self, images: ImageLike, device: torch.device | None = None) -> Images:
@@ -117,19 +122,28 @@ class Scorer:
         return apply_policy(scores, self.on_nan, name=self.reward.name)
 
     def _check_reward(self, differentiable: bool) -> None:
-        for name in ("references", "inputs", "prompts"):
+        for name in COLUMNS:
             source = self.sources.get(name, True if name == "prompts" else None)
             if getattr(self.reward, f"needs_{name}", False) and source is None:
                 hint = f"Say where they come from with {name}=..., or choose" if name in self.sources else "Choose"
+                why = " and hands over single images rather than all rollouts of an input" if name == "ids" else ""
                 raise ValueError(
-                    f"{self.who} got reward {self.reward.name!r}, which needs `{name}`, and has none. {hint} another "
-                    "reward (`iqareward list`)."
+                    f"{self.who} got reward {self.reward.name!r}, which needs `{name}`, and has none{why}. {hint} "
+                    "another reward (`iqareward list`)."
                 )
         if differentiable and not self.reward.differentiable:
             raise ValueError(
                 f"{self.who} expected a differentiable reward, got {self.reward.name!r}, whose gradient to the pixels "
                 "would be zero. Build it with differentiable=True."
             )
+
+
+def numbered(ids: Sequence[Any] | Tensor | None) -> Groups | None:
+    """Group ids as integers: tensors as they are, anything else that can be hashed in order of first appearance."""
+    if ids is None or isinstance(ids, Tensor):
+        return ids
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(one, len(numbers)) for one in ids]
 
 
 def apply_policy(scores: Scores, on_nan: OnNan, *, name: str) -> Scores:

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import torch
 
 import iqareward
-from iqareward import schedules
+from iqareward import rewards, schedules
 from iqareward.advantages import RewardMemory
 from iqareward.cli.train_calls import IN_FILE, Reader, made, object_of
 from iqareward.cli.train_policies import POLICIES, PRESETS
@@ -213,7 +213,8 @@ def _reward(spec: Any, key: str) -> partial[Reward]:
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise ValueError(f"key `{key}` expected a name of `iqareward list` or a table with `name`, got {spec!r}.")
     name = options["name"]
-    kind = getattr(iqareward, name, None) if name.isidentifier() else None
+    homes = (iqareward, rewards) if name.isidentifier() else ()
+    kind = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     if IN_FILE in name and isinstance(found := object_of(name, key, {}), Reward) and not isinstance(found, type):
         return partial(_itself, found)
     if IN_FILE in name or isinstance(kind, type):

@@ -85,7 +85,7 @@ def split(config: RunConfig, pairs: Pairs, left_out: Collection[int] = ()) -> Da
 
 def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:
     """Score one input with every reward, by key; ValueError for a reward that cannot score it."""
-    batch = batches(data.train, [0])[0]
+    batch = batches(data.train, [0])[0].repeat(2)  # some rewards compare rollouts
     images = batch.degraded if batch.references is None else batch.references
     for key, reward in rewards.items():
         if batch.references is None and getattr(reward, "needs_references", False):

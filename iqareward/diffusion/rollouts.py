@@ -19,6 +19,8 @@ from iqareward.diffusion.policies.core import Policy
 from iqareward.diffusion.processes import Step, Transition
 from iqareward.groups import finite_or_nan, gather_rows
 from iqareward.rewards.batching import Overlapped
+from iqareward.rewards.core import refuse_groups
+from iqareward.rewards.rank import RankInGroup
 from iqareward.types import Reward
 
 
@@ -294,9 +296,7 @@ def columns_for(reward: Callable[..., Any], batch: Batch) -> dict[str, Any]:
         "tasks": None if batch.tasks is None else list(batch.tasks),
     }
     columns = {name: value for name, value in columns.items() if value is not None}
-    if isinstance(reward, Overlapped):
-        reward, taken = reward.reward, {"references", "prompts", "inputs"}
-    elif isinstance(reward, Reward):
+    if isinstance(reward, Reward):
         taken = set(columns)
     else:
         # the call of a module takes anything, its `forward` does not
@@ -318,6 +318,17 @@ def scored(reward: Callable[..., Any], images: Tensor, batch: Batch) -> Callable
         return lambda: checked_scores(pending.result(), name=name, count=count)
     scores = checked_scores(reward(images, **columns), name=name, count=count)
     return lambda: scores
+
+
+def scored_alone(reward: Callable[..., Any], images: Tensor, batch: Batch) -> Tensor:
+    """Scores `[N]` of images that have no other rollouts of their input beside them.
+
+    Of a `RankInGroup` they are those of the reward inside; any other reward that compares rollouts gives NaN.
+    """
+    reward = reward.reward if isinstance(reward, RankInGroup) else reward
+    if getattr(reward, "needs_ids", False):
+        return torch.full((images.shape[0],), torch.nan, device=images.device)
+    return scored(reward, images, batch)()
 
 
 @dataclass(frozen=True)
@@ -480,6 +491,7 @@ def reference_distances(metric: Callable[..., Tensor]) -> Callable[[Tensor, Batc
 
 def input_distances(quality: Reward, *, best: float | None = None) -> Callable[[Tensor, Batch], Tensor]:
     """How far degraded images are from perfect quality, for inputs without ground truth; the same for all rollouts."""
+    refuse_groups("input_quality", quality)
     top = quality.bounds[1] if best is None else best
     if top is None:
         raise ValueError(

@@ -41,7 +41,7 @@ from iqareward.diffusion.rollouts import (
     compare,
     input_distances,
     reference_distances,
-    scored,
+    scored_alone,
 )
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.groups import finite_or_nan
@@ -165,6 +165,11 @@ class DifficultyAdaptiveTrainer:
                 raise TypeError(
                     "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the "
                     f"other attributes of `Reward`, got {type(each).__name__}. Wrap it in FullReference or NoReference."
+                )
+            if getattr(each, "needs_ids", False) and self.rollout_config.group_size < 2:
+                raise ValueError(
+                    f"DifficultyAdaptiveTrainer expected a group_size of at least 2 for {each.name}, which compares "
+                    "the rollouts of an input, got 1."
                 )
         objective = objective or ClippedPolicyGradient()
         if objective.relative and self.rollout_config.group_size < 2 and memory is None:
@@ -319,8 +324,8 @@ class DifficultyAdaptiveTrainer:
                 condition = self.policy.condition(batch, self._noise(batch, CALIBRATION))
                 reached = self.policy.reconstruct(batch.references, condition).float().clamp(0, 1)
             for name, reward in self.rewards.items():
-                found[f"truth/{name}"].append(scored(reward, batch.references, batch)())
-                found[f"ceiling/{name}"].append(scored(reward, reached, batch)())
+                found[f"truth/{name}"].append(scored_alone(reward, batch.references, batch))
+                found[f"ceiling/{name}"].append(scored_alone(reward, reached, batch))
         means = self._means({name: torch.cat(values) for name, values in found.items()})
         means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
         if self.show_progress and self.accelerator.is_main_process:

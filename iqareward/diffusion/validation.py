@@ -19,10 +19,11 @@ from iqareward.diffusion.finite import finite_mean
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.pairs import Pairs
 from iqareward.diffusion.policies.core import Policy, evaluating
-from iqareward.diffusion.rollouts import images_of, rollout, scored
+from iqareward.diffusion.rollouts import images_of, rollout, scored, scored_alone
 from iqareward.functional.psnr import psnr
 from iqareward.groups import gather_rows
 from iqareward.monitor import HackingMonitor, seam_strength
+from iqareward.rewards.core import refuse_groups
 from iqareward.types import Reward
 
 COLUMNS = 8  # images on a grid
@@ -72,6 +73,8 @@ class Validation:
     def __post_init__(self) -> None:
         if self.stop_on is not None and self.stop_on not in self.rewards:
             raise ValueError(f"Validation expected `stop_on` among {list(self.rewards)}, got {self.stop_on!r}.")
+        for reward in self.rewards.values():
+            refuse_groups("Validation", reward)
         self.batches = batches(self.pairs, range(len(self.pairs)))
         bad = [each for part in self.batches for each, good in zip(part.ids, part.usable.tolist()) if not good]
         if bad:
@@ -116,7 +119,7 @@ class Validation:
 
         Args:
             policy: The model.
-            rewards: The training rewards, measured beside the others.
+            rewards: The training rewards, measured beside the others; of a `RankInGroup` the reward inside.
             weights: Their weights in the sum, "reward".
             seed: Seed of the first noise.
             rank: Number of this process.
@@ -238,7 +241,7 @@ def _training_reward(
     rewards: Mapping[str, Callable[..., Tensor]], weights: Sequence[float], images: Tensor, batch: Batch
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum `[B]` of the rewards, and each of them, on the CPU."""
-    parts = [scored(reward, images, batch)().cpu() for reward in rewards.values()]
+    parts = [scored_alone(reward, images, batch).cpu() for reward in rewards.values()]
     total = sum((weight * part for weight, part in zip(weights, parts, strict=True)), torch.zeros_like(parts[0]))
     return total, parts
 

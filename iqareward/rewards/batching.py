@@ -20,9 +20,9 @@ from typing import Any, Self, final
 import torch
 
 from iqareward.rewards.calls import Call, merged
-from iqareward.rewards.core import Wrapper
+from iqareward.rewards.core import Wrapper, refuse_groups
 from iqareward.rewards.threads import PerProcess, mark, take_over
-from iqareward.types import Images, Reward, Scores
+from iqareward.types import Groups, Images, Reward, Scores
 
 _EXIT_SECONDS = 10.0  # how long an exiting interpreter waits for the call under way
 # Callers that score over a network come back slowly after a slow batch. Waiting for them for this share of the batch's
@@ -50,8 +50,9 @@ class MicroBatched(Wrapper):
         key: Rewards with the same key share one worker in each process; by default this object and its copies do.
 
     Raises:
-        ValueError: The reward is differentiable, or a limit is out of range. One backward pass through a shared batch
-            would free the graph of every other caller, so gradients need the reward itself.
+        ValueError: The reward is differentiable, it compares images with each other, or a limit is out of range. One
+            backward pass through a shared batch would free the graph of every other caller, so gradients need the
+            reward itself.
 
     Example:
         >>> import torch, iqareward
@@ -73,6 +74,7 @@ class MicroBatched(Wrapper):
         key: str | None = None,
     ) -> None:
         super().__init__(reward)
+        refuse_groups("MicroBatched", reward)
         if reward.differentiable:
             raise ValueError(
                 f"MicroBatched expected a reward without gradients, got {reward.name} with differentiable=True: "
@@ -107,10 +109,11 @@ class MicroBatched(Wrapper):
         *,
         inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
         **ignored: Any,
     ) -> Scores:
         """Score without blocking the event loop; cancelling the coroutine removes its images from the queue."""
-        call = self._call(images, references, inputs, prompts)
+        call = self._call(images, references, inputs, prompts, tasks=tasks)
         jobs = self._submit(call)
         try:
             return _gathered(call, [await asyncio.wrap_future(job.future) for job in jobs])
@@ -200,6 +203,9 @@ class Overlapped(Wrapper):
         *,
         inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
+        ids: Groups | None = None,
+        tasks: Sequence[str] | None = None,
+        **ignored: Any,
     ) -> "PendingScores":
         """Start scoring, and return without the scores.
 
@@ -208,6 +214,9 @@ class Overlapped(Wrapper):
             references: As for any reward; do not write to them either.
             inputs: As for any reward; do not write to them either.
             prompts: One per image.
+            ids: As for any reward.
+            tasks: One per image.
+            ignored: Anything else a trainer passes.
 
         Raises:
             TypeError: An argument is not a floating-point tensor.
@@ -215,7 +224,7 @@ class Overlapped(Wrapper):
             RuntimeError: The reward is called from within itself and would wait for itself for ever, or the
                 interpreter exits.
         """
-        return self._submit(self._call(images, references, inputs, prompts))
+        return self._submit(self._call(images, references, inputs, prompts, ids, tasks))
 
     def _submit(self, call: Call) -> "PendingScores":
         return self._background.get().submit(self.reward, call.check(self.name))

@@ -1,20 +1,20 @@
 """A reward for models of several tasks: each image is scored by the reward of its task."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, final
 
 import torch
-from torch import Tensor
 
-from iqareward.rewards.core import check_names
-from iqareward.types import Bounds, Images, Reward, Scores
+from iqareward.rewards.calls import Call
+from iqareward.rewards.core import BaseReward, check_names
+from iqareward.types import Reward, Scores
 
 
-class ByTask:
+@final
+class ByTask(BaseReward):
     """Score each image by the reward of its task, for all-in-one restoration models.
 
-    The trainer hands over the tasks of its data set. A wrapper such as `MicroBatched` would not pass them on, so wrap
-    the rewards inside instead.
+    The trainer hands over the tasks of its data set.
 
     Args:
         rewards: The reward of each task by its name. Scores should be on one scale, because logs average over tasks.
@@ -22,7 +22,7 @@ class ByTask:
 
     Raises:
         TypeError: One of them is no reward.
-        ValueError: There is no reward.
+        ValueError: There is no reward. When scoring: a task has none.
 
     Example:
         >>> import iqareward
@@ -34,62 +34,31 @@ class ByTask:
 
     def __init__(self, rewards: Mapping[str, Reward], *, name: str | None = None) -> None:
         self.rewards = dict(rewards)
-        unique = list({id(reward): reward for reward in self.rewards.values()}.values())
-        check_names("ByTask", unique)
+        self._unique = list({id(reward): reward for reward in self.rewards.values()}.values())
+        check_names("ByTask", self._unique)
         self.name = name or ", ".join(f"{task}: {reward.name}" for task, reward in self.rewards.items())
-        self.needs_references = any(reward.needs_references for reward in unique)
-        self.needs_prompts = any(reward.needs_prompts for reward in unique)
-        self.needs_inputs = any(getattr(reward, "needs_inputs", False) for reward in unique)
-        self.differentiable = all(reward.differentiable for reward in unique)
-        lows, highs = zip(*(reward.bounds for reward in unique), strict=True)
-        self.bounds: Bounds = (
-            None if None in lows else min(lows),
-            None if None in highs else max(highs),
-        )
+        self._take_facts(self._unique)
+        self.needs_tasks = True
+        lows, highs = zip(*(reward.bounds for reward in self._unique), strict=True)
+        self.bounds = None if None in lows else min(lows), None if None in highs else max(highs)
 
-    def __call__(
-        self,
-        images: Images,
-        references: Images | None = None,
-        *,
-        inputs: Images | None = None,
-        prompts: Sequence[str] | None = None,
-        tasks: Sequence[str] | None = None,
-        **ignored: Any,
-    ) -> Scores:
-        """Score each image by the reward of its task.
-
-        Args:
-            images: `[B, 3, H, W]`, or a sequence of `[3, H, W]`, in [0, 1].
-            references: Ground truth, one per image.
-            inputs: Degraded images, one per image.
-            prompts: One per image.
-            tasks: The task of each image.
-            ignored: Columns that no reward here takes.
-
-        Returns:
-            `[B]` fp32, higher is better, NaN where not scored.
-
-        Raises:
-            ValueError: There are no tasks, another number of them than images, or an unknown one.
-        """
-        if tasks is None or len(tasks) != len(images):
-            got = "none" if tasks is None else f"{len(tasks)}"
-            raise ValueError(f"ByTask expected one task per image ({len(images)}), got {got}. Pass tasks=[...].")
+    def score_call(self, call: Call) -> Scores:
+        call.check(self.name)
+        assert call.tasks is not None
         rows: dict[str, list[int]] = {}
-        for row, task in enumerate(tasks):
+        for row, task in enumerate(call.tasks):
             rows.setdefault(task, []).append(row)
         if unknown := sorted(set(rows) - set(self.rewards)):
             raise ValueError(f"ByTask expected tasks among {list(self.rewards)}, got {unknown}.")
-        scores: list[Tensor] = []
-        for task, mine in rows.items():
-            columns: dict[str, Any] = {"references": references, "inputs": inputs}
-            given = {name: _rows(column, mine) for name, column in columns.items() if column is not None}
-            own = None if prompts is None else [prompts[row] for row in mine]
-            scores.append(self.rewards[task](_rows(images, mine), **given, prompts=own))
-        order = {row: place for place, row in enumerate(row for mine in rows.values() for row in mine)}
-        return torch.cat(scores)[[order[row] for row in range(len(images))]]
+        if not rows:
+            return torch.zeros(0, device=call.device)
+        # a view of each score: an index would have to be copied to the device
+        scores = {
+            row: score
+            for task, mine in rows.items()
+            for row, score in zip(mine, call.rows(mine).score(self.rewards[task]).unbind(), strict=True)
+        }
+        return torch.stack([scores[row] for row in range(len(call))])
 
-
-def _rows(images: Images, rows: list[int]) -> Images:
-    return images[rows] if isinstance(images, Tensor) else [images[row] for row in rows]
+    def _moved(self) -> Iterable[Any]:
+        return self._unique

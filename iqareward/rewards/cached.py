@@ -17,7 +17,7 @@ from torch import Tensor
 
 import iqareward
 from iqareward.rewards.calls import Call
-from iqareward.rewards.core import Wrapper
+from iqareward.rewards.core import Wrapper, refuse_groups
 from iqareward.rewards.threads import PerProcess, fork_waits_for
 from iqareward.types import Images, Reward, Scores
 
@@ -115,7 +115,7 @@ _DIGEST_BYTES = 20
 
 @final
 class Cached(Wrapper):
-    """Cache the scores of a reward by pixels, references and prompts.
+    """Cache the scores of a reward by pixels, references, inputs, prompts and tasks.
 
     This pays for repeated images and a reward that costs more than hashing them (about a millisecond for
     512 x 512 pixels). The pixels are hashed on the host, so images on a GPU are copied and waited for. Scores are
@@ -132,7 +132,8 @@ class Cached(Wrapper):
         cache_nan: Keep NaN too. Off by default, because a server that was down may be up again.
 
     Raises:
-        ValueError: The reward is differentiable (a stored score has no graph), or a limit is below 1.
+        ValueError: The reward is differentiable (a stored score has no graph) or compares images with each other, or a
+            limit is below 1.
 
     Example:
         >>> import torch, iqareward
@@ -154,6 +155,7 @@ class Cached(Wrapper):
         cache_nan: bool = False,
     ) -> None:
         super().__init__(reward)
+        refuse_groups("Cached", reward)
         if reward.differentiable:
             raise ValueError(f"Cached expected a reward without gradients, got {reward.name} with differentiable=True.")
         if max_entries < 1 or max_bytes < 1:
@@ -198,8 +200,8 @@ class Cached(Wrapper):
                 pixels = column[row]
                 digest.update(repr(tuple(pixels.shape)).encode())
                 digest.update(pixels.numpy().data)
-            if call.prompts is not None:
-                digest.update(b"prompt:" + call.prompts[row].encode("utf-8", "surrogatepass"))
+            for name, column in call.labels.items():
+                digest.update(repr((name, column[row])).encode())
             yield digest.digest()
 
 

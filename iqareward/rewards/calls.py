@@ -2,7 +2,7 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, NamedTuple, final
@@ -10,16 +10,31 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from iqareward.types import Images, Reward, Scores
+from iqareward.types import Groups, Images, Reward, Scores
+
+# columns that hold no images but one label for each
+_LABELS = {"prompts": "prompt", "ids": "id", "tasks": "task"}
+# what a reward may need beside images, its attribute that says so, and the explanation in errors
+_NEEDS = (
+    ("references", "needs_references", "`references` (it is a full-reference reward)"),
+    ("inputs", "needs_inputs", "`inputs`, the degraded images"),
+    ("prompts", "needs_prompts", "`prompts`, one per image"),
+    ("ids", "needs_ids", "`ids`, one integer per image, the same for all rollouts of an input"),
+    ("tasks", "needs_tasks", "`tasks`, one per image"),
+)
+COLUMNS = tuple(name for name, *_ in _NEEDS)
 
 
 class Bucket(NamedTuple):
-    """Rows of a call whose images share one size, and whose inputs share one size; `[b, 3, H, W]` each."""
+    """Rows of a call whose images share one size, and whose inputs share one size; `[b, 3, H, W]` each.
+
+    `labels` are the columns of the call that hold no images, by name.
+    """
 
     images: Tensor
     references: Tensor | None
     inputs: Tensor | None
-    prompts: Sequence[str] | None
+    labels: Mapping[str, Sequence[Any]]
 
     @property
     def num_rows(self) -> int:
@@ -30,33 +45,28 @@ class Bucket(NamedTuple):
         """Buckets of at most `size` rows, in order."""
         # The gradient of a slice is as large as the whole batch, so many slices would cost many batches.
         tensors = (repeat(None) if column is None else column.split(size) for column in self[:3])
-        prompts = self.prompts and [self.prompts[i : i + size] for i in range(0, self.num_rows, size)]
-        yield from map(Bucket, *tensors, prompts or repeat(None))  # pyright: ignore[reportArgumentType]
+        labels = (
+            {name: column[row : row + size] for name, column in self.labels.items()}
+            for row in range(0, self.num_rows, size)
+        )
+        yield from map(Bucket, *tensors, labels)  # pyright: ignore[reportArgumentType]
 
 
-def shape_buckets(
-    name: str,
-    images: Images,
-    references: Images | None = None,
-    inputs: Images | None = None,
-    prompts: Sequence[str] | None = None,
-) -> tuple[list[Bucket], list[int] | None]:
+def shape_buckets(name: str, call: "Call") -> tuple[list[Bucket], list[int] | None]:
     """Group images of equal shape, with what belongs to them, into batches.
 
     Args:
         name: The reward's name, for error messages.
-        images: `[B, 3, H, W]`, or a sequence of `[3, H, W]`.
-        references: None, or of the same shapes and device.
-        inputs: None, or one per image on the same device, whose shapes may differ from the images'.
-        prompts: None, or one per image.
+        call: Of columns that the reward needs.
 
     Returns:
         One bucket per shape, in order of first appearance; and for each image its row in the concatenation of the
         buckets, or None if that is the order already.
     """
-    rows, given = _checked_columns(name, images, references, inputs, prompts)
+    rows, given = _checked_columns(name, call)
+    labels = call.labels
     if isinstance(rows, tuple) and (given is None or isinstance(given, Tensor)):
-        whole = Bucket(rows[0], rows[1] if len(rows) > 1 else None, given, prompts)
+        whole = Bucket(rows[0], rows[1] if len(rows) > 1 else None, given, labels)
         return ([whole] if whole.num_rows else []), None
     columns = [*rows, *([] if given is None else [given])]
     members: dict[tuple[torch.Size, ...], list[int]] = {}
@@ -71,7 +81,7 @@ def shape_buckets(
             torch.stack([rows[0][i] for i in indices]),
             gathered(rows[1] if len(rows) > 1 else None, indices),
             gathered(given, indices),
-            None if prompts is None else [prompts[i] for i in indices],
+            {name: _rows(column, indices) for name, column in labels.items()},
         )
         for indices in members.values()
     ]
@@ -83,17 +93,16 @@ def shape_buckets(
 Rows = tuple[Tensor, *tuple[Tensor, ...]] | list[Sequence[Tensor]]
 
 
-def _checked_columns(
-    name: str, images: Images, references: Images | None, inputs: Images | None, prompts: Sequence[str] | None
-) -> tuple[Rows, Images | None]:
+def _checked_columns(name: str, call: "Call") -> tuple[Rows, Images | None]:
     """(images and references, inputs) after all checks of shape, dtype and device, as `Call.check` describes them.
 
     Batches stay as they are, unless images or references are rows, which makes rows of both.
     """
-    rows = _checked_rows(name, images, references)
-    if prompts is not None and len(prompts) != len(rows[0]):
-        raise ValueError(f"{name} expected one prompt per image ({len(rows[0])}), got {len(prompts)}.")
-    return rows, None if inputs is None else _checked_inputs(name, inputs, rows[0])
+    rows = _checked_rows(name, call.images, call.references)
+    for argument, column in call.labels.items():
+        if len(column) != len(rows[0]):
+            raise ValueError(f"{name} expected one {_LABELS[argument]} per image ({len(rows[0])}), got {len(column)}.")
+    return rows, None if call.inputs is None else _checked_inputs(name, call.inputs, rows[0])
 
 
 def _checked_rows(name: str, images: Images, references: Images | None) -> Rows:
@@ -198,12 +207,17 @@ _SIGNALS = (
 @final
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Images with their references, inputs and prompts, row by row."""
+    """Images with what belongs to them, row by row.
+
+    Rows with one id are rollouts of one input; `tasks` name what was done to each image.
+    """
 
     images: Images
     references: Images | None = None
     inputs: Images | None = None
     prompts: Sequence[str] | None = None
+    ids: Groups | None = None
+    tasks: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -221,17 +235,13 @@ class Call:
         Raises:
             ValueError: A column that it needs is missing.
         """
-        name, needs_inputs = reward.name, getattr(reward, "needs_inputs", False)
-        if reward.needs_references and self.references is None:
-            raise ValueError(
-                f"{name} expected `references` (it is a full-reference reward), got None. Pass references=..."
-            )
-        if needs_inputs and self.inputs is None:
-            raise ValueError(f"{name} expected `inputs`, the degraded images, got None. Pass inputs=...")
-        if reward.needs_prompts and self.prompts is None:
-            raise ValueError(f"{name} expected `prompts`, one per image, got None. Pass prompts=...")
-        references = self.references if reward.needs_references else None
-        return Call(self.images, references, self.inputs if needs_inputs else None, self.prompts)
+        columns: list[Any] = []
+        for name, fact, what in _NEEDS:
+            column, is_needed = getattr(self, name), getattr(reward, fact, False)
+            if is_needed and column is None:
+                raise ValueError(f"{reward.name} expected {what}, got None. Pass {name}=...")
+            columns.append(column if is_needed or name == "prompts" else None)
+        return Call(self.images, *columns)
 
     def check(self, name: str) -> "Call":
         """Return the call itself after all checks of shape, dtype and device.
@@ -243,8 +253,14 @@ class Call:
             TypeError: A column is not a floating-point tensor.
             ValueError: Shapes, devices or numbers of rows are wrong or do not match.
         """
-        _checked_columns(name, self.images, self.references, self.inputs, self.prompts)
+        _checked_columns(name, self)
         return self
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The columns that hold no images, by name; those that are None are left out."""
+        columns = ((name, getattr(self, name)) for name in _LABELS)
+        return {name: column for name, column in columns if column is not None}
 
     def rows(self, rows: slice | list[int]) -> "Call":
         """Some of the rows."""
@@ -277,8 +293,9 @@ class Call:
             ValueError: The scores are not a tensor with one score per image.
         """
         try:
-            inputs = {} if self.inputs is None else {"inputs": self.inputs}  # not every reward knows of them
-            scores = reward(self.images, references=self.references, prompts=self.prompts, **inputs)
+            more = {name: getattr(self, name) for name in ("inputs", "ids", "tasks")}
+            more = {name: column for name, column in more.items() if column is not None}  # not every reward knows them
+            scores = reward(self.images, references=self.references, prompts=self.prompts, **more)
         except _SIGNALS as error:
             signal = type(error).__name__
             raise RuntimeError(
@@ -311,7 +328,7 @@ class Call:
         return [sum(column[row].nbytes for column in columns) for row in range(len(self))]
 
     def _columns(self) -> tuple[Any, ...]:
-        return self.images, self.references, self.inputs, self.prompts
+        return self.images, *(getattr(self, name) for name in COLUMNS)
 
 
 def parts_of(reward: Reward) -> Sequence[Reward]:
@@ -323,15 +340,11 @@ def merged(calls: Sequence[Call]) -> Call:
     """One call of the rows of several, in order; they must be on one device and have the same columns."""
     if len(calls) == 1:
         return calls[0]
-    images, references, inputs = (
-        _merge_images([getattr(c, name) for c in calls]) for name in ("images", "references", "inputs")
-    )
-    prompts = None if calls[0].prompts is None else [prompt for call in calls for prompt in call.prompts or ()]
-    assert images is not None
-    return Call(images, references, inputs, prompts)
+    columns = zip(*(call._columns() for call in calls), strict=True)  # pyright: ignore[reportPrivateUsage]
+    return Call(*(_merge(column) for column in columns))
 
 
-def _merge_images(columns: list[Images | None]) -> Images | None:
+def _merge(columns: Sequence[Any]) -> Any:
     first = columns[0]
     if first is None:
         return None
@@ -341,7 +354,7 @@ def _merge_images(columns: list[Images | None]) -> Images | None:
         ]
         if len(same) == len(columns):
             return torch.cat(same)
-    return [row for column in columns for row in column or ()]
+    return [row for column in columns for row in column]
 
 
 def _rows(column: Any, rows: slice | list[int]) -> Any:

@@ -15,7 +15,7 @@ from iqareward.atomic import write_text
 from iqareward.functional._chunks import constant
 from iqareward.rewards.calls import Call
 from iqareward.rewards.core import Combined, Wrapper, check_names, reward_mode
-from iqareward.types import Bounds, Images, Reward, Scores
+from iqareward.types import Bounds, Groups, Images, Reward, Scores
 
 
 def evaluate(
@@ -25,6 +25,8 @@ def evaluate(
     *,
     inputs: Images | None = None,
     prompts: Sequence[str] | None = None,
+    ids: Groups | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> dict[str, Scores]:
     """Score images with several rewards and return the scores by name, to log or combine them.
 
@@ -34,6 +36,8 @@ def evaluate(
         references: The ground truth, in the same shapes, for rewards that need it.
         inputs: the degraded images, for rewards that need them.
         prompts: one per image, for rewards that need them.
+        ids: one integer per image, the same for all rollouts of an input, for rewards that need them.
+        tasks: one per image, for rewards that need them.
 
     Returns:
         name -> unweighted `[B]` float32, higher is better, NaN = not scored.
@@ -49,7 +53,7 @@ def evaluate(
         {'psnr': [100.0, 100.0], 'ssim': [1.0, 1.0]}
     """
     check_names("evaluate", rewards)
-    call = Call(images, references, inputs, prompts)
+    call = Call(images, references, inputs, prompts, ids, tasks)
     return {reward.name: call.score(reward) for reward in rewards}
 
 

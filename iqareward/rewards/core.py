@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Self, final
 
@@ -20,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from iqareward.functional._chunks import rows_at_once
 from iqareward.functional._fused import clean
-from iqareward.rewards.calls import Bucket, Call, shape_buckets
+from iqareward.rewards.calls import COLUMNS, Bucket, Call, shape_buckets
 from iqareward.rewards.loading import LazyModel, as_current
-from iqareward.types import Bounds, Images, Reward, Scores
+from iqareward.types import Bounds, Groups, Images, Reward, Scores
 
 # Decoders overshoot [0, 1] a little, and such images are clamped. Images that leave it by more than this were never
 # in [0, 1] (a forgotten [-1, 1] or [0, 255]); they are not scored, because a clamped one would get a plausible wrong
@@ -43,6 +44,8 @@ class BaseReward(ABC):
         needs_references: whether a call without `references` is an error.
         needs_inputs: whether a call without `inputs` is an error.
         needs_prompts: whether a call without `prompts` is an error.
+        needs_ids: whether scores depend on the other rollouts of an input, and a call without `ids` is an error.
+        needs_tasks: whether a call without `tasks` is an error.
         differentiable: whether scores carry a graph back to the input pixels.
     """
 
@@ -51,6 +54,8 @@ class BaseReward(ABC):
     needs_references: bool = False
     needs_inputs: bool = False
     needs_prompts: bool = False
+    needs_ids: bool = False
+    needs_tasks: bool = False
     differentiable: bool = False
 
     _is_offloaded = False
@@ -63,6 +68,8 @@ class BaseReward(ABC):
         *,
         inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
+        ids: Groups | None = None,
+        tasks: Sequence[str] | None = None,
         **ignored: Any,
     ) -> Scores:
         """Score each image.
@@ -72,6 +79,8 @@ class BaseReward(ABC):
             references: The ground truth, with the shapes and the device of `images`.
             inputs: The degraded images that were restored, one per image on the same device; sizes may differ.
             prompts: One text per image.
+            ids: One integer per image, the same for all rollouts of an input.
+            tasks: What is to be restored in each image, such as "deblur".
             **ignored: Anything else a trainer passes.
 
         Returns:
@@ -82,7 +91,7 @@ class BaseReward(ABC):
             TypeError: Images are not floating-point tensors.
             RuntimeError: The reward is offloaded.
         """
-        return self.score_call(self._call(images, references, inputs, prompts))
+        return self.score_call(self._call(images, references, inputs, prompts, ids, tasks))
 
     @property
     def parts(self) -> tuple[Reward, ...]:
@@ -138,10 +147,19 @@ class BaseReward(ABC):
         references: Images | None = None,
         inputs: Images | None = None,
         prompts: Sequence[str] | None = None,
+        ids: Groups | None = None,
+        tasks: Sequence[str] | None = None,
+        **ignored: Any,
     ) -> Call:
         if self._is_offloaded:
             raise RuntimeError(f"{self.name} is offloaded; call .onload() before scoring.")
-        return Call(images, references, inputs, prompts).for_reward(self)
+        return Call(images, references, inputs, prompts, ids, tasks).for_reward(self)
+
+    def _take_facts(self, rewards: Sequence[Reward]) -> None:
+        """Need what any of the rewards needs, and be differentiable if all are."""
+        for name in COLUMNS:
+            setattr(self, f"needs_{name}", any(getattr(reward, f"needs_{name}", False) for reward in rewards))
+        self.differentiable = all(reward.differentiable for reward in rewards)
 
 
 class ImageReward(BaseReward):
@@ -186,8 +204,8 @@ class ImageReward(BaseReward):
         Args:
             images: Float32 `[b, 3, H, W]` in [0, 1], on the device of the weights.
             others: Not used.
-            columns: `references` `[b, 3, H, W]`, `inputs` `[b, 3, h, w]` and `prompts`, each only if the reward needs
-                it.
+            columns: `references` `[b, 3, H, W]`, `inputs` `[b, 3, h, w]`, `prompts`, `tasks` and `ids`, each only if
+                the reward needs it.
 
         Returns:
             `[b]`, higher is better. An image's score must not depend on its batch.
@@ -213,9 +231,10 @@ class ImageReward(BaseReward):
                 f"{self.name} expected `bytes_per_pixel` > 0, and `batch_size` >= 1 or None, got "
                 f"{self.bytes_per_pixel} and {self.batch_size}."
             )
+        if call.prompts is not None and not self.needs_prompts:
+            call = replace(call, prompts=None)
         with torch.inference_mode(False), torch.set_grad_enabled(self.differentiable):  # stacking is part of the graph
-            prompts = call.prompts if self.needs_prompts else None
-            buckets, order = shape_buckets(self.name, call.images, call.references, call.inputs, prompts)
+            buckets, order = shape_buckets(self.name, call)
         if not buckets:
             return torch.zeros(0, *width, dtype=torch.float32, device=call.device)
         images_on = buckets[0].images.device
@@ -253,17 +272,17 @@ class ImageReward(BaseReward):
         self, measure: Callable[..., Tensor], device: torch.device, width: tuple[int, ...], *piece: Any
     ) -> Tensor:
         """Clean a piece, measure it, and mask what was not valid."""
-        images, references, inputs, prompts = piece
+        images, references, inputs, labels = piece
         shape = (images.shape[0], *width)
         if min(images.shape[2:]) < self.min_side:
             return torch.full(shape, torch.nan, dtype=torch.float32, device=device)
         same_size = [images] if references is None else [images, references]
         cleaned, checks = clean([batch.to(device) for batch in same_size], -RANGE_SLACK, 1 + RANGE_SLACK)
-        valid, columns = checks.all(0), {} if references is None else {"references": cleaned[1]}
+        valid, columns = checks.all(0), labels if references is None else {"references": cleaned[1], **labels}
         if inputs is not None:
-            (columns["inputs"],), checks = clean([inputs.to(device)], -RANGE_SLACK, 1 + RANGE_SLACK)
-            valid = valid & checks[0]
-        found = measure(cleaned[0], **columns, **({} if prompts is None else {"prompts": prompts}))
+            (given,), checks = clean([inputs.to(device)], -RANGE_SLACK, 1 + RANGE_SLACK)
+            valid, columns = valid & checks[0], {**columns, "inputs": given}
+        found = measure(cleaned[0], **columns)
         if found.shape != shape:
             raise ValueError(
                 f"{self.name} expected its metric to return one score per image, shape {list(shape)}, got "
@@ -297,7 +316,7 @@ class Combined(BaseReward):
     def __init__(self, parts: Sequence[Reward], *, name: str, bounds: Bounds) -> None:
         check_names(type(self).__name__, parts)
         self._parts, self.name, self.bounds = tuple(parts), name, bounds
-        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = _joint_facts(parts)
+        self._take_facts(parts)
 
     @property
     def parts(self) -> tuple[Reward, ...]:
@@ -355,7 +374,7 @@ class Wrapper(BaseReward):
         check_names(type(self).__name__, [reward])
         self.reward = reward
         self.name, self.bounds = reward.name, reward.bounds
-        self.needs_references, self.needs_inputs, self.needs_prompts, self.differentiable = _joint_facts([reward])
+        self._take_facts([reward])
 
     def _moved(self) -> Iterable[Any]:
         return (self.reward,)
@@ -380,16 +399,6 @@ def _in_order(rows: Tensor, order: list[int] | None) -> Tensor:
     return torch.stack([views[i] for i in order])
 
 
-def _joint_facts(rewards: Sequence[Reward]) -> tuple[bool, bool, bool, bool]:
-    """(needs_references, needs_inputs, needs_prompts, differentiable) of a combination of rewards."""
-    return (
-        any(reward.needs_references for reward in rewards),
-        any(getattr(reward, "needs_inputs", False) for reward in rewards),
-        any(reward.needs_prompts for reward in rewards),
-        all(reward.differentiable for reward in rewards),
-    )
-
-
 def check_names(who: str, rewards: Sequence[Reward]) -> None:
     """Refuse an empty list of rewards, anything in place of rewards, and rewards with the same name."""
     if not isinstance(rewards, Iterable):
@@ -407,6 +416,16 @@ def check_names(who: str, rewards: Sequence[Reward]) -> None:
         raise ValueError(f"{who} expected at least one reward, got none.")
     if len(set(names)) < len(names):
         raise ValueError(f"{who} expected rewards with unique names, got {names}. Pass name=... to tell them apart.")
+
+
+def refuse_groups(who: str, reward: Any) -> None:
+    """Refuse a reward that compares the rollouts of an input, for a caller that does not keep them together."""
+    if getattr(reward, "needs_ids", False):
+        raise ValueError(
+            f"{who} expected a reward that scores each image on its own, got {reward.name}, which compares the "
+            "rollouts of an input with each other and must see them together. Give it the reward inside; wrappers go "
+            "inside the comparison, as in RankInGroup(Cached(reward))."
+        )
 
 
 class UnscoredWarning(RuntimeWarning):

@@ -1,5 +1,6 @@
 """Rewards that compare with the degraded input, so that they need no ground truth."""
 
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.functional import interpolate
 from iqareward._gradients import clamp
 from iqareward.rewards.calls import Call
 from iqareward.rewards.combine import exact
-from iqareward.rewards.core import Combined, Wrapper, check_names, reward_mode, sanitize
+from iqareward.rewards.core import Combined, Wrapper, check_names, refuse_groups, reward_mode, sanitize
 from iqareward.types import Images, Reward, Scores
 
 # Below this fidelity the gate falls to 0 in a straight line. The published power rises from 0 with infinite slope and,
@@ -54,7 +55,7 @@ class InputFidelity(Wrapper):
         assert call.inputs is not None
         with reward_mode(differentiable=self.differentiable, device_type=_device_type(call)):
             images = _at_size_of(call.inputs, call.images)
-        return Call(images, call.inputs, prompts=call.prompts).score(self.reward)
+        return replace(call, images=images, references=call.inputs, inputs=None).score(self.reward)
 
 
 @final
@@ -106,6 +107,8 @@ class QualityGain(Combined):
 
     def __init__(self, quality: Reward, fidelity: Reward, *, gamma: float = 0.7, name: str | None = None) -> None:
         check_names("QualityGain", [quality, fidelity])
+        for reward in (quality, fidelity):
+            refuse_groups("QualityGain", reward)
         if quality.needs_references or getattr(quality, "needs_inputs", False):
             raise ValueError(
                 f"QualityGain expected `quality` as a reward that sees the images only, got {quality.name}. A "
@@ -151,21 +154,22 @@ class _InputQuality(Wrapper):
         assert call.inputs is not None
         places: dict[object, int] = {}
         prompts = [""] * len(call) if call.prompts is None else call.prompts
-        rows = zip(call.inputs, call.images, prompts, strict=True)
+        tasks = [""] * len(call) if call.tasks is None else call.tasks
+        rows = zip(call.inputs, call.images, prompts, tasks, strict=True)
         order = [places.setdefault(_identity(*row), len(places)) for row in rows]
         distinct = call if len(places) == len(call) else call.rows([order.index(place) for place in range(len(places))])
         assert distinct.inputs is not None
         with reward_mode(differentiable=False, device_type=_device_type(call)):
             inputs = _at_size_of(distinct.images, distinct.inputs)
-        scores = Call(inputs, prompts=distinct.prompts).score(self.reward).detach()
+        scores = replace(distinct, images=inputs, inputs=None).score(self.reward).detach()
         if distinct is call:
             return scores
         views = scores.unbind(0)
         return torch.stack([views[place] for place in order])  # without copying an index to the device
 
 
-def _identity(given: Tensor, image: Tensor, prompt: str) -> object:
-    return given.data_ptr(), given.dtype, given.shape, given.stride(), image.shape, prompt
+def _identity(given: Tensor, image: Tensor, prompt: str, task: str) -> object:
+    return given.data_ptr(), given.dtype, given.shape, given.stride(), image.shape, prompt, task
 
 
 def _device_type(call: Call) -> str:

@@ -1,6 +1,7 @@
 """What users have: x4, sizes that differ, no ground truth, prompts and tasks, rewards that want to see all of it."""
 
 import multiprocessing
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import iqareward
-from iqareward.advantages import RewardMemory
+from iqareward.advantages import RewardMemory, group_advantages, win_rates
 from iqareward.diffusion import (
     ClippedPolicyGradient,
     DifficultyAdaptiveTrainer,
@@ -23,6 +24,7 @@ from iqareward.diffusion import (
     batches,
 )
 from iqareward.diffusion.checkpoint import trained_weights
+from iqareward.rewards import RankInGroup
 from iqareward.rewards.metric import FullReference, NoReference
 from tests.diffusion.tiny import pixel_policy, policy_of, unet
 from tests.diffusion.train_tiny import contrast, experience_of
@@ -156,6 +158,47 @@ def test_rewards_see_what_they_name(tmp_path):
     images, references, inputs, prompts, ids, tasks = seen[0]
     assert (images, references, inputs) == ((8, 3, 32, 32), (8, 3, 32, 32), (8, 3, 8, 8))
     assert (ids, prompts, tasks) == (rows, [f"photo {row}" for row in rows], ["ab"[row % 2] for row in rows])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_rollouts_are_ranked_within_their_input(tmp_path, overlap):
+    """The advantages are those of the win rates of each input, and validation measures the reward itself."""
+    rollouts, validation = RolloutConfig(group_size=4, num_steps=2, inputs_at_once=2), Validation(Items(), {})
+    options = {"rollout_config": rollouts, "overlap": overlap, "validation": validation}
+    run = run_of(tmp_path, Items(), reward=RankInGroup(CONTRAST), **options)
+    experience = experience_of(run)
+    images = run.policy.decode(experience.trajectory.sample, {}).clamp(0, 1)
+    ids = torch.arange(4).repeat_interleave(4)
+    expected = win_rates(contrast(images), ids)
+    torch.testing.assert_close(experience.rewards[0], expected, **EXACT)
+    torch.testing.assert_close(experience.advantages[0], group_advantages(expected, ids).values, **FORMULA_FP32)
+    found = validation(run.policy, run.rewards, run.reward_weights, seed=0)
+    torch.testing.assert_close(found["scores"]["reward"], contrast(torch.stack(found["images"])), **FORMULA_FP32)
+
+
+def test_ranks_are_refused_where_there_are_no_rollouts(tmp_path):
+    """One rollout per input, degraded images, held-out images."""
+    rank = RankInGroup(CONTRAST)
+    single = {"rollout_config": RolloutConfig(group_size=1, num_steps=2), "memory": RewardMemory(8)}
+    with pytest.raises(ValueError, match="group_size of at least 2"):
+        run_of(tmp_path, Items(), reward=rank, **single)
+    with pytest.raises(ValueError, match="input_quality expected a reward that scores each image on its own"):
+        run_of(tmp_path, Items(), input_quality=rank)
+    with pytest.raises(ValueError, match="Validation expected a reward that scores each image on its own"):
+        Validation(Items(), {"rank": rank})
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tasks_reach_rewards_through_wrappers(tmp_path, overlap):
+    """Each rollout is scored by the reward of its input's task."""
+    other = NoReference(partial(torch.mean, dim=(1, 2, 3)), name="mean", higher_is_better=True)
+    reward = iqareward.Cached(iqareward.ByTask({"a": CONTRAST, "b": other}))
+    run = run_of(tmp_path, Items(), reward=reward, overlap=overlap)
+    experience = experience_of(run)
+    images = run.policy.decode(experience.trajectory.sample, {}).clamp(0, 1)
+    is_a = torch.tensor([task == "a" for task in experience.batch.tasks]).repeat_interleave(2)
+    expected = torch.where(is_a, contrast(images), images.mean((1, 2, 3)))
+    torch.testing.assert_close(experience.rewards[0], expected, **FORMULA_FP32)
 
 
 def test_prompts_and_inputs_reach_rewards_of_the_library(tmp_path):

@@ -99,6 +99,24 @@ def test_order_and_columns_survive(calls: list[list[int]], max_batch: int, lists
     assert all(size <= max_batch for size in counting.sizes)
 
 
+def test_calls_of_different_sizes_are_merged() -> None:
+    """Batches of another image size go into the same call of the reward."""
+    held = Held()
+
+    async def calls() -> list[Tensor]:
+        first = asyncio.create_task(reward.ascore(flat(0.5)))
+        await asyncio.to_thread(held.entered.wait, 60)
+        later = [asyncio.create_task(reward.ascore(flat(0.1, 0.2, side=side))) for side in (4, 6, 5)]
+        await asyncio.sleep(0)  # all are queued now
+        held.let_go.set()
+        return await asyncio.gather(first, *later)
+
+    with MicroBatched(held) as reward:
+        outcomes = asyncio.run(calls())
+    torch.testing.assert_close(torch.cat(outcomes), torch.tensor([0.5, *[0.1, 0.2] * 3]))
+    assert held.sizes == [1, 6]
+
+
 def test_a_poisoned_image_fails_alone() -> None:
     """When a batch fails, only the caller whose image broke it gets the error."""
     held = Held()

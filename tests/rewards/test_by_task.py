@@ -1,10 +1,13 @@
 """Rewards by task: each image gets the score of its own reward, whatever the order, and nothing is guessed."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 
 import iqareward
-from iqareward import ByTask
+from iqareward import ByTask, Cached, MicroBatched, Overlapped, WeightedSum
 
 IMAGES, CLEAN = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TASKS = ["blur", "noise", "blur", "jpeg", "noise", "noise"]
@@ -47,7 +50,7 @@ def test_gradients_reach_each_image():
 def test_what_is_missing_or_unknown_is_named():
     """No tasks, too few, a task without a reward, no rewards."""
     reward = by_task()
-    with pytest.raises(ValueError, match=r"one task per image \(6\), got none"):
+    with pytest.raises(ValueError, match="expected `tasks`, one per image, got None"):
         reward(IMAGES, references=CLEAN)
     with pytest.raises(ValueError, match="got 2"):
         reward(IMAGES, references=CLEAN, tasks=["blur", "blur"])
@@ -57,3 +60,38 @@ def test_what_is_missing_or_unknown_is_named():
         ByTask({})
     with pytest.raises(TypeError, match="load"):
         ByTask({"blur": "ssim"})
+
+
+@pytest.mark.parametrize(
+    "wrapper", [Cached, MicroBatched, Overlapped, partial(MicroBatched, max_batch=2), lambda r: WeightedSum([(1.0, r)])]
+)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_wrappers_pass_the_tasks_on(wrapper, as_list):
+    """Whole, cut into pieces, or from the memory, where the same pixels under another task have another score."""
+    images, clean = (list(batch) if as_list else batch for batch in (IMAGES, CLEAN))
+    reward = wrapper(by_task())
+    for tasks in (TASKS, TASKS[::-1]):
+        expected = by_task()(images, references=clean, tasks=tasks)
+        torch.testing.assert_close(reward(images, references=clean, tasks=tasks), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="expected `tasks`"):
+        reward(images, references=clean)
+
+
+def test_merged_calls_keep_their_tasks():
+    """Eight threads with one image each."""
+    with MicroBatched(by_task(), max_wait_ms=50) as reward, ThreadPoolExecutor(6) as pool:
+        found = pool.map(
+            lambda row: reward(IMAGES[row : row + 1], CLEAN[row : row + 1], tasks=TASKS[row : row + 1]), range(6)
+        )
+        expected = by_task()(IMAGES, references=CLEAN, tasks=TASKS)
+        torch.testing.assert_close(torch.cat(list(found)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_moves_its_rewards():
+    """Offloading reaches each of them, and a call says so."""
+    reward = by_task()
+    reward.offload()
+    with pytest.raises(RuntimeError, match="onload"):
+        reward(IMAGES, references=CLEAN, tasks=TASKS)
+    reward.onload()
+    assert reward(IMAGES, references=CLEAN, tasks=TASKS).isfinite().all()
