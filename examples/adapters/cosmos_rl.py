@@ -1,10 +1,11 @@
-"""A reward for cosmos-rl (read at 4903300, 2026-09, in maintenance mode). Copy this file and edit the settings.
+"""A reward for cosmos-rl (read at 4903300; in maintenance mode). Copy this file and edit the settings.
 
 Pass `reward_fns=[(quality, 1.0)]` to the launcher, with `use_remote_reward = false` in `[train.train_policy]`; if that
 is true, it is never called. Your data set must define `get_reference_answer(index)`: the ground truth, or "".
 
 cosmos-rl's own diffusion trainer takes remote rewards only (`examples/dialect_server.py`): between a local reward and
-the trainer the latents are lost, unless the rollout marks its completions as trainable, as `keep_latents` does.
+the trainer the latents are lost, unless the rollout marks its completions as trainable, as `keep_latents` does in
+versions that know `completion_trainable`.
 """
 
 import threading
@@ -18,7 +19,7 @@ USE_REFERENCE = False  # True: the reference answer is the ground truth, a path,
 _LOCK = threading.Lock()  # rewards of images are called from two threads
 
 
-def quality(to_be_evaluated: Any, reference: Any, prompt: Any = "", config: Any = None, **ignored: Any) -> Any:
+def quality(to_be_evaluated: Any, reference: Any, prompt: Any = "", *, config: Any, **ignored: Any) -> Any:
     """(score, metrics) of one image, lists of both for a group; an image that cannot be scored stops the training."""
     group = config.train.train_policy.group_reward_calculation
     images = iqareward.to_images(to_be_evaluated if group else [to_be_evaluated], value_range=VALUE_RANGE)

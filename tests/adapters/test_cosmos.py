@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import json
+import pickle
+import re
 import threading
 import tomllib
 import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,7 +29,6 @@ from iqareward.serving.listener import Address, BoundedConnection
 from iqareward.serving.replica import Scored
 from iqareward.serving.requests import ServiceError, Settings
 from iqareward.serving.wire import as_floats
-from iqareward.types import Reward
 from tests.adapters.doubles import cosmos, sana
 from tests.adapters.doubles.cosmos import RewardFn, configuration
 from tests.adapters.doubles.pages import blocks, execute, package
@@ -75,7 +78,7 @@ def running(rewards: dict[str, Served], settings: Settings | None = None) -> Ite
     thread = threading.Thread(target=listener.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/cosmos"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         listener.should_exit = True
         thread.join()
@@ -90,10 +93,31 @@ def url() -> Iterator[str]:
         yield address
 
 
+def exported(url: str, name: str = "", token: str = "") -> dict[str, str]:
+    """What the page says to export for the trainer whose variable has this name."""
+    (block,) = (block for block in blocks("how-to/serve-rewards.md", "bash") if f"export {name}=" in block)
+    found = dict(re.findall(r"^export (\w+)=(\S+)", block, re.M))
+    return {key: value.replace("http://127.0.0.1:8001", url) for key, value in found.items()} | {
+        "REMOTE_REWARD_TOKEN": token
+    }
+
+
+def cosmos_client(url: str, config: Any, token: str = "", attempts: int = 1000) -> cosmos.RemoteRewards:
+    environment = exported(url, "REMOTE_REWARD_ENQUEUE_URL", token)
+    return cosmos.RemoteRewards(config, environment, attempts=attempts)
+
+
+def sana_environment(url: str, reward: str = "") -> dict[str, str]:
+    environment = exported(url, "REMOTE_REWARD_HOST")
+    host = environment["REMOTE_REWARD_HOST"]
+    assert host.endswith("/cosmos/qalign")
+    return environment | {"REMOTE_REWARD_HOST": host.replace("/qalign", reward)}
+
+
 def rewarded(url: str, *entries: RewardFn, groups: int = 1, **options: Any) -> tuple[Any, list[cosmos.Payload]]:
     """The configuration, and groups of the same four images in reverse order each second time, with rewards."""
     config = configuration(entries, **options)
-    client = cosmos.RemoteRewards(config, f"{url}/api/reward")
+    client = cosmos_client(url, config)
     orders = [torch.arange(4) if group % 2 == 0 else torch.arange(3, -1, -1) for group in range(groups)]
     client.enqueue([cosmos.rollout(IMAGES[order], LATENTS[order]) for order in orders])
     return config, client.results()
@@ -101,7 +125,7 @@ def rewarded(url: str, *entries: RewardFn, groups: int = 1, **options: Any) -> t
 
 def failing(url: str, entry: RewardFn, images: Tensor = IMAGES) -> cosmos.RemoteRewards:
     """A client whose rollout ends without rewards, after one answer."""
-    client = cosmos.RemoteRewards(configuration([entry]), f"{url}/api/reward", attempts=1)
+    client = cosmos_client(url, configuration([entry]), attempts=1)
     payload = cosmos.rollout(images, LATENTS)
     client.enqueue([payload])
     with pytest.raises(IndexError):
@@ -159,6 +183,12 @@ def test_local_calls_come_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert len({tuple(payload.rewards) for payload in payloads}) == 1
 
 
+@pytest.mark.trainer(*COSMOS, "processes")
+def test_local_function_in_other_processes() -> None:
+    """Worker processes find the function by its name, and load their own model."""
+    assert pickle.loads(pickle.dumps(cosmos_rl.quality)) is cosmos_rl.quality
+
+
 @pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
 @local
 def test_local_failures_and_texts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,12 +240,12 @@ def test_remote_images_without_a_score_end_the_rollout(url: str) -> None:
 @remote
 def test_remote_scores_that_are_not_here(url: str) -> None:
     """After a restart, and with another token, the rollout ends; a slow reward is asked for until it is scored."""
-    client = cosmos.RemoteRewards(configuration([RewardFn("brightness")]), f"{url}/api/reward", attempts=1)
+    client = cosmos_client(url, configuration([RewardFn("brightness")]), attempts=1)
     client.enqueue([cosmos.rollout(IMAGES, LATENTS)])
-    client.token = "another"
+    client.environment = exported(url, "REMOTE_REWARD_ENQUEUE_URL", "another")
     with pytest.raises(IndexError):
         client.results()
-    client.token = ""
+    client.environment = exported(url, "REMOTE_REWARD_ENQUEUE_URL")
     assert client.results()[0].rewards is not None
 
 
@@ -234,7 +264,7 @@ def test_remote_scores_of_a_slow_or_restarting_server(monkeypatch: pytest.Monkey
         return Scored(brightness(as_floats(call.images)))
 
     with running({"told": answering(score)}) as url:
-        client = cosmos.RemoteRewards(configuration([RewardFn("told")]), f"{url}/api/reward", attempts=1000)
+        client = cosmos_client(url, configuration([RewardFn("told")]), attempts=1000)
         client.enqueue([cosmos.rollout(IMAGES, LATENTS)])
         (payload,) = client.results()
     assert len(asked) == 3
@@ -248,7 +278,7 @@ def test_remote_scores_of_many_ranks(monkeypatch: pytest.MonkeyPatch, url: str) 
     monkeypatch.setattr(dialect_server, "MAX_QUEUED_BYTES", 3 * (IMAGES[:2].numel() + 1000))
 
     def rank(number: int) -> Tensor:
-        client = cosmos.RemoteRewards(configuration([RewardFn("brightness")]), f"{url}/api/reward", attempts=1000)
+        client = cosmos_client(url, configuration([RewardFn("brightness")]), attempts=1000)
         client.enqueue([cosmos.rollout(IMAGES[[number % 4, 3 - number % 4]], LATENTS[:2])])
         return torch.tensor(client.results()[0].rewards)
 
@@ -263,12 +293,12 @@ def test_remote_token() -> None:
     """The token of the server is the client's `REMOTE_REWARD_TOKEN`; without it nothing is read."""
     with running({"brightness": served(BRIGHT)}, Settings(token="secret")) as url:
         config, payload = configuration([RewardFn("brightness")]), cosmos.rollout(IMAGES, LATENTS)
-        client = cosmos.RemoteRewards(config, f"{url}/api/reward", token="secret")
+        client = cosmos_client(url, config, "secret")
         client.enqueue([payload])
         assert client.results()[0].rewards is not None
         for token in ("wrong", ""):
             with pytest.raises(urllib.error.HTTPError, match="401") as refused:
-                cosmos.RemoteRewards(config, f"{url}/api/reward", token, attempts=1).enqueue([payload])
+                cosmos_client(url, config, token, 1).enqueue([payload])
             refused.value.close()
 
 
@@ -277,7 +307,7 @@ def test_remote_token() -> None:
 def test_sana(url: str, path: str) -> None:
     """A reward in its table, or ours in the place of one of its own, gives the advantages of the scores."""
     name = "hpsv3" if path else "brightness"
-    slots = {f"remote_{name}": sana.remote_score(url + path, name)}
+    slots = {f"remote_{name}": sana.remote_score(name, sana_environment(url, path))}
     r = sana.advantages(slots, {f"remote_{name}": 1.0}, IMAGES, ["a"] * 4)
     torch.testing.assert_close(r, normal(brightness(IMAGES), 1e-4, 0), **NETWORK_BATCH)
 
@@ -288,8 +318,8 @@ def test_sana_never_takes_an_error_for_zeros(url: str) -> None:
     """An image without a score is an error with its reason, also in the reader that makes zeros of error statuses."""
     tiny = IMAGES[..., :8, :8]
     with pytest.raises(RuntimeError, match=r"not_scored: no score for images \[0, 1, 2, 3\]"):
-        sana.remote_score(url, "piqe")(tiny, [""] * 4, None)
-    client = sana.RewardClient(url, "piqe")
+        sana.remote_score("piqe", sana_environment(url))(tiny, [""] * 4, None)
+    client = sana.RewardClient("piqe", sana_environment(url))
     uuid = client.submit([""] * 4, (tiny * 255).byte().permute(0, 2, 3, 1).numpy())
     with pytest.raises(KeyError, match="scores"):
         client.until_get(uuid, 4)
@@ -299,7 +329,7 @@ def test_what_the_dialect_cannot_serve() -> None:
     """A reward that needs references gets none from this client, and says so."""
     reward = FullReference(lambda images, references: brightness(images), higher_is_better=True, name="close")
     with running({"close": served(reward)}) as url, pytest.raises(RuntimeError, match="close needs references"):
-        sana.remote_score(url, "close")(IMAGES, [""] * 4, None)
+        sana.remote_score("close", sana_environment(url))(IMAGES, [""] * 4, None)
 
 
 @local
@@ -320,8 +350,8 @@ def test_what_the_page_says_of_local_rewards(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @remote
-def test_what_the_page_says_to_configure(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
-    """The TOML of the page names a reward of the server, whose scores reach the loss unclipped."""
+def test_what_the_page_says_to_configure() -> None:
+    """Its TOML names a reward of the server, whose scores reach the loss unclipped; its check lists that reward."""
     (text,) = blocks("how-to/serve-rewards.md", "toml")
     policy = tomllib.loads(text)["train"]["train_policy"]
     entries = [RewardFn(**entry) for entry in policy["remote_reward"].pop("reward_fns")]
@@ -330,9 +360,13 @@ def test_what_the_page_says_to_configure(monkeypatch: pytest.MonkeyPatch, qalign
     assert not policy
     high = NoReference(lambda images: 50 * brightness(images), higher_is_better=True, name="qalign")
     with running({"qalign": served(high)}) as url:
-        client = cosmos.RemoteRewards(config, f"{url}/api/reward")
+        client = cosmos_client(url, config)
         client.enqueue([cosmos.rollout(IMAGES, LATENTS)])
         r = cosmos.train(config, client.results())
+        (check,) = (block for block in blocks("how-to/serve-rewards.md", "bash") if "/ping" in block)
+        address = check.split()[-1].replace("http://127.0.0.1:8001", url)
+        with urllib.request.urlopen(address, b"info_data=") as response:
+            assert json.loads(response.read())["rewards"] == ["qalign"]
     torch.testing.assert_close(r, normal(50 * brightness(IMAGES), 1e-4, 1), **NETWORK_BATCH)
 
 
@@ -345,7 +379,7 @@ def test_weights_by_difficulty(monkeypatch: pytest.MonkeyPatch, url: str) -> Non
     scope: dict[str, Any] = {}
     execute(code, scope)
     config = configuration([RewardFn("brightness")])
-    client = cosmos.RemoteRewards(config, f"{url}/api/reward")
+    client = cosmos_client(url, config)
     payloads = [cosmos.rollout(IMAGES, LATENTS) for _ in range(2)]
     truths = (255 * IMAGES[:1]).byte(), (255 * (1 - IMAGES[:1])).byte()
     for number, (payload, truth) in enumerate(zip(payloads, truths)):

@@ -6,7 +6,7 @@ import queue
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -101,8 +101,11 @@ def _local_rewards(config: SimpleNamespace, reward_fns: Sequence[Any], payload: 
 class RemoteRewards:
     """The client of the reward service: the addresses and the token are in the environment of the trainer."""
 
-    def __init__(self, config: SimpleNamespace, url: str, token: str = "", attempts: int = 60, pause: float = 0.01):
-        self.config, self.url, self.token = config.train.train_policy.remote_reward, url, token
+    def __init__(
+        self, config: SimpleNamespace, environment: Mapping[str, str], attempts: int = 60, pause: float = 0.01
+    ) -> None:
+        assert config.train.train_policy.use_remote_reward
+        self.config, self.environment = config.train.train_policy.remote_reward, environment
         self.attempts, self.pause = attempts, pause  # the real pause is 1 to 120 seconds
         self.sent: queue.Queue[str] = queue.Queue()
         self.payloads: dict[str, list[Payload]] = {}
@@ -115,7 +118,7 @@ class RemoteRewards:
             "reward_fn": {entry.name: entry.weight for entry in self.config.reward_fns},
             "media_type": "image",
         }
-        answer = self._repeated("enqueue", line_and_npy(line, pixels), "application/octet-stream")
+        answer = self._repeated("ENQUEUE", line_and_npy(line, pixels), "application/octet-stream")
         self.sent.put(answer["uuid"])
         self.payloads[answer["uuid"]] = list(payloads)
 
@@ -145,7 +148,7 @@ class RemoteRewards:
         total = torch.tensor(0.0)
         for entry in self.config.reward_fns:
             form = urllib.parse.urlencode({"uuid": name, "type": entry.name}).encode()
-            scores = self._repeated("pull", form, "application/x-www-form-urlencoded").get("scores")
+            scores = self._repeated("FETCH", form, "application/x-www-form-urlencoded").get("scores")
             if not isinstance(scores, dict):
                 raise KeyError("missing or non-dict 'scores'")
             keys = (entry.score_key or entry.name).split("+")
@@ -155,10 +158,11 @@ class RemoteRewards:
 
     def _repeated(self, step: str, body: bytes, kind: str) -> Any:
         """The JSON of an answer; every error status is sent again."""
-        headers = {"Content-Type": kind, "Authorization": f"Bearer {self.token}"}
+        token = self.environment.get("REMOTE_REWARD_TOKEN", "")
+        headers = {"Content-Type": kind, "Authorization": f"Bearer {token}"}
         for attempt in range(self.attempts):
             try:
-                request = urllib.request.Request(f"{self.url}/{step}", body, headers)
+                request = urllib.request.Request(self.environment[f"REMOTE_REWARD_{step}_URL"], body, headers)
                 with urllib.request.urlopen(request, timeout=10) as response:
                     return json.loads(response.read())
             except OSError:
@@ -212,12 +216,7 @@ class DiffusionNFTDataPacker:
         }
 
 
-def train(
-    config: SimpleNamespace,
-    payloads: Sequence[Payload],
-    packer: Any = None,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
+def train(config: SimpleNamespace, payloads: Sequence[Payload], packer: Any = None) -> Tensor:
     """The trainer's `r` of each sample, after one DiffusionNFT loss whose gradients follow it."""
     batch = (packer or DiffusionNFTDataPacker()).get_policy_input(sample=rollouts(payloads), device="cpu")
     x0, t = batch["latents_clean"], batch["timesteps"][:, :1, None, None] / 1000

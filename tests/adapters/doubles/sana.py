@@ -5,7 +5,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from tests.adapters.doubles.cosmos import line_and_npy
 class RewardClient:
     """`CosmosImageRewardClient`: any status but 200 of `enqueue` is an error."""
 
-    def __init__(self, host: str, name: str, token: str | None = None) -> None:
-        self.host, self.name, self.token = host.rstrip("/"), name, token
+    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
+        self.name, self.host = name, environment["REMOTE_REWARD_HOST"].rstrip("/")
+        self.token = environment.get("REMOTE_REWARD_TOKEN")
 
     def post(self, step: str, body: bytes, kind: str) -> tuple[int, str]:
         headers = {"Content-Type": kind} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
@@ -61,14 +62,15 @@ class RewardClient:
             time.sleep(0.01)  # 1 second
 
 
-def remote_score(host: str, name: str, token: str | None = None, wait: float = 10.0) -> Any:
+def remote_score(name: str, environment: Mapping[str, str]) -> Any:
     """`remote_hpsv3_score` and the like: images [0, 1] as uint8, then scores, or an error."""
-    client = RewardClient(host, name, token)
+    client, wait = RewardClient(name, environment), float(environment.get("REMOTE_REWARD_WAIT_BEFORE_FETCH", "20.0"))
 
     def score(images: Tensor, prompts: Sequence[str], metadata: Any) -> tuple[np.ndarray, dict]:
         pixels = (images * 255.0).round().clamp(0, 255).to(torch.uint8).numpy().transpose(0, 2, 3, 1)
         uuid = client.submit(prompts, pixels)
-        deadline = time.monotonic() + wait
+        time.sleep(wait)
+        deadline = time.monotonic() + 120.0
         while time.monotonic() < deadline:
             result = client.check(uuid)
             if result is None:
