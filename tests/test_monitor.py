@@ -290,7 +290,9 @@ def test_seams_are_their_definition():
                 vote.append((own - near) / (own + near + 1e-4))
             votes[turn].append(sum(vote) / 8)
     image = grey(plane[None])
-    torch.testing.assert_close(seam_strength(image), torch.tensor([max(votes[0] + votes[1])], dtype=torch.float64), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        seam_strength(image), torch.tensor([max(votes[0] + votes[1])], dtype=torch.float64), rtol=1e-3, atol=1e-4
+    )
     chosen = [side[line - 10] for side in votes for line in (16, 40, 64)]
     found = seam_strength(image, period=24, offset=16)
     torch.testing.assert_close(found, torch.tensor([sum(chosen) / 6], dtype=torch.float64), rtol=1e-3, atol=1e-4)

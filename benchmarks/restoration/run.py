@@ -84,7 +84,8 @@ def run(job: Job) -> dict[str, Any]:
     spent = 0 if job.arm == "frozen" else evaluations(scale, group, terms) * scale.rl_updates
     history, start = [], (time.perf_counter(), time.process_time())
     if arm is not None:
-        history = _train(job, policy, judges, arm)
+        validation = watched_inputs(job, judges, arm) if arm.watched else None
+        history = train(job, policy, arm, validation, max(1, job.scale.rl_updates // LOOKS))
     elif job.arm != "frozen":
         world.continue_sft(policy, job, spent // (3 * scale.sft_batch), rate=CONTINUED_RATE, seed=job.seed + 1000)
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
@@ -100,7 +101,9 @@ def run(job: Job) -> dict[str, Any]:
     return found
 
 
-def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -> list[dict[str, Any]]:
+def train(
+    job: Job, policy: PixelPolicy, arm: Arm, validation: Validation | None, validate_every: int
+) -> list[dict[str, Any]]:
     """Train `policy` and leave the averaged weights in it; the numbers of every update."""
     scale = job.scale
     reward = study(job, copy.deepcopy(policy))[arm.reward]()
@@ -119,14 +122,14 @@ def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -
             sft_scale="balanced",
             ema_decay=AVERAGE,
         ),
-        validation=_watched(job, judges, arm) if arm.watched else None,
+        validation=validation,
         accelerator=Accelerator(cpu=job.device == "cpu"),
         show_progress=False,
         seed=job.seed,
         **options,
     )
     updates = scale.rl_updates
-    history = trainer.train(updates, save_every=updates, validate_every=max(1, updates // LOOKS), resume=True)
+    history = trainer.train(updates, save_every=updates, validate_every=validate_every, resume=True)
     assert trainer.learner.ema is not None, "AVERAGE > 0"
     trainer.learner.ema.copy_to(trainer.learner.weights)
     kept = ("update", "reward", "difficulty", "rl_share", "sft_share", "has_signal", "alarms")
@@ -134,7 +137,7 @@ def _train(job: Job, policy: PixelPolicy, judges: dict[str, Reward], arm: Arm) -
     return lines if arm.watched else lines[1:]
 
 
-def _watched(job: Job, judges: dict[str, Reward], arm: Arm) -> Validation:
+def watched_inputs(job: Job, judges: dict[str, Reward], arm: Arm) -> Validation:
     """Validation inputs under the eyes of the monitor; the trained judge is one of them where it is not the reward."""
     inputs = world.pairs(job.scale, world.VALIDATION, job.seed)
     first = StoredPairs(*(part[: job.scale.test_inputs // 3] for part in (inputs.degraded, inputs.references)))
