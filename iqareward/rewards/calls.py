@@ -3,7 +3,7 @@
 import asyncio
 import concurrent.futures
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, NamedTuple, final
 
@@ -235,13 +235,14 @@ class Call:
         Raises:
             ValueError: A column that it needs is missing.
         """
-        columns: list[Any] = []
-        for name, fact, what in _NEEDS:
-            column, is_needed = getattr(self, name), getattr(reward, fact, False)
-            if is_needed and column is None:
-                raise ValueError(f"{reward.name} expected {what}, got None. Pass {name}=...")
-            columns.append(column if is_needed or name == "prompts" else None)
-        return Call(self.images, *columns)
+        unneeded: dict[str, None] = {}
+        for (name, fact, what), column in zip(_NEEDS, self._columns()[1:], strict=True):
+            if getattr(reward, fact, False):
+                if column is None:
+                    raise ValueError(f"{reward.name} expected {what}, got None. Pass {name}=...")
+            elif column is not None and name != "prompts":
+                unneeded[name] = None
+        return replace(self, **unneeded) if unneeded else self
 
     def check(self, name: str) -> "Call":
         """Return the call itself after all checks of shape, dtype and device.
@@ -259,7 +260,7 @@ class Call:
     @property
     def labels(self) -> dict[str, Any]:
         """The columns that hold no images, by name; those that are None are left out."""
-        columns = ((name, getattr(self, name)) for name in _LABELS)
+        columns = zip(_LABELS, self._columns()[3:], strict=True)
         return {name: column for name, column in columns if column is not None}
 
     def rows(self, rows: slice | list[int]) -> "Call":
@@ -328,7 +329,7 @@ class Call:
         return [sum(column[row].nbytes for column in columns) for row in range(len(self))]
 
     def _columns(self) -> tuple[Any, ...]:
-        return self.images, *(getattr(self, name) for name in COLUMNS)
+        return self.images, self.references, self.inputs, self.prompts, self.ids, self.tasks
 
 
 def parts_of(reward: Reward) -> Sequence[Reward]:
