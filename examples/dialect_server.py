@@ -108,11 +108,9 @@ class Jobs:
         """Make room for a body and its scores, or refuse it."""
         now = asyncio.get_running_loop().time()
         for name, job in list(self.jobs.items()):
-            expired = job.expires < now
-            if not expired and len(self.jobs) < MAX_JOBS:
+            if job.expires >= now and len(self.jobs) < MAX_JOBS:
                 break
-            if expired or job.scores.done():
-                job.scores.cancel()
+            if job.scores.done():
                 del self.jobs[name]
         if len(self.jobs) >= MAX_JOBS or self.queued_bytes + nbytes > MAX_QUEUED_BYTES:
             raise Refused(429, "overloaded: too many images wait to be scored; send this again later.")
@@ -124,7 +122,7 @@ class Jobs:
 
     def start(self, work: Any, nbytes: int, token: str) -> str:
         """Score a reserved body; the name of the job."""
-        task, name = asyncio.ensure_future(work), uuid.uuid4().hex
+        task, name = asyncio.ensure_future(asyncio.wait_for(work, JOB_SECONDS)), uuid.uuid4().hex
 
         def ended(_: Any) -> None:
             self.release(nbytes)
@@ -144,8 +142,6 @@ class Jobs:
         await asyncio.wait({job.scores}, timeout=PULL_SECONDS)
         if not job.scores.done():
             raise TimeoutError
-        if job.scores.cancelled():
-            raise Refused(504, f"expired: no scores within {JOB_SECONDS:.0f} seconds.")
         error = job.scores.exception()
         if error is not None and not isinstance(error, Refused):
             raise Refused(500, f"{type(error).__name__}: {error!s:.200}") from error
