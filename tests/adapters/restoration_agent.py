@@ -50,7 +50,8 @@ def data_set(count: int = 4):
 
     clean = photographs(count)
     columns = {"clean": [as_pil(image) for image in clean], "degraded": [as_pil(image * 0.64) for image in clean]}
-    return Dataset.from_dict({"prompt": ["restore"] * count, **columns})
+    answers = [" ".join(["brighten"] * (1 + row % 2)) for row in range(count)]
+    return Dataset.from_dict({"prompt": ["restore"] * count, "answer": answers, **columns})
 
 
 def build(

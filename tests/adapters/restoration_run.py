@@ -37,12 +37,12 @@ def weighter(mode: Literal["additive", "convex"] = "convex") -> AdaptiveWeighter
     return made
 
 
-def run(trainer: type, folder: Any, *, rewards: Any = None, **options: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-    """One record per step, and (advantages in TRL's order, advantages that the loss reads) of each step."""
+def run(trainer: type, folder: Any, *, targets: str | None = None, **options: Any) -> tuple[list[Any], list[Any], Any]:
+    """One record per step; (advantages in TRL's order, advantages that the loss reads) of each step; the trainer."""
     distance = TRLReward("gmsd", some_broken, references="clean")
     advantages: list[Any] = []
 
-    class Watched(adaptive_trainer(trainer, weighter(), distance)):
+    class Watched(adaptive_trainer(trainer, weighter(), distance, targets=targets)):
         def _generate_and_score_completions(self, inputs):
             batch = super()._generate_and_score_completions(inputs)
             advantages.append((batch["advantages"].clone(), []))
@@ -53,9 +53,9 @@ def run(trainer: type, folder: Any, *, rewards: Any = None, **options: Any) -> t
             return super().compute_loss(model, inputs, *args, **more)
 
     reward = TRLReward("0.7*ssim + 0.3*haarpsi", some_broken, references="clean", name="restored")
-    built = build(Watched, folder, [reward] if rewards is None else rewards, **options)
+    built = build(Watched, folder, [reward], **options)
     built.train()
-    return [record for record in built.state.log_history if "reward" in record], advantages
+    return [record for record in built.state.log_history if "reward" in record], advantages, built
 
 
 def seen(first: int = 0) -> list[tuple[list[Tensor | None], list[Image.Image]]]:

@@ -57,7 +57,7 @@ def run(trainer: type, folder, rewards, **options):
 )
 def test_logs_and_advantages_are_those_of_direct_calls(trainer, options, tmp_path) -> None:
     """In every step the logged scores, shares and weights and the advantages in the loss are the library's own."""
-    records, advantages = restoration_run.run(trainer, tmp_path, steps=3, **options)
+    records, advantages, _ = restoration_run.run(trainer, tmp_path, steps=3, **options)
     assert len(records) == 3
     missing, broken = 0.0, 0.0
     for record, batch, (whole, losses) in zip(records, restoration_run.seen(), advantages, strict=True):
