@@ -1,14 +1,17 @@
 """The examples for diffusiongym: its `valid` mask is our NaN, in Flow-GRPO, DiffusionNFT and the release."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import iqareward
 from examples.adapters.diffusiongym import IQAEvaluator, IQAReward
 from iqareward import NoReference
 from tests.adapters.doubles import diffusiongym as double
-from tests.adapters.doubles.pages import package
+from tests.adapters.doubles.pages import DOCS, execute, package
 from tests.adapters.restoration_agent import photographs
 from tests.tolerances import NETWORK_BATCH, OTHER_PACKAGE
 
@@ -49,8 +52,8 @@ def test_images_without_a_score_are_not_valid() -> None:
     batch = double.evaluate_terminal(IQAEvaluator(NoReference(brightness, higher_is_better=True)), images, {})
     assert batch.valid.tolist() == [True, False, True, True, True, True]
     mean = brightness(IMAGES[[0, 2, 3, 4, 5]]).mean().item()
-    assert double.logged(batch) == pytest.approx({"r_mean": mean, "valid_frac": 5 / 6})
-    gradient = double.flow_grpo_gradient(batch, group_size=3)
+    gradient, metrics = double.train(batch, group_size=3)
+    assert metrics == pytest.approx({"r_mean": mean, "valid_frac": 5 / 6})
     first = brightness(IMAGES[[0, 2]])
     assert gradient[1] == 0
     torch.testing.assert_close(gradient[[0, 2]], (first.mean() - first) / (first.std() + 1e-4), **OTHER_PACKAGE)
@@ -58,6 +61,27 @@ def test_images_without_a_score_are_not_valid() -> None:
     assert probability.isfinite().all()
     assert probability[1] == pytest.approx(0.5, abs=1e-5)
     with_nan = double.RewardBatch(batch.rewards.where(batch.valid, torch.nan), batch.valid)
-    assert double.flow_grpo_gradient(with_nan, group_size=3)[:3].isnan().any()  # why the mask alone is not enough
+    assert double.train(with_nan, group_size=3)[0][:3].isnan().any()  # why the mask alone is not enough
     with pytest.raises(ValueError, match="could not score any of 6 images"):
         double.evaluate_terminal(IQAEvaluator("piqe"), IMAGES * torch.nan, {})
+
+
+@pytest.mark.trainer("diffusiongym", "2.0, 85391c0", "weights")
+def test_recipe() -> None:
+    """The page's loop gives each sample's policy loss its RL weight, and its supervised loss its SFT weight."""
+    text = (DOCS / "how-to/adaptive-in-your-trainer.md").read_text()
+    text = text.partition("\n## diffusiongym\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    clean = torch.eye(4)
+    latent = clean + torch.tensor([0.1, 0.1, 0.8, 0.8])[:, None]  # the second input is far from its ground truth
+    batch = double.RewardBatch(torch.tensor([1.0, 3.0, 2.0, 6.0]))
+    algorithm = double.FlowGRPO(2, (latent, batch))
+    policy = nn.Parameter(torch.zeros(4))
+    policies, optimizer = SimpleNamespace(train=policy), torch.optim.SGD([policy], lr=0.0)
+    context = SimpleNamespace(environment=double.FlowEnvironment(), policies=policies, optimizer=optimizer)
+    scope = {"algorithm": algorithm, "context": context, "dynamics": None, "time_grid": None}
+    execute(code, {**scope, "batches": [({}, double.DDTensor(clean))]})
+    share = algorithm.gradients / double.train(batch, group_size=2)[0]
+    assert share[0] == share[1] < 0.5 < share[2] == share[3]
+    # row i is the only one with a ground truth in component i, so component i holds the gradient of its loss
+    torch.testing.assert_close(policy.grad, (1 - share) * 2 / 4 / 4, **OTHER_PACKAGE)

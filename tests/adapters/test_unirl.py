@@ -120,7 +120,8 @@ def test_an_image_without_a_score(new: bool) -> None:
 @pytest.mark.trainer("UniRL", "0104a7e", "gradients", "weights")
 def test_weights(new: bool) -> None:
     """The page's trainer multiplies each row's gradient by its RL weight."""
-    (code,) = re.findall(r"^```python\n(from unirl.*?)^```$", (DOCS / "reference/adapters.md").read_text(), re.M | re.S)
+    text = (DOCS / "how-to/adaptive-in-your-trainer.md").read_text().partition("\n## UniRL\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     scope: dict = {}
     execute(code, scope)
     call = double.request(photos(4), ["a"] * 4, None, [{"difficulty": d} for d in (0.1, 0.1, 0.6, 0.6)], new=new)
