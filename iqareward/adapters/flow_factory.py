@@ -6,7 +6,7 @@ are subclasses, made when Flow-Factory can be imported. Their settings are the k
 - `reward`: a name or sum of the catalogue.
 - `references`, `inputs`: `condition_images` (the first of each sample), or a column of the dataset.
 - `on_nan`: `raise`, `mean`, `worst`, or a number. Flow-Factory itself stops at NaN without naming the image.
-- `std_floor` (ranks only): a spread of scores up to which all ranks are 0.
+- `margin` (ranks only): differences of scores that are no larger are ties; see `iqareward.rewards.RankInGroup`.
 """
 
 import json
@@ -15,11 +15,11 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from iqareward.adapters._core import Scorer, framework
-from iqareward.advantages import rank_advantages
+from iqareward.adapters._core import Scorer, column, framework
+from iqareward.rewards.catalog import load
+from iqareward.rewards.rank import RankInGroup
 from iqareward.schedules import check_signal
 from iqareward.types import Scores
 from iqareward.weighting import AdaptiveWeighter, weighted_advantages
@@ -70,22 +70,31 @@ def adaptive_aggregation(
 class _Settings:
     """A YAML entry, and the scoring that both classes share."""
 
-    def __init__(self, who: str, entry: dict[str, Any], device: Any, keys: Sequence[str] = _KEYS) -> None:
+    def __init__(self, who: str, entry: dict[str, Any], device: Any, *, ranks: bool = False) -> None:
+        keys = (*_KEYS, "margin") if ranks else _KEYS
         if not {"reward"} <= set(entry) <= set(keys):
             raise ValueError(
                 f"{who} expected the keys {', '.join(keys)} in its YAML entry, `reward` at least, got {entry}."
             )
-        self.who = who
-        sources = {name: entry.get(name) for name in ("references", "inputs")}
+        self.who, self.ranks, reward = who, ranks, entry["reward"]
+        self.sources = {name: entry.get(name) for name in ("references", "inputs")}
+        if ranks:
+            reward = load(reward, device=device) if isinstance(reward, str) else reward
+            reward = RankInGroup(reward, margin=float(entry.get("margin", 0.0)))
+        sources = {**self.sources, "ids": "the call" if ranks else None}
         on_nan = entry.get("on_nan", "raise")
-        self.scorer = Scorer(entry["reward"], who=who, sources=sources, on_nan=on_nan, device=device)
+        self.scorer = Scorer(reward, who=who, sources=sources, on_nan=on_nan, device=device)
 
     def score(self, prompt: Any, image: Any, condition_images: Any, metadata: Any) -> Scores:
         if image is None:
             raise ValueError(f"{self.who} scores images; these samples have none. Videos are not supported.")
         first = condition_images and [images[0] for images in condition_images]
         rows = metadata and [json.loads(row) if isinstance(row, str) else row for row in metadata]
-        return self.scorer(image, prompts=prompt, **self.scorer.columns(rows, condition_images=first))
+        columns = {
+            name: column(source, rows, who=self.who, condition_images=first) for name, source in self.sources.items()
+        }
+        one_group = [0] * len(image) if self.ranks else None
+        return self.scorer(image, prompts=prompt, ids=one_group, **columns)
 
 
 @cache
@@ -110,16 +119,15 @@ def _classes(rewards: ModuleType, samples: ModuleType) -> dict[str, type]:
             return rewards.RewardModelOutput(rewards=scores)
 
     class IQARankRewardModel(rewards.GroupwiseRewardModel):
-        """Each image's rank among the rollouts of its input, from -1 (worst) to 1 (best)."""
+        """Each image's rank among the rollouts of its input, from 0 (worst) to 1 (best)."""
 
         use_tensor_inputs = True
 
         def __init__(self, config: Any, accelerator: Any) -> None:
             super().__init__(config, accelerator)
-            self.settings = _Settings("IQARankRewardModel", config.extra_kwargs, self.device, (*_KEYS, "std_floor"))
-            self.std_floor = float(config.extra_kwargs.get("std_floor", 0.0))
+            self.settings = _Settings("IQARankRewardModel", config.extra_kwargs, self.device, ranks=True)
             # Where a group is spread over processes, only these fields are gathered; columns are in `extra_kwargs`.
-            named = {source for source in self.settings.scorer.sources.values() if source is not None}
+            named = {source for source in self.settings.sources.values() if source is not None}
             more = {source if source == _CONDITION_IMAGES else "extra_kwargs" for source in named}
             if not identified:
                 more.add(_CONDITION_IMAGES)
@@ -128,9 +136,7 @@ def _classes(rewards: ModuleType, samples: ModuleType) -> dict[str, type]:
         def __call__(
             self, prompt: Any = None, image: Any = None, condition_images: Any = None, metadata: Any = None
         ) -> Any:
-            scores = self.settings.score(prompt, image, condition_images, metadata)
-            one_group = torch.zeros(scores.shape, dtype=torch.int64, device=scores.device)
-            ranks = rank_advantages(scores, one_group, std_floor=self.std_floor).values
+            ranks = self.settings.score(prompt, image, condition_images, metadata)
             return rewards.RewardModelOutput(rewards=ranks)
 
     made = {"IQARewardModel": IQARewardModel, "IQARankRewardModel": IQARankRewardModel}

@@ -89,7 +89,7 @@ def test_references_are_the_degraded_inputs(tmp_path) -> None:
         if path == POINTWISE:
             torch.testing.assert_close(rewards, expected, **NETWORK_BATCH)
         else:
-            torch.testing.assert_close(rewards, torch.sign(expected - expected.view(2, 2).mean(1).repeat_interleave(2)))
+            assert rewards.tolist() == (expected > expected.view(2, 2).mean(1).repeat_interleave(2)).float().tolist()
     paths = []
     for row, image in enumerate(degraded):
         paths.append(str(tmp_path / f"{row}.png"))
@@ -111,17 +111,17 @@ def test_references_are_the_degraded_inputs(tmp_path) -> None:
 
 
 def test_ranks_within_the_group() -> None:
-    """The groupwise model ranks the rollouts of an input, and calls a spread within the floor a draw."""
+    """The groupwise model ranks the rollouts of an input, and calls differences within the margin ties."""
     images = torch.cat([photos(3) * torch.tensor([1.0, 0.5, 0.2]).view(3, 1, 1, 1), photos(1).expand(3, -1, -1, -1)])
     images = images[[0, 3, 1, 4, 2, 5]]
     scores = iqareward.load("piqe")(images)
     rows = double.samples(images, [7, 9] * 3)
     rewards = double.RewardProcessor({"q": model(GROUPWISE, reward="piqe")}).compute_rewards(rows)["q"]
     order = scores[0::2].argsort().argsort()
-    torch.testing.assert_close(rewards[0::2], order.float() - 1, **EXACT)
-    torch.testing.assert_close(rewards[1::2], torch.zeros(3), **EXACT)
-    floored = model(GROUPWISE, reward="piqe", std_floor=1000.0)
-    assert not double.RewardProcessor({"q": floored}).compute_rewards(rows)["q"].any()
+    torch.testing.assert_close(rewards[0::2], order.float() / 2, **EXACT)
+    torch.testing.assert_close(rewards[1::2], torch.full((3,), 0.5), **EXACT)
+    tied = model(GROUPWISE, reward="piqe", margin=1000.0)
+    assert (double.RewardProcessor({"q": tied}).compute_rewards(rows)["q"] == 0.5).all()
 
 
 @pytest.mark.trainer("Flow-Factory", "5f6cda1", "processes")
@@ -144,8 +144,8 @@ def test_ranks_where_groups_are_spread_over_processes(
     rows = double.samples(images, [7] * 4 + [9] * 4, degraded, planned=planned, **columns)
     ranked = double.RewardProcessor({"q": model(GROUPWISE, reward=reward, references=references)})
     first, second = ranked.compute_gathered([rows[0::2], rows[1::2]])["q"]
-    torch.testing.assert_close(first, torch.tensor([1.0, -1 / 3] * 2), **OTHER_PACKAGE)
-    torch.testing.assert_close(second, torch.tensor([1 / 3, -1.0] * 2), **OTHER_PACKAGE)
+    torch.testing.assert_close(first, torch.tensor([1.0, 1 / 3] * 2), **OTHER_PACKAGE)
+    torch.testing.assert_close(second, torch.tensor([2 / 3, 0.0] * 2), **OTHER_PACKAGE)
 
 
 def test_unscored_images() -> None:
@@ -157,6 +157,11 @@ def test_unscored_images() -> None:
         double.RewardProcessor({"q": model(reward="piqe")}).compute_rewards(rows)
     rewards = double.RewardProcessor({"q": model(reward="piqe", on_nan=-50.0)}).compute_rewards(rows)
     assert rewards["q"][1] == -50
+    rows = double.samples(images, [7] * 3)
+    with pytest.raises(ValueError, match=r"rank\(piqe\) could not score images \[1\] of 3"):
+        double.RewardProcessor({"q": model(GROUPWISE, reward="piqe")}).compute_rewards(rows)
+    ranked = double.RewardProcessor({"q": model(GROUPWISE, reward="piqe", on_nan="mean")})
+    assert sorted(ranked.compute_rewards(rows)["q"].tolist()) == [0, 0.5, 1]
 
 
 def test_settings() -> None:
