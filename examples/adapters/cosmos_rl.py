@@ -29,7 +29,8 @@ def quality(to_be_evaluated: Any, reference: Any, prompt: Any = "", *, config: A
         references = [one] * len(images)
     text = prompt["prompt"] if isinstance(prompt, dict) else prompt
     with _LOCK:
-        scores = REWARD(images, references=references, prompts=[text] * len(images))
+        # one id, so that rewards which compare rollouts work with `group_reward_calculation = true`
+        scores = REWARD(images, references=references, prompts=[text] * len(images), ids=[0] * len(images))
     if not scores.isfinite().all():
         raise ValueError(f"{REWARD.name} could not score every image: {scores.tolist()}.")
     metrics = [{REWARD.name: score} for score in scores.tolist()]

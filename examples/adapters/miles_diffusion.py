@@ -29,6 +29,8 @@ async def custom_rm(args: Any, samples: Sequence[Any], **ignored: Any) -> list[f
         raise ValueError(
             f"custom_rm returns one number per sample: start without --reward-key, got {args.reward_key!r}."
         )
+    if getattr(REWARD, "needs_ids", False) and not args.group_rm:
+        raise ValueError(f"{REWARD.name} compares the rollouts of an input: start with --group-rm, without evaluation.")
     return await asyncio.to_thread(_score, samples)
 
 
@@ -49,8 +51,8 @@ def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[f
 
 def _score(samples: Sequence[Any]) -> list[float]:
     with _lock:  # one micro-group at a time on the device
-        prompts = [sample.prompt for sample in samples]
-        scores = REWARD(_images(samples), references=_ground_truth(samples), prompts=prompts)
+        prompts, ids = [sample.prompt for sample in samples], [sample.group_index for sample in samples]
+        scores = REWARD(_images(samples), references=_ground_truth(samples), prompts=prompts, ids=ids)
     if not scores.isfinite().all():
         raise ValueError(f"{REWARD.name} could not score every image: {scores.tolist()}.")
     return scores.tolist()

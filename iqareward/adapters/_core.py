@@ -126,7 +126,7 @@ class Scorer:
             source = self.sources.get(name, True if name == "prompts" else None)
             if getattr(self.reward, f"needs_{name}", False) and source is None:
                 hint = f"Say where they come from with {name}=..., or choose" if name in self.sources else "Choose"
-                why = " and hands over single images rather than all rollouts of an input" if name == "ids" else ""
+                why = ", because its calls need not hold all rollouts of an input" if name == "ids" else ""
                 raise ValueError(
                     f"{self.who} got reward {self.reward.name!r}, which needs `{name}`, and has none{why}. {hint} "
                     "another reward (`iqareward list`)."

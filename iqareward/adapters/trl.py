@@ -18,6 +18,7 @@ from iqareward.atomic import atomic_write
 from iqareward.groups import group_statistics
 from iqareward.images import ImageLike
 from iqareward.optional import require
+from iqareward.rewards.core import refuse_groups
 from iqareward.schedules import Weighter, check_signal
 from iqareward.types import Reward, Scores
 from iqareward.weighting import LossWeights, weighted_advantages
@@ -47,13 +48,17 @@ class TRLReward:
         references: The column of ground truths, for rewards that need them.
         inputs: The column of degraded images, for rewards that need them.
         prompts: The column of texts, for rewards that need them.
+        group_size: TRL's `num_generations`, for rewards that compare the rollouts of a prompt, such as `RankInGroup`.
+            Each process must have whole groups, so `per_device_train_batch_size * steps_per_generation` must be a
+            multiple of it. Set `num_generations_eval` to the same, or do without evaluation.
         no_image: The reward of a completion that led to no image. A number below all scores discourages it; None leaves
             the completion out.
         name: The name in TRL's logs; None = the reward's.
         device: Where images are scored, and where weights of rewards given by name live; None = the CPU for images.
 
     Raises:
-        ValueError: The reward needs references, inputs or prompts, and no column is named.
+        ValueError: The reward needs references, inputs or prompts, and no column is named, or ids, and there is no
+            `group_size`. When called: there are parts of groups.
 
     Example:
         >>> photos = list(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
@@ -70,14 +75,16 @@ class TRLReward:
         references: str | None = None,
         inputs: str | None = None,
         prompts: str | None = None,
+        group_size: int | None = None,
         no_image: float | None = None,
         name: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        sources = {"references": references, "inputs": inputs, "prompts": prompts}
+        ids = None if group_size is None else "ids"
+        sources = {"references": references, "inputs": inputs, "prompts": prompts, "ids": ids}
         self._scorer = Scorer(reward, who="TRLReward", sources=sources, device=device, moves_images=True)
         self.reward = self._scorer.reward
-        self.images, self.no_image = images, no_image
+        self.images, self.group_size, self.no_image = images, group_size, no_image
         self.__name__ = name or self.reward.name
 
     def __call__(
@@ -93,6 +100,13 @@ class TRLReward:
                 f"{self.__name__} expected one image or None per completion ({len(completions)}), got {len(found)}. "
                 "Return them in the order of the completions."
             )
+        if self.group_size is not None:
+            if len(found) % self.group_size:
+                raise ValueError(
+                    f"{self.__name__} expected whole groups of {self.group_size} completions, got {len(found)}. Make "
+                    "per_device_train_batch_size * steps_per_generation a multiple of num_generations."
+                )
+            columns["ids"] = [row // self.group_size for row in range(len(found))]
         more = self._scorer.columns(columns)
         for name in ("references", "inputs"):
             more[name] = None if more[name] is None else _single_images(more[name])
@@ -208,6 +222,7 @@ def adaptive_trainer(
         'Adaptiveobject'
     """
     check_signal("adaptive_trainer", weighter)
+    refuse_groups("adaptive_trainer", fidelity.reward)
     best = fidelity.reward.bounds[1]
     if targets is None and getattr(weighter, "mode", "convex") != "convex":
         raise ValueError(

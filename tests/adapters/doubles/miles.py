@@ -35,13 +35,15 @@ def load_function(path: str) -> Any:
 def arguments(**changed: Any) -> Any:
     """The command line, with the defaults of the trainer."""
     defaults: dict[str, Any] = {"reward_key": None, "custom_reward_post_process_path": None, "n_samples_per_prompt": 2}
+    defaults |= {"group_rm": False}
     defaults |= {"globalize_reward_mean": False, "globalize_reward_std": False, "grpo_std_normalization": True}
     return SimpleNamespace(**{**defaults, "diffusion_adv_clip_max": 5.0, "diffusion_clip_range": 1e-4, **changed})
 
 
 async def rollout(custom_rm_path: str, samples: list[Sample], micro_group: int = 2, **options: Any) -> int:
-    """Await the function for every micro-group, beside a loop that must stay alive; returns that loop's turns."""
+    """Await the function for every micro-group, or group, beside a loop that must stay alive; returns its turns."""
     args, turns, done = arguments(**options), 0, False
+    micro_group = args.n_samples_per_prompt if args.group_rm else micro_group
     function = load_function(custom_rm_path)
 
     async def generate() -> None:
