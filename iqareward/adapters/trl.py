@@ -204,7 +204,8 @@ def adaptive_trainer(
         fidelity: Measures the distance: a reward with references and an upper bound, preferably not the one that is
             trained on. It is not one of the `reward_funcs`, and decodes the images once more.
         targets: The column of completions to imitate: text, or a list of one assistant message for conversational
-            prompts; None or an empty text for a prompt that has none. Only for text models.
+            prompts; None or an empty text for a prompt that has none. The tools of a vision-language model must not
+            return images.
         sft_scale: Brings the supervised loss to the scale of the policy loss.
 
     Returns:
@@ -212,7 +213,7 @@ def adaptive_trainer(
 
     Raises:
         ValueError: The weighter would scale nothing or does not take a difficulty, or the reward has no upper bound; in
-            training: a target is neither text nor one assistant message, or the prompts have images.
+            training: a target is neither text nor one assistant message, or a tool returned an image.
 
     Example:
         >>> from iqareward import AdaptiveWeighter
@@ -253,10 +254,7 @@ def adaptive_trainer(
             if self.model.training:
                 batch["advantages"] = weighted_advantages(batch["advantages"], self._weights)
                 if targets is not None:
-                    if "pixel_values" in batch:
-                        raise ValueError(
-                            "adaptive_trainer expected prompts without images for `targets`. Leave it out."
-                        )
+                    _refuse_tool_images(batch)
                     rows = [torch.tensor(_target_ids(self, row, targets), dtype=torch.int64) for row in inputs]
                     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
                     batch["target_ids"] = ids.to(self.accelerator.device)
@@ -321,11 +319,22 @@ def _prompt_weights(trainer: Any, weighter: Weighter, distances: Tensor, rewards
     return weights
 
 
+def _refuse_tool_images(batch: dict[str, Any]) -> None:
+    """TRL keeps the images of prompts and tools in one tensor, so a target could not be given those of its prompt."""
+    kinds = (batch[name][:, batch["prompt_ids"].shape[1] :] for name in _TOKEN_KINDS if name in batch)
+    if any(kind.any() for kind in kinds):
+        raise ValueError(
+            "adaptive_trainer expected no images of tools for `targets`, got some. Let the tools return text and keep "
+            "the image in the environment, or leave `targets` out."
+        )
+
+
 def _target_ids(trainer: Any, row: dict[str, Any], column: str) -> list[int]:
     """The tokens of a row's target, which follow those of its prompt; none if the row has no target."""
     if column not in row:
         raise ValueError(f"adaptive_trainer expected targets in column {column!r}, got a row with {sorted(row)}.")
-    target, tokenizer = row[column], trainer.processing_class
+    target, processing = row[column], trainer.processing_class
+    tokenizer = getattr(processing, "tokenizer", processing)
     if not target:
         return []
     end = tokenizer.eos_token_id
@@ -338,7 +347,7 @@ def _target_ids(trainer: Any, row: dict[str, Any], column: str) -> list[int]:
         )
 
     def tokens(messages: list[Any], **options: Any) -> list[int]:
-        options |= {"chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
+        options |= {"chat_template": trainer.chat_template or processing.chat_template, **trainer.chat_template_kwargs}
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
 
     question = [{"role": "user", "content": "any"}]
@@ -352,13 +361,25 @@ def _target_ids(trainer: Any, row: dict[str, Any], column: str) -> list[int]:
     return answer[: len(answer) - answer[::-1].index(end)] if end in answer else [*answer, end]
 
 
+# What models call the images of their prompts, and which tokens stand for them.
+_IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "image_position_ids",
+)  # fmt: skip
+_TOKEN_KINDS = ("token_type_ids", "mm_token_type_ids")
+
+
 def _cross_entropy(model: Any, inputs: dict[str, Any]) -> Tensor:
     """`[rows]` mean over the tokens of each row's target; 0 without a target."""
     targets, start = inputs["target_ids"], inputs["prompt_ids"].shape[1]
     found = targets >= 0
     ids = torch.cat([inputs["prompt_ids"], targets.clamp(min=0)], 1)
     mask = torch.cat([inputs["prompt_mask"], found.to(inputs["prompt_mask"].dtype)], 1)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, start - 1 : -1]
+    more = {name: inputs[name] for name in _IMAGES if inputs.get(name) is not None}
+    for name in _TOKEN_KINDS:
+        if inputs.get(name) is not None:
+            kinds = inputs[name][:, :start]
+            more[name] = torch.cat([kinds, kinds.new_zeros(targets.shape)], 1)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[:, start - 1 : -1]
     losses = nn.functional.cross_entropy(logits.float().mT, targets, reduction="none")  # ignores -100
     return losses.sum(1) / found.sum(1).clamp(min=1)
 

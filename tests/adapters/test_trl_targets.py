@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning"),
 ]
 THOUGHT = "<think>\n\n</think>\n\n"  # Qwen's chat template, without a thought
-CALL = {"type": "function", "function": {"name": "brighten", "arguments": {"factor": 1.5}}}
+CALL = {"type": "function", "function": {"name": "brightened", "arguments": {"factor": 1.5}}}
 TARGETS = ["brighten", "brighten nothing", None, "blur darken"]
 
 
@@ -28,6 +28,9 @@ def closeness(images: Tensor, references: Tensor) -> Tensor:
 
 
 DISTANCE = FullReference(closeness, higher_is_better=True, bounds=(None, 1.0))
+
+
+FIDELITY = TRLReward(DISTANCE, "degraded", references="clean")
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +70,7 @@ def test_each_row_is_moved_by_its_weight(trainer, options, tmp_path) -> None:
     """The gradient is that of TRL's own loss plus each row's weight times the gradient of its target's likelihood."""
     found = []
 
-    class Watched(
-        adaptive_trainer(
-            trainer, weighter(), TRLReward(DISTANCE, "degraded", references="clean"), targets="best", sft_scale=0.5
-        )
-    ):
+    class Watched(adaptive_trainer(trainer, weighter(), FIDELITY, targets="best", sft_scale=0.5)):
         def compute_loss(self, model, inputs, *args, **more):
             loss = super().compute_loss(model, inputs, *args, **more)
             parameters = list(model.parameters())
@@ -112,8 +111,7 @@ def test_easy_prompts_learn_their_target_and_hard_ones_the_reward(tmp_path) -> N
     """After thirty steps the model answers the easy prompt with its target, and the hard one with what pays."""
     prompts = ("restore", "nothing")
     data = rows((0.99, 0.3) * 2, prompts * 2, ("brighten", "darken") * 2)
-    distance = TRLReward(DISTANCE, "degraded", references="clean")
-    kind = adaptive_trainer(trl.GRPOTrainer, weighter(), distance, targets="best")
+    kind = adaptive_trainer(trl.GRPOTrainer, weighter(), FIDELITY, targets="best")
 
     def blurred(completions, **columns):
         return [text.split().count("blur") + 0.1 * len(text) for text in completions]
@@ -136,10 +134,9 @@ def test_easy_prompts_learn_their_target_and_hard_ones_the_reward(tmp_path) -> N
 
 def test_prompts_without_signal_learn_from_their_target_alone(tmp_path) -> None:
     """Where all completions of a prompt got the same reward, its RL weight is 0, also for additive weights."""
-    distance = TRLReward(DISTANCE, "degraded", references="clean")
     batches = []
 
-    class Watched(adaptive_trainer(trl.GRPOTrainer, weighter("additive"), distance, targets="best")):
+    class Watched(adaptive_trainer(trl.GRPOTrainer, weighter("additive"), FIDELITY, targets="best")):
         def compute_loss(self, model, inputs, *args, **more):
             batches.append(inputs)
             return super().compute_loss(model, inputs, *args, **more)
@@ -189,6 +186,42 @@ def test_targets_of_conversations(answer, text, tmp_path, monkeypatch) -> None:
         assert trained.processing_class.decode(row[row >= 0]) == text
 
 
+def test_targets_of_prompts_with_images(tmp_path) -> None:
+    """A vision-language model learns its target with the image of the prompt before its eyes."""
+    direct = []
+
+    class Watched(adaptive_trainer(trl.GRPOTrainer, weighter(), FIDELITY, targets="best")):
+        def compute_loss(self, model, inputs, *args, **more):
+            processor, answer = self.processing_class, inputs["target_ids"][0]
+            question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "restore"}]}
+            text = processor.apply_chat_template([question], add_generation_prompt=True) + "done<|im_end|>"
+            whole = processor(text=[text], images=[picture], return_tensors="pt")
+            logs = model(**whole).logits[0].log_softmax(-1)
+            direct.append(-logs[-len(answer) - 1 : -1].gather(1, answer[:, None]).mean().item())
+            return super().compute_loss(model, inputs, *args, **more)
+
+    picture = tool_agent.grey(200)
+    columns = {"image": [picture] * 2, "clean": [picture] * 2, "degraded": [tool_agent.grey(80)] * 2}
+    columns |= {"best": ["done"] * 2}
+    trained = tool_agent.build(Watched, tmp_path, FIDELITY, columns, agent=tool_agent.viewer)
+    trained.train()
+    (record,) = [record for record in trained.state.log_history if "reward" in record]
+    assert record["adaptive/sft_share"] == 1  # there is no signal
+    assert record["adaptive/sft_loss"] == pytest.approx(direct[0], rel=1e-4)
+    assert record["grad_norm"] > 0
+
+
+def test_targets_beside_images_of_tools_are_refused(tmp_path) -> None:
+    """TRL mixes them with the images of the prompts, so training stops."""
+    picture = [tool_agent.grey(80)] * 2
+    columns = {"clean": picture, "degraded": picture, "best": ["done"] * 2}
+    kind = adaptive_trainer(trl.GRPOTrainer, weighter(), FIDELITY, targets="best")
+    tools = {"agent": tool_agent.viewer, "tools": [tool_agent.brightened]}
+    trained = tool_agent.build(kind, tmp_path, FIDELITY, columns, **tools)
+    with pytest.raises(ValueError, match="no images of tools"):
+        trained.train()
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -199,8 +232,7 @@ def test_targets_of_conversations(answer, text, tmp_path, monkeypatch) -> None:
 def test_unfit_targets_are_refused(targets, message, tmp_path) -> None:
     """A column that is not there, and a conversation of several messages."""
     several = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    distance = TRLReward(DISTANCE, "degraded", references="clean")
-    kind = adaptive_trainer(trl.GRPOTrainer, weighter(), distance, **targets)
+    kind = adaptive_trainer(trl.GRPOTrainer, weighter(), FIDELITY, **targets)
     trained = build(kind, tmp_path, [length], steps=1, data=rows(targets=[several] * 4))
     with pytest.raises(ValueError, match=message):
         trained.train()
