@@ -26,6 +26,7 @@ from iqareward.diffusion import (
 from iqareward.functional import gmsd
 from iqareward.images import drop_broken_gradients
 from iqareward.monitor import STATISTICS
+from iqareward.rewards import RankInGroup
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.preprocess import preprocess
@@ -204,6 +205,9 @@ def grouped(scale: str, x: Rows) -> object:
     return advantages.group_advantages(x.scores, x.groups, scale=scale)
 
 
+RANK = RankInGroup(FullReference(lambda a, b: (a - b).mean((1, 2, 3)), name="difference", higher_is_better=False))
+
+
 def of_images(statistic: Callable[[Tensor], Tensor], x: Rows) -> object:
     return statistic(x.images)
 
@@ -219,6 +223,8 @@ CALLS: dict[str, Callable[[Rows], Callable[[], object]]] = {
     "DifficultyMemory": memory(partial(DifficultyMemory, 8, half_life=4)),
     **{f"group_advantages {scale}": pure(partial(grouped, scale)) for scale in ("group", "batch", "none")},
     "rank_advantages": pure(lambda x: advantages.rank_advantages(x.scores, x.groups)),
+    "RankInGroup": pure(lambda x: RANK(x.images, x.images, ids=x.groups)),
+    "RankInGroup of a list of ids": pure(lambda x: RANK(x.images, x.images, ids=[0, 0, 0, 1, 1, 2, 2, 1])),
     **{order: pure(partial(combined, order)) for order in ("normalize_then_sum", "sum_then_normalize")},
     "weighted_advantages": pure(lambda x: weighting.weighted_advantages(x.scores, x.weights)),
     "mixed_advantages": pure(lambda x: weighting.mixed_advantages(x.scores, x.scores, x.weights)),
