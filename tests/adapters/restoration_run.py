@@ -37,7 +37,9 @@ def weighter(mode: Literal["additive", "convex"] = "convex") -> AdaptiveWeighter
     return made
 
 
-def run(trainer: type, folder: Any, *, targets: str | None = None, **options: Any) -> tuple[list[Any], list[Any], Any]:
+def run(
+    trainer: type, folder: Any, *, targets: str | None = None, rewards: Sequence[Any] | None = None, **options: Any
+) -> tuple[list[Any], list[Any], Any]:
     """One record per step; (advantages in TRL's order, advantages that the loss reads) of each step; the trainer."""
     distance = TRLReward("gmsd", some_broken, references="clean")
     advantages: list[Any] = []
@@ -53,14 +55,14 @@ def run(trainer: type, folder: Any, *, targets: str | None = None, **options: An
             return super().compute_loss(model, inputs, *args, **more)
 
     reward = TRLReward("0.7*ssim + 0.3*haarpsi", some_broken, references="clean", name="restored")
-    built = build(Watched, folder, [reward], **options)
+    built = build(Watched, folder, [reward] if rewards is None else list(rewards), **options)
     built.train()
     return [record for record in built.state.log_history if "reward" in record], advantages, built
 
 
-def seen(first: int = 0) -> list[tuple[list[Tensor | None], list[Image.Image]]]:
-    """The images of each step; the reward saw them first, then the distance."""
-    return SEEN[first::2]
+def seen(functions: int = 1) -> list[tuple[list[Tensor | None], list[Image.Image]]]:
+    """The images of each step, which the reward functions decoded first, and then the distance."""
+    return SEEN[:: functions + 1]
 
 
 def scores(name: str, restored: Sequence[Tensor | None], clean: Sequence[Image.Image]) -> Tensor:
@@ -70,13 +72,19 @@ def scores(name: str, restored: Sequence[Tensor | None], clean: Sequence[Image.I
     return iqareward.load(name)(images, references=truths)
 
 
+def shares(restored: Sequence[Tensor | None], clean: Sequence[Image.Image], rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """`[B]` mean distance of the images of each row's prompt, and its RL weight."""
+    groups = torch.arange(len(restored)) // GENERATIONS
+    distance = group_statistics(-scores("gmsd", restored, clean), groups).mean
+    return distance, weighter()(distance, has_signal=group_statistics(rewards, groups).std > 0).rl
+
+
 def expected(restored: Sequence[Tensor | None], clean: Sequence[Image.Image], scale: Any) -> tuple[dict, Tensor]:
     """What the trainer should log for the images of one step, and the advantages with their weights."""
     parts = {name: scores(name, restored, clean) for name in PARTS}
     total = sum(weight * parts[name] for name, weight in PARTS.items())
     groups = torch.arange(len(restored)) // GENERATIONS
-    distance = group_statistics(-scores("gmsd", restored, clean), groups).mean
-    share = weighter()(distance, has_signal=group_statistics(total, groups).std > 0).rl
+    distance, share = shares(restored, clean, total)
     missing = torch.tensor([float(image is None) for image in restored])
     log = {f"restored/{name}": part.nanmean() for name, part in parts.items()}
     log |= {"reward": total.nanmean(), "rewards/restored/mean": total.nanmean(), "restored/no_image": missing.mean()}

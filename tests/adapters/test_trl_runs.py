@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from iqareward.adapters.trl import AsyncTRLReward, TRLReward, tool_images
+from iqareward.advantages import combine_advantages
 from iqareward.rewards.metric import NoReference
 from tests.adapters import restoration_run
 from tests.adapters.restoration_agent import SEEN, apply_operations, build
@@ -72,6 +73,23 @@ def test_logs_and_advantages_are_those_of_direct_calls(trainer, options, tmp_pat
         missing, broken = missing + log["restored/no_image"], broken + log["restored/unscored"]
     assert missing > 0 < broken
     assert max(record["grad_norm"] for record in records) > 0
+
+
+@pytest.mark.parametrize("kind", [TRLReward, lambda *call, **more: AsyncTRLReward(TRLReward(*call, **more))])
+def test_several_functions_with_adaptive_weights(kind, tmp_path) -> None:
+    """Normalised apart and then added, two functions give GDPO's advantages times the weight of each prompt."""
+    names, weights = ("ssim", "haarpsi"), [1.0, 0.5]
+    rewards = [kind(name, restoration_run.some_broken, references="clean") for name in names]
+    options = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": weights}
+    records, advantages, _ = restoration_run.run(trl.GRPOTrainer, tmp_path, rewards=rewards, **options)
+    for record, batch, (whole, _) in zip(records, restoration_run.seen(len(names)), advantages, strict=True):
+        columns = torch.stack([restoration_run.scores(name, *batch) for name in names], 1)
+        for name, column in zip(names, columns.unbind(1), strict=True):
+            assert record[f"rewards/{name}/mean"] == pytest.approx(column.nanmean().item(), rel=1e-5)
+        _, share = restoration_run.shares(*batch, columns[:, 0])
+        groups = torch.arange(len(columns)) // restoration_run.GENERATIONS
+        wanted = combine_advantages(columns, groups, weights=weights, scale="group").values * share
+        torch.testing.assert_close(whole, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_async_form_gives_the_same_run(tmp_path) -> None:
