@@ -240,6 +240,59 @@ def compare(
 
 
 @app.command()
+def monitor(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder with a sub-folder per step, such as step_0100, each with the same file names."),
+    ],
+    reward: Annotated[
+        str | None, typer.Option(help="Name of the trained reward, or a sum; alarms then need that it rose.")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Name of a reward that is not trained on; may be repeated.")
+    ] = None,
+    reference: Reference = None,
+    baseline: Annotated[
+        int | None, typer.Option(help="Step to compare with, before RL; default: the first. Earlier ones are left out.")
+    ] = None,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Steps in a row that must find the same change before it is an alarm.")
+    ] = 2,
+    effect: Annotated[
+        float, typer.Option(min=1e-6, help="Smallest change that matters, in standard deviations over the images.")
+    ] = 0.1,
+    output_format: Annotated[Format, typer.Option("--format", help="Format of what is printed.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="HTML file for the charts over the steps, with images.")] = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 8,
+) -> None:
+    """Find reward hacking in samples of several steps: compare held-out rewards and image statistics with the first.
+
+    Exit codes: 0 = no alarm; 1 = no alarm, but files were left out; 2 = the command failed; 3 = an alarm.
+    """
+    from iqareward.atomic import write_text
+    from iqareward.cli.compare import summary
+    from iqareward.cli.monitor import Job, as_csv, as_json, run, show
+    from iqareward.cli.monitor_page import render
+    from iqareward.cli.score import check_outputs
+
+    with _usage_errors():
+        check_outputs(output)
+        job = Job(folder, reward, held_out or [], reference, baseline, patience, effect, device, batch_size)
+        found = run(job, _messages)
+        if output_format is Format.table:
+            show(found, Console())
+        else:
+            typer.echo(as_json(found) if output_format is Format.json else as_csv(found), nl=False)
+        for line in summary(found.problems):
+            say(_messages, line, label="left out:", style="yellow")
+        if output is not None:
+            write_text(output, render(found, folder))
+            say(_messages, f"Charts: {output}")
+    raise typer.Exit(3 if found.alarms else 1 if found.problems else 0)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:

@@ -82,7 +82,7 @@ def difference(baseline: np.ndarray, method: np.ndarray, *, seed: int = 0) -> Di
     return Difference(len(change), float(a.mean()), float(b.mean()), float(change.mean()), low, high, wins)
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """A file that was left out of some or all differences, and the reason."""
 
     file: Path
@@ -111,7 +111,7 @@ class Comparison:
     references: tuple[Path | None, ...]
     scores: np.ndarray
     differences: tuple[tuple[Difference, ...], ...]
-    problems: tuple[_Problem, ...]
+    problems: tuple[Problem, ...]
 
     def table(self) -> list[list[tuple[str, ...]]]:
         """The differences as text under `COLUMNS`: for each reward a row for every folder, the baseline first."""
@@ -129,9 +129,9 @@ def compare(folders: Sequence[Path], scorer: Scorer, messages: Console) -> Compa
     """
     if len(folders) < 2:
         raise ValueError(f"compare expected at least two folders, the baseline first, got {len(folders)}.")
-    names, problems = [folder.resolve().name for folder in folders], list[_Problem]()
+    names, problems = [folder.resolve().name for folder in folders], list[Problem]()
     titles = names if len(set(names)) == len(names) else list(map(str, folders))
-    images = _matched(folders, titles, problems)
+    images = matched(folders, titles, problems)
     if not images:
         raise ValueError(f"{listed(folders)} have no image in common. Pairs need the same path in all folders.")
     scores = np.full((len(folders), len(images), len(scorer.rewards)), np.nan)
@@ -143,7 +143,7 @@ def compare(folders: Sequence[Path], scorer: Scorer, messages: Console) -> Compa
                 for file, values, reason in scored:
                     next(rows)[:] = values
                     if reason:
-                        problems.append(_Problem(file, reason))
+                        problems.append(Problem(file, reason))
                 progress.advance(task, len(scored))
     baseline, *methods = np.where(np.isfinite(scores).all(0), scores, np.nan)
     return Comparison(
@@ -167,13 +167,13 @@ def listed(words: Iterable[object]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _matched(folders: Sequence[Path], titles: Sequence[str], problems: list[_Problem]) -> dict[Path, tuple[Path, ...]]:
+def matched(folders: Sequence[Path], titles: Sequence[str], problems: list[Problem]) -> dict[Path, tuple[Path, ...]]:
     """Path relative to the baseline -> its file in each folder, for the images that all folders hold."""
     groups: list[dict[str, dict[Path, Path]]] = []  # for each folder: path without suffix -> relative path -> file
     for folder in folders:
         groups.append({})
         found = find_images([folder])
-        problems += (_Problem(path, reason) for path, reason in found.problems.items())
+        problems += (Problem(path, reason) for path, reason in found.problems.items())
         for file, relative in found.files.items():
             groups[-1].setdefault(str(relative.with_suffix("")), {})[relative] = file
     matches: dict[Path, tuple[Path, ...]] = {}
@@ -181,14 +181,14 @@ def _matched(folders: Sequence[Path], titles: Sequence[str], problems: list[_Pro
         lacking = [name for name, group in zip(titles, groups, strict=True) if stem not in group]
         found = [group[stem] for group in groups if stem in group]
         if lacking:
-            problems += (_Problem(file, f"not in {listed(lacking)}") for files in found for file in files.values())
+            problems += (Problem(file, f"not in {listed(lacking)}") for files in found for file in files.values())
         elif all(len(files) == 1 for files in found):
             matches[next(iter(found[0]))] = tuple(file for files in found for file in files.values())
         elif all(files.keys() == found[0].keys() for files in found):
             matches |= {relative: tuple(files[relative] for files in found) for relative in found[0]}
         else:
             paths = ", ".join(str(file) for files in found for file in files.values())
-            raise ValueError(f"compare cannot tell which of these images belong together: {paths}. Rename some.")
+            raise ValueError(f"cannot tell which of these images belong together: {paths}. Rename some.")
     return matches
 
 
@@ -287,7 +287,7 @@ def scores_csv(comparison: Comparison) -> str:
     )
 
 
-def summary(problems: Sequence[_Problem]) -> Iterator[str]:
+def summary(problems: Sequence[Problem]) -> Iterator[str]:
     """A line for each reason, with some of its files."""
     by_reason: dict[str, list[Path]] = {}
     for file, reason in problems:

@@ -22,10 +22,10 @@ from iqareward.cli.compare import COLUMNS, TEXT_COLUMNS, Comparison, listed, sum
 from iqareward.cli.text import printable
 from iqareward.images import to_images
 
-_CROP = 256  # side of a crop in pixels
+CROP = 256  # side of a crop in pixels
 _MAX_BYTES = 32 * 2**20
 _SCALES = (4, 8, 16, 32, 64, 128, 255)  # differences that white can stand for in a map
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf8; --ink: #1c1b1a; --muted: #66625d; --line: #e3dfd9;
   --better: #0068a6; --worse: #b84c00; }
 @media (prefers-color-scheme: dark) { :root { --paper: #151517; --ink: #ece9e4; --muted: #a19c95; --line: #34343a;
@@ -150,11 +150,11 @@ def render(comparison: Comparison, *, folder: Path, num_pairs: int, max_bytes: i
 
     It shows the `num_pairs` pairs that `choose` takes, without those that would make it larger than `max_bytes`.
     """
-    baseline, *methods = map(_text, comparison.titles)
+    baseline, *methods = map(escaped, comparison.titles)
     parts = {
         "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}",
         "script": _SCRIPT,
-        "style": _STYLE,
+        "style": STYLE,
         "title": f"{listed(methods)} against {baseline}",
         "baseline": baseline,
         "head": "".join(f"<th{_kind(column)}>{column}</th>" for column in COLUMNS),
@@ -173,7 +173,7 @@ def render(comparison: Comparison, *, folder: Path, num_pairs: int, max_bytes: i
     return Template(_PAGE).substitute(parts, shown=_shown(len(pairs), len(choices)), pairs="".join(pairs))
 
 
-def _text(text: object) -> str:
+def escaped(text: object) -> str:
     return escape(printable(text))
 
 
@@ -185,12 +185,12 @@ def _body(group: Sequence[Sequence[str]]) -> str:
     rows = ""
     for row in group:
         cells = zip(COLUMNS, row, strict=True)
-        rows += f"<tr>{''.join(f'<td{_kind(column, text)}>{_text(text)}</td>' for column, text in cells)}</tr>"
+        rows += f"<tr>{''.join(f'<td{_kind(column, text)}>{escaped(text)}</td>' for column, text in cells)}</tr>"
     return f"<tbody>{rows}</tbody>"
 
 
 def _left_out(comparison: Comparison) -> str:
-    lines = "".join(f"<li>{_text(line)}</li>" for line in summary(comparison.problems))
+    lines = "".join(f"<li>{escaped(line)}</li>" for line in summary(comparison.problems))
     return (
         f'<details class="note"><summary>Files that were left out</summary><ul>{lines}</ul></details>' if lines else ""
     )
@@ -215,13 +215,13 @@ def _pair(comparison: Comparison, choice: _Choice, folder: Path) -> str:
         if new == new and old == old:
             kind = "better" if new > old else "worse" if new < old else ""
             change = f'{old:.{digits}f} → {new:.{digits}f} <span class="{kind}">({new - old:+.{digits}f})</span>'
-            scores += f"<li>{_text(reward)} {change}</li>"
+            scores += f"<li>{escaped(reward)} {change}</li>"
     try:
-        views = _views([_View(name, _link(file, folder), _read(file)) for name, file in shown])
+        views = _views([_View(name, _link(file, folder), read_pixels(file)) for name, file in shown])
     except (OSError, ValueError) as error:  # the file was there when it was scored
-        views = f"<p>{_text(error)}</p>"
-    reason = f"{_text(comparison.titles[choice.method])}: {_text(choice.reason)}"
-    return f'<article><h3>{_text(path)}</h3><p class="note">{reason}</p><ul>{scores}</ul>{views}</article>'
+        views = f"<p>{escaped(error)}</p>"
+    reason = f"{escaped(comparison.titles[choice.method])}: {escaped(choice.reason)}"
+    return f'<article><h3>{escaped(path)}</h3><p class="note">{reason}</p><ul>{scores}</ul>{views}</article>'
 
 
 def _link(file: Path, folder: Path) -> str:
@@ -229,7 +229,7 @@ def _link(file: Path, folder: Path) -> str:
     return escape(quote_from_bytes(os.fsencode(Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix())))
 
 
-def _read(file: Path) -> np.ndarray:
+def read_pixels(file: Path) -> np.ndarray:
     """`[H, W, 3]` uint8."""
     return to_images(file, value_range=(0, 1))[0].clamp_(0, 1).mul_(255).round_().byte().movedim(0, -1).numpy()
 
@@ -242,18 +242,18 @@ class _View(NamedTuple):
     image: np.ndarray
 
     def caption(self) -> str:
-        return f'<a href="{self.link}">{_text(self.name)}</a>'
+        return f'<a href="{self.link}">{escaped(self.name)}</a>'
 
     def crop(self, window: tuple[slice, slice], kind: str = "") -> str:
-        return _crop(self.image[window], self.name, kind)
+        return picture(self.image[window], self.name, kind)
 
 
-def _crop(pixels: np.ndarray, name: str, kind: str = "") -> str:
+def picture(pixels: np.ndarray, name: str, kind: str = "") -> str:
     """`[H, W]` or `[H, W, 3]` uint8 without loss."""
     image, stream = Image.fromarray(pixels), io.BytesIO()
     image.save(stream, "WEBP", lossless=True)
     source = f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
-    return f'<img class="{kind}" src="{source}" width="{image.width}" height="{image.height}" alt="{_text(name)}">'
+    return f'<img class="{kind}" src="{source}" width="{image.width}" height="{image.height}" alt="{escaped(name)}">'
 
 
 def _figure(content: str, caption: str) -> str:
@@ -269,7 +269,7 @@ def _views(views: Sequence[_View]) -> str:
         note = f"The two differ in size ({sizes} pixels). These are their centres."
         return f'<p class="note">{note}</p><div class="views">{"".join(figures)}</div>'
     window = _window(first.image, second.image)
-    label = f'aria-label="Share of the width that shows {_text(first.name)}"'
+    label = f'aria-label="Share of the width that shows {escaped(first.name)}"'
     slider = (
         f'<div class="slider">{first.crop(window)}{second.crop(window, "over")}'
         f'<input type="range" min="0" max="100" value="50" {label}></div>'
@@ -289,7 +289,7 @@ def _views(views: Sequence[_View]) -> str:
 
 def _window(first: np.ndarray, second: np.ndarray) -> tuple[slice, slice]:
     """The window with the largest sum of absolute differences of two images; the centre if they are equal."""
-    sides = [min(_CROP, size) for size in first.shape[:2]]
+    sides = [min(CROP, size) for size in first.shape[:2]]
     sums = np.abs(first.astype(np.int16) - second).sum(2, dtype=np.uint32)
     for side in sides:  # sums over windows of this height; the transpose brings the widths next
         # these totals may pass 2^32, but their differences are exact: unsigned integers wrap around
@@ -309,4 +309,4 @@ def _map(first: np.ndarray, second: np.ndarray) -> str:
         return _figure("", "The two are equal.")
     scale = next(scale for scale in _SCALES if scale >= np.quantile(steps, 0.995))
     pixels = np.minimum(steps * 255 // scale, 255).astype(np.uint8)
-    return _figure(_crop(pixels, "difference"), f"difference: black 0, white ≥ {scale}")
+    return _figure(picture(pixels, "difference"), f"difference: black 0, white ≥ {scale}")

@@ -48,12 +48,21 @@ class Scorer:
         reference: folder of references, or one file for all images.
         device: where the rewards run.
         batch_size: maximum number of images in a batch; a batch also holds at most 512 MiB of pixels as float32.
+        more: further rewards by name, whose scores follow.
 
     Raises:
         ValueError: a reward is unknown or given twice, references are missing, or the device cannot be used.
     """
 
-    def __init__(self, rewards: Sequence[str], reference: Path | None, device: str, batch_size: int) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[str],
+        reference: Path | None,
+        device: str,
+        batch_size: int,
+        *,
+        more: Mapping[str, Reward] | None = None,
+    ) -> None:
         self.names = [spec.strip() for spec in rewards]
         for place, name in enumerate(self.names):
             if name in self.names[:place]:
@@ -65,7 +74,8 @@ class Scorer:
             raise ValueError(
                 f"--device {device} cannot be used: {reason}. `iqareward doctor` lists the devices."
             ) from error
-        self.rewards = [load(name, device=device) for name in self.names]
+        self.rewards = [*(load(name, device=device) for name in self.names), *(more or {}).values()]
+        self.names += more or {}
         needy = [reward.name for reward in self.rewards if reward.needs_references]
         if needy and reference is None:
             raise ValueError(f"{', '.join(needy)} compares with references: pass --reference FOLDER (or FILE).")
