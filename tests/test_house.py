@@ -19,8 +19,9 @@ LAYERS = {
     "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1,
     "rewards": 2,
     "testing": 3, "monitor": 3,
-    "adapters": 4, "diffusion": 4, "serving": 4,
-    "cli": 5, "__main__": 6,
+    "diffusion": 4, "serving": 4,
+    "adapters": 5,
+    "cli": 6, "__main__": 7,
 }  # fmt: skip
 HEAVY = {
     "transformers", "diffusers", "trl", "pyiqa", "ray", "accelerate", "peft", "torchao", "torchvision",
