@@ -35,6 +35,8 @@ class Reward(Protocol):
         differentiable: whether scores carry a graph back to the input pixels.
         bounds: (low, high) of every score; None = unbounded.
 
+    `needs_inputs`, `needs_tasks` and `needs_ids` say the same of the other columns; a reward may lack them.
+
     Example:
         >>> import iqareward
         >>> isinstance(iqareward.load("ssim"), Reward)

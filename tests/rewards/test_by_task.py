@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import iqareward
-from iqareward import ByTask, Cached, MicroBatched, Overlapped, WeightedSum
+from iqareward import ByTask, Cached, ImageReward, MicroBatched, Overlapped, WeightedSum
 
 IMAGES, CLEAN = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TASKS = ["blur", "noise", "blur", "jpeg", "noise", "noise"]
@@ -95,3 +95,33 @@ def test_it_moves_its_rewards():
         reward(IMAGES, references=CLEAN, tasks=TASKS)
     reward.onload()
     assert reward(IMAGES, references=CLEAN, tasks=TASKS).isfinite().all()
+
+
+@pytest.mark.parametrize("task", ["blur", "noise"])
+def test_the_contract_is_kept_for_each_task(task, photographs, degraded_photographs):
+    """`check_reward` gives every image the task that it is told."""
+    with pytest.raises(ValueError, match="expected `task`"):
+        iqareward.check_reward(by_task(), degraded_photographs, photographs)
+    report = iqareward.check_reward(by_task(), degraded_photographs, photographs, task=task)
+    assert not report.failed
+
+
+class Offset(ImageReward):
+    """The mean of each image, and a whole number for its task and its id."""
+
+    name, needs_tasks, needs_ids, batch_size = "offset", True, True, 2
+
+    def score_batch(self, images, tasks, ids):
+        return images.mean((1, 2, 3)) + torch.tensor(
+            [10.0 * (task == "noise") + 100 * one for task, one in zip(tasks, ids)]
+        )
+
+
+def test_tasks_and_ids_follow_their_image_into_batches():
+    """Through groups of one size, and pieces of at most two."""
+    images = [image[:, : 8 + 4 * (row % 2)] for row, image in enumerate(IMAGES)]
+    found = Offset()(images, tasks=TASKS, ids=range(6))
+    expected = [
+        image.mean() + 10 * (task == "noise") + 100 * row for row, (image, task) in enumerate(zip(images, TASKS))
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))
