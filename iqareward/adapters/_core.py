@@ -114,8 +114,15 @@ class Scorer:
         return [drop_broken_gradients(image) for image in converted]
 
     def columns(self, metadata: Any, **fields: Any) -> dict[str, Any]:
-        """The columns of one call by name, each from where its source says; see `column`."""
-        return {name: column(source, metadata, who=self.who, **fields) for name, source in self.sources.items()}
+        """The columns of one call by name, each from where its source says; see `column`.
+
+        Ids and tasks are looked up only if the reward needs them, because their sources are not the user's.
+        """
+        return {
+            name: column(source, metadata, who=self.who, **fields)
+            for name, source in self.sources.items()
+            if name not in ("ids", "tasks") or getattr(self.reward, f"needs_{name}", False)
+        }
 
     def with_policy(self, scores: Scores) -> Scores:
         """The scores, with what `on_nan` says in place of those that are not finite."""

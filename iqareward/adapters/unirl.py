@@ -51,7 +51,11 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
             self.scorer = Scorer(
                 self.settings.reward,
                 who=type(self).__name__,
-                sources={"references": self.settings.references, "inputs": self.settings.inputs},
+                sources={
+                    "references": self.settings.references,
+                    "inputs": self.settings.inputs,
+                    "ids": "group_ids",  # each process gets all samples of a prompt
+                },
                 on_nan=self.settings.on_nan,
                 policies=_POLICIES,
                 device=self.device,
@@ -65,7 +69,8 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
             # `primitives` until September 2026
             media = getattr(request, "conditioning", None) or getattr(request, "primitives", None) or {}
             condition = None if media.get("image") is None else media["image"].pixels
-            columns = self.scorer.columns(request.metadata, conditioning=condition)
+            groups = getattr(request, "group_ids", None)
+            columns = self.scorer.columns(request.metadata, conditioning=condition, group_ids=groups)
             return self.scorer(request.generated["image"].pixels.detach(), prompts=prompts, **columns).tolist()
 
         def offload(self) -> None:

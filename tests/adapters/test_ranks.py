@@ -9,7 +9,7 @@ from torch import Tensor
 
 import iqareward
 from examples.adapters import cosmos_rl, miles_diffusion
-from iqareward.adapters import verl
+from iqareward.adapters import unirl, verl
 from iqareward.adapters.diffusers import generate_best
 from iqareward.adapters.flow_grpo import install, reward_function
 from iqareward.adapters.reward_models import HPSv3Model
@@ -18,6 +18,8 @@ from iqareward.advantages import win_rates
 from iqareward.rewards import PairsInGroup, RankInGroup
 from iqareward.rewards.metric import NoReference
 from tests.adapters.doubles import cosmos, flow_grpo, miles
+from tests.adapters.doubles import unirl as unirl_double
+from tests.adapters.doubles.pages import package
 from tests.adapters.restoration_agent import SEEN, apply_operations, build
 from tests.tolerances import NETWORK_BATCH
 
@@ -91,6 +93,23 @@ def test_trl_needs_whole_groups() -> None:
     fidelity = TRLReward(RankInGroup(iqareward.load("ssim")), "restored", references="clean", group_size=4)
     with pytest.raises(ValueError, match="adaptive_trainer expected a reward that scores each image on its own"):
         adaptive_trainer(object, iqareward.AdaptiveWeighter(mode="convex"), fidelity)
+
+
+@pytest.mark.trainer("UniRL", "0e713d6", "caller", "reader")
+def test_unirl_ranks_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request names each sample's group; without that there is an error."""
+    package(monkeypatch, **unirl_double.modules(new=True))
+    backend = unirl.IQARewardBackend(config=unirl.IQASpec(RANK), base_device="cpu")
+    request = unirl_double.request(IMAGES, [""] * 8, None, None, new=True)
+    with pytest.raises(ValueError, match="expected `group_ids` for every sample"):
+        unirl_double.score_and_attach(backend, request, new=True)
+    request.group_ids = [f"prompt-{row // 4}" for row in range(8)]
+    part = unirl_double.Part(unirl_double.score_and_attach(backend, request, new=True))
+    rates = win_rates(brightness(IMAGES), torch.arange(8) // 4)
+    torch.testing.assert_close(part.rewards, rates)
+    part.compute_advantages(4)
+    expected = (rates - 0.5) / rates[:4].std(correction=0)
+    torch.testing.assert_close(part.advantages, expected)
 
 
 def miles_samples() -> list[Any]:
