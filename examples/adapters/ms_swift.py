@@ -4,7 +4,11 @@
 
 In ms-swift a completion without a reward counts as one with reward 0, and releases before its pull request 8125 lose
 all advantages of a batch with `--scale_rewards gdpo`. An image that cannot be scored therefore gets the mean of the
-others of its input here, which is no advantage. ms-swift logs `rewards/ImageQuality/mean`, after the name of the class.
+others of its input here, which is no advantage. A process sees its own images only: without another one of the input,
+the mean of all counts, and without any, training stops. Give each process whole groups, therefore: a multiple of
+`--num_generations` as `--per_device_train_batch_size` times `--gradient_accumulation_steps`.
+
+ms-swift logs `rewards/ImageQuality/mean`, after the name of the class.
 """
 
 import io

@@ -3,7 +3,7 @@
 The classes are subclasses of UniRL's own, made when UniRL can be imported. `IQASpec` holds the settings of the two
 backends; the scorer takes the same ones as arguments, which are the `params` of the service's YAML:
 
-- `reward`: a name or sum of the catalogue, or any reward.
+- `reward`: a name or sum of the catalogue, or any reward. `qalign(batch_size=8)` limits the images of a batch.
 - `references`, `inputs`: a key of each sample's metadata; in `IQARewardBackend` also `conditioning`, the conditioning
   image, and in `IQAScorer` `history`, the first of two turns.
 - `on_nan`: `raise`, `mean`, `worst`, a number, or `nan`. UniRL gives an image with a NaN reward no advantage; until
@@ -16,9 +16,11 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from iqareward.adapters._core import OnNan, Scorer, framework
+from iqareward.rewards.calls import Call
 
 _NAMES = ("IQADifferentiableBackend", "IQARewardBackend", "IQAScorer", "IQASpec")
 _POLICIES = ("raise", "mean", "worst", "nan")
@@ -35,7 +37,6 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
         inputs: str | None = None
         on_nan: OnNan = "raise"
         device: str = "auto"
-        batch_size: int = 8
 
     class IQARewardBackend(local.LocalRewardBackend):
         """Each image's score, higher is better."""
@@ -45,7 +46,7 @@ def _classes(spec: ModuleType, local: ModuleType, device: ModuleType) -> dict[st
 
         def __init__(self, *, config: Any, base_device: str) -> None:
             self.settings = config  # the base class loads the model
-            super().__init__(device=device.resolve_device(config.device, base_device), batch_size=config.batch_size)
+            super().__init__(device=device.resolve_device(config.device, base_device))
 
         def _load_model(self) -> None:
             self.scorer = Scorer(
@@ -131,6 +132,9 @@ def _service_classes(base: ModuleType) -> dict[str, type]:
                 policies=_POLICIES,
                 device=device,
             )
+            # The service waits for constructors, but gives each request two minutes: load the weights here.
+            image = torch.full((1, 3, 256, 256), 0.5)
+            Call(image, image, image, ["a photograph"]).score(self.scorer.reward)
 
         def score(self, items: Sequence[Any]) -> list[dict[str, float]]:
             two_turns = all(len(item.history) > 1 and item.history[0][1] is not None for item in items)

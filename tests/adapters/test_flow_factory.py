@@ -221,7 +221,7 @@ def test_weights_go_where_the_advantages_are() -> None:
 @pytest.mark.trainer("Flow-Factory", "5f6cda1", "configuration")
 def test_page(qalign: Reward) -> None:
     """The page's YAML builds a model whose scores are logged and become advantages."""
-    (text,) = blocks("how-to/flow-factory.md", "yaml")
+    text, _ = blocks("how-to/flow-factory.md", "yaml")
     (entry,) = yaml.safe_load(text)["rewards"]
     built = double.build(double.RewardArguments.from_dict({**entry, "device": "cpu"}))
     assert built.config.batch_size == 16
@@ -233,6 +233,27 @@ def test_page(qalign: Reward) -> None:
     assert trainer.logged["train/reward_quality_mean"] == pytest.approx(expected.mean().item(), rel=1e-4)
     signs = torch.stack([row.extra_kwargs["advantage"] for row in rows]).sign()
     assert torch.equal(signs, (expected - expected.view(2, 2).mean(1).repeat_interleave(2)).sign())
+
+
+@pytest.mark.trainer("Flow-Factory", "5f6cda1", "configuration")
+def test_evaluation_of_ranks(qalign: Reward) -> None:
+    """Evaluation leaves ranks out, or stops at asynchronous ones; the page's `eval_rewards` logs the score itself."""
+    images = photos(2)
+    for asynchronous in (False, True):
+        ranks = model(GROUPWISE, reward="qalign", async_reward=asynchronous)
+        trainer = double.DiffusionNFTTrainer(adapter=double.Adapter(2), reward_models={"ranks": ranks})
+        rows = double.samples(images, [0, 1])
+        if asynchronous:
+            with pytest.raises(RuntimeError, match="incomplete async reward groups"):
+                trainer.evaluate(rows)
+        else:
+            trainer.evaluate(rows)
+        assert not trainer.logged
+        (entry,) = yaml.safe_load(blocks("how-to/flow-factory.md", "yaml")[1])["eval_rewards"]
+        built = double.build(double.RewardArguments.from_dict({**entry, "device": "cpu"}))
+        trainer.evaluate(rows, {entry["name"]: built})
+        expected = qalign(images).mean().item()
+        assert trainer.logged["eval/test/reward_quality_mean"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.trainer("Flow-Factory", "5f6cda1", "configuration", "gradients", "weights")

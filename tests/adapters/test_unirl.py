@@ -226,6 +226,29 @@ def test_service(service: double.Service) -> None:
 
 
 @SERVICE
+@pytest.mark.parametrize("reward", ["ssim", "piqe", "0.5*ssim + 0.5*haarpsi"])
+def test_service_starts_with_any_reward(service: double.Service, reward: str) -> None:
+    """References come from each request; what is scored at the start needs none of them."""
+    assert service.actor("iqareward", {"reward": reward, "references": "gt"}).sub_metric_names == ("score",)
+
+
+@SERVICE
+def test_service_loads_before_the_first_request(service: double.Service) -> None:
+    """Weights are loaded by the constructor, for which the service waits, and not while a request's time runs out."""
+    loaded = []
+
+    class Lazy:
+        name, needs_references, needs_prompts, differentiable, bounds = "lazy", False, False, False, (0.0, 1.0)
+
+        def __call__(self, images, references=None, prompts=None, **ignored):
+            loaded.append(len(images))
+            return brightness(images)
+
+    service.actor("iqareward", {"reward": Lazy()})
+    assert loaded == [1]
+
+
+@SERVICE
 def test_service_imports_what_its_table_names(service: double.Service) -> None:
     """Without an entry in SCORER_MODULES the actor does not know the scorer, whoever else has imported it."""
     del service.scorer_modules["iqareward"]

@@ -289,7 +289,8 @@ class DiffusionNFTTrainer:
     def __init__(self, *, adapter: Adapter, reward_models: dict[str, Any], **training_args: Any) -> None:
         defaults = {"advantage_aggregation": "gdpo", "per_device_batch_size": 4, "adv_clip_range": (-5.0, 5.0)}
         self.training_args = SimpleNamespace(**{**defaults, "reward_optimization_overlap": False, **training_args})
-        self.adapter, self.reward_processor = adapter, RewardProcessor(reward_models)
+        self.adapter, self.reward_models = adapter, reward_models
+        self.reward_processor = RewardProcessor(reward_models)
         self.advantage_processor = AdvantageProcessor()
         self.accelerator = SimpleNamespace(backward=lambda loss: loss.backward(), sync_gradients=True)
         self.optimizer = torch.optim.SGD([adapter.policy], lr=0.0)
@@ -306,6 +307,15 @@ class DiffusionNFTTrainer:
             self.compute_advantages(rows, rewards)
         self.logged |= self.advantage_processor.metrics
         self.optimize(rows)
+
+    def evaluate(self, rows: list[Any], eval_rewards: dict[str, Any] | None = None) -> None:
+        """One image per input, by the training's rewards if there are no others; asynchronous groups must be whole."""
+        processor = RewardProcessor(eval_rewards or self.reward_models)
+        if any(model.config.async_reward for model in processor.groupwise.values()):
+            raise RuntimeError("incomplete async reward groups remain at finalize")
+        processor.groupwise = {}
+        for name, values in processor.compute_rewards(rows).items():
+            self.logged[f"eval/test/reward_{name}_mean"] = float(values.mean())
 
     def compute_advantages(
         self, rows: list[Any], rewards: dict[str, Tensor], store: bool = True, aggregation_func: Any = None

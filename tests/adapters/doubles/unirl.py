@@ -190,13 +190,17 @@ class Service:
         registry.register, registry.SCORER_MODULES = register, self.scorer_modules
         return {"reward_service__scorers__base": base, "reward_service__scorers__registry": registry}
 
-    def score(self, name: str, params: dict[str, Any], items: list[ScoreItem]) -> list[dict[str, float]]:
-        """The actor: a module that cannot be imported is only a warning, an unknown name an error."""
+    def actor(self, name: str, params: dict[str, Any]) -> BaseScorer:
+        """A scorer, for whose constructor the service waits; a module that cannot be imported is only a warning."""
         with contextlib.suppress(ImportError):
             importlib.import_module(self.scorer_modules.get(name, "reward_service.scorers.base"))
         if name not in self.registered:
             raise KeyError(f"unknown scorer: {name}. available: {sorted(self.registered)}")
-        scorer = self.registered[name](**params)
+        return self.registered[name](**params)
+
+    def score(self, name: str, params: dict[str, Any], items: list[ScoreItem]) -> list[dict[str, float]]:
+        """One request, which the service gives up after two minutes."""
+        scorer = self.actor(name, params)
         results = scorer.score(items)
         assert len(results) == len(items)
         assert all(set(result) == set(scorer.sub_metric_names) for result in results)
