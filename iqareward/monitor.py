@@ -220,7 +220,7 @@ class HackingMonitor:
     standard errors from 0 and more than `effect` standard deviations over the images. Held-out rewards alarm when they
     fall. Image statistics alarm when they move *away from those of the ground truth*, in either direction: restorations
     that get as sharp as the ground truth are what was asked for. Without ground truth they alarm when they move away
-    from those before RL. Without training rewards, whatever alarms does so although nothing is known to have risen.
+    from those before RL. Without training rewards every such change alarms.
 
     `calibrate` and `update` take all inputs at once. Where they come in batches, or from several processes, `add` every
     batch and then call `step`.
@@ -446,10 +446,12 @@ class HackingMonitor:
 
     def _suspicious(self, name: str, now: dict[str, Tensor]) -> bool:
         before = self._before[name]
+        direction = self._moved(now[name] - before, before)[1]
         if name in self.held_out:
-            return self._moved(now[name] - before, before)[1] < 0
-        if name not in self._references:
-            return self._moved(now[name] - before, before)[1] != 0
+            return direction < 0
+        if name not in self._references or not direction:
+            return direction != 0
+        # A statistic that only scatters more is further away from the ground truth too, so its mean must move as well.
         clean = self._references[name]
         return self._moved((now[name] - clean).abs() - (before - clean).abs(), before)[1] > 0
 

@@ -398,6 +398,21 @@ def test_without_ground_truth_drift_alarms():
     assert "colorfulness moved from" in report.alarms[0]
 
 
+def test_scatter_around_the_truth_is_no_drift():
+    """Where the model before RL already has the statistic of the ground truth, chance can only lead away from it."""
+    chance = torch.Generator().manual_seed(0)
+    clean = torch.randn(64, generator=chance)
+    for shift, alarmed in ((0.0, ()), (1.0, ("contrast",))):
+        watching = HackingMonitor({}, statistics={"contrast": psnr}, patience=1)
+        watching.add_values({"reward": torch.zeros(64), "contrast": clean}, {"contrast": clean})
+        watching.step()
+        scattered = clean + 0.5 * torch.randn(64, generator=chance) + shift
+        watching.add_values({"reward": torch.ones(64), "contrast": scattered})
+        assert watching.step().alarmed == alarmed
+    with pytest.raises(ValueError, match="one value per image"):
+        watching.add_values({"brightness": clean})
+
+
 def test_without_rewards_nothing_has_to_rise():
     """Then a fall is an alarm by itself, and no sentence speaks of a reward."""
     watching = HackingMonitor(JUDGES, patience=1)
