@@ -43,6 +43,9 @@ class Bucket(NamedTuple):
 
     def split(self, size: int) -> Iterator["Bucket"]:
         """Buckets of at most `size` rows, in order."""
+        if self.num_rows <= size:
+            yield self
+            return
         # The gradient of a slice is as large as the whole batch, so many slices would cost many batches.
         tensors = (repeat(None) if column is None else column.split(size) for column in self[:3])
         labels = (
@@ -260,6 +263,8 @@ class Call:
     @property
     def labels(self) -> dict[str, Any]:
         """The columns that hold no images, by name; those that are None are left out."""
+        if self.prompts is None and self.ids is None and self.tasks is None:
+            return {}
         columns = zip(_LABELS, self._columns()[3:], strict=True)
         return {name: column for name, column in columns if column is not None}
 
