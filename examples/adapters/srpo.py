@@ -7,6 +7,8 @@ texts for its inversion branch. A reward that reads no text, such as every quali
 score: the difference vanishes, `k r(image)` is left, and both branches pull the same way. Follow the gradient of such a
 reward instead, with AlignProp's loss (`iqareward.adapters.reward_models`) or the loop of `iqareward.diffusion`.
 
+SRPO.py learns nothing from an image whose relative score exceeds 0.7. Scale a reward that goes beyond.
+
 SRPO_Qwen.py stretches every image to [0, 1] by its own minimum and maximum before the reward sees it, so that exposure
 and contrast are not judged; SRPO.py clamps.
 

@@ -93,7 +93,7 @@ def install(
         references: As in `reward_function`.
         inputs: As in `reward_function`.
         groups: The key of `metadata` that holds each sample's input id, an integer below 2**24; passed on as component
-            `groups` while sampling for training, not in evaluations.
+            `groups`. Evaluations (`only_strict=False`) may lack it.
         value_range: As in `reward_function`.
         on_nan: As in `reward_function`; also for a NaN in `avg` that comes from their rewards.
 
@@ -135,7 +135,8 @@ def install(
                 scores = _flat(score(pixels, prompts=prompts, **columns))
                 total.append(weight * scores)
                 details[name] = scores.numpy()
-            if groups is not None and only_strict:  # their evaluations pass False
+            # evaluations pass only_strict=False, but so does train_qwenimage_edit_plus.py while sampling for training
+            if groups is not None and (only_strict or any(groups in row for row in metadata)):
                 details["groups"] = _ids(column(groups, metadata, who="install"))
             average = apply_policy(torch.stack(total).sum(0), on_nan, name="avg").numpy()
             details.update(dict.fromkeys(totals, average))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import iqareward
+from examples.adapters.mixgrpo import PickScoreRewardModel
 from iqareward import AdaptiveWeighter, to_images
 from iqareward.adapters import unirl
 from iqareward.types import Reward
@@ -21,7 +22,7 @@ from tests.adapters.doubles import flow_grpo, gradient_loops, reward_models
 from tests.adapters.doubles import unirl as unirl_double
 from tests.adapters.doubles.pages import DOCS, blocks, execute, package
 from tests.adapters.restoration_agent import as_pil
-from tests.adapters.test_reward_models import CONTRAST
+from tests.adapters.test_reward_models import CONTRAST, hpsv2
 from tests.diffusion.tiny import images as smooth
 from tests.tolerances import EXACT, HALF_NETWORK, NETWORK_BATCH
 
@@ -115,6 +116,38 @@ def test_models_of_loops_without_a_hook(tmp_path: Path, monkeypatch: pytest.Monk
     assert logs["loss"] == pytest.approx(weighted, rel=1e-3)
     logs = gradient_loops.vader_step(scope["weighted_vader_loss"], frames, ["", ""], reward_fn="aesthetic")
     assert logs["step_loss"] == pytest.approx(weighted, rel=HALF_NETWORK["rtol"])
+
+
+@pytest.mark.parametrize("loop", ["flux", "sd", "advantage_aggr", "reward_aggr"])
+def test_weights_in_loops_without_a_hook(tmp_path: Path, loop: str) -> None:
+    """The page's weights reach the gradients of DanceGRPO's scripts and of MixGRPO's two modes, under their names."""
+    (block,) = (text for text in code("imscore, DanceGRPO, AlignProp, VADER") if "pass_rate" in text)
+    of_ours = 'samples["rewards"]["PickScoreRewardModel"]'
+    names = {
+        "sd": {"args.num": "config.num", 'samples["advantages"]': 'samples["final_advantages"]'},
+        "advantage_aggr": {'samples["rewards"]': of_ours},
+    }
+    for old, new in names.get(loop, {}).items():
+        block = block.replace(old, new)
+    images = torch.linspace(0, 1, 96).expand(4, 3, 96, 96) * torch.tensor([0.5, 0.6, 0.9, 1.0]).view(-1, 1, 1, 1)
+
+    def weigh(samples: dict) -> None:
+        scope = {
+            "samples": samples, "config" if loop == "sd" else "args": SimpleNamespace(num_generations=2),
+            "torch": torch, "weighter": AdaptiveWeighter(mode="convex", calibrate_on_first=True),
+        }  # fmt: skip
+        execute(block.replace("threshold=0.6", "threshold=0.2"), scope)
+
+    def gradient(**options) -> torch.Tensor:
+        if loop in ("flux", "sd"):
+            return reward_models.dancegrpo(loop, hpsv2(CONTRAST), images, [""] * 4, tmp_path, **options)[1]
+        models, pictures = [PickScoreRewardModel(CONTRAST, device="cpu")], [as_pil(image) for image in images]
+        return reward_models.mixgrpo(models, {}, pictures, [""] * 4, generations=2, mix=loop, **options)[1]
+
+    shares = gradient(weigh=weigh) / gradient()
+    torch.testing.assert_close(shares[::2], shares[1::2], **HALF_NETWORK)  # both images of a prompt
+    assert shares[0] > shares[2] + 0.3
+    assert shares[2] > 0
 
 
 def test_diffusers(capsys: pytest.CaptureFixture[str], qalign: Reward) -> None:

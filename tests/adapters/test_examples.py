@@ -182,11 +182,11 @@ def test_mixgrpo_learns_from_the_scores() -> None:
     for flags in ({}, {"pick_score_weight": 0.1}):
         model = PickScoreRewardModel(CONTRAST, device="cpu")
         rewards, gradient = mixgrpo([model], flags, PICTURES, PROMPTS, generations=2)
-        torch.testing.assert_close(rewards, expected, **OTHER_PACKAGE)
+        torch.testing.assert_close(rewards["PickScoreRewardModel"], expected, **OTHER_PACKAGE)
         torch.testing.assert_close(gradient, -group_advantages(expected, 2), rtol=1e-3, atol=1e-3)
         del model
     naive, gradient = mixgrpo([CONTRAST], {}, PICTURES, PROMPTS, generations=2)
-    assert not naive.any()
+    assert not any(rewards.any() for rewards in naive.values())
     assert not gradient.any()
     with pytest.raises(ValueError, match="needs references"):
         PickScoreRewardModel("ssim", device="cpu")
@@ -297,6 +297,8 @@ def test_srpo_learns_from_the_difference_of_two_texts() -> None:
     expected = [0.7 - (1.1 * bright - (1 - bright)), 0.7 - (1.1 * (1 - bright) - bright)]
     assert losses == pytest.approx(expected, abs=HALF_NETWORK["atol"])
     assert pulls[0].sum() < 0 < pulls[1].sum()  # descending makes the image brighter in one branch, darker in the other
+    _, pulls = srpo_step(SRPOModel(LooksLike()), decoded, "bright photo", "photo", script="flux", k=10.0)
+    assert pulls[0].abs().max() == 0  # a relative score beyond 0.7
 
 
 @SRPO

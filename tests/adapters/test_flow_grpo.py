@@ -300,18 +300,21 @@ def test_old_trl() -> None:
 
 @FLOW_GRPO
 def test_evaluation_needs_the_columns_but_no_groups() -> None:
-    """Evaluation logs our rewards too, asks its metadata for references, and does not average ids."""
+    """Evaluation logs our rewards too, and asks its metadata for references, but not for ids."""
     module = double.rewards_module(takes_ref_images=True)
     install(module, [(1.0, CLOSENESS)], references="gt_path", groups="input_id")
     fn, images = module.multi_score("cpu", {}), photos(3)
     curves = double.evaluation(fn, [(images, [""] * 3, [{"gt_path": image} for image in images])], double.Accelerator())
     assert curves == {"eval_reward_closeness": pytest.approx(1), "eval_reward_avg": pytest.approx(1)}
+    with pytest.raises(ValueError, match="to_images expected `images` as a tensor"):  # videos
+        fn(images[:, None], [""] * 3, [{"gt_path": image} for image in images])
     with pytest.raises(ValueError, match="expected 'gt_path' in the metadata of every sample"):
         double.evaluation(fn, [(images, [""] * 3, [{}] * 3)], double.Accelerator())
 
 
 @pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "configuration")
-def test_page_in_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
+@pytest.mark.parametrize("only_strict", [True, False])
+def test_page_in_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward, only_strict: bool) -> None:
     """With the page's lines the script's advantages are those of the weighted sum within each input."""
     module, images, scope = double.rewards_module(), images_near(REFERENCES), {}
     package(monkeypatch, flow_grpo__rewards=module)
@@ -321,9 +324,8 @@ def test_page_in_flow_grpo(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> N
     lines = blocks(PAGE, "diff", section="Add rewards") + blocks(PAGE, "diff", section="Group by input")
     epoch = changed(double.flow_grpo_epoch, lines, scope)
     fn = module.multi_score("cpu", {})  # config.reward_fn = {}
-    found = epoch(
-        fn, flow_grpo_batches(images), double.Pipeline(6), double.Accelerator(), double.PerPromptStatTracker()
-    )
+    place = double.Pipeline(6), double.Accelerator(), double.PerPromptStatTracker()
+    found = epoch(fn, flow_grpo_batches(images), *place, only_strict=only_strict)
     expected = 0.7 * brightness(images) + 0.3 * iqareward.load("ssim")(images, references=REFERENCES[INPUTS])
     statistics = group_statistics(expected, INPUTS)
     standard = (expected - statistics.mean) / (statistics.std / 2**0.5 + 1e-4)
@@ -443,6 +445,21 @@ def test_edit_r1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert curves["eval_reward_ssim"] == pytest.approx(expected.mean().item(), abs=1e-4)
 
 
+@pytest.mark.trainer("Edit-R1", "244883c", "caller", "reader")
+def test_edit_r1_with_one_prompt_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its statistics by prompt would compare inputs with each other; by `groups`, each with its own rollouts."""
+    module, images = double.rewards_module(takes_ref_images=True), images_near(REFERENCES)
+    install(module, {"ssim": 1.0}, references="ref_images", groups="input_id")
+    batches = [(torch.arange(6), images, ["restore"] * 6, [{"input_id": row} for row in INPUTS.tolist()])]
+    batches = [(*batch, list(REFERENCES[INPUTS])) for batch in batches]
+    (line,) = (hunk for hunk in blocks(RECIPES, "diff", section="DiffusionNFT")[0].split("\n\n") if "tracker" in hunk)
+    fn = module.multi_score("cpu", {})
+    for loop, per_input in ((double.nft_epoch, False), (changed(double.nft_epoch, [line], {}), True)):
+        found = loop(fn, batches, double.Pipeline(6), double.Accelerator(), double.EditStatTracker())
+        means = found["advantages"][:, 0].view(3, 2).mean(1)
+        assert (means.abs().max() < 1e-6) == per_input
+
+
 @pytest.mark.trainer("DiffusionOPSD", "2166584", "caller", "reader", "configuration")
 def test_diffusion_opsd(monkeypatch: pytest.MonkeyPatch, qalign: Reward) -> None:
     """Ours joins the reward that makes the targets, and weighs them; without that one its main script stops."""
@@ -529,6 +546,27 @@ def test_bfr_rl_adds_its_server(total: str) -> None:
     found = bfr_rl.epoch(found_package, bfr_batches(images, TRUTH), bfr_rl.Policy(8), double.Accelerator(), total=total)
     expected = brightness(2 * images - 1) + 0.5 * closeness(images, TRUTH)
     np.testing.assert_allclose(found["rewards"][total][:, 0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@BFR_RL
+def test_bfr_rl_takes_what_its_decoder_overshoots() -> None:
+    """Beyond [-1, 1] pixels are clamped, and beyond [-1.5, 1.5] an image has no score, which can count as the worst."""
+    images = (0.9 * TRUTH).clone()
+    images[0, 0, 0, 0], images[1, 0, 0, 0] = 1.2, 1.3  # 1.4 and 1.6 in its range
+    expected = closeness(images.clamp(0, 1), TRUTH)
+    expected[1] = expected[[0, 2, 3]].min()
+    reward = iqareward.FullReference(closeness, higher_is_better=True, name="near")
+    for on_nan in ("raise", "worst"):
+        found_package = diffbir(silent)
+        columns = {"references": "gt_images", "value_range": (-1, 1)}
+        install(found_package.rewards, [(1.0, reward)], on_nan=on_nan, **columns)
+        place = bfr_batches(images, TRUTH), bfr_rl.Policy(8), double.Accelerator()
+        if on_nan == "raise":
+            with pytest.raises(ValueError, match=r"could not score images \[1\] of 4"):
+                without_server()(found_package, *place, total="avg")
+        else:
+            found = without_server()(found_package, *place, total="avg")
+            np.testing.assert_allclose(found["rewards"]["near"], expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.trainer("BFR_RL", "ee5a624, 5a5f7a1", "configuration")

@@ -187,15 +187,17 @@ def flow_grpo_epoch(
     stat_tracker: Any,
     *,
     num_batches: int = 1,
+    only_strict: bool = True,
 ) -> dict[str, Any]:
     """One epoch of the scripts: sample, score in eight threads, gather, normalise, leave rows out, and train.
 
     A batch is (rows, images, prompts, metadata), or with the source images of the edit scripts after that.
+    train_qwenimage_edit_plus.py passes `only_strict=False`.
     """
     transformer, samples, autocast = pipeline.transformer, [], functools.partial(torch.autocast, "cpu", torch.bfloat16)
     with ThreadPoolExecutor(max_workers=8) as executor, torch.no_grad(), autocast():
         for rows, images, prompts, prompt_metadata, *ref_images in batches:
-            rewards = executor.submit(reward_fn, images, prompts, prompt_metadata, *ref_images, only_strict=True)
+            rewards = executor.submit(reward_fn, images, prompts, prompt_metadata, *ref_images, only_strict=only_strict)
             steps = torch.arange(STEPS + 1.0).expand(len(rows), -1)[..., None, None, None].expand(-1, -1, 4, 2, 2)
             sample = {
                 "prompt_embeds": rows[:, None].bfloat16(), "pooled_prompt_embeds": rows,

@@ -148,8 +148,8 @@ def mixgrpo(
     prompts: Sequence[str],
     *,
     generations: int,
-    mix: str = "reward_aggr",
-    weigh: Callable[[dict[str, Tensor]], Any] = lambda samples: None,
+    mix: str = "advantage_aggr",
+    weigh: Callable[[dict[str, Any]], Any] = lambda samples: None,
 ) -> tuple[Any, Tensor]:
     """What is gathered and logged of images that are scored one at a time, and the policy gradient that follows."""
     weights = mixgrpo_weights(models, flags)
@@ -163,11 +163,11 @@ def mixgrpo(
                 apart.setdefault(name, []).append(torch.tensor(values, dtype=torch.float32))
     if mix == "reward_aggr":
         gathered = torch.cat(merged)
-        samples = {"advantages": group_advantages(gathered, generations)}
+        samples = {"rewards": gathered, "advantages": group_advantages(gathered, generations)}
     else:
         gathered = {name: torch.cat(values) for name, values in apart.items()}
         parts = [weights[name] * group_advantages(values, generations) for name, values in gathered.items()]
-        samples = {"advantages": torch.stack(parts).sum(0)}
+        samples = {"rewards": gathered, "advantages": torch.stack(parts).sum(0)}
     weigh(samples)
     return gathered, policy_gradient(samples["advantages"])
 
