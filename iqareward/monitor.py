@@ -19,6 +19,7 @@ from iqareward.functional.filters import mean_of_map
 from iqareward.groups import finite_or_nan, gather_rows, is_distributed
 from iqareward.images import ImageLike, to_images
 from iqareward.rewards.catalog import load
+from iqareward.rewards.core import refuse_groups
 from iqareward.types import Images
 
 _DARK = 0.1
@@ -266,6 +267,8 @@ class HackingMonitor:
             )
         self.statistics = dict(statistics)
         self.reward = load(reward) if isinstance(reward, str) else reward
+        for each in (self.reward, *self.held_out.values()):
+            refuse_groups("HackingMonitor", each)
         repeated = [
             name for name in ("reward", *self.held_out) if [*self.held_out, *statistics, "reward"].count(name) > 1
         ]

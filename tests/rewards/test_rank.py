@@ -146,6 +146,13 @@ def test_a_server_refuses_what_requests_cannot_hold() -> None:
         RemoteFacts.of(iqareward.ByTask({"blur": REWARD}))
 
 
+def test_held_out_images_are_no_group() -> None:
+    """The monitor compares inputs with themselves before RL."""
+    for options in ({"held_out": {"rank": RankInGroup(REWARD)}}, {"held_out": ["piqe"], "reward": RankInGroup(REWARD)}):
+        with pytest.raises(ValueError, match="HackingMonitor expected a reward that scores each image on its own"):
+            iqareward.HackingMonitor(**options)
+
+
 def test_wrong_uses_are_refused() -> None:
     """Gradients, margins, ids that are missing, too many or no integers, and a batch without anything to compare."""
     with pytest.raises(ValueError, match="differentiable"):
