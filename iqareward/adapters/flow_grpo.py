@@ -136,7 +136,7 @@ def install(
                 total.append(weight * scores)
                 details[name] = scores.numpy()
             # evaluations pass only_strict=False, but so does train_qwenimage_edit_plus.py while sampling for training
-            if groups is not None and (only_strict or any(groups in row for row in metadata)):
+            if groups is not None and (only_strict or any(groups in row for row in metadata or ())):
                 details["groups"] = _ids(column(groups, metadata, who="install"))
             average = apply_policy(torch.stack(total).sum(0), on_nan, name="avg").numpy()
             details.update(dict.fromkeys(totals, average))

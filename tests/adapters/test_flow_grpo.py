@@ -175,6 +175,23 @@ def test_groups_by_input_id() -> None:
 
 
 @FLOW_GRPO
+def test_gardo_trains_on_one_component() -> None:
+    """Its script drops `avg`: ours counts where `config.main_reward` names it, beside rewards of its own."""
+    module, images = double.rewards_module(), photos(4) * torch.tensor([0.2, 0.8, 0.9, 0.5]).view(-1, 1, 1, 1)
+    install(module, [(1.0, BRIGHTNESS)])
+    fn, batches = (
+        module.multi_score("cpu", {"jpeg_compressibility": 1.0}),
+        [(torch.arange(4), images, ["a"] * 4, [{}] * 4)],
+    )
+    for name, learns in (("jpeg_compressibility", False), ("brightness", True)):
+        place = double.Pipeline(4), double.Accelerator(), double.PerPromptStatTracker()
+        found = double.flow_grpo_epoch(fn, batches, *place, main_reward=name)["advantages"][:, 0].float()
+        scores = brightness(images)
+        expected = (scores - scores.mean()) / (scores.std(correction=0) + 1e-4) if learns else torch.zeros(4)
+        torch.testing.assert_close(found, expected, **FORMULA_FP32)
+
+
+@FLOW_GRPO
 def test_no_graph_in_their_threads() -> None:
     """Grad mode does not reach pool threads: a bare network builds a graph there, our function does not."""
     network = torch.nn.Conv2d(3, 1, 3)

@@ -188,11 +188,12 @@ def flow_grpo_epoch(
     *,
     num_batches: int = 1,
     only_strict: bool = True,
+    main_reward: str = "avg",
 ) -> dict[str, Any]:
     """One epoch of the scripts: sample, score in eight threads, gather, normalise, leave rows out, and train.
 
     A batch is (rows, images, prompts, metadata), or with the source images of the edit scripts after that.
-    train_qwenimage_edit_plus.py passes `only_strict=False`.
+    train_qwenimage_edit_plus.py passes `only_strict=False`; train_sd3_gardo.py trains on `config.main_reward`.
     """
     transformer, samples, autocast = pipeline.transformer, [], functools.partial(torch.autocast, "cpu", torch.bfloat16)
     with ThreadPoolExecutor(max_workers=8) as executor, torch.no_grad(), autocast():
@@ -217,6 +218,7 @@ def flow_grpo_epoch(
             scored, _ = sample["rewards"].result()
             sample["rewards"] = {key: torch.as_tensor(value, device="cpu").float() for key, value in scored.items()}
     samples = collated(samples)
+    samples["rewards"]["avg"] = samples["rewards"][main_reward]
     samples["rewards"]["ori_avg"] = samples["rewards"]["avg"]
     samples["rewards"]["avg"] = samples["rewards"]["avg"].unsqueeze(1).repeat(1, STEPS)
     gathered_rewards = {key: accelerator.gather(value).numpy() for key, value in samples["rewards"].items()}
