@@ -3,6 +3,9 @@
 
 Both mark an image without a score as not valid. Its reward is the mean of the others, because the trainers calculate
 with rewards that are not valid before they leave them out, and DiffusionNFT and ORW-CFM do not leave them out.
+
+The Stable Diffusion models of release 2.0 pass on no conditioning that they do not know, so a ground truth does not
+reach a reward there. Take the successor, or a base model of your own.
 """
 
 from collections.abc import Mapping
@@ -32,7 +35,9 @@ class IQAReward:
         images = iqareward.to_images(sample.data, value_range=(0, 1))
         references = None
         if self.references is not None:
-            truth = conditioning[self.references]
+            truth = conditioning.get(self.references)
+            if truth is None:
+                raise ValueError(f"IQAReward expected conditioning {self.references!r}, got {sorted(conditioning)}.")
             references = iqareward.to_images(truth, value_range=(0, 1), device=images[0].device)
         scores = self.reward(images, references=references, prompts=conditioning.get(self.prompts)).detach()
         valid = scores.isfinite()

@@ -8,7 +8,8 @@ Copy this file to `flow_grpo/environments/iqa.py`, add `iqareward` to the projec
         plugins: [{name: iqareward, weight: 1.0, reward: 0.7*qalign + 0.3*ssim, references: gt_path, device: cuda}]
         num_gpus_per_worker: 1.0
 
-Its log then has `reward/iqareward/score_mean`. The settings besides `name` and `weight` are those of `IQAReward`.
+Samples with one prompt are one group, so give each image to restore a prompt of its own. The log then has
+`reward/iqareward/score_mean`. The settings besides `name` and `weight` are those of `IQAReward`.
 """
 
 from collections.abc import Sequence

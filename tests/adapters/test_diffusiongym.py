@@ -43,6 +43,8 @@ def test_scores_of_both_forms() -> None:
     torch.testing.assert_close(costs, -2 * expected.expand(2, 6), **NETWORK_BATCH)
     with pytest.raises(ValueError, match="IQAReward expected `references`"):
         IQAReward("ssim")
+    with pytest.raises(ValueError, match=r"expected conditioning 'clean', got \['cfg_scale', 'prompt'\]"):
+        double.release_costs(IQAReward("ssim", references="clean"), IMAGES, {"prompt": ["a"] * 6, "cfg_scale": 7.5})
 
 
 def test_images_without_a_score_are_not_valid() -> None:
