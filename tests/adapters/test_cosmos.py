@@ -40,7 +40,7 @@ from tests.tolerances import NETWORK_BATCH
 COSMOS = ("cosmos-rl", "4903300")
 remote = pytest.mark.trainer(*COSMOS, "caller", "reader", "configuration", "gradients", "http")
 local = pytest.mark.trainer(*COSMOS, "caller", "reader", "configuration", "gradients", "threads")
-with_sana = pytest.mark.trainer("Sana (Sol-RL, NFT)", "fd8338f", "caller", "reader", "http")
+with_sana = pytest.mark.trainer("Sana (NFT)", "fd8338f", "caller", "reader", "http")
 
 IMAGES = (255 * photographs(4, side=32)).round() / 255
 LATENTS = torch.rand(4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
