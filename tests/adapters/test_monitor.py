@@ -106,6 +106,8 @@ def test_alarms_warn() -> None:
     step = 1
     with pytest.warns(UserWarning, match=r"step 1: psnr fell from .* while the reward rose"):
         _ = watched.step(1)
+    late = PeriodicMonitor(HackingMonitor([]), lambda: TRUTH, every=4)
+    assert [bool(late.step(number)) for number in (3, 4, 5, 8)] == [True, True, False, True]
     with pytest.raises(ValueError, match="every >= 1"):
         PeriodicMonitor(monitor, list, every=0)
 
@@ -180,7 +182,7 @@ def flow_grpo_run(prompts: list[int], accelerator) -> tuple[Wandb, HackingMonito
 ALONE = SimpleNamespace(gather=lambda rows: rows, device="cpu", is_main_process=True)
 
 
-@pytest.mark.trainer("flow_grpo (evaluation)", "74db691", "caller", "reader", "threads")
+@pytest.mark.trainer("flow_grpo", "74db691", "caller", "reader", "threads")
 def test_evaluation_of_flow_grpo() -> None:
     """Its wandb gets the monitor's numbers beside its own, at its steps; the first evaluation is the baseline."""
     wandb, monitor = flow_grpo_run(list(range(16)), ALONE)
@@ -208,24 +210,29 @@ def work(rank: int, folder: str) -> None:
         calls: list[int] = []
         alone = PeriodicMonitor(HackingMonitor([]), lambda: calls.append(rank) or TRUTH, every=1)
         logged = alone.step(0)
-        found = [wandb.lines, [report.log() for report in monitor.history], calls, bool(logged)]
+        shares = HackingMonitor(["psnr"])
+        own = slice(0, 3) if rank == 0 else slice(3, 8)
+        PeriodicMonitor(shares, lambda: 0.9 * TRUTH[own], every=1, references=TRUTH[own], gather=True).step(0)
+        values = shares.state_dict()["before"]["psnr"].tolist()
+        found = [wandb.lines, [report.log() for report in monitor.history], calls, bool(logged), values]
         Path(folder, f"{rank}.json").write_text(json.dumps(found, default=float))
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.trainer("flow_grpo (evaluation)", "74db691", "caller", "reader", "processes")
+@pytest.mark.trainer("flow_grpo", "74db691", "caller", "reader", "processes")
 def test_processes_are_one(tmp_path) -> None:
     """Gathered, both know what one process with all prompts knows; only the main one logs, or samples if told alone."""
     mp.spawn(work, args=(str(tmp_path),), nprocs=2)
-    (main, reports, calls, logged), (silent, others, idle, nothing) = (
+    (main, reports, calls, logged, values), (silent, others, idle, nothing, same) = (
         json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)
     )
     wandb, monitor = flow_grpo_run(list(range(16)), ALONE)
     assert (calls, logged) == ([0], True)
     assert (silent, idle, nothing) == ([], [], False)
     assert reports == others
+    assert values == same == pytest.approx(iqareward.load("psnr")(0.9 * TRUTH, references=TRUTH).tolist(), rel=1e-5)
     for (step, line), (expected_step, expected) in zip(main, wandb.lines, strict=True):
         assert step == expected_step
         assert line == pytest.approx(expected, rel=1e-4)
@@ -322,6 +329,7 @@ def test_a_resumed_run_of_trl_keeps_its_baseline(tmp_path) -> None:
     baseline = records(trainer, "monitor/psnr")[0]["monitor/psnr"]
     assert second.state_dict()["before"]["psnr"].mean().item() == pytest.approx(baseline, rel=1e-5)
     assert len(modes) == 2
+    assert all("monitor/change/psnr" in record for record in records(resumed, "monitor/psnr")[-2:])
     (tmp_path / "checkpoint-2" / "hacking_monitor.pt").unlink()
     third, _ = watched_trainer(tmp_path, HackingMonitor(["psnr"], reward="ssim"), steps=3)
     with pytest.warns(UserWarning, match="compares with the resumed model"):
