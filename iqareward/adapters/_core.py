@@ -12,6 +12,7 @@ from torch import Tensor
 from iqareward.images import ImageLike, drop_broken_gradients, to_images
 from iqareward.rewards.calls import COLUMNS, Call
 from iqareward.rewards.catalog import load
+from iqareward.rewards.core import check_names
 from iqareward.rewards.loading import ImageDevice
 from iqareward.types import Groups, Images, Reward, Scores
 
@@ -57,6 +58,7 @@ class Scorer:
     ) -> None:
         check_on_nan(on_nan, policies, who=who)
         self.reward = load(reward, device=device, differentiable=differentiable) if isinstance(reward, str) else reward
+        check_names(who, [self.reward])
         self.who, self.sources = who, dict(sources or {})
         self.value_range = value_range
         self.on_nan: OnNan = on_nan
@@ -132,7 +134,8 @@ class Scorer:
         for name in COLUMNS:
             source = self.sources.get(name, True if name == "prompts" else None)
             if getattr(self.reward, f"needs_{name}", False) and source is None:
-                hint = f"Say where they come from with {name}=..., or choose" if name in self.sources else "Choose"
+                asks = name in self.sources and name != "ids"  # their source is the adapter's own
+                hint = f"Say where they come from with {name}=..., or choose" if asks else "Choose"
                 why = ", because its calls need not hold all rollouts of an input" if name == "ids" else ""
                 raise ValueError(
                     f"{self.who} got reward {self.reward.name!r}, which needs `{name}`, and has none{why}. {hint} "

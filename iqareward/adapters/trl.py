@@ -80,6 +80,11 @@ class TRLReward:
         name: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if group_size is None and getattr(reward, "needs_ids", False):
+            raise ValueError(
+                f"TRLReward expected `group_size` for a reward that compares the completions of a prompt, got "
+                f"{getattr(reward, 'name', reward)!r} without it. Pass group_size=num_generations."
+            )
         ids = None if group_size is None else "ids"
         sources = {"references": references, "inputs": inputs, "prompts": prompts, "ids": ids}
         self._scorer = Scorer(reward, who="TRLReward", sources=sources, device=device, moves_images=True)
@@ -223,6 +228,11 @@ def adaptive_trainer(
         'Adaptiveobject'
     """
     check_signal("adaptive_trainer", weighter)
+    if not isinstance(fidelity, TRLReward):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"adaptive_trainer expected `fidelity` as a TRLReward, which says where the images and their ground truth "
+            f"are, got {fidelity!r}. Pass for example TRLReward('gmsd', 'restored', references='clean')."
+        )
     refuse_groups("adaptive_trainer", fidelity.reward)
     best = fidelity.reward.bounds[1]
     if targets is None and getattr(weighter, "mode", "convex") != "convex":

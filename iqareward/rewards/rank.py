@@ -123,6 +123,11 @@ class PairsInGroup(BaseReward):
         max_bytes: int = 2**29,
         name: str | None = None,
     ) -> None:
+        if not callable(compare):
+            raise TypeError(
+                f"PairsInGroup expected a function compare(first, second), got {compare!r}. RankInGroup(reward) ranks "
+                "the scores of a reward."
+            )
         self.name = name or getattr(compare, "__name__", "")
         known = ("references", "inputs", "prompts", "tasks")
         if not self.name:

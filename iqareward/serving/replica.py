@@ -223,7 +223,8 @@ class _OnDevice(Wrapper):
 
     def warm_up(self) -> None:
         """Load what has to be loaded, now rather than while the first client waits."""
-        image = torch.full((1, 3, WARM_UP_SIDE, WARM_UP_SIDE), 0.5, device=self.device)
+        # noise, because some rewards have no score for a flat image, and would warn of it
+        image = torch.rand(1, 3, WARM_UP_SIDE, WARM_UP_SIDE, generator=torch.Generator().manual_seed(0)).to(self.device)
         Call(image, image, image if self.needs_inputs else None, ["a photograph"]).score(self.reward)
 
     def _there(self, images: Images | None) -> Images | None:

@@ -98,6 +98,24 @@ def test_inputs_reach_the_reward(adapter, monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(torch.as_tensor(adapter(monkeypatch)), expected, **tolerance)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda reward: TRLReward(reward, "restored"),
+        reward_function,
+        lambda reward: HPSv3Model(reward, device="cpu"),
+        lambda reward: generate_best(None, reward, {"image": []}, num_candidates=2),
+        lambda reward: asyncio.run(verl.compute_score(solution_image=IMAGES[0], reward=reward)),
+    ],
+    ids=["TRL", "flow_grpo", "DanceGRPO", "diffusers", "verl"],
+)
+@pytest.mark.parametrize("reward", [torch.mean, torch.nn.Linear(1, 1)])
+def test_what_is_no_reward_is_refused(build, reward) -> None:
+    """A function or a network has no name and direction; the message says how to make a reward of it."""
+    with pytest.raises(TypeError, match=r"expected rewards, got .*NoReference\(metric"):
+        build(reward)
+
+
 def test_a_trainer_without_inputs_refuses_the_reward() -> None:
     """Before training, with what to do."""
     with pytest.raises(ValueError, match=r"'gain', which needs `inputs`, and has none\. Say where .* inputs="):

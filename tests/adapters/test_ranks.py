@@ -41,13 +41,12 @@ def prefer_brighter(first: list[Tensor], second: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     "use",
     [
-        lambda: TRLReward(RANK, "restored"),
         lambda: reward_function(RANK),
         lambda: HPSv3Model(RANK, device="cpu"),
         lambda: generate_best(None, RANK, {"image": []}, num_candidates=2),
         lambda: asyncio.run(verl.compute_score(solution_image=torch.zeros(3, 8, 8, dtype=torch.uint8), reward=RANK)),
     ],
-    ids=["TRL without group_size", "flow_grpo", "DanceGRPO", "diffusers", "verl"],
+    ids=["flow_grpo", "DanceGRPO", "diffusers", "verl"],
 )
 def test_adapters_of_single_images_refuse_them(use) -> None:
     """With the reason, before an image is scored."""
@@ -86,6 +85,8 @@ def test_trl_ranks_the_completions_of_a_prompt(reward, tmp_path) -> None:
 
 def test_trl_needs_whole_groups() -> None:
     """A part of a group would be ranked against itself."""
+    with pytest.raises(ValueError, match=r"got 'rank\(brightness\)' without it. Pass group_size=num_generations"):
+        TRLReward(RANK, "restored")
     reward = TRLReward(RANK, "restored", group_size=4)
     assert reward(completions=[""] * 4, restored=[*IMAGES[:3], None])[3] is None
     with pytest.raises(ValueError, match=r"whole groups of 4 completions, got 6.*multiple of num_generations"):

@@ -142,6 +142,13 @@ def test_mistakes_are_explained(build, columns, message) -> None:
         call(build(), columns)
 
 
+@pytest.mark.parametrize("distance", ["gmsd", iqareward.load("gmsd")])
+def test_a_distance_without_columns_is_refused(distance) -> None:
+    """Only a TRLReward says where the images and their ground truth are."""
+    with pytest.raises(TypeError, match=r"`fidelity` as a TRLReward.*got .*gmsd.*TRLReward\('gmsd'"):
+        adaptive_trainer(object, AdaptiveWeighter(mode="convex"), distance)
+
+
 def fidelity(name: str) -> TRLReward:
     """A reward function on two columns."""
     return TRLReward(name, "restored", references="clean")

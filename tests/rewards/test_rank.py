@@ -1,6 +1,7 @@
 """Win rates within the rollouts of an input: by the scores of a reward, and by a judge that compares two pictures."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -263,6 +264,8 @@ def test_wrong_options_are_named(options) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         PairsInGroup(prefer_brighter, **options)
     with pytest.raises(ValueError, match="name"):
+        PairsInGroup(partial(prefer_brighter))
+    with pytest.raises(TypeError, match=r"a function compare\(first, second\)"):
         PairsInGroup(Judge())
     with pytest.raises(ValueError, match=r"one probability per pair, shape \[1\], got \[\]"):
         PairsInGroup(lambda a, b: torch.tensor(0.5), name="one")(flat(0.1, 0.2), ids=[0, 0])

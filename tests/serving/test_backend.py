@@ -135,6 +135,11 @@ def test_a_reward_that_cannot_score_is_never_ready():
         RewardReplica(QAlignReward("no/such-folder-anywhere/at-all"))
 
 
+def test_a_reward_that_scores_no_flat_image_starts_without_a_warning():
+    """A warning that no image was scored would look like a broken server."""
+    RewardReplica(iqareward.load("niqe"))  # warnings are errors
+
+
 def test_batches_are_told():
     """The observer hears the reward, the images and the seconds of each batch, but not of the warm-up."""
     told = []
