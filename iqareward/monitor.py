@@ -236,8 +236,9 @@ class HackingMonitor:
         patience: number of calls in a row that must find the same change before it is an alarm.
 
     Raises:
-        ValueError: an option is not positive, or a name is unknown.
-        TypeError: `held_out` is neither names nor a mapping, or `statistics` is no mapping of names to functions.
+        ValueError: an option is not positive, a name is unknown, or the trained reward is held out too.
+        TypeError: `reward` cannot be called, `held_out` is neither names nor a mapping, or `statistics` is no mapping
+            of names to functions.
 
     Example:
         >>> clean = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -267,6 +268,13 @@ class HackingMonitor:
             )
         self.statistics = dict(statistics)
         self.reward = load(reward) if isinstance(reward, str) else reward
+        if not (self.reward is None or callable(self.reward)):
+            raise TypeError(f"HackingMonitor expected `reward` as a name or a reward, got {self.reward!r}.")
+        trained = getattr(self.reward, "name", None)
+        if trained is not None and trained in [getattr(each, "name", None) for each in self.held_out.values()]:
+            raise ValueError(
+                f"HackingMonitor got the trained reward {trained!r} in `held_out`; it cannot check itself."
+            )
         for each in (self.reward, *self.held_out.values()):
             refuse_groups("HackingMonitor", each)
         repeated = [

@@ -339,11 +339,15 @@ def test_measures_come_by_name(wrong) -> None:
         HackingMonitor(["psnrr"])
     with pytest.raises(ValueError, match="a name of its own"):
         HackingMonitor({"seams": psnr})
+    with pytest.raises(TypeError, match="HackingMonitor expected `reward` as a name or a reward, got 3"):
+        HackingMonitor({}, reward=3)
+    with pytest.raises(ValueError, match="trained reward 'ssim' in `held_out`; it cannot check itself"):
+        HackingMonitor(["psnr", "ssim"], reward="ssim")
 
 
 def test_names_are_loaded():
     """A name is the reward of the catalogue, in a list and in a mapping, and for the training reward."""
-    watching = HackingMonitor(["psnr", "0.5*ssim + 0.5*gmsd[-0.35, 0]"], reward="psnr", patience=1)
+    watching = HackingMonitor(["psnr", "0.5*ssim + 0.5*gmsd[-0.35, 0]"], reward="psnr(color=rgb)", patience=1)
     named = HackingMonitor({"fidelity": "psnr"}, statistics={})
     for each in (watching, named):
         each.calibrate(BLURRED, TRUTH, None if each is watching else LOW)

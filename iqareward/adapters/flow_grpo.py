@@ -109,7 +109,14 @@ def install(
             "Call it once, with all rewards."
         )
     check_on_nan(on_nan, ("raise", "mean", "worst"), who="install")
-    pairs = [(weight, name) for name, weight in rewards.items()] if isinstance(rewards, Mapping) else list(rewards)
+    try:
+        terms = ((weight, name) for name, weight in rewards.items()) if isinstance(rewards, Mapping) else rewards
+        pairs = [(float(weight), reward) for weight, reward in terms]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "install expected `rewards` as a mapping of names to weights, such as {'ssim': 1.0}, or as a list of "
+            f"(weight, reward) pairs, got {rewards!r}."
+        ) from error
     # the loop of BFR_RL has read one or the other
     totals = ("avg", "total_scores") if hasattr(module, "face_reward_remote") else ("avg",)
     sources = {"references": references, "inputs": inputs}

@@ -156,6 +156,8 @@ class AsyncTRLReward:
     __kwdefaults__ = None
 
     def __init__(self, reward: TRLReward) -> None:
+        if not isinstance(reward, TRLReward):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"AsyncTRLReward expected a TRLReward, got {reward!r}. Wrap it: TRLReward(reward, images).")
         self.reward = reward
         self.__name__ = reward.__name__
         self.__annotations__ = {}

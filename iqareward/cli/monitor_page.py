@@ -7,7 +7,7 @@ from string import Template
 import iqareward
 from iqareward.cli.compare import summary
 from iqareward.cli.compare_page import CROP, STYLE, escaped, picture, read_pixels
-from iqareward.cli.monitor import HELD_OUT, REWARD, STATISTIC, Findings, most_changed, table
+from iqareward.cli.monitor import HELD_OUT, REWARD, STATISTIC, Findings, most_changed, no_alarm, table
 
 _WIDTH, _HEIGHT = 340, 170  # of a chart
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 24
@@ -45,8 +45,8 @@ $alarms
 <div><table><thead><tr>$head</tr></thead><tbody>$rows</tbody></table></div>
 <p class="note">Means over $count images that all steps have. Changes are paired with step $first, in standard
 deviations over its images. The last column is the step since which there is an alarm: a held-out reward alarms when it
-falls while the trained reward rises, a statistic when it moves away from the ground truth, or from step $first where
-there is none.</p>
+falls, a statistic when it moves away from the ground truth, or from step $first where there is none. If there is a
+trained reward, both count only at steps where it has risen.</p>
 $left_out
 <h2>Over the steps</h2>
 <p class="note">Points are means over the images, orange ones with an alarm. The shade begins where the change that led
@@ -78,7 +78,7 @@ def render(findings: Findings, folder: Path) -> str:
     return Template(_PAGE).substitute(
         title=f"Samples of {escaped(folder.resolve().name)}",
         style=_STYLE,
-        alarms=f'<ul class="worse">{told}</ul>' if told else "<p>No alarm.</p>",
+        alarms=f'<ul class="worse">{told}</ul>' if told else f"<p>{no_alarm(findings).capitalize()}.</p>",
         head="".join(f"<th{kind.get(place, '')}>{escaped(name)}</th>" for place, name in enumerate(header)),
         rows="".join(cells),
         count=len(findings.images),

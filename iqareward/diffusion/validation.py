@@ -71,6 +71,11 @@ class Validation:
     first: dict[str, Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.rewards, Mapping) and all(map(callable, self.rewards.values()))):
+            raise TypeError(
+                "Validation expected `rewards` as a mapping of names to rewards, such as "
+                f"{{'ssim': iqareward.load('ssim')}}, got {self.rewards!r}."
+            )
         if self.stop_on is not None and self.stop_on not in self.rewards:
             raise ValueError(f"Validation expected `stop_on` among {list(self.rewards)}, got {self.stop_on!r}.")
         for reward in self.rewards.values():

@@ -83,8 +83,8 @@ class WeightedSum(Combined):
     """
 
     def __init__(self, terms: Sequence[tuple[float, Reward]], *, name: str | None = None) -> None:
-        pairs = list(terms)
         try:
+            pairs = list(terms)
             self.weights = tuple(float(weight) for weight, _ in pairs)
         except (TypeError, ValueError) as error:
             raise TypeError(f"WeightedSum expected `terms` as (weight, reward) pairs, got {terms!r}.") from error

@@ -267,6 +267,9 @@ def test_mistakes_before_training() -> None:
         reward_function("niqe", on_nan=True)
     with pytest.raises(ValueError, match="unknown reward 'nique'"):
         reward_function("nique")
+    for wrong in ("ssim", torch.mean, [BRIGHTNESS], [(BRIGHTNESS, 1.0)]):
+        with pytest.raises(TypeError, match="install expected `rewards` as a mapping of names to weights"):
+            install(double.rewards_module(), wrong)
     with pytest.raises(ValueError, match="found none"):
         install(ModuleType("empty"), {"niqe": 1.0})
     module = double.rewards_module()

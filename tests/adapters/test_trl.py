@@ -149,6 +149,12 @@ def test_a_distance_without_columns_is_refused(distance) -> None:
         adaptive_trainer(object, AdaptiveWeighter(mode="convex"), distance)
 
 
+def test_only_a_trl_reward_runs_beside_others() -> None:
+    """A name or another reward says nothing about where the images are."""
+    with pytest.raises(TypeError, match=r"AsyncTRLReward expected a TRLReward, got 'piqe'"):
+        AsyncTRLReward("piqe")
+
+
 def fidelity(name: str) -> TRLReward:
     """A reward function on two columns."""
     return TRLReward(name, "restored", references="clean")

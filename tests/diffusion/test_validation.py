@@ -42,6 +42,14 @@ def test_the_size_is_bounded(size):
     assert 256 <= max(height, width) <= 512
 
 
+@pytest.mark.parametrize("rewards", [["ssim"], {"ssim": "ssim"}, iqareward.load("ssim")])
+def test_rewards_come_by_name(rewards):
+    """Names alone are not loaded here."""
+    photographs = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=r"Validation expected `rewards` as a mapping of names to rewards.*load"):
+        Validation(StoredPairs(photographs, photographs), rewards)
+
+
 def test_labels_and_captions_are_drawn():
     """Before each row and under each image; a long caption makes room for itself."""
     rows = {"degraded": torch.ones(2, 3, 64, 64), "restored": torch.ones(2, 3, 64, 64)}

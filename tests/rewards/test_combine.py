@@ -261,7 +261,7 @@ def test_names_are_refused_where_rewards_are_expected() -> None:
             build()
 
 
-@pytest.mark.parametrize("terms", [{"ssim": 1.0}, [(load("ssim"), 1.0)], [load("ssim")]])
+@pytest.mark.parametrize("terms", [{"ssim": 1.0}, [(load("ssim"), 1.0)], [load("ssim")], load("ssim")])
 def test_terms_are_pairs_with_the_weight_first(terms: Any) -> None:
     """A weighted sum of anything but (weight, reward) pairs says what it expected."""
     with pytest.raises(TypeError, match=r"expected `terms` as \(weight, reward\) pairs"):
