@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -20,6 +21,9 @@ settings.register_profile("no clock", deadline=None, suppress_health_check=[Heal
 settings.load_profile("no clock")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start, for the reason below
+
+# imported once for all processes that tests fork from a server, each of which would take seconds
+multiprocessing.set_forkserver_preload(["iqareward", "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"])
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 

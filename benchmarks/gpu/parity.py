@@ -34,12 +34,13 @@ def run(clock: Clock) -> None:
     # a dry run takes some of each kind: the steps are the same for all
     names = ("ssim", "haarpsi", "niqe") if clock.tiny else FORMULAS
     families = FAMILIES[:1] if clock.tiny else FAMILIES
+    backbones = ("lpips alex",) if clock.tiny else ("lpips alex", "lpips vgg", "dists")
     formulas: dict[str, Make] = {name: partial(iqareward.load, name) for name in names}
     networks: dict[str, Make] = {
         "qalign fp32": owl, "qalign bf16": partial(owl, dtype=torch.bfloat16),
         "qalign fp16": partial(owl, dtype=torch.float16), "qalign int8": partial(owl, quant="int8"),
         "deqa fp32": partial(owl, "DeQAReward"),
-        **{name: partial(features, name) for name in ("lpips alex", "lpips vgg", "dists")},
+        **{name: partial(features, name) for name in backbones},
         **{f"vlm {family}": partial(vlm, iqareward.LevelReward, family) for family in families},
         "rating qwen2_5_vl": rating,
     }  # fmt: skip

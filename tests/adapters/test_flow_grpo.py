@@ -684,6 +684,6 @@ def weighted_epoch(rows: Sequence[int]) -> Tensor:
 @pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "processes")
 def test_two_processes(tmp_path) -> None:
     """Rollouts of one input on two processes are normalised, weighed and calibrated together, as on one."""
-    mp.spawn(gradients, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(gradients, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     found = sum(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)) / 2  # as DDP averages
     torch.testing.assert_close(found, weighted_epoch(range(6)), **FORMULA_FP32)

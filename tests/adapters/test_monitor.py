@@ -224,7 +224,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.mark.trainer("flow_grpo", "74db691", "caller", "reader", "processes")
 def test_processes_are_one(tmp_path) -> None:
     """Gathered, both know what one process with all prompts knows; only the main one logs, or samples if told alone."""
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     (main, reports, calls, logged, values), (silent, others, idle, nothing, same) = (
         json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)
     )

@@ -44,7 +44,7 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes(tmp_path) -> None:
     """The first process logs means over all images, and both learn as one from advantages among all completions."""
     pytest.importorskip("trl")
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     for name, scale in (("GRPOTrainer", "group"), ("RLOOTrainer", "none")):
         both = [torch.load(tmp_path / name / f"{rank}.pt", weights_only=False) for rank in range(2)]
         missing = []

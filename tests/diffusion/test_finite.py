@@ -13,7 +13,6 @@ from iqareward.diffusion import (
     FeedForwardPolicy,
     RolloutConfig,
     StoredPairs,
-    SyntheticPairs,
     TrainConfig,
     TrainingError,
     Validation,
@@ -27,7 +26,7 @@ from iqareward.functional.psnr import psnr
 from iqareward.monitor import HackingMonitor
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import SIZE, images
-from tests.diffusion.train_tiny import contrast, experience_of, trainer, use_reward
+from tests.diffusion.train_tiny import TinyPairs, contrast, experience_of, trainer, use_reward
 from tests.tolerances import EXACT
 
 KINDS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
@@ -367,7 +366,7 @@ def test_a_model_that_is_not_finite_is_not_written(tmp_path):
 
 def test_sft_leaves_out_a_bad_input():
     """One NaN pixel in one degraded image: the model stays finite and learns from the others."""
-    stored = StoredPairs.of(SyntheticPairs(8, size=SIZE))
+    stored = StoredPairs.of(TinyPairs(8))
     stored.degraded[3, 1, 2, 2] = torch.nan
     policy = build_restorer((8, 16))
     before = policy.model.conv_in.weight.detach().clone()
@@ -387,7 +386,7 @@ def test_sft_refuses_weights_that_a_step_has_ruined(learning_rate):
     with pytest.raises(TrainingError, match=r"Update 1 made weights that are not finite.*Lower learning_rate"):
         supervised(
             build_restorer((8, 16)),
-            SyntheticPairs(8, size=SIZE),
+            TinyPairs(8),
             num_updates=2,
             **SFT | {"learning_rate": learning_rate},
         )
@@ -407,7 +406,7 @@ def test_sft_warns_of_a_skipped_update_and_refuses_to_end_with_one(bad):
     ending = pytest.raises(TrainingError, match="SFT ended with") if bad == 2 else nullcontext()
     with warnings.catch_warnings(record=True) as told, ending:
         warnings.simplefilter("always")
-        supervised(policy, SyntheticPairs(8, size=SIZE), num_updates=3, **SFT)
+        supervised(policy, TinyPairs(8), num_updates=3, **SFT)
     told = [str(warning.message) for warning in told if warning.category is RuntimeWarning]
     assert [text.partition(":")[0] for text in told] == [f"update {bad + 1} of SFT"]
     assert "inputs [" in told[0]
@@ -420,8 +419,8 @@ def test_weights_of_half_precision_are_refused():
     policy = FeedForwardPolicy(torch.nn.Conv2d(3, 3, 3, padding=1).to(torch.bfloat16))
     options = {"num_updates": 1, "batch_size": 2, "learning_rate": 1e-5, "show_progress": False}
     with pytest.raises(ValueError, match=r"in float32, got torch.bfloat16.*mixed_precision"):
-        supervised(policy, SyntheticPairs(4, size=SIZE), **options)
-    supervised(policy, SyntheticPairs(4, size=SIZE), optimizer=partial(torch.optim.SGD, lr=0.1), **options)
+        supervised(policy, TinyPairs(4), **options)
+    supervised(policy, TinyPairs(4), optimizer=partial(torch.optim.SGD, lr=0.1), **options)
 
 
 class Scaled(Accelerator):

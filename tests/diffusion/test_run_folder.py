@@ -17,7 +17,6 @@ from iqareward.diffusion import (
     PixelPolicy,
     RolloutConfig,
     StoredPairs,
-    SyntheticPairs,
     TrainConfig,
 )
 from iqareward.diffusion.checkpoint import (
@@ -30,8 +29,8 @@ from iqareward.diffusion.checkpoint import (
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule, constant
 from iqareward.weighting import AdaptiveWeighter
-from tests.diffusion.tiny import SIZE, pixel_policy, unet
-from tests.diffusion.train_tiny import contrast, trainer
+from tests.diffusion.tiny import pixel_policy, unet
+from tests.diffusion.train_tiny import TinyPairs, contrast, trainer
 from tests.tolerances import EXACT
 
 ROOT = Path(__file__).parents[2]
@@ -117,9 +116,9 @@ CHANGES = {
     "validation": {"validation": None},
     "process.scheduler.prediction_type": {"policy": pixel_policy("v_prediction")},
     "policy.residual": {"policy": PixelPolicy(unet(), pixel_policy("sample").process, residual=True)},
-    "pairs.seed": {"pairs": SyntheticPairs(16, size=SIZE, seed=9)},
-    "pairs.degradation.max_noise": {"pairs": SyntheticPairs(16, size=SIZE, degradation=Degradation(max_noise=9.0))},
-    "pairs": {"pairs": StoredPairs.of(SyntheticPairs(16, size=SIZE))},
+    "pairs.seed": {"pairs": TinyPairs(16, seed=9)},
+    "pairs.degradation.max_noise": {"pairs": TinyPairs(16, Degradation(max_noise=9.0))},
+    "pairs": {"pairs": StoredPairs.of(TinyPairs(16))},
 }
 
 

@@ -6,6 +6,8 @@ import random
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,7 @@ from accelerate import Accelerator
 
 from iqareward.advantages import RewardMemory
 from iqareward.diffusion import (
+    Degradation,
     DifficultyAdaptiveTrainer,
     RolloutConfig,
     StoredPairs,
@@ -23,6 +26,7 @@ from iqareward.diffusion import (
     batches,
 )
 from iqareward.diffusion.checkpoint import latest, load_state, trained_weights
+from iqareward.diffusion.pairs import PairSet
 from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.functional.psnr import psnr
 from iqareward.rewards.metric import FullReference, NoReference
@@ -34,10 +38,32 @@ def contrast(images):
     return images.flatten(1).std(1)
 
 
+@dataclass(frozen=True)
+class TinyPairs(PairSet):
+    """Pairs of `SyntheticPairs`, drawn once in a process: drawing them anew would be a fifth of a tiny run."""
+
+    num_inputs: int
+    degradation: Degradation = Degradation()
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.num_inputs
+
+    def _items(self, ids):
+        items = drawn(self)
+        return [dict(items[index]) for index in ids]
+
+
+@cache
+def drawn(pairs: TinyPairs):
+    """All items of the pairs."""
+    return SyntheticPairs(pairs.num_inputs, SIZE, pairs.degradation, pairs.seed).__getitems__(range(len(pairs)))
+
+
 def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrainer:
     """A trainer of the tiny pixel policy with everything that has a state."""
-    pairs = options.pop("pairs", None) or SyntheticPairs(16, size=SIZE)
-    held_out = SyntheticPairs(4, size=SIZE, seed=1)
+    pairs = options.pop("pairs", None) or TinyPairs(16)
+    held_out = TinyPairs(4, seed=1)
     defaults = {
         "rollout_config": RolloutConfig(group_size=2, num_steps=3, inputs_at_once=2),
         "train_config": TrainConfig(
@@ -86,7 +112,7 @@ def kill_again_and_again(folder: Path, kills: int) -> None:
     """
     moments = random.Random(0)
     sys.stdout.reconfigure(line_buffering=True)  # nothing is pending that a child would repeat
-    trainer(folder)  # imports what the children would import one after another
+    list(trainer(folder).pairs)  # imports and draws what the children would, one after another
     for number in range(kills):
         child = os.fork()
         if child == 0:
