@@ -284,7 +284,7 @@ def test_updates(kind, objective, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Accelerator, "device", torch.device("cuda", 0))
     reward = FullReference(gmsd, higher_is_better=False, differentiable=objective is DirectRewardGradient)
-    at_once = 2 if kind == "pixel" else 4  # of four inputs; the other networks take ten seconds for each part
+    inputs, at_once = (4, 2) if kind == "pixel" else (2, 4)  # the other networks take seconds for each part
     with Meter(read=1.0) as meter:
         run = trainer(
             tmp_path,
@@ -295,7 +295,7 @@ def test_updates(kind, objective, tmp_path, monkeypatch):
             validation=None,
             accelerator=Accelerator(cpu=True),
             rollout_config=RolloutConfig(group_size=2, num_steps=2, inputs_at_once=at_once),
-            train_config=TrainConfig(inputs_per_update=4, rows_at_once=at_once, balance_every=2, ema_decay=0.9),
+            train_config=TrainConfig(inputs_per_update=inputs, rows_at_once=at_once, balance_every=2, ema_decay=0.9),
         )
         run.weighter.calibrate(torch.rand(8) + 0.1)
         meter.second(run.update)

@@ -3,8 +3,8 @@
 import torch
 from accelerate import Accelerator
 
-from iqareward.diffusion import SyntheticPairs, supervised
-from tests.diffusion.tiny import SIZE, pixel_policy, unet
+from iqareward.diffusion import supervised
+from tests.diffusion.tiny import TinyPairs, pixel_policy, unet
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
@@ -12,7 +12,7 @@ EXACT = {"rtol": 0.0, "atol": 0.0}
 def train(policy, updates=40, **options):
     """Losses of a short run."""
     defaults = {"batch_size": 8, "learning_rate": 5e-3, "accelerator": Accelerator(cpu=True), "show_progress": False}
-    return supervised(policy, SyntheticPairs(16, size=SIZE), num_updates=updates, **(defaults | options))
+    return supervised(policy, TinyPairs(16), num_updates=updates, **(defaults | options))
 
 
 def test_loss_falls():

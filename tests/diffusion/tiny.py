@@ -1,5 +1,8 @@
 """The smallest models that have every part of the real ones, with seeded random weights."""
 
+from dataclasses import dataclass, field
+from functools import cache
+
 import diffusers
 import torch
 from torch import nn
@@ -8,12 +11,15 @@ from iqareward.diffusion import (
     DDIM,
     Autoencoder,
     ControlNetPolicy,
+    Degradation,
     FixedPrompt,
     FlowCPS,
     FlowPolicy,
     FlowSDE,
     PixelPolicy,
+    SyntheticPairs,
 )
+from iqareward.diffusion.pairs import PairSet
 
 SIZE = 16
 KINDS = ("pixel", "controlnet", "flow", "flow-cps")
@@ -101,6 +107,28 @@ def policy_of(kind: str):
     from tests.diffusion.policies import kinds
 
     return kinds.policy_of(kind)
+
+
+@dataclass(frozen=True)
+class TinyPairs(PairSet):
+    """Pairs of `SyntheticPairs`, drawn once in a process: drawing them anew would be a fifth of a tiny run."""
+
+    num_inputs: int
+    degradation: Degradation = field(default_factory=Degradation)
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.num_inputs
+
+    def _items(self, ids):
+        items = drawn(self)
+        return [dict(items[index]) for index in ids]
+
+
+@cache
+def drawn(pairs: TinyPairs):
+    """All items of the pairs."""
+    return SyntheticPairs(pairs.num_inputs, SIZE, pairs.degradation, pairs.seed).__getitems__(range(len(pairs)))
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:

@@ -6,8 +6,6 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -16,48 +14,23 @@ from accelerate import Accelerator
 
 from iqareward.advantages import RewardMemory
 from iqareward.diffusion import (
-    Degradation,
     DifficultyAdaptiveTrainer,
     RolloutConfig,
     StoredPairs,
-    SyntheticPairs,
     TrainConfig,
     Validation,
     batches,
 )
 from iqareward.diffusion.checkpoint import latest, load_state, trained_weights
-from iqareward.diffusion.pairs import PairSet
 from iqareward.diffusion.trainer import ROLLOUT
 from iqareward.functional.psnr import psnr
 from iqareward.rewards.metric import FullReference, NoReference
-from tests.diffusion.tiny import SIZE, pixel_policy
+from tests.diffusion.tiny import TinyPairs, pixel_policy
 
 
 def contrast(images):
     """Standard deviation of the pixels."""
     return images.flatten(1).std(1)
-
-
-@dataclass(frozen=True)
-class TinyPairs(PairSet):
-    """Pairs of `SyntheticPairs`, drawn once in a process: drawing them anew would be a fifth of a tiny run."""
-
-    num_inputs: int
-    degradation: Degradation = Degradation()
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return self.num_inputs
-
-    def _items(self, ids):
-        items = drawn(self)
-        return [dict(items[index]) for index in ids]
-
-
-@cache
-def drawn(pairs: TinyPairs):
-    """All items of the pairs."""
-    return SyntheticPairs(pairs.num_inputs, SIZE, pairs.degradation, pairs.seed).__getitems__(range(len(pairs)))
 
 
 def trainer(folder, seed=0, sft_scale=1.0, **options) -> DifficultyAdaptiveTrainer:
