@@ -235,7 +235,8 @@ def _add_cosmos_routes(api: FastAPI, server: httpx2.AsyncClient, admitted: Any, 
 
     async def ping(request: Request, reward: str | None = None) -> Response:
         _, rewards = await admitted(request)
-        return JSONResponse({"message": "Ping request received", "rewards": sorted(rewards)})
+        names = [_chosen(reward, rewards)] if reward else sorted(rewards)
+        return JSONResponse({"message": "Ping request received", "rewards": names})
 
     async def enqueue(request: Request, reward: str | None = None) -> Response:
         headers, rewards = await admitted(request)

@@ -1,4 +1,4 @@
-"""Rewards that compare the rollouts of one input with each other: by their scores, or two pictures at a time."""
+"""Rewards that compare the rollouts of one input with each other: by their scores, or two images at a time."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -74,7 +74,7 @@ class RankInGroup(Wrapper):
 
 @final
 class PairsInGroup(BaseReward):
-    """How often each image wins against other rollouts of its input, for a judge that compares two pictures.
+    """How often each image wins against other rollouts of its input, for a judge that compares two images.
 
     The score is the mean probability with which the judge prefers the image. It needs no model of how preferences
     arise. A Bradley-Terry fit, which also accounts for the strength of each opponent, would matter if images met few

@@ -1,4 +1,4 @@
-"""Win rates within the rollouts of an input: by the scores of a reward, and by a judge that compares two pictures."""
+"""Win rates within the rollouts of an input: by the scores of a reward, and by a judge that compares two images."""
 
 import pickle
 from functools import partial

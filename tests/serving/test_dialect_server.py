@@ -434,6 +434,11 @@ def test_cosmos_without_a_type(app):
     assert set(answer["scores"]) == {"piqe"}
     response = post(app, "/cosmos/api/reward/ping", data={"info_data": "{}"})
     assert response.json() == {"message": "Ping request received", "rewards": ["piqe", "ssim"]}
+    assert post(app, "/cosmos/ssim/api/reward/ping", data={}).json()["rewards"] == ["ssim"]
+    unknown = post(app, "/cosmos/nope/api/reward/ping", data={})
+    assert (unknown.status_code, unknown.json()["error"]) == (
+        404, "unknown_reward: expected one of ['piqe', 'ssim'], got 'nope'."
+    )  # fmt: skip
 
 
 def headed(header: bytes, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
