@@ -413,6 +413,11 @@ def _last_tool_image(messages: Sequence[dict[str, Any]]) -> ImageLike | None:
 
 def _single_images(rows: Sequence[Any]) -> list[Any]:
     """A column in which a list of one image, as TRL's `images` column has them, is replaced by its image."""
+    if not hasattr(rows, "__len__"):
+        raise TypeError(
+            f"TRLReward expected a list with one image or None per completion, got {type(rows).__name__}. "
+            "Return one from the function that is given as images=."
+        )
     if many := [row for row, value in enumerate(rows) if isinstance(value, list | tuple) and len(value) != 1]:
         raise ValueError(
             f"TRLReward expected one image per completion, got {len(rows[many[0]])} for completion {many[0]}. "

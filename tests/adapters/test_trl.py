@@ -155,6 +155,12 @@ def test_only_a_trl_reward_runs_beside_others() -> None:
         AsyncTRLReward("piqe")
 
 
+def test_a_function_that_returns_no_list_is_named() -> None:
+    """Such as one that forgot to return."""
+    with pytest.raises(TypeError, match="expected a list with one image or None per completion, got NoneType"):
+        call(TRLReward("piqe", lambda **columns: None), {})
+
+
 def fidelity(name: str) -> TRLReward:
     """A reward function on two columns."""
     return TRLReward(name, "restored", references="clean")
