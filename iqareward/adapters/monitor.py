@@ -69,6 +69,11 @@ class PeriodicMonitor:
     ) -> None:
         if every < 1:
             raise ValueError(f"PeriodicMonitor expected every >= 1, got {every}.")
+        if not callable(sample) or isinstance(models, nn.Module):
+            raise TypeError(
+                "PeriodicMonitor expected `sample` as a function that returns images and `models` as a list of "
+                f"networks, got {type(sample).__name__} and {type(models).__name__}."
+            )
         self.monitor, self.sample, self.every = monitor, sample, every
         self.models, self.gather = list(models), gather
         self._columns: dict[str, Any] = {"references": references, "inputs": inputs, "prompts": prompts}

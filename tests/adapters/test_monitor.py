@@ -110,6 +110,9 @@ def test_alarms_warn() -> None:
     assert [bool(late.step(number)) for number in (3, 4, 5, 8)] == [True, True, False, True]
     with pytest.raises(ValueError, match="every >= 1"):
         PeriodicMonitor(monitor, list, every=0)
+    for sample, models in ((TRUTH, ()), (list, torch.nn.Sequential())):
+        with pytest.raises(TypeError, match="`sample` as a function that returns images and `models` as a list"):
+            PeriodicMonitor(monitor, sample, every=1, models=models)
 
 
 def test_modes_and_random_numbers_return_after_an_error() -> None:
