@@ -3,8 +3,7 @@
     python -m benchmarks.policies                       # check all kinds, and write the table of the documentation
     python -m benchmarks.policies --kinds swinir ir_sde # check some of them, and print their rows
 
-The kinds are the files of `examples/policies`, built with tiny networks of random weights. Three more arguments make it
-a training run of one process: `--train FOLDER UPDATES`.
+The kinds are the files of `examples/policies`, built with tiny networks of random weights.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -206,25 +207,24 @@ def two_processes(kinds: Sequence[str], folder: Path) -> dict[str, float]:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    options = ["--kinds", *kinds, "--train", str(folder / "two"), "2"]
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.policies", *options]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
+    ranks = mp.start_processes(
+        train, (kinds, folder / "two", 2, shared), nprocs=2, join=False, start_method="forkserver"
+    )
     alone = {kind: trainer(kind, folder / "one" / kind, **SHARED) for kind in kinds}
     for run in alone.values():
         run.train(2)
-    if any(process.wait(600) for process in ranks):
-        raise RuntimeError(f"One of two processes that trained {', '.join(kinds)} failed.")
+    while not ranks.join(600):
+        pass
     return {
         kind: difference(weights_of(run), torch.load(folder / "two" / kind / "final.pt", weights_only=True))
         for kind, run in alone.items()
     }
 
 
-def train(kinds: Sequence[str], folder: Path, updates: int) -> None:
+def train(rank: int, kinds: Sequence[str], folder: Path, updates: int, environment: dict[str, str]) -> None:
     """What each process of `two_processes` does."""
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for kind in kinds:
         run = trainer(kind, folder / kind, **SHARED)
@@ -279,12 +279,7 @@ def main() -> None:
     """Check the kinds; write the table if they are all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--train", nargs=2, metavar=("FOLDER", "UPDATES"))
     options = parser.parse_args()
-    if options.train:
-        folder, updates = options.train
-        train(options.kinds, Path(folder), int(updates))
-        return
     rows = []
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:

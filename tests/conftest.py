@@ -23,7 +23,9 @@ settings.load_profile("no clock")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start, for the reason below
 
 # imported once for all processes that tests fork from a server, each of which would take seconds
-multiprocessing.set_forkserver_preload(["iqareward", "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"])
+multiprocessing.set_forkserver_preload(
+    ["trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer", "tests.diffusion.policies.kinds"]
+)
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 

@@ -46,7 +46,7 @@ def assert_same_run(run, expected):
 def test_twelve_kills_change_nothing(tmp_path):
     """After each there is a whole checkpoint or none yet; the run ends where one does that nothing has happened to."""
     folder = tmp_path / "killed"
-    program = [sys.executable, "-W", "ignore", "-m", "tests.diffusion.train_tiny", str(folder), "0", "--kills", "12"]
+    program = [sys.executable, "-W", "ignore", "-m", "tests.diffusion.train_tiny", str(folder), "12"]
     said = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert said.returncode == 0, said.stderr
     reached = [int(updates) for updates in said.stdout.split()]

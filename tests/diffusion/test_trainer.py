@@ -1,19 +1,17 @@
 """The loop as a whole: it learns what it is told to, resumes exactly, and does the same on two processes as on one."""
 
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import warnings
 from functools import partial
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from PIL import Image
@@ -24,19 +22,12 @@ from iqareward.diffusion.pairs import InputOrder
 from iqareward.rewards.metric import NoReference
 from iqareward.schedules import Schedule, constant
 from tests.diffusion.tiny import pixel_policy
-from tests.diffusion.train_tiny import contrast, experience_of, overflow, trainer
+from tests.diffusion.train_tiny import contrast, experience_of, one_of_two, overflow, trainer
 from tests.gpu import on_devices
 from tests.rewards.counting import Brightness
 from tests.tolerances import FORMULA_FP32
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
-ROOT = Path(__file__).parents[2]
-
-
-def start(folder: Path, updates: int, *more: str, **environment: str) -> subprocess.Popen:
-    """The program `train_tiny` in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.diffusion.train_tiny", str(folder), str(updates), *more]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment)
 
 
 def weights_of(run) -> dict[str, torch.Tensor]:
@@ -68,7 +59,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     folder = tmp_path / "two"
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ranks = [start(folder, 2, "--overflow", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    ranks = mp.start_processes(one_of_two, (folder, shared), nprocs=2, join=False, start_method="forkserver")
     one = trainer(tmp_path / "one")
     overflow(one)
     with warnings.catch_warnings():
@@ -77,7 +68,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     overflown, broken = (one.order.ids(update)[-1] for update in range(2))
     assert f"skipped, because the loss of inputs [{overflown}]" in one.history[1]["alarms"]
     assert f"left out 1 inputs whose pixels are not all finite: [{broken}]" in one.history[2]["alarms"]
-    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    while not ranks.join(300):
+        pass
     found = torch.load(folder / "final.pt", weights_only=True)
     for name, weight in weights_of(one).items():
         # AdamW's first steps are +-1e-3 whatever the gradient's size: rounding shows where the gradient is near 0.

@@ -1,11 +1,11 @@
-"""A training run of seconds, also as a program: `python -m tests.diffusion.train_tiny FOLDER UPDATES [--kills N]`."""
+"""A training run of seconds; `python -m tests.diffusion.train_tiny FOLDER KILLS` kills one again and again."""
 
-import argparse
 import os
 import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -120,26 +120,19 @@ def die_before_file_step(folder: Path, count: int) -> None:
     sys.addaudithook(look)
 
 
-def main() -> None:
-    """Train, resuming if possible; write the final weights of the main process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("updates", type=int)
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--overflow", action="store_true")
-    options = parser.parse_args()
+def one_of_two(rank: int, folder: Path, environment: dict[str, str]) -> None:
+    """Two updates of a run that overflows, by one of two processes; the main one writes the final weights."""
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if options.kills:
-        kill_again_and_again(options.folder, options.kills)
-        return
-    run = trainer(options.folder)
-    if options.overflow:
-        overflow(run)
-    run.train(options.updates, save_every=1, validate_every=2, resume=True)
+    run = trainer(folder)
+    overflow(run)
+    run.train(2, save_every=1, validate_every=2)
     if run.accelerator.is_main_process:
-        torch.save(trained_weights(run.policy.model), options.folder / "final.pt")
+        torch.save(trained_weights(run.policy.model), folder / "final.pt")
     run.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    kill_again_and_again(Path(sys.argv[1]), int(sys.argv[2]))
