@@ -69,8 +69,13 @@ def scored(meter: Meter, reward: Any, name: str, *, grad: bool = False, mixed: b
     return shape[0] * side * side
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["score", "gradient"])
-@pytest.mark.parametrize("name", [*FORMULAS, *OTHERS, *VLMS])
+@pytest.mark.parametrize(
+    ("name", "grad"),
+    [
+        *((name, False) for name in (*FORMULAS, *OTHERS)),  # scores of the others: tests/vlm/test_rating.py
+        *((name, True) for name in (*FORMULAS, *OTHERS, *VLMS)),
+    ],
+)
 def test_rewards(name, grad, build):
     """Every reward of the catalogue and every wrapper; piq's code may wait in lines of its own."""
     if grad and name in NO_GRADIENT:
