@@ -52,7 +52,7 @@ def check_ids(caller: str, ids: Groups, rows: Tensor | None = None, *, size: int
     With `size` they must lie in [0, size). An id outside is an error on the CPU; on other devices, where checking would
     wait, it becomes `size`, so that no other entry is touched.
     """
-    found = _tensor(caller, ids, None if rows is None else rows.device)
+    found = _tensor(caller, ids, None if rows is None else rows.device, what="integers [B] as ids (`groups` or `bins`)")
     shape = found.shape if rows is None else rows.shape
     other = found.is_floating_point() or found.is_complex() or found.dtype == torch.bool
     if found.ndim != 1 or found.shape != shape or (other and found.numel() > 0):
@@ -73,14 +73,16 @@ def check_ids(caller: str, ids: Groups, rows: Tensor | None = None, *, size: int
     return torch.where(outside, size, found)
 
 
-def _tensor(caller: str, rows: Any, device: torch.device | None) -> Tensor:
+def _tensor(
+    caller: str, rows: Any, device: torch.device | None, *, what: str = "a tensor, an array or a list of numbers [B]"
+) -> Tensor:
     if isinstance(rows, Tensor):
         return rows if device is None else rows.to(device)
     try:
         return torch.tensor(rows, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         got = f"{type(rows).__name__} ({error})"
-        raise TypeError(f"{caller} expected a tensor, an array or a list of numbers [B], got {got}.") from error
+        raise TypeError(f"{caller} expected {what}, got {got}.") from error
 
 
 def group_index(groups: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Watch for reward hacking: compare scores of held-out images with those of the model before RL."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from iqareward.functional.filters import mean_of_map
 from iqareward.groups import finite_or_nan, gather_rows, is_distributed
 from iqareward.images import ImageLike, to_images
 from iqareward.rewards.catalog import load
-from iqareward.rewards.core import refuse_groups
+from iqareward.rewards.core import UnscoredWarning, refuse_groups, sanitize, why_unscored
 from iqareward.types import Images
 
 _DARK = 0.1
@@ -362,26 +363,25 @@ class HackingMonitor:
             given["prompts"] = prompts
         if rewards is None and self.reward is not None:
             rewards = self.reward(shown, **given)
-        found = {} if rewards is None else {"reward": torch.as_tensor(rewards)}
+        found: dict[str, Any] = {} if rewards is None else {"reward": rewards}
         found |= {name: reward(shown, **given) for name, reward in self.held_out.items()}
         found |= self._described(shown)
         clean = self._described(given["references"]) if references is not None and not self.calibrated else {}
         self.add_values(found, clean)
 
-    def add_values(self, values: Mapping[str, Tensor], references: Mapping[str, Tensor] | None = None) -> None:
+    def add_values(self, values: Mapping[str, Any], references: Mapping[str, Any] | None = None) -> None:
         """Give the measures of a batch, `[b]` by name, and the statistics of its ground truth, instead of images."""
         unknown = set(values) - {"reward", *self.held_out, *self.statistics}
-        lengths = {name: len(found) for name, found in values.items()}
-        if unknown or len(set(lengths.values())) > 1:
+        now, clean = (
+            {name: _numbers(name, found) for name, found in part.items()} for part in (values, references or {})
+        )
+        lengths = [{name: len(found) for name, found in part.items()} for part in (now, clean)]
+        if unknown or len({length for part in lengths for length in part.values()}) > 1:
             raise ValueError(
                 f"HackingMonitor expected one value per image of {['reward', *self.held_out, *self.statistics]}, got "
-                f"{lengths}."
+                f"{lengths[0]}" + (f", and {lengths[1]} of the references." if clean else ".")
             )
-        batch = [
-            {name: finite_or_nan(found.detach().float().cpu()) for name, found in part.items()}
-            for part in (values, references or {})
-        ]
-        self._added.append((batch[0], batch[1]))
+        self._added.append((now, clean))
 
     def step(self, *, gather: bool = False) -> MonitorReport:
         """Compare all that was added since the last step with the first step, which must be before RL.
@@ -422,9 +422,17 @@ class HackingMonitor:
         return report
 
     def _described(self, images: Images) -> dict[str, Tensor]:
-        """The statistics of images, which may differ in size."""
-        batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
-        return {name: torch.cat([found(batch) for batch in batches]) for name, found in self.statistics.items()}
+        """The statistics of images, which may differ in size; NaN for those that no reward would score."""
+        batches = [sanitize(batch) for batch in ([images] if isinstance(images, Tensor) else [i[None] for i in images])]
+        valid = torch.cat([valid for _, valid in batches]).cpu()
+        if not valid.any() and len(valid):
+            reasons = "; ".join(why_unscored(images))
+            warnings.warn(f"HackingMonitor described no image of this batch: {reasons}.", UnscoredWarning, stacklevel=3)
+        described = {
+            name: torch.cat([_numbers(name, found(cleaned), len(cleaned)) for cleaned, _ in batches])
+            for name, found in self.statistics.items()
+        }
+        return {name: torch.where(valid, values, torch.nan) for name, values in described.items()}
 
     def _joined(self, part: int, *, gather: bool) -> dict[str, Tensor]:
         """What was added, as one tensor per measure, over all processes if they are gathered."""
@@ -468,7 +476,8 @@ class HackingMonitor:
 
     def _sentence(self, name: str, now: dict[str, Tensor]) -> str:
         def step(key: str) -> str:
-            return f"from {float(self._before[key].nanmean()):.3g} to {float(now[key].nanmean()):.3g}"
+            both = (now[key] - self._before[key]).isfinite()  # as in the change, so that they agree
+            return f"from {float(self._before[key][both].mean()):.3g} to {float(now[key][both].mean()):.3g}"
 
         verb = "fell" if name in self.held_out else "moved"
         if name in self._references:
@@ -503,6 +512,20 @@ def _named(held_out: Any) -> dict[str, Callable[..., Tensor]]:
         "HackingMonitor expected `held_out` as names of rewards, such as ['psnr', 'ssim'], or as a mapping of names to "
         f"rewards, got {held_out!r}."
     )
+
+
+def _numbers(name: str, values: Any, size: int | None = None) -> Tensor:
+    """`[b]` float32 on the CPU, NaN = not scored."""
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"HackingMonitor expected {name} as one number per image, NaN = not scored, got {values!r} ({error})."
+        ) from error
+    if found.ndim != 1 or size not in (None, len(found)):
+        wanted = "[b]" if size is None else f"[{size}]"
+        raise ValueError(f"HackingMonitor expected {name} as one number per image, {wanted}, got {list(found.shape)}.")
+    return finite_or_nan(found.detach().float().cpu())
 
 
 def _images(images: ImageLike) -> Images:

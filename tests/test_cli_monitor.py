@@ -201,3 +201,12 @@ def test_mistakes_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "b" / "2").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "b" / "2" / "other.png")
     assert "no image in common" in run(tmp_path / "b", "--patience", 1, code=2)[1]
+
+
+def test_a_tiny_image_is_left_out_by_name(samples: Path) -> None:
+    """One thumbnail among the samples does not end the command."""
+    for step in STEPS:
+        Image.fromarray(np.full((2, 9, 3), 99, np.uint8)).save(samples / f"checkpoint-2_step{step}" / "thumb.png")
+    printed, messages = run(samples, "--format", "json", code=3)
+    assert {Path(each["file"]).name for each in json.loads(printed)["left_out"]} == {"thumb.png"}
+    assert "a side shorter than 3 pixels" in messages

@@ -14,6 +14,7 @@ from iqareward.functional.filters import blur_valid, gaussian_taps
 from iqareward.functional.psnr import psnr
 from iqareward.functional.ssim import ssim
 from iqareward.monitor import STATISTICS, HackingMonitor, seam_strength
+from iqareward.rewards.core import UnscoredWarning
 from tests.tolerances import EXACT
 
 JUDGES = {"psnr": psnr, "ssim": ssim}
@@ -114,6 +115,58 @@ def test_misuse_is_explained():
         monitor().update(BLURRED[:3], TRUTH[:3], LOW[:3])
     with pytest.raises(ValueError, match="patience"):
         HackingMonitor(JUDGES, patience=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [torch.zeros(16, 1), torch.zeros(16, 3), torch.zeros(3), torch.tensor(1.0), [0.0] * 15 + [None], None],
+    ids=["column", "channels", "other number", "scalar", "None in a list", "nothing"],
+)
+def test_one_number_per_image_is_asked_of_everything(values):
+    """A held-out reward, a statistic and training rewards of another shape are named, never pooled or broadcast."""
+    expected = "HackingMonitor expected (odd as )?one (number|value) per image"
+    with pytest.raises((ValueError, TypeError), match=expected):
+        HackingMonitor({"odd": lambda images, **_: values}).calibrate(TRUTH, TRUTH, LOW)
+    with pytest.raises((ValueError, TypeError), match=expected):
+        HackingMonitor({}, statistics={"odd": lambda images: values}).calibrate(TRUTH)
+    with pytest.raises(ValueError, match=r"one value per image .* of the references"):
+        HackingMonitor({}).calibrate(TRUTH, TRUTH[:1])
+
+
+def test_lists_and_arrays_are_numbers_too():
+    """As adapters return them."""
+    found = HackingMonitor({"a": lambda images, **_: images.mean((1, 2, 3)).tolist()}, statistics={})
+    found.calibrate(TRUTH, rewards=LOW.tolist())
+    expected = TRUTH.mean((1, 2, 3)) - 0.1
+    other = HackingMonitor({"a": lambda images, **_: expected.numpy()}, statistics={})
+    other.calibrate(TRUTH)
+    torch.testing.assert_close(found.state_dict()["before"]["a"] - 0.1, other.state_dict()["before"]["a"])
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(2.0, -1.0), (255.0, 0.0)])
+def test_images_of_another_range_are_not_described(scale, shift):
+    """Like rewards, statistics give NaN for them and say why; an overshoot of decoders is clamped as for rewards."""
+    watched = HackingMonitor({})
+    with pytest.warns(UnscoredWarning, match=r"described no image of this batch: .* outside"):
+        watched.calibrate(TRUTH * scale + shift)
+    assert all(values.isnan().all() for values in watched.state_dict()["before"].values())
+    overshoot, clamped = HackingMonitor({}), HackingMonitor({})
+    overshoot.calibrate(TRUTH * 1.2 - 0.1)
+    clamped.calibrate((TRUTH * 1.2 - 0.1).clamp(0, 1))
+    assert overshoot.state_dict()["before"].keys() == STATISTICS.keys()
+    for name, values in overshoot.state_dict()["before"].items():
+        torch.testing.assert_close(values, clamped.state_dict()["before"][name], rtol=0, atol=0)
+
+
+def test_an_alarm_quotes_the_images_that_it_compared():
+    """A hard image that had no score before RL must not make a fall look like a rise, or larger than it was."""
+    before, after = torch.linspace(20, 21, 16), torch.linspace(19, 20, 16)
+    before[0], after[0] = torch.nan, 900.0
+    watched = HackingMonitor({"psnr": psnr}, statistics={}, patience=1)
+    watched.add_values({"psnr": before})
+    watched.step()
+    watched.add_values({"psnr": after})
+    assert watched.step().alarms == ("psnr fell from 20.5 to 19.5",)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from iqareward.atomic import atomic_write
 from iqareward.groups import is_distributed
 from iqareward.images import ImageLike
 from iqareward.monitor import HackingMonitor
@@ -144,8 +145,8 @@ def monitor_callback(trainer: Any, watched: PeriodicMonitor, *, stop: bool = Fal
                 file = _checkpoint(args, state) / _FILE
                 if file.is_file():
                     watched.monitor.load_state_dict(torch.load(file, weights_only=True))
-                else:
-                    warnings.warn(f"{file} is missing: the monitor compares with the resumed model.", stacklevel=2)
+                    return  # this step was looked at before it was saved; twice would count as two in a row
+                warnings.warn(f"{file} is missing: the monitor compares with the resumed model.", stacklevel=2)
             self._look(state, control)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,7 +154,8 @@ def monitor_callback(trainer: Any, watched: PeriodicMonitor, *, stop: bool = Fal
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                torch.save(watched.monitor.state_dict(), _checkpoint(args, state) / _FILE)
+                with atomic_write(_checkpoint(args, state) / _FILE) as file:
+                    torch.save(watched.monitor.state_dict(), file)
 
         def _look(self, state: Any, control: Any) -> None:
             with undisturbed([trainer.model]):

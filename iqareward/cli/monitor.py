@@ -22,7 +22,9 @@ from iqareward.monitor import STATISTICS, HackingMonitor, MonitorReport
 from iqareward.rewards.metric import NoReference
 
 _NUMBER = re.compile(r"\d+(?=\D*$)")
-_STATISTICS = {name: NoReference(found, higher_is_better=True, name=name) for name, found in STATISTICS.items()}
+_STATISTICS = {
+    name: NoReference(found, higher_is_better=True, name=name, min_side=3) for name, found in STATISTICS.items()
+}
 REWARD, HELD_OUT, STATISTIC = "trained", "held out", "statistic"
 
 

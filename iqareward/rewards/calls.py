@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +104,13 @@ def _checked_columns(name: str, call: "Call") -> tuple[Rows, Images | None]:
     """
     rows = _checked_rows(name, call.images, call.references)
     for argument, column in call.labels.items():
+        # a Series of pandas has rows by label, not by place
+        is_list = isinstance(column, Sequence | Tensor | np.ndarray) and not isinstance(column, str | bytes)
+        if not is_list or getattr(column, "ndim", 1) == 0:
+            raise TypeError(
+                f"{name} expected `{argument}` as a list with one {_LABELS[argument]} per image, got "
+                f"{type(column).__name__}. Convert with list(...)."
+            )
         if len(column) != len(rows[0]):
             raise ValueError(f"{name} expected one {_LABELS[argument]} per image ({len(rows[0])}), got {len(column)}.")
     return rows, None if call.inputs is None else _checked_inputs(name, call.inputs, rows[0])

@@ -172,6 +172,31 @@ def test_wrong_uses_are_refused() -> None:
         assert reward(flat(0.1, 0.2), ids=[1, 2]).isnan().all()
 
 
+class Labelled(dict):
+    """Rows by label, as in a column of pandas."""
+
+
+@pytest.mark.parametrize(
+    "column",
+    [torch.tensor(3), 3, "ab", (each for each in (1, 1)), Labelled({7: 1, 9: 1})],
+    ids=lambda column: str(type(column)),
+)
+@pytest.mark.parametrize("name", ["ids", "tasks", "prompts"])
+def test_columns_are_lists(name: str, column: object) -> None:
+    """One number, one text, and rows by label are named, not indexed or measured."""
+    reward = RankInGroup(iqareward.ByTask({"a": REWARD}))
+    columns = {"ids": [1, 1], "tasks": ["a", "a"], name: column}
+    with pytest.raises(TypeError, match=f"expected `{name}` as a list with one "):
+        reward(flat(0.1, 0.2), **columns)
+
+
+@pytest.mark.parametrize("ids", [["a", "a"], [None, 1], [2**70, 1]])
+def test_ids_that_are_no_integers_are_named(ids: list[object]) -> None:
+    """Texts, gaps, and integers that 64 bits do not hold."""
+    with pytest.raises(TypeError, match=r"rank\(brightness\) expected integers \[B\] as ids"):
+        RankInGroup(REWARD)(flat(0.1, 0.2), ids=ids)
+
+
 class Judge:
     """Compares brightness, counts its calls, and may prefer the first picture."""
 
