@@ -185,7 +185,7 @@ def flow_grpo_run(prompts: list[int], accelerator) -> tuple[Wandb, HackingMonito
 ALONE = SimpleNamespace(gather=lambda rows: rows, device="cpu", is_main_process=True)
 
 
-@pytest.mark.trainer("flow_grpo", "74db691", "caller", "reader", "threads")
+@pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "caller", "reader", "threads")
 def test_evaluation_of_flow_grpo() -> None:
     """Its wandb gets the monitor's numbers beside its own, at its steps; the first evaluation is the baseline."""
     wandb, monitor = flow_grpo_run(list(range(16)), ALONE)
@@ -224,7 +224,7 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.trainer("flow_grpo", "74db691", "caller", "reader", "processes")
+@pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "caller", "reader", "processes")
 def test_processes_are_one(tmp_path) -> None:
     """Gathered, both know what one process with all prompts knows; only the main one logs, or samples if told alone."""
     mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="forkserver")

@@ -96,7 +96,7 @@ def test_trl_needs_whole_groups() -> None:
         adaptive_trainer(object, iqareward.AdaptiveWeighter(mode="convex"), fidelity)
 
 
-@pytest.mark.trainer("UniRL", "0e713d6", "caller", "reader")
+@pytest.mark.trainer("UniRL", "0104a7e, 0e713d6", "caller", "reader")
 def test_unirl_ranks_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request names each sample's group; without that there is an error."""
     package(monkeypatch, **unirl_double.modules(new=True))

@@ -18,7 +18,7 @@ from tests.adapters.doubles import unirl as double
 from tests.adapters.doubles.pages import DOCS, execute, package
 from tests.tolerances import NETWORK_BATCH, OTHER_PACKAGE
 
-pytestmark = pytest.mark.trainer("UniRL", "0104a7e", "caller", "reader", "configuration")
+pytestmark = pytest.mark.trainer("UniRL", "0104a7e, 0e713d6", "caller", "reader", "configuration")
 SERVICE = pytest.mark.trainer("UniRL reward service", "dc8c785", "caller", "reader", "configuration")
 
 
@@ -117,7 +117,7 @@ def test_an_image_without_a_score(new: bool) -> None:
         backend(reward="piqe", on_nan="zero")
 
 
-@pytest.mark.trainer("UniRL", "0104a7e", "gradients", "weights")
+@pytest.mark.trainer("UniRL", "0104a7e, 0e713d6", "gradients", "weights")
 def test_weights(new: bool) -> None:
     """The page's trainer multiplies each row's gradient by its RL weight."""
     text = (DOCS / "how-to/adaptive-in-your-trainer.md").read_text().partition("\n## UniRL\n")[2].partition("\n## ")[0]
@@ -134,7 +134,7 @@ def test_weights(new: bool) -> None:
     assert share[0] < 0.5 < share[2]
 
 
-@pytest.mark.trainer("UniRL", "0104a7e", "gradients")
+@pytest.mark.trainer("UniRL", "0104a7e, 0e713d6", "gradients")
 def test_differentiable_by_method(new: bool) -> None:
     """UniRL looks for a method, so only the class that has gradients has it, and it refuses a reward without."""
     images = photos(2).requires_grad_()
