@@ -118,7 +118,7 @@ def controlnet_trainer(tiny: bool, reward: Any, overlap: bool) -> DifficultyAdap
         policy, reward, Noise(32 if tiny else 512), output_dir=tempfile.mkdtemp(), show_progress=False, overlap=overlap,
         accelerator=fresh_accelerator(mixed_precision="bf16"),
         rollout_config=RolloutConfig(group_size=2 if tiny else 4, num_steps=2 if tiny else 10, inputs_at_once=2),
-        train_config=TrainConfig(inputs_per_update=4, rows_at_once=1 if tiny else 2),
+        train_config=TrainConfig(inputs_per_update=4, rows_at_once=4 if tiny else 2),
     )  # fmt: skip
 
 
