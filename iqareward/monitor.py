@@ -51,7 +51,7 @@ def _edge_density(images: Tensor) -> Tensor:
         correlate(correlate(planes, across, is_vertical=is_vertical), along, is_vertical=not is_vertical)
         for is_vertical in (False, True)
     ]
-    return mean_of_map(torch.stack(slopes).norm(dim=0))
+    return mean_of_map(torch.hypot(*slopes))  # on a CPU a norm over two takes eighty times as long
 
 
 def _high_frequency_share(images: Tensor) -> Tensor:
@@ -197,7 +197,8 @@ class MonitorReport:
 
     Attributes:
         means: mean over the images of each measure by name; the training reward is "reward".
-        changes: mean paired change of each measure since before RL, in standard deviations over the images before RL.
+        changes: mean paired change of each measure since before RL, in standard deviations over the images before RL;
+            NaN where fewer than four images have both values.
         alarms: one sentence for each measure that is suspicious while the reward rose; empty if none is.
         alarmed: the names of those measures.
     """
@@ -403,6 +404,8 @@ class HackingMonitor:
             raise ValueError("HackingMonitor expected add(...) before step(), got no images.")
         means = {name: float(values.nanmean()) for name, values in now.items()}
         if not self.calibrated:
+            # with fewer, drift away from the ground truth would never alarm
+            clean = {name: found for name, found in clean.items() if found.isfinite().sum() >= _FEWEST_IMAGES}
             self._before, self._references, self._in_a_row, self.history = now, clean, {}, []
             return MonitorReport(means, {})
         before = len(next(iter(self._before.values())))
@@ -454,10 +457,10 @@ class HackingMonitor:
         return {name: values for name, values in columns.items() if name in found or not values.isnan().all()}
 
     def _moved(self, difference: Tensor, before: Tensor) -> tuple[float, int]:
-        """Mean change in standard deviations of `before`, and its sign, or 0 if it does not count."""
+        """Mean change in standard deviations of `before`, NaN of too few, and its sign, or 0 if it does not count."""
         scored = difference[difference.isfinite()]
         if len(scored) < _FEWEST_IMAGES:
-            return 0.0, 0
+            return math.nan, 0
         mean, spread = scored.mean(), before[before.isfinite()].std()
         change = float(mean / spread.clamp(min=1e-6 + 1e-3 * before.nanmean().abs()))
         counts = bool(mean.abs() > self.z * scored.std() / len(scored) ** 0.5) and abs(change) > self.effect

@@ -197,6 +197,9 @@ def test_mistakes_in_the_folder(tmp_path: Path) -> None:
     assert "a folder for each step" in run(tmp_path / "a", code=2)[1]
     save(tmp_path / "a" / "step_001", scenes())
     assert "are the same step" in run(tmp_path / "a", code=2)[1]
+    save(tmp_path / "c" / "epoch_0.5", scenes())
+    save(tmp_path / "c" / "epoch_0.25", scenes())
+    assert "steps are whole numbers" in run(tmp_path / "c", code=2)[1]
     save(tmp_path / "b" / "1", scenes())
     (tmp_path / "b" / "2").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "b" / "2" / "other.png")
@@ -210,3 +213,40 @@ def test_a_tiny_image_is_left_out_by_name(samples: Path) -> None:
     printed, messages = run(samples, "--format", "json", code=3)
     assert {Path(each["file"]).name for each in json.loads(printed)["left_out"]} == {"thumb.png"}
     assert "a side shorter than 3 pixels" in messages
+
+
+@pytest.mark.parametrize("broken", [5, 8])
+def test_too_few_images_are_no_success(tmp_path: Path, broken: int) -> None:
+    """A script must not read "no alarm" where nothing could be compared."""
+    for step in (0, 100):
+        save(tmp_path / f"step_{step}", restored(step))
+    for name in NAMES[:broken]:
+        file = tmp_path / "step_0" / name
+        file.write_bytes(file.read_bytes()[:500])
+    _, messages = run(tmp_path, "--patience", 1, code=2)
+    assert "needs at least 4 images" in messages
+    assert "truncated" in messages
+
+
+def test_a_measure_without_a_change_shows_none(samples: Path) -> None:
+    """NIQE has no value for small images: nothing is shown, and no zero."""
+    printed, _ = run(samples, "--held-out", "niqe", "--format", "json", code=3)
+    assert json.loads(printed)["steps"][-1]["changes"]["niqe"] is None
+    row = next(line for line in run(samples, "--held-out", "niqe", code=3)[0].splitlines() if "niqe" in line)
+    assert row.split() == ["niqe", "held", "out"]
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_few_references_do_not_silence_alarms(samples: Path, tmp_path: Path, kept: int) -> None:
+    """Where most references are missing or broken, images are compared with the baseline, and the user is told."""
+    truth = tmp_path / "gt"
+    save(truth, scenes())
+    for place, name in enumerate(NAMES):
+        if place >= kept:
+            (truth / name).rename(truth / f"other{place}.png")
+    printed, messages = run(samples, "--reference", truth, code=3)
+    assert f"{8 - kept} of 8 images have no reference" in messages
+    assert "moved from" in printed
+    for place in range(kept):
+        (truth / NAMES[place]).write_bytes(b"broken")
+    assert "moved from" in run(samples, "--reference", truth, code=3)[0]

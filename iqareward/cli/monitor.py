@@ -21,7 +21,7 @@ from iqareward.cli.text import plain, printable, say
 from iqareward.monitor import STATISTICS, HackingMonitor, MonitorReport
 from iqareward.rewards.metric import NoReference
 
-_NUMBER = re.compile(r"\d+(?=\D*$)")
+_NUMBER = re.compile(r"(\d+\.)?\d+(?=\D*$)")
 _STATISTICS = {
     name: NoReference(found, higher_is_better=True, name=name, min_side=3) for name, found in STATISTICS.items()
 }
@@ -99,6 +99,8 @@ def run(job: Job, messages: Console) -> Findings:
     if not images:
         raise ValueError(f"the steps in {job.folder} have no image in common. They need the same names in all steps.")
     references = tuple(map(scorer.reference_to_show, images))
+    if job.reference is not None and (lacking := references.count(None)):
+        say(messages, f"{lacking} of {len(images)} images have no reference in {job.reference}.")
     with progress_bar(messages) as progress:
         statistics = Scorer([], None, job.device, job.batch_size, more=_STATISTICS)
         truth = _scores(statistics, references, "references", progress, problems)
@@ -119,7 +121,14 @@ def run(job: Job, messages: Console) -> Findings:
         monitor.add_values(values, clean if any(references) and not reports else {})
         reports.append(monitor.step())
     kinds = {name: HELD_OUT if name in held_out else REWARD if name == "reward" else STATISTIC for name in columns}
-    means = {name: float(np.nanmean(truth[:, column])) for column, name in enumerate(_STATISTICS) if any(references)}
+    if not any(math.isfinite(change) for report in reports for change in report.changes.values()):
+        reason = "".join(f" {problem.file} was left out: {problem.reason}." for problem in problems[:1])
+        raise ValueError(
+            f"an alarm needs at least 4 images that the baseline and a later step both have and that can be scored; "
+            f"{job.folder} has fewer, out of {len(images)} of the same names.{reason}"
+        )
+    truths = torch.from_numpy(truth).nanmean(0).tolist() if any(references) else []
+    means = dict(zip(_STATISTICS, truths, strict=False))
     alarms = _alarms(reports, list(steps), job.patience)
     return Findings(kinds, steps, tuple(reports), alarms, means, images, references, scores, tuple(problems))
 
@@ -134,6 +143,8 @@ def _steps(top: Path, baseline: int | None, messages: Console) -> dict[int, Path
         number = _NUMBER.search(folder.name)
         if number is None:
             other.append(folder.name)
+        elif number[1]:
+            raise ValueError(f"{folder}: steps are whole numbers, not {number[0]}. Rename it.")
         elif found.setdefault(int(number[0]), folder) != folder:
             raise ValueError(f"{found[int(number[0])]} and {folder} are the same step. Rename one.")
     if other:
@@ -192,9 +203,13 @@ def table(findings: Findings) -> list[tuple[str, ...]]:
         means = [findings.reports[place].means.get(name, math.nan) for place in (0, -1)]
         change = findings.reports[-1].changes.get(name, math.nan)
         truth = findings.truth.get(name, math.nan)
-        cells = [*(f"{mean:.4g}" for mean in means), f"{change:+.2f} sd", "" if math.isnan(truth) else f"{truth:.4g}"]
+        cells = [*(_shown(mean, ".4g") for mean in means), _shown(change, "+.2f", " sd"), _shown(truth, ".4g")]
         rows.append((name, kind, *cells, since.get(name, "")))
     return rows
+
+
+def _shown(number: float, form: str, unit: str = "") -> str:
+    return "" if math.isnan(number) else f"{number:{form}}{unit}"
 
 
 def show(findings: Findings, console: Console) -> None:
