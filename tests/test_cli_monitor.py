@@ -228,6 +228,13 @@ def test_too_few_images_are_no_success(tmp_path: Path, broken: int) -> None:
     assert "truncated" in messages
 
 
+def test_a_reward_without_scores_is_no_success(samples: Path) -> None:
+    """Whether it rose is unknown, so that no alarm could be raised."""
+    _, messages = run(samples, "--reward", "niqe", code=2)
+    assert "a later step that niqe scores" in messages
+    assert "a side shorter than 96 pixels" in messages
+
+
 def test_a_measure_without_a_change_shows_none(samples: Path) -> None:
     """NIQE has no value for small images: nothing is shown, and no zero."""
     printed, _ = run(samples, "--held-out", "niqe", "--format", "json", code=3)

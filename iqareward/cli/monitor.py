@@ -121,11 +121,12 @@ def run(job: Job, messages: Console) -> Findings:
         monitor.add_values(values, clean if any(references) and not reports else {})
         reports.append(monitor.step())
     kinds = {name: HELD_OUT if name in held_out else REWARD if name == "reward" else STATISTIC for name in columns}
-    if not any(math.isfinite(change) for report in reports for change in report.changes.values()):
+    needed = ["reward"] if trained else columns  # no alarm without a rise of the trained reward
+    if not any(math.isfinite(report.changes.get(name, math.nan)) for report in reports for name in needed):
         reason = "".join(f" {problem.file} was left out: {problem.reason}." for problem in problems[:1])
         raise ValueError(
-            f"an alarm needs at least 4 images that the baseline and a later step both have and that can be scored; "
-            f"{job.folder} has fewer, out of {len(images)} of the same names.{reason}"
+            f"an alarm needs at least 4 images of the baseline and of a later step that {job.reward or 'a measure'} "
+            f"scores; {job.folder} has fewer, out of {len(images)} of the same names.{reason}"
         )
     truths = torch.from_numpy(truth).nanmean(0).tolist() if any(references) else []
     means = dict(zip(_STATISTICS, truths, strict=False))
