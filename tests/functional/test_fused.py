@@ -284,7 +284,7 @@ def test_few_launches_and_little_traffic(name, launches, trips):
 def test_under_the_interpreter():
     """All of the above with the kernels on a CPU, but for MS-SSIM, which takes a minute there."""
     pytest.importorskip("triton")
-    run("-m", "pytest", "-q", "-k", "not ms_ssim", "tests/functional/test_fused.py", TRITON_INTERPRET="1")
+    run("-m", "pytest", "-q", "-m", "gpu", "-k", "not ms_ssim", "tests/functional/test_fused.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
