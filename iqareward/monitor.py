@@ -157,7 +157,8 @@ def _statistic(name: str, formula: Callable[[Tensor], Tensor], images: Tensor) -
     """Apply a formula to the images in pieces; NaN for images with non-finite pixels."""
 
     def unless_broken(rows: Tensor) -> Tensor:
-        return torch.where(rows.isfinite().flatten(1).all(1), formula(rows), torch.nan)
+        extremes = rows.amax((1, 2, 3)) - rows.amin((1, 2, 3))  # not finite if any pixel is not, and no mask to fill
+        return torch.where(extremes.isfinite(), formula(rows), torch.nan)
 
     return map_chunks(unless_broken, check_images(name, images, min_side=3))
 
