@@ -54,7 +54,7 @@ def test_adapters_of_single_images_refuse_them(use) -> None:
         use()
 
 
-@pytest.mark.trainer("flow_grpo", "74db691", "caller")
+@pytest.mark.trainer("Flow-GRPO", "74db691, 94e23ee", "caller")
 def test_flow_grpo_refuses_them() -> None:
     """Its sampler deals the images of a prompt out to all processes, so no call holds a whole group."""
     module = flow_grpo.rewards_module()
