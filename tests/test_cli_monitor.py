@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import iqareward
 from iqareward.cli import app
-from iqareward.monitor import STATISTICS
+from iqareward.functional.statistics import STATISTICS
 
 STEPS = (0, 50, 100, 150, 200)
 NAMES = [f"deep/{index}.png" if index % 2 else f"{index}.png" for index in range(8)]

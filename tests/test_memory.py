@@ -26,7 +26,7 @@ from iqareward.diffusion.rollouts import collect, compare, reference_distances
 from iqareward.diffusion.updates import Updates
 from iqareward.functional import haarpsi
 from iqareward.functional.resize import pillow_resize
-from iqareward.monitor import STATISTICS
+from iqareward.functional.statistics import STATISTICS
 from iqareward.rewards.owl2.rewards import QAlignReward
 from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward
 from iqareward.weighting import LossWeights

@@ -13,7 +13,8 @@ from iqareward.diffusion import synthetic_images
 from iqareward.functional.filters import blur_valid, gaussian_taps
 from iqareward.functional.psnr import psnr
 from iqareward.functional.ssim import ssim
-from iqareward.monitor import STATISTICS, HackingMonitor, seam_strength
+from iqareward.functional.statistics import STATISTICS, seam_strength
+from iqareward.monitor import HackingMonitor
 from iqareward.rewards.core import UnscoredWarning
 from tests.tolerances import EXACT
 

@@ -25,8 +25,8 @@ from iqareward.diffusion import (
     TrainConfig,
 )
 from iqareward.functional import gmsd
+from iqareward.functional.statistics import STATISTICS
 from iqareward.images import drop_broken_gradients
-from iqareward.monitor import STATISTICS
 from iqareward.rewards import RankInGroup
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.metric import FullReference

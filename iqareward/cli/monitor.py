@@ -18,7 +18,8 @@ from rich.table import Table
 from iqareward.cli.compare import Problem, matched
 from iqareward.cli.scoring import Scorer, progress_bar
 from iqareward.cli.text import plain, printable, say
-from iqareward.monitor import STATISTICS, HackingMonitor, MonitorReport
+from iqareward.functional.statistics import STATISTICS
+from iqareward.monitor import HackingMonitor, MonitorReport
 from iqareward.rewards.metric import NoReference
 
 _NUMBER = re.compile(r"(\d+\.)?\d+(?=\D*$)")

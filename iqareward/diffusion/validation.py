@@ -21,8 +21,9 @@ from iqareward.diffusion.pairs import Pairs
 from iqareward.diffusion.policies.core import Policy, evaluating
 from iqareward.diffusion.rollouts import images_of, rollout, scored, scored_alone
 from iqareward.functional.psnr import psnr
+from iqareward.functional.statistics import seam_strength
 from iqareward.groups import gather_rows
-from iqareward.monitor import HackingMonitor, seam_strength
+from iqareward.monitor import HackingMonitor
 from iqareward.rewards.core import refuse_groups
 from iqareward.types import Reward
 
@@ -377,7 +378,7 @@ def decoder_ceiling(
 
     Returns:
         A named tuple of three `[B]` tensors: `scores` after the autoencoder, `reference_scores` of the images
-        themselves, and `seams`, the `iqareward.monitor.seam_strength` of the decoded images.
+        themselves, and `seams`, the `iqareward.functional.statistics.seam_strength` of the decoded images.
 
     Example:
         >>> import iqareward

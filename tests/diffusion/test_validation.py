@@ -8,7 +8,7 @@ from PIL import Image
 import iqareward
 from iqareward.diffusion import StoredPairs, Validation, decoder_ceiling, synthetic_images
 from iqareward.diffusion.validation import image_grid, save_grid
-from iqareward.monitor import seam_strength
+from iqareward.functional.statistics import seam_strength
 from iqareward.rewards.metric import NoReference
 from tests.diffusion.tiny import pixel_policy, policy_of
 from tests.diffusion.train_tiny import contrast

@@ -17,7 +17,7 @@ from benchmarks.meter import Meter
 from iqareward.functional import ssim
 from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps, halve
-from iqareward.monitor import STATISTICS
+from iqareward.functional.statistics import STATISTICS
 from iqareward.rewards.core import RANGE_SLACK, sanitize
 from tests.gpu import no_waits
 from tests.tolerances import EXACT, FORMULA_FP32
