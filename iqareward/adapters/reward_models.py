@@ -55,8 +55,16 @@ class ImscoreModel(nn.Module):
         return self._scorer(pixels, prompts=prompts)
 
 
+class _DanceGRPOModel:
+    """A reward that gets one image a call, and returns its score where DanceGRPO gathers it."""
+
+    def __init__(self, reward: str | Reward, *, device: torch.device | str, on_nan: OnNan = "raise") -> None:
+        who = type(self).__name__
+        self._scorer = Scorer(reward, who=who, on_nan=on_nan, policies=("raise",), device=device, moves_images=True)
+
+
 @final
-class HPSv2Model:
+class HPSv2Model(_DanceGRPOModel):
     """Any reward where HPSv2 is expected: its model, tokenizer and preprocessing, as DanceGRPO calls them.
 
     Args:
@@ -73,11 +81,6 @@ class HPSv2Model:
         >>> torch.diagonal(outputs["image_features"] @ outputs["text_features"].T).shape  # the score
         torch.Size([1])
     """
-
-    def __init__(self, reward: str | Reward, *, device: torch.device | str, on_nan: OnNan = "raise") -> None:
-        self._scorer = Scorer(
-            reward, who="HPSv2Model", on_nan=on_nan, policies=("raise",), device=device, moves_images=True
-        )
 
     @staticmethod
     def preprocess(image: Image.Image) -> Tensor:
@@ -106,7 +109,7 @@ class HPSv2Model:
 
 
 @final
-class HPSv3Model:
+class HPSv3Model(_DanceGRPOModel):
     """Any reward where an HPSv3 inferencer is expected: `model.reward(image_paths, prompts)`, as DanceGRPO calls it.
 
     Args:
@@ -121,11 +124,6 @@ class HPSv3Model:
         Traceback (most recent call last):
         ValueError: HPSv3Model got reward 'ssim', which needs `references`, and has none. ...
     """
-
-    def __init__(self, reward: str | Reward, *, device: torch.device | str, on_nan: OnNan = "raise") -> None:
-        self._scorer = Scorer(
-            reward, who="HPSv3Model", on_nan=on_nan, policies=("raise",), device=device, moves_images=True
-        )
 
     def reward(self, image_paths: Sequence[str], prompts: Sequence[str]) -> Scores:
         """`[B]` scores of the images in these files, on `device`; higher is better.

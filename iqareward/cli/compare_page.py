@@ -60,16 +60,21 @@ for (const range of document.querySelectorAll(".slider input")) {
   move();
 }
 """
-_PAGE = """<!doctype html>
+# of a page that loads nothing and runs no script but its own
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
- script-src '$script_hash'; base-uri 'none'; form-action 'none'">
+ script-src '$script_source'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>$style</style>
 </head>
+"""
+_PAGE = (
+    HEAD
+    + """\
 <body>
 <h1>$title</h1>
 <div><table>
@@ -92,6 +97,7 @@ $pairs
 </body>
 </html>
 """
+)
 
 
 class _Choice(NamedTuple):
@@ -152,7 +158,7 @@ def render(comparison: Comparison, *, folder: Path, num_pairs: int, max_bytes: i
     """
     baseline, *methods = map(escaped, comparison.titles)
     parts = {
-        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}",
+        "script_source": f"sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}",
         "script": _SCRIPT,
         "style": STYLE,
         "title": f"{listed(methods)} against {baseline}",

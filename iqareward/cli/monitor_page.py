@@ -6,7 +6,7 @@ from string import Template
 
 import iqareward
 from iqareward.cli.compare import summary
-from iqareward.cli.compare_page import CROP, STYLE, escaped, picture, read_pixels
+from iqareward.cli.compare_page import CROP, HEAD, STYLE, escaped, picture, read_pixels
 from iqareward.cli.monitor import HELD_OUT, REWARD, STATISTIC, Findings, most_changed, no_alarm, table
 
 _WIDTH, _HEIGHT = 340, 170  # of a chart
@@ -29,16 +29,9 @@ figcaption b { color: var(--ink); }
 tr.bad td { color: var(--worse); }
 """
 )
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
- base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>$style</style>
-</head>
+_PAGE = (
+    HEAD
+    + """\
 <body>
 <h1>$title</h1>
 $alarms
@@ -59,6 +52,7 @@ $images
 </body>
 </html>
 """
+)
 
 
 def render(findings: Findings, folder: Path) -> str:
@@ -76,6 +70,7 @@ def render(findings: Findings, folder: Path) -> str:
     left_out = f'<details class="note"><summary>Files that were left out</summary><ul>{lines}</ul></details>'
     chosen = "The first images." if not findings.alarms else f"Those that changed most in {findings.alarms[0].measure}."
     return Template(_PAGE).substitute(
+        script_source="none",
         title=f"Samples of {escaped(folder.resolve().name)}",
         style=_STYLE,
         alarms=f'<ul class="worse">{told}</ul>' if told else f"<p>{no_alarm(findings).capitalize()}.</p>",
