@@ -290,6 +290,7 @@ def test_cancelled_coroutines_are_not_scored() -> None:
 def test_close_answers_what_was_accepted_and_refuses_the_rest() -> None:
     """Closing scores the queue, ends the thread, and makes later calls fail clearly; twice is as good as once."""
     held = Held()
+    held.name = "closing"  # no thread of another test has this name
     reward = MicroBatched(held)
 
     async def scenario() -> list[Tensor]:
@@ -303,7 +304,7 @@ def test_close_answers_what_was_accepted_and_refuses_the_rest() -> None:
 
     assert [scores.item() for scores in asyncio.run(scenario())] == [0.5, 0.25]
     reward.close()
-    assert not threads_named("brightness")
+    assert not threads_named("closing")
     with pytest.raises(RuntimeError, match="closed"):
         reward(flat(0.5))
 
@@ -324,12 +325,15 @@ def test_closing_again_leaves_the_worker_of_later_copies() -> None:
 
 def test_copies_share_the_worker_and_its_weights() -> None:
     """Pickled copies in one process find the running worker; the last user takes it with it."""
-    reward = MicroBatched(Brightness())
+    counting = Brightness()
+    counting.name = "copied"  # no thread of another test has this name
+    reward = MicroBatched(counting)
+    del counting
     reward(flat(0.5))
     copies = [pickle.loads(pickle.dumps(reward)) for _ in range(3)]
     assert all(torch.equal(copy(flat(0.25)), torch.tensor([0.25])) for copy in copies)
     assert all(copy.reward is reward.reward for copy in copies)
-    (thread,) = threads_named("brightness")
+    (thread,) = threads_named("copied")
     weights = weakref.ref(reward.reward)
     del reward, copies
     gc.collect()
