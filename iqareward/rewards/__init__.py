@@ -1,4 +1,4 @@
-"""Rewards; what is needed to write one of your own can be imported from here, the rest from `iqareward`."""
+"""Rewards; the most used ones are names of `iqareward`, further ones and what is needed to write one are names here."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What is needed to write a reward, imported when it is first used."""
+"""Further rewards, and what is needed to write one, imported when they are first used."""
 
 from .catalog import CATALOG as CATALOG
 from .core import Combined as Combined

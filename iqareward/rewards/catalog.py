@@ -92,7 +92,13 @@ def _of_metric(
 
 def _public(name: str, **options: Any) -> Reward:
     """A reward of a public class, which is imported only now."""
-    return getattr(importlib.import_module("iqareward"), name)(**options)
+    return _class(name)(**options)
+
+
+def _class(name: str) -> Any:
+    """A class of `iqareward`, or of `iqareward.rewards`."""
+    package = importlib.import_module("iqareward")
+    return getattr(package if name in package.__all__ else importlib.import_module("iqareward.rewards"), name)
 
 
 # fmt: off
@@ -376,7 +382,7 @@ def _option_names(entry: Entry) -> set[str]:
     """What may follow a name in parentheses."""
     build: Any = entry.build
     if build.func is _public:
-        return set(inspect.signature(getattr(importlib.import_module("iqareward"), build.args[0])).parameters)
+        return set(inspect.signature(_class(build.args[0])).parameters)
     color = {"color"} & inspect.signature(build.args[1]).parameters.keys()
     return {"batch_size", "name"} | color | ({"differentiable"} if entry.differentiable else set())
 
