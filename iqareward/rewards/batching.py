@@ -20,7 +20,7 @@ from typing import Any, Self, final
 import torch
 
 from iqareward.rewards.calls import Call, merged
-from iqareward.rewards.core import Wrapper, refuse_groups
+from iqareward.rewards.core import Wrapper, numbers, refuse_groups
 from iqareward.rewards.threads import PerProcess, mark, take_over
 from iqareward.types import Groups, Images, Reward, Scores
 
@@ -80,6 +80,7 @@ class MicroBatched(Wrapper):
                 f"MicroBatched expected a reward without gradients, got {reward.name} with differentiable=True: "
                 "callers would share one graph. Load it without, or call it directly."
             )
+        numbers("MicroBatched", max_batch=max_batch, max_wait_ms=max_wait_ms, max_bytes=max_bytes)
         if not (max_batch >= 1 and max_wait_ms >= 0 and max_bytes >= 1):
             raise ValueError(
                 "MicroBatched expected max_batch >= 1, max_wait_ms >= 0 and max_bytes >= 1, got "
@@ -187,6 +188,7 @@ class Overlapped(Wrapper):
     """
 
     def __init__(self, reward: Reward, *, max_pending: int = 4) -> None:
+        numbers("Overlapped", max_pending=max_pending)
         if max_pending < 1:
             raise ValueError(f"Overlapped expected `max_pending` >= 1, got {max_pending}.")
         super().__init__(reward)

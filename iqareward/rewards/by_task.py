@@ -21,7 +21,7 @@ class ByTask(BaseReward):
         name: Name of the result; by default made of the tasks and their rewards.
 
     Raises:
-        TypeError: One of them is no reward.
+        TypeError: `rewards` is no mapping, or one of them is no reward.
         ValueError: There is no reward. When scoring: a task has none.
 
     Example:
@@ -33,6 +33,8 @@ class ByTask(BaseReward):
     """
 
     def __init__(self, rewards: Mapping[str, Reward], *, name: str | None = None) -> None:
+        if not isinstance(rewards, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"ByTask expected a mapping of tasks to rewards, got {rewards!r}.")
         self.rewards = dict(rewards)
         self._unique = list({id(reward): reward for reward in self.rewards.values()}.values())
         check_names("ByTask", self._unique)

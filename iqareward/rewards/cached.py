@@ -17,7 +17,7 @@ from torch import Tensor
 
 import iqareward
 from iqareward.rewards.calls import Call
-from iqareward.rewards.core import Wrapper, refuse_groups
+from iqareward.rewards.core import Wrapper, numbers, refuse_groups
 from iqareward.rewards.threads import PerProcess, fork_waits_for
 from iqareward.types import Images, Reward, Scores
 
@@ -158,6 +158,7 @@ class Cached(Wrapper):
         refuse_groups("Cached", reward)
         if reward.differentiable:
             raise ValueError(f"Cached expected a reward without gradients, got {reward.name} with differentiable=True.")
+        numbers("Cached", max_entries=max_entries, max_bytes=max_bytes)
         if max_entries < 1 or max_bytes < 1:
             raise ValueError(f"Cached expected max_entries and max_bytes >= 1, got {max_entries} and {max_bytes}.")
         self._prefix = repr((iqareward.__version__, reward.name, version)).encode()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -14,7 +14,7 @@ from iqareward._gradients import clamp
 from iqareward.atomic import write_text
 from iqareward.functional._chunks import constant
 from iqareward.rewards.calls import Call
-from iqareward.rewards.core import Combined, Wrapper, check_names, reward_mode
+from iqareward.rewards.core import Combined, Wrapper, check_names, numbers, reward_mode
 from iqareward.types import Bounds, Groups, Images, Reward, Scores
 
 
@@ -114,7 +114,8 @@ class SoftMin(Combined):
         name: Name of the reward; by default made from those of the parts.
 
     Raises:
-        ValueError: no rewards, two of the same name, or a temperature that is not positive.
+        ValueError: no rewards, two of the same name, or a temperature that is not positive and finite.
+        TypeError: the temperature is not a number.
 
     Example:
         >>> import torch, iqareward
@@ -130,9 +131,9 @@ class SoftMin(Combined):
 
     def __init__(self, rewards: Sequence[Reward], *, temperature: float, name: str | None = None) -> None:
         check_names("SoftMin", rewards)
-        if not temperature > 0:
-            raise ValueError(f"SoftMin expected `temperature` > 0 in units of the scores, got {temperature}.")
-        self.temperature = temperature
+        (self.temperature,) = numbers("SoftMin", temperature=temperature)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"SoftMin expected a finite `temperature` > 0 in units of the scores, got {temperature}.")
         lows, highs = zip(*(reward.bounds for reward in rewards), strict=True)
         low, total = None if None in lows else min(lows), _total(highs)
         high = None if total is None else total / len(highs)  # never above the mean
@@ -160,7 +161,8 @@ class FidelityFloor(Combined):
         name: Name of the reward; by default made from those of the parts.
 
     Raises:
-        ValueError: `reward` has no lower bound and `low` is not given, or both have one name.
+        ValueError: `reward` has no lower bound and `low` is not given, both have one name, or a number is not finite.
+        TypeError: `floor` or `low` is not a number.
 
     Example:
         >>> import torch, iqareward
@@ -187,8 +189,10 @@ class FidelityFloor(Combined):
                 f"FidelityFloor expected a reward with a lower bound, but {reward.name} has none. "
                 "Pass low=..., or wrap the reward in Calibrated."
             )
-        self.floor, self.low = floor, low
-        formula = f"{reward.name}[{fidelity.name}>={exact(floor)}]"
+        self.floor, self.low = numbers("FidelityFloor", floor=floor, low=low)
+        if not (math.isfinite(self.floor) and math.isfinite(self.low)):
+            raise ValueError(f"FidelityFloor expected finite `floor` and `low`, got {floor} and {low}.")
+        formula = f"{reward.name}[{fidelity.name}>={exact(self.floor)}]"
         super().__init__([reward, fidelity], name=name or formula, bounds=(None, reward.bounds[1]))
 
     def combine_rows(self, rows: Tensor) -> Scores:
@@ -220,6 +224,7 @@ class AffineMap:
     high: float
 
     def __post_init__(self) -> None:
+        numbers("AffineMap", low=self.low, high=self.high)
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"AffineMap expected finite numbers low < high, got ({self.low}, {self.high}).")
 
@@ -254,6 +259,7 @@ class LogisticMap:
     scale: float
 
     def __post_init__(self) -> None:
+        numbers("LogisticMap", center=self.center, scale=self.scale)
         if not (self.scale > 0 and math.isfinite(self.center) and math.isfinite(self.scale)):
             raise ValueError(
                 f"LogisticMap expected a finite center and a finite scale > 0, got {self.center} and {self.scale}."
@@ -291,6 +297,11 @@ class CDFMap:
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        for field in ("knots", "levels"):
+            given = getattr(self, field)
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise TypeError(f"CDFMap expected `{field}` as a sequence of numbers, got {given!r}.")
+            object.__setattr__(self, field, tuple(numbers("CDFMap", **{field: each})[0] for each in given))
         rising = all(a < b for a, b in zip(self.knots[:-1], self.knots[1:], strict=True))
         rising &= all(a < b for a, b in zip(self.levels[:-1], self.levels[1:], strict=True))
         finite = all(math.isfinite(knot) for knot in self.knots) and all(0 <= level <= 1 for level in self.levels)
@@ -303,6 +314,8 @@ class CDFMap:
     @classmethod
     def fit(cls, scores: Tensor, *, num_knots: int = 257) -> "CDFMap":
         """Take `num_knots` evenly spaced quantiles of `scores` `[N]`."""
+        if not isinstance(num_knots, int) or num_knots < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"CDFMap.fit expected `num_knots` as an integer >= 2, got {num_knots!r}.")
         levels = torch.linspace(0, 1, num_knots, dtype=torch.float64)
         knots, tie = torch.quantile(_usable(scores, "CDFMap"), levels).unique(return_inverse=True)
         middle = torch.zeros_like(knots).index_add_(0, tie, levels) / tie.bincount()
@@ -426,6 +439,8 @@ def _total(bounds: Sequence[float | None]) -> float | None:
 
 def _usable(scores: Tensor, who: str) -> Tensor:
     """The scored part of a frozen set, in float64 for exact quantiles."""
+    if not isinstance(scores, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{who}.fit expected `scores` as a tensor [N], got {scores!r}.")
     usable = scores.detach().double().cpu()
     usable = usable[usable.isfinite()]
     if usable.numel() < 2 or bool(usable.min() == usable.max()):

@@ -418,6 +418,18 @@ def check_names(who: str, rewards: Sequence[Reward]) -> None:
         raise ValueError(f"{who} expected rewards with unique names, got {names}. Pass name=... to tell them apart.")
 
 
+def numbers(who: str, **options: Any) -> tuple[float, ...]:
+    """Options that are numbers, as floats; text and all else are refused by name."""
+    for argument, value in options.items():
+        if (
+            isinstance(value, str)
+            or not hasattr(value, "__float__")
+            or (isinstance(value, Tensor) and value.numel() != 1)
+        ):
+            raise TypeError(f"{who} expected `{argument}` as a number, got {value!r}.")
+    return tuple(map(float, options.values()))
+
+
 def refuse_groups(who: str, reward: Any) -> None:
     """Refuse a reward that compares the rollouts of an input, for a caller that does not keep them together."""
     if getattr(reward, "needs_ids", False):

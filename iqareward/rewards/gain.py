@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from iqareward._gradients import clamp
 from iqareward.rewards.calls import Call
 from iqareward.rewards.combine import exact
-from iqareward.rewards.core import Combined, Wrapper, check_names, refuse_groups, reward_mode, sanitize
+from iqareward.rewards.core import Combined, Wrapper, check_names, numbers, refuse_groups, reward_mode, sanitize
 from iqareward.types import Images, Reward, Scores
 
 # Below this fidelity the gate falls to 0 in a straight line. The published power rises from 0 with infinite slope and,
@@ -122,9 +122,9 @@ class QualityGain(Combined):
                     f"{reward.bounds}. Give the scores that count as 0 and 1, as in load('niqe[-12, 0]') or "
                     "load('psnr[15, 40]'), or wrap the reward in Calibrated."
                 )
-        if not 0 < gamma < torch.inf:
+        (self.gamma,) = numbers("QualityGain", gamma=gamma)
+        if not 0 < self.gamma < torch.inf:
             raise ValueError(f"QualityGain expected a finite `gamma` > 0 on the scale of `quality`, got {gamma}.")
-        self.gamma = float(gamma)
         formula = f"gain({quality.name}, {fidelity.name}, gamma={exact(self.gamma)})"
         parts = [quality, _InputQuality(quality), InputFidelity(fidelity)]
         super().__init__(parts, name=name or formula, bounds=(-1.0, 1.0))

@@ -12,7 +12,7 @@ from iqareward.advantages import win_rates
 from iqareward.groups import check_ids
 from iqareward.rewards.calls import Call
 from iqareward.rewards.combine import exact
-from iqareward.rewards.core import BaseReward, Wrapper, reward_mode, sanitize
+from iqareward.rewards.core import BaseReward, Wrapper, numbers, reward_mode, sanitize
 from iqareward.types import Images, Reward, Scores
 
 _ALONE = "no image has another scored image with the same id to be compared with"
@@ -56,9 +56,9 @@ class RankInGroup(Wrapper):
                 f"RankInGroup expected a reward without gradients, got {reward.name} with differentiable=True: the "
                 "gradient of a rank is zero."
             )
-        if not 0 <= margin < math.inf:
+        (self.margin,) = numbers("RankInGroup", margin=margin)
+        if not 0 <= self.margin < math.inf:
             raise ValueError(f"RankInGroup expected a finite `margin` >= 0 in units of the reward, got {margin}.")
-        self.margin = float(margin)
         self.name = name or f"rank({reward.name}{f', margin={exact(self.margin)}' if margin else ''})"
         self.bounds, self.needs_ids = (0.0, 1.0), True
 
@@ -132,8 +132,10 @@ class PairsInGroup(BaseReward):
         known = ("references", "inputs", "prompts", "tasks")
         if not self.name:
             raise ValueError(f"PairsInGroup expected `name`, because {compare!r} has no __name__.")
-        if isinstance(columns, str) or not set(columns) <= set(known):
+        sequence: Any = columns
+        if isinstance(columns, str) or not isinstance(sequence, Iterable) or not set(columns) <= set(known):
             raise ValueError(f"PairsInGroup expected `columns` as a list of names out of {known}, got {columns!r}.")
+        numbers("PairsInGroup", batch_size=batch_size, max_bytes=max_bytes, pairs_per_image=pairs_per_image or 0)
         if pairs_per_image is not None and (pairs_per_image < 2 or pairs_per_image % 2):
             raise ValueError(
                 f"PairsInGroup expected `pairs_per_image` as an even number >= 2 or None, got {pairs_per_image}."

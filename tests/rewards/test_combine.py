@@ -13,6 +13,7 @@ from torch import Tensor
 
 from iqareward import (
     AffineMap,
+    ByTask,
     Cached,
     Calibrated,
     CDFMap,
@@ -22,6 +23,7 @@ from iqareward import (
     MicroBatched,
     NoReference,
     Overlapped,
+    QualityGain,
     SoftMin,
     WeightedSum,
     check_reward,
@@ -30,6 +32,7 @@ from iqareward import (
     load_map,
     save_map,
 )
+from iqareward.rewards import PairsInGroup, RankInGroup
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
 
@@ -293,3 +296,45 @@ def test_an_unknown_option_names_those_there_are(name: str) -> None:
     """In words, without Python's own message."""
     with pytest.raises(ValueError, match=rf"option that {name} does not have: foo\. It has .*batch_size"):
         load(f"{name}(foo=3)")
+
+
+WRONG_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "temperature": lambda wrong: SoftMin([bright(), faithful()], temperature=wrong),
+    "floor": lambda wrong: FidelityFloor(bright(), faithful(), floor=wrong),
+    "gamma": lambda wrong: QualityGain(bright(), load("haarpsi"), gamma=wrong),
+    "margin": lambda wrong: RankInGroup(bright(), margin=wrong),
+    "batch_size": lambda wrong: PairsInGroup(brightness, batch_size=wrong),
+    "low": lambda wrong: AffineMap(wrong, 1.0),
+    "high": lambda wrong: AffineMap(0.0, wrong),
+    "center": lambda wrong: LogisticMap(wrong, 1.0),
+    "scale": lambda wrong: LogisticMap(0.0, wrong),
+    "knots": lambda wrong: CDFMap((0.0, wrong), (0.0, 1.0)),
+    "max_batch": lambda wrong: MicroBatched(bright(), wrong),
+    "max_entries": lambda wrong: Cached(bright(), max_entries=wrong),
+    "max_pending": lambda wrong: Overlapped(bright(), max_pending=wrong),
+}
+
+
+@pytest.mark.parametrize("wrong", ["a", None, torch.zeros(2)], ids=["text", "None", "two numbers"])
+@pytest.mark.parametrize("option", WRONG_NUMBERS)
+def test_what_is_no_number_is_refused_by_name(option: str, wrong: Any) -> None:
+    """An option that must be a number says its name and what came, not how Python compares types."""
+    with pytest.raises(TypeError, match=rf"^\w+ expected `{option}` as a number, got "):
+        WRONG_NUMBERS[option](wrong)
+
+
+def test_numbers_that_would_spoil_every_score_are_refused() -> None:
+    """A combination whose scores would all be NaN is not built, nor a map from anything but a tensor."""
+    with pytest.raises(ValueError, match="SoftMin expected a finite `temperature`"):
+        SoftMin([bright(), faithful()], temperature=torch.inf)
+    with pytest.raises(ValueError, match="FidelityFloor expected finite `floor` and `low`"):
+        FidelityFloor(bright(), faithful(), floor=torch.nan)
+    wrong: Any = [1.0, 2.0]
+    with pytest.raises(TypeError, match=r"AffineMap\.fit expected `scores` as a tensor \[N\]"):
+        AffineMap.fit(wrong)
+    with pytest.raises(ValueError, match=r"CDFMap\.fit expected `num_knots` as an integer"):
+        CDFMap.fit(torch.rand(5), num_knots=1)
+    knots: Any = [0.0, 2.0]  # a list is as good as a tuple
+    torch.testing.assert_close(CDFMap(knots, (0.0, 1.0))(torch.tensor([1.0])), torch.tensor([0.5]), rtol=0, atol=0)
+    with pytest.raises(TypeError, match="ByTask expected a mapping of tasks to rewards, got None"):
+        ByTask(None)  # pyright: ignore[reportArgumentType]
