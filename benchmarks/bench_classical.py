@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks._harness import CPU, document, finish, medians, target
 from iqareward import functional as F
 from iqareward import load, to_images
+from iqareward.functional.brisque import PACKAGED as BRISQUE
 
 Metric = Callable[..., Tensor]
 
@@ -127,6 +130,26 @@ def pyiqa_niqe() -> Metric:
     return score
 
 
+def brisque_vectors() -> tuple[Tensor, Tensor]:
+    """Support vectors and their weights, which the other packages would download."""
+    path = Path(F.__file__).parent / "data" / BRISQUE
+    found = load_file(path, device=str(torch.get_default_device()))
+    return found["vectors"], found["weights"]
+
+
+def pyiqa_brisque() -> Metric:
+    vectors, weights = brisque_vectors()
+    return partial(_find("pyiqa.archs.brisque_arch.brisque"), sv_coef=weights, sv=vectors)
+
+
+def piq_brisque() -> Metric:
+    vectors, weights = brisque_vectors()
+    metric = _find("piq.brisque")
+    # its download, in place of which it transposes what it gets
+    vars(sys.modules["piq.brisque"])["load_url"] = lambda *_, **__: (weights, vectors.clone())
+    return partial(metric, reduction="none")
+
+
 def _find(path: str) -> Callable[..., object]:
     parent, _, name = path.rpartition(".")
     with warnings.catch_warnings():
@@ -199,6 +222,10 @@ PEERS: dict[str, list[Peer]] = {
     ],
     "piqe": [Peer("pyiqa", pyiqa("piqe"))],
     "niqe": [Peer("pyiqa", pyiqa_niqe, note="under our parameters")],
+    "brisque": [
+        Peer("pyiqa", pyiqa_brisque, note="float32 statistics"),
+        Peer("piq", piq_brisque, note="float32 statistics; luma of three digits"),
+    ],
 }
 
 
@@ -262,8 +289,9 @@ OURS: dict[str, Callable[..., Tensor]] = {
     "haarpsi": F.haarpsi,
     "piqe": F.piqe,
     "niqe": F.niqe,
+    "brisque": F.brisque,
 }
-NO_REFERENCE = {"piqe", "niqe"}
+NO_REFERENCE = {"piqe", "niqe", "brisque"}
 # A peer that would take longer than this for one call of the next, four times larger setting is left out from there on.
 MAX_SECONDS, GROWTH = 8.0, 4
 PACKAGES = ["pyiqa", "piq", "torchmetrics", "kornia", "scikit-image", "pytorch-msssim", "piqa"]

@@ -127,7 +127,7 @@ FORMULAS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi")
 NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "dists")
 
 
-@pytest.mark.parametrize("name", [*FORMULAS, "piqe", "niqe", *NETWORKS])
+@pytest.mark.parametrize("name", [*FORMULAS, "piqe", "niqe", "brisque", *NETWORKS])
 def test_scoring_stays_below_the_budget(name, weighty):
     """128 images of 512x512 in one call."""
     reward = weighty(name) if name in NETWORKS else iqareward.load(name)

@@ -16,7 +16,7 @@ QALIGN = {
     '`quant="int8"`': ("qalign/int8",),
     "the authors' protocol, one image at a time": ("qalign/reference protocol",),
 }
-FORMULAS = ("psnr", "ssim", "ssim_rgb", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe")
+FORMULAS = ("psnr", "ssim", "ssim_rgb", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe", "brisque")
 SETTINGS = ("256 b32", "512 b8", "512 b32", "1024 b8")
 
 

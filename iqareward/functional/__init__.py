@@ -1,5 +1,6 @@
 """The classical metrics as pure functions on `[B, 3, H, W]`, in the direction of their papers."""
 
+from iqareward.functional.brisque import brisque as brisque
 from iqareward.functional.gmsd import gmsd as gmsd
 from iqareward.functional.haarpsi import haarpsi as haarpsi
 from iqareward.functional.ms_ssim import ms_ssim as ms_ssim

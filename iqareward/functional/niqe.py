@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
 from iqareward.atomic import atomic_write
 from iqareward.functional._checks import check_images
 from iqareward.functional._chunks import free_threads, map_chunks
-from iqareward.functional._fused import on_gpu
-from iqareward.functional.nss import clipped_luma, local_statistics, mscn
+from iqareward.functional.nss import clipped_luma, fit_aggd, half_scale, local_statistics, mscn, neighbor_moments
 from iqareward.functional.resize import pillow_resize
 from iqareward.weight_files import WeightFile
 
@@ -26,10 +23,6 @@ _NUM_FEATURES = 36
 PACKAGED = "niqe_natural.safetensors"
 # Below this ratio of smallest to largest eigenvalue a Cholesky factor is noise and the pseudo-inverse takes over.
 _SMALLEST_EIGENVALUE_RATIO = 1e-10
-# MATLAB `imresize(..., 0.5)`: Keys' cubic stretched to 8 taps against aliasing. Multiples of 1/256: exact in float32.
-_HALF_TAPS = (-0.01171875, -0.03515625, 0.11328125, 0.43359375, 0.43359375, 0.11328125, -0.03515625, -0.01171875)
-# offsets (down, right) of the neighbour that each coefficient is multiplied with; they wrap around inside a block
-_NEIGHBORS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,27 +282,6 @@ def _distance(features: Tensor, model: NaturalModel) -> Tensor:
     return torch.where(count[:, 0] >= 2, squared.sqrt(), torch.nan)
 
 
-class _ShapeTable(NamedTuple):
-    """Closed forms of the asymmetric generalised Gaussian on a grid of shapes 0.200, 0.201 .. 10."""
-
-    boundaries: Tensor  # [9800] moment ratio half way between neighbouring shapes
-    shape: Tensor  # [9801]
-    scale_per_std: Tensor  # [9801] sqrt(Gamma(1/shape) / Gamma(3/shape))
-    mean_per_scale: Tensor  # [9801] Gamma(2/shape) / Gamma(1/shape)
-
-
-def half_scale(planes: Tensor) -> Tensor:
-    """Half-size copies `[..., H/2, W/2]` of `planes` `[..., H, W]`, H and W even, as MATLAB `imresize(planes, 0.5)`."""
-    for dim in (-2, -1):
-        length = planes.shape[dim]
-        mirrored = (planes.narrow(dim, 0, 3).flip(dim), planes, planes.narrow(dim, length - 3, 3).flip(dim))
-        taps = torch.cat(mirrored, dim).unfold(dim, len(_HALF_TAPS), 2).unbind(-1)
-        planes = taps[0] * _HALF_TAPS[0]
-        for tap, weight in zip(taps[1:], _HALF_TAPS[1:], strict=True):
-            planes.add_(tap, alpha=weight)
-    return planes
-
-
 def split_blocks(planes: Tensor, side: int) -> Tensor:
     """The square blocks `[B, n, side, side]` of `planes` `[B, H, W]`, H and W multiples of `side`, row by row."""
     rows, columns = planes.shape[1] // side, planes.shape[2] // side
@@ -332,53 +304,8 @@ def block_features(coefficients: Tensor, side: int) -> Tensor:
     They are the shape and mean scale of the coefficients; then, for the right, lower, lower right and lower left
     neighbour, shape, mean, left scale and right scale of the products. NaN where one side of zero is empty.
     """
-    blocks = split_blocks(coefficients, side)
-    wrapped = F.pad(blocks, (1, 1, 0, 1), mode="circular")
-    neighbors = (wrapped[:, :, down : down + side, 1 + right : 1 + right + side] for down, right in _NEIGHBORS)
-    products = (values.flatten(2) for values in (blocks, *(blocks * others for others in neighbors)))
-    if on_gpu(blocks):  # where launches count; on a CPU 20 % slower, because less stays in the cache
-        moments = _moments(torch.stack(tuple(products), dim=2))
-    else:
-        moments = torch.stack([_moments(values) for values in products], dim=2)
-    shape, mean, left, right = fit_aggd(moments, side * side).unbind(-1)  # [B, n, 5] each
-    symmetric = torch.stack((shape[..., 0], (left[..., 0] + right[..., 0]) / 2), dim=-1)
-    return torch.cat((symmetric, torch.stack((shape, mean, left, right), dim=-1)[..., 1:, :].flatten(-2)), dim=-1)
-
-
-def fit_aggd(moments: Tensor, count: int) -> Tensor:
-    """Shape (nearest of 0.200, 0.201 .. 10), mean, left and right scale `[..., 4]` of asymmetric generalised Gaussians.
-
-    They are fitted to the moments `[..., 6]` of `count` values, zeros included. NaN where a side of zero is empty.
-
-    References:
-        Lasmar, Stitou, Berthoumieu, "Multiscale skewed heavy tailed model for texture analysis", ICIP 2009.
-        https://doi.org/10.1109/ICIP.2009.5414404
-    """
-    table = _shape_table(moments.device)
-    num_left, num_right, sum_left, sum_right, norm_left, norm_right = moments.double().unbind(-1)
-    left_std, right_std = norm_left / num_left.sqrt(), norm_right / num_right.sqrt()
-    asymmetry = left_std / right_std
-    ratio = (sum_right - sum_left).square() / (count * (norm_left.square() + norm_right.square()))
-    ratio = ratio * (asymmetry**3 + 1) * (asymmetry + 1) / (asymmetry.square() + 1).square()
-    index = torch.searchsorted(table.boundaries, ratio)
-    left, right = left_std * table.scale_per_std[index], right_std * table.scale_per_std[index]
-    return torch.stack((table.shape[index], (right - left) * table.mean_per_scale[index], left, right), dim=-1)
-
-
-def _moments(values: Tensor) -> Tensor:
-    """Counts, sums and Euclidean norms of the negative and of the positive among `values` `[..., L]`: `[..., 6]`."""
-    sides = (values.clamp(max=0), values.clamp(min=0))
-    counts = [side.sign().sum(-1).abs() for side in sides]
-    sums = [side.sum(-1) for side in sides]
-    norms = [torch.linalg.vector_norm(side, dim=-1) for side in sides]
-    return torch.stack((*counts, *sums, *norms), dim=-1)
-
-
-@lru_cache(maxsize=8)
-def _shape_table(device: torch.device) -> _ShapeTable:
-    shape = torch.arange(200, 10001, dtype=torch.float64, device="cpu") / 1000
-    first, second, third = (torch.lgamma(order / shape) for order in (1, 2, 3))
-    ratio = torch.exp(2 * second - first - third)
-    boundaries = (ratio[:-1] + ratio[1:]) / 2
-    columns = (boundaries, shape, torch.exp((first - third) / 2), torch.exp(second - first))
-    return _ShapeTable(*(column.to(device) for column in columns))
+    fit = fit_aggd(neighbor_moments(split_blocks(coefficients, side)), side * side)  # [B, n, 5] each
+    left, right = fit.left_std * fit.scale_per_std, fit.right_std * fit.scale_per_std
+    symmetric = torch.stack((fit.shape[..., 0], (left[..., 0] + right[..., 0]) / 2), dim=-1)
+    products = torch.stack((fit.shape, fit.mean, left, right), dim=-1)[..., 1:, :]
+    return torch.cat((symmetric, products.flatten(-2)), dim=-1)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iqareward.functional import gmsd, haarpsi, ms_ssim, niqe, piqe, psnr, ssim
+from iqareward.functional import brisque, gmsd, haarpsi, ms_ssim, niqe, piqe, psnr, ssim
 from iqareward.functional._chunks import FORMULA_BYTES_PER_PIXEL
+from iqareward.functional.brisque import MIN_SIDE as BRISQUE_MIN_SIDE
 from iqareward.functional.gmsd import MIN_SIDE as GMSD_MIN_SIDE
 from iqareward.functional.haarpsi import MIN_SIDE as HAARPSI_MIN_SIDE
 from iqareward.functional.ms_ssim import MIN_SIDE as MS_SSIM_MIN_SIDE
@@ -68,14 +69,16 @@ def _formula(
     differentiable: bool = True,
     min_side: int = 1,
     color: str = "",
+    licence: str = "Apache-2.0",
 ) -> Entry:
     facts = {"higher_is_better": higher_is_better, "bounds": bounds, "min_side": min_side}
     if color:
         facts |= {"name": f"{metric.__name__}_{color}", "color": color}
     build = partial(_of_metric, FullReference if references else NoReference, metric, **facts)
     return Entry(
-        build, summary, references, differentiable, usual=usual, bounds=bounds, higher_is_better=higher_is_better
-    )
+        build, summary, references, differentiable, licence=licence, usual=usual, bounds=bounds,
+        higher_is_better=higher_is_better,
+    )  # fmt: skip
 
 
 def _of_metric(
@@ -117,6 +120,9 @@ CATALOG: dict[str, Entry] = {
     "niqe": _formula(niqe, "distance from natural statistics; best at sides >= 256; latent autoencoders raise it",
                     bounds=(None, 0.0), usual=(-12.0, 0.0), higher_is_better=False, references=False,
                     differentiable=False, min_side=NIQE_MIN_SIDE),
+    "brisque": _formula(brisque, "opinion predicted from luminance statistics; best at sides >= 256",
+                       licence="Apache-2.0, UT Austin", bounds=(None, None), usual=(-100.0, 10.0),
+                       higher_is_better=False, references=False, differentiable=False, min_side=BRISQUE_MIN_SIDE),
     # name           reward, what a score says, needs references, can be differentiable, weights, licence, extra
     "qalign": Entry(partial(_public, "QAlignReward"), "quality level by one-align, in [0, 1]",
                     False, True, "q-future/one-align", "MIT, LLaMA-2", published_range=(1.0, 5.0)),
@@ -221,8 +227,8 @@ def load(
         '0.7*haarpsi + 0.3*psnr[10, 50]': the first score in brackets becomes 0, the second 1.
         >>> load("nique")
         Traceback (most recent call last):
-        ValueError: unknown reward 'nique'; did you mean niqe, piqe, pyiqa:unique? `iqareward list` shows all names,
-        `iqareward list --pyiqa` those of pyiqa.
+        ValueError: unknown reward 'nique'; did you mean niqe, piqe, brisque, pyiqa:unique? `iqareward list` shows all
+        names, `iqareward list --pyiqa` those of pyiqa.
     """
     if isinstance(spec, Mapping):
         spec = " ".join(_part(name, weight) for name, weight in spec.items()).removeprefix("+ ")
@@ -449,7 +455,7 @@ def _unreadable(spec: str) -> ValueError:
     near = [known[key] for known in (ours, theirs) for key in difflib.get_close_matches(wanted, known)]
     if wanted in theirs:
         near = [theirs[wanted]]
-    hint = f"did you mean {', '.join(near[:3])}? " if near else ""
+    hint = f"did you mean {', '.join(near[:4])}? " if near else ""
     return ValueError(
         f"unknown reward {name!r}; {hint}`iqareward list` shows all names, `iqareward list --pyiqa` those of pyiqa."
     )

@@ -11,8 +11,8 @@ from iqareward import load
 from iqareward.rewards.catalog import CATALOG
 
 FULL_REFERENCE = [F.psnr, F.ssim, F.ms_ssim, F.gmsd, F.haarpsi]
-NO_REFERENCE = [F.piqe, F.niqe]
-CLASSICAL = ["psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe"]
+NO_REFERENCE = [F.piqe, F.niqe, F.brisque]
+CLASSICAL = ["psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe", "brisque"]
 MAX_PIXELS = 120_000
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

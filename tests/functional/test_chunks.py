@@ -150,11 +150,11 @@ def test_threads_come_back_after_an_error(threads, cores):
         assert pool.submit(score).result() == 2
 
 
-@pytest.mark.parametrize("metric", [F.psnr, F.ssim, F.ms_ssim, F.gmsd, F.haarpsi, F.piqe, F.niqe])
+@pytest.mark.parametrize("metric", [F.psnr, F.ssim, F.ms_ssim, F.gmsd, F.haarpsi, F.piqe, F.niqe, F.brisque])
 def test_digits_do_not_depend_on_threads(threads, cores, metric):
     """One thread and several give the same bits, so that the number may change at any time."""
     images, references = torch.rand(2, 2, 3, 200, 224, generator=torch.Generator().manual_seed(0))
-    arguments = (images,) if metric in (F.piqe, F.niqe) else (images, references)
+    arguments = (images,) if metric in (F.piqe, F.niqe, F.brisque) else (images, references)
     scores = []
     for count in (1, 2, 3):
         threads(count)

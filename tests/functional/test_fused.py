@@ -238,10 +238,10 @@ def test_ssim_is_the_same_without_a_graph(dtype):
 
 
 @kernels
-@pytest.mark.parametrize("name", ["ssim", "ms_ssim", "gmsd", "haarpsi", "psnr", "piqe", "niqe"])
+@pytest.mark.parametrize("name", ["ssim", "ms_ssim", "gmsd", "haarpsi", "psnr", "piqe", "niqe", "brisque"])
 def test_rewards(name, plainly):
     """Scores and gradients are those of torch's own operations, without a wait; bad images alone have no score."""
-    side = 168 if name == "ms_ssim" else 96 if name == "niqe" else 40
+    side = 168 if name == "ms_ssim" else 96 if name in ("niqe", "brisque") else 40
     references = noise(3, 3, side // 8, side // 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
     images = (references + 0.2 * noise(3, 3, side, side, seed=1)).clamp(max=1)
     images[1, 0, 5, 5], references[2, 1, 0, 0] = torch.nan, 2.0

@@ -6,11 +6,23 @@ import scipy.special
 import torch
 from scipy.ndimage import correlate1d
 
-from iqareward.functional.niqe import _moments, block_features, fit_aggd, half_scale, natural_features, split_blocks
-from iqareward.functional.nss import clipped_luma, local_statistics, mscn
+from iqareward.functional.brisque import brisque_features
+from iqareward.functional.niqe import block_features, natural_features, split_blocks
+from iqareward.functional.nss import (
+    clipped_luma,
+    fit_aggd,
+    fit_ggd,
+    half_scale,
+    local_statistics,
+    mscn,
+    neighbor_moments,
+)
 from tests.tolerances import EXACT, FORMULA_FP32
 
 SHAPES = np.arange(200, 10001) / 1000
+SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
+WINDOW = np.exp(-0.5 * (np.arange(-3, 4) / (7 / 6)) ** 2)
+WINDOW /= WINDOW.sum()
 
 
 def levels(seed, height, width, batch=1, dtype=torch.float64):
@@ -21,37 +33,59 @@ def levels(seed, height, width, batch=1, dtype=torch.float64):
     return (smooth + grain + 25).round().clamp(0, 255).to(dtype)
 
 
+def moments_of(values):
+    """Moments `[6]` of a 1-d tensor."""
+    return neighbor_moments(values[None, None, None])[0, 0, 0]
+
+
+def shape_by_search(ratio):
+    """The shape of the grid with the nearest moment ratio."""
+    gamma = scipy.special.gamma
+    ratios = gamma(2 / SHAPES) ** 2 / (gamma(1 / SHAPES) * gamma(3 / SHAPES))
+    return SHAPES[np.argmin((ratios - ratio) ** 2)]
+
+
 def aggd_by_search(values):
-    """Shape, mean, left and right scale of a 1-d array, by trying every shape of the grid."""
+    """Shape, mean, left and right standard deviation, and scale per deviation, of a 1-d array."""
     left = np.sqrt(np.mean(values[values < 0] ** 2))
     right = np.sqrt(np.mean(values[values > 0] ** 2))
     asymmetry = left / right
     ratio = np.mean(np.abs(values)) ** 2 / np.mean(values**2)
-    ratio *= (asymmetry**3 + 1) * (asymmetry + 1) / (asymmetry**2 + 1) ** 2
+    shape = shape_by_search(ratio * (asymmetry**3 + 1) * (asymmetry + 1) / (asymmetry**2 + 1) ** 2)
     gamma = scipy.special.gamma
-    ratios = gamma(2 / SHAPES) ** 2 / (gamma(1 / SHAPES) * gamma(3 / SHAPES))
-    shape = SHAPES[np.argmin((ratios - ratio) ** 2)]
-    left, right = (side * np.sqrt(gamma(1 / shape) / gamma(3 / shape)) for side in (left, right))
-    return shape, (right - left) * gamma(2 / shape) / gamma(1 / shape), left, right
+    scale = np.sqrt(gamma(1 / shape) / gamma(3 / shape))
+    return shape, (right - left) * scale * gamma(2 / shape) / gamma(1 / shape), left, right, scale
 
 
 def features_of_block(block):
     """The 18 features of one square array, with np.roll for the neighbours."""
-    shape, _, left, right = aggd_by_search(block.ravel())
-    features = [shape, (left + right) / 2]
-    for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        features.extend(aggd_by_search((block * np.roll(block, shift, (0, 1))).ravel()))
+    shape, _, left, right, scale = aggd_by_search(block.ravel())
+    features = [shape, (left + right) / 2 * scale]
+    for shift in SHIFTS:
+        shape, mean, left, right, scale = aggd_by_search((block * np.roll(block, shift, (0, 1))).ravel())
+        features += [shape, mean, left * scale, right * scale]
+    return features
+
+
+def features_of_plane(plane):
+    """The 18 features of BRISQUE, with black beyond the border and neighbours that wrap around."""
+    mean, power = (correlate1d(correlate1d(p, WINDOW, 0, mode="constant"), WINDOW, 1, mode="constant")
+                   for p in (plane, plane**2))  # fmt: skip
+    coefficients = (plane - mean) / (np.sqrt(np.abs(power - mean**2)) + 1)
+    ratio = np.mean(np.abs(coefficients)) ** 2 / np.mean(coefficients**2)
+    features = [shape_by_search(ratio), np.mean(coefficients**2)]
+    for shift in SHIFTS:
+        shape, mean, left, right, _ = aggd_by_search((coefficients * np.roll(coefficients, shift, (0, 1))).ravel())
+        features += [shape, mean, left**2, right**2]
     return features
 
 
 def test_mscn_is_the_published_formula():
     """(level - mean) / (std + 1) under a Gaussian window, with edge pixels repeated."""
     planes = levels(0, 40, 56, batch=2)
-    window = np.exp(-0.5 * (np.arange(-3, 4) / (7 / 6)) ** 2)
-    window /= window.sum()
 
     def smooth(plane):
-        return correlate1d(correlate1d(plane, window, 0, mode="nearest"), window, 1, mode="nearest")
+        return correlate1d(correlate1d(plane, WINDOW, 0, mode="nearest"), WINDOW, 1, mode="nearest")
 
     for plane, got in zip(planes.numpy(), mscn(planes)):
         mean = smooth(plane)
@@ -82,14 +116,15 @@ def test_half_scale_is_cubic_interpolation_with_mirrored_borders():
     far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
     taps = np.where(distance <= 1, near, far)
     taps /= taps.sum()
-    plane = levels(1, 12, 20)[0].numpy()
 
     def halve_rows(values):
-        padded = np.pad(values, ((3, 3), (0, 0)), mode="symmetric")
-        return np.stack([taps @ padded[2 * row : 2 * row + 8] for row in range(len(values) // 2)])
+        padded = np.pad(values, ((3, 4), (0, 0)), mode="symmetric")
+        return np.stack([taps @ padded[2 * row : 2 * row + 8] for row in range((len(values) + 1) // 2)])
 
-    expected = torch.from_numpy(halve_rows(halve_rows(plane).T).T.copy())
-    torch.testing.assert_close(half_scale(torch.from_numpy(plane)[None])[0], expected, **FORMULA_FP32)
+    for size in ((12, 20), (13, 20), (12, 7)):
+        plane = levels(1, *size)
+        expected = torch.from_numpy(halve_rows(halve_rows(plane[0].numpy()).T).T.copy())
+        torch.testing.assert_close(half_scale(plane)[0], expected, **FORMULA_FP32)
 
 
 def test_half_scale_is_exact_in_float32():
@@ -130,16 +165,21 @@ def test_fit_recovers_the_parameters_of_samples(shape, left, right):
     magnitude = rng.gamma(1 / shape, size=400_000) ** (1 / shape)
     is_left = rng.random(magnitude.size) < left / (left + right)
     values = torch.from_numpy(np.where(is_left, -left, right) * magnitude)
-    fitted = fit_aggd(_moments(values), values.numel())
+    fitted = fit_aggd(moments_of(values), values.numel())
+    scales = (fitted.left_std * fitted.scale_per_std, fitted.right_std * fitted.scale_per_std)
     expected = torch.tensor([shape, left, right], dtype=torch.float64)
-    torch.testing.assert_close(fitted[[0, 2, 3]], expected, rtol=0.02, atol=0.0)
-    torch.testing.assert_close(fitted[1], values.mean(), rtol=0.0, atol=0.01)
+    torch.testing.assert_close(torch.stack((fitted.shape, *scales)), expected, rtol=0.02, atol=0.0)
+    torch.testing.assert_close(fitted.mean, values.mean(), rtol=0.0, atol=0.01)
+    if left == right:
+        symmetric = torch.stack(fit_ggd(moments_of(values), values.numel()))
+        torch.testing.assert_close(symmetric, torch.stack((fitted.shape, values.square().mean())), rtol=0.02, atol=0.0)
 
 
 @pytest.mark.parametrize("values", [torch.zeros(64), torch.ones(64), -torch.ones(64)])
 def test_one_sided_blocks_are_undefined(values):
     """Without values on both sides of zero there is no asymmetric distribution: NaN, not a plausible number."""
-    assert fit_aggd(_moments(values), 64)[2:].isnan().any()
+    fitted = fit_aggd(moments_of(values), 64)
+    assert torch.stack((fitted.left_std, fitted.right_std)).isnan().any()
 
 
 def test_features_of_an_image_come_from_two_scales():
@@ -165,3 +205,14 @@ def test_clipped_luma_tells_which_images_are_finite(value):
     plane, finite = clipped_luma(images)
     assert finite.tolist() == [True, False, True]
     assert plane[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(64, 96), (75, 51), (200, 300)])
+def test_brisque_features_equal_a_search(dtype, size):
+    """Batched features of whole images, also of odd sides, equal a search over every shape, one image at a time."""
+    planes = levels(5, *size, batch=2)
+    expected = [features_of_plane(p) + features_of_plane(h) for p, h in zip(planes.numpy(), half_scale(planes).numpy())]
+    torch.testing.assert_close(
+        brisque_features(planes.to(dtype)), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-6
+    )

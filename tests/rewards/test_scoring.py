@@ -298,7 +298,7 @@ def test_reasons_are_collected_in_place_of_warnings() -> None:
         reward(small, references=small)
 
 
-@pytest.mark.parametrize("name", ["psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe"])
+@pytest.mark.parametrize("name", ["psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "piqe", "niqe", "brisque"])
 def test_rewards_of_the_catalogue_warn(name: str) -> None:
     """The error of most beginners is named by every reward of the catalogue."""
     images = photos(2, side=192) * 2 - 1
