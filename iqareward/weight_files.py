@@ -23,6 +23,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not "../folder"
 _FILE_NAME = re.compile(r"[\w. +=()-]{1,200}", re.ASCII)  # no folders, and short enough for every file system
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # preferred first
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _ADAPTER_FILES = ["adapter_model.*", "non_lora_trainables.bin"]
 
 
@@ -101,6 +102,27 @@ def open_weights(folder: Path) -> "list[WeightFile]":
         owners |= dict.fromkeys(file.keys(), path)
         files.append(file)
     return files
+
+
+def weight_file(source: str | Path) -> "WeightFile":
+    """The weights of a network that are one file.
+
+    Args:
+        source: The file, a folder with one such file, or a hub id.
+
+    Raises:
+        OSError: there is no such file, or it cannot be downloaded.
+        ValueError: the folder holds none or several.
+    """
+    is_file = Path(source).suffix in _SUFFIXES and not os.path.isdir(source)
+    if is_file or os.path.isfile(source):
+        return WeightFile(source)
+    folder = checkpoint_folder(source)
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES]
+    if len(found) != 1:
+        names = listed(path.name for path in found) or "none"
+        raise ValueError(f"{folder} expected one file of weights ({', '.join(_SUFFIXES)}), got {names}. Name the file.")
+    return WeightFile(found[0])
 
 
 @final

@@ -177,7 +177,7 @@ def _rewards(entries: Mapping[str, Entry], packages: Sequence[Finding]) -> Itera
 
 def _fetch_weights(weights: str) -> str:
     """The command that downloads weights; "" if they are here, there are none, or pyiqa alone knows which."""
-    if weights in ("", "pyiqa"):
+    if weights in ("", "pyiqa") or weights.startswith("package:"):
         return ""
     if weights.startswith(_TORCHVISION):
         net = weights.removeprefix(_TORCHVISION)

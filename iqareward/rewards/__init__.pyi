@@ -7,6 +7,7 @@ from .core import UnscoredWarning as UnscoredWarning
 from .core import Wrapper as Wrapper
 from .core import collect_reasons as collect_reasons
 from .loading import LazyModel as LazyModel
+from .perceptual import STLPIPSReward as STLPIPSReward
 from .rank import PairsInGroup as PairsInGroup
 from .rank import RankInGroup as RankInGroup
 from .vlm.presets import Q_INSIGHT as Q_INSIGHT

@@ -36,7 +36,8 @@ class Entry(NamedTuple):
         summary: what a score says.
         needs_references: whether it compares with references.
         differentiable: whether `differentiable=True` can be asked for.
-        weights: where its weights come from, a hub id, "torchvision:<backbone>" or "pyiqa"; "" = it has none.
+        weights: where its weights come from: a hub id, "torchvision:<backbone>", "package:<a package of the extra>" or
+            "pyiqa"; "" = it has none.
         licence: The licences of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
         usual: the scores between which most photographs lie, from bad to best; None = unknown.
@@ -145,6 +146,10 @@ CATALOG: dict[str, Entry] = {
                    True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(_public, "LPIPSReward", net="vgg"), "VGG feature distance; 0 = identical",
                        True, True, "torchvision:vgg", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
+    "stlpips": Entry(partial(_public, "STLPIPSReward", net="alex"), "LPIPS that tolerates small shifts; 0 = identical",
+                     True, True, "package:stlpips_pytorch", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
+    "stlpips_vgg": Entry(partial(_public, "STLPIPSReward", net="vgg"), "the same with VGG features; 0 = identical",
+                         True, True, "package:stlpips_pytorch", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "dists": Entry(partial(_public, "DISTSReward"), "structure and texture distance; 0 = identical",
                    True, True, "torchvision:vgg", "MIT", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "fsim": Entry(partial(_public, "PIQReward", metric="fsim"), "phase and gradient similarity; 1 = identical",

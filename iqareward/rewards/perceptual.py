@@ -1,8 +1,9 @@
-"""LPIPS, DISTS, and the metrics of the piq package as rewards."""
+"""LPIPS, ST-LPIPS, DISTS, and the metrics of the piq package as rewards."""
 
 import importlib.util
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import starmap
 from pathlib import Path
@@ -15,11 +16,14 @@ from iqareward.optional import require
 from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel, plain_defaults
 from iqareward.types import Bounds
-from iqareward.weight_files import WeightFile
+from iqareward.weight_files import Shape, WeightFile, weight_file
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Working memory without and with a graph, counted by tests/test_memory.py, the clean copies included.
-_BYTES_PER_PIXEL = {"alex": (128, 192), "squeeze": (320, 640), "vgg": (1152, 2176), "dists": (1664, 2944)}
+_BYTES_PER_PIXEL = {
+    "alex": (128, 192), "squeeze": (320, 640), "vgg": (1152, 2176), "dists": (1664, 2944),
+    "stlpips": (1024, 2048), "stlpips_vgg": (1664, 2944),
+}  # fmt: skip
 
 
 class _Backbone(NamedTuple):
@@ -52,6 +56,14 @@ BACKBONES = {
         17,
     ),
 }
+# The layers that ST-LPIPS compares, counted with the blurs that it inserts, and its smallest images.
+_SHIFT_TOLERANT = {
+    "alex": BACKBONES["alex"]._replace(taps=(2, 6, 10, 12, 14), min_side=21),
+    "vgg": BACKBONES["vgg"]._replace(taps=(3, 9, 17, 25, 33), min_side=18),
+}
+# What other files put before or instead of torchvision's "features.": lpips and stlpips_pytorch, DISTS-pytorch, ours.
+_PREFIX = re.compile(r"^(?:net\.slice\d+\.|stage\d+\.|trunk\.features\.)")
+_HEAD = re.compile(r"^heads\.(\d+)$")  # ours
 
 
 class _FeatureDistance(ImageReward):
@@ -69,7 +81,7 @@ class _FeatureDistance(ImageReward):
         self, load: partial[nn.Module], weights: str | Path | None, model: nn.Module | None, device: Any
     ) -> None:
         if model is not None and weights is not None:
-            raise ValueError(f"{self.name} expected either `weights` or `model`, got both.")
+            raise ValueError(f"{self.name} expected either `model`, or files of weights, got both.")
         build = load if model is None else partial(_moved, model)
         self.model_loader = LazyModel(build, device, name=self.name, is_built=model is not None)
 
@@ -88,7 +100,10 @@ class LPIPSReward(_FeatureDistance):
 
     Args:
         net: Backbone: `"alex"` is the fastest and closest to human judgements, `"vgg"` is the usual training loss.
-        weights: File with torchvision's ImageNet weights of the backbone; None = from torch's cache, or downloaded.
+        weights: File with torchvision's ImageNet weights of the backbone, or a folder or hub id with that file; None =
+            from torch's cache, or downloaded. A file that holds the heads too, such as the state dict of
+            `lpips.LPIPS(...)` or of `.model`, brings both.
+        heads: File with the heads; None = those that `weights` holds, else those of the lpips package.
         model: Your own network instead, `model(images, references)` on [-1, 1] giving B distances, such as
             `lpips.LPIPS(...)`. It is frozen and put into eval mode.
         differentiable: keep the graph from scores to pixels.
@@ -97,7 +112,7 @@ class LPIPSReward(_FeatureDistance):
         batch_size: images per run of the network; None = as many as fit the budget of memory.
 
     Raises:
-        ValueError: an unknown `net`, or both `weights` and `model`.
+        ValueError: an unknown `net`, or `model` together with `weights` or `heads`.
 
     Example:
         >>> LPIPSReward("alex").bounds  # nothing is loaded yet
@@ -113,6 +128,7 @@ class LPIPSReward(_FeatureDistance):
         net: Literal["alex", "vgg", "squeeze"] = "alex",
         *,
         weights: str | Path | None = None,
+        heads: str | Path | None = None,
         model: nn.Module | None = None,
         differentiable: bool = False,
         device: torch.device | str | None = None,
@@ -123,7 +139,55 @@ class LPIPSReward(_FeatureDistance):
         self.name = "lpips" if net == "alex" else f"lpips_{net}"
         self.differentiable, self.batch_size = differentiable, batch_size
         self.min_side, self.bytes_per_pixel = BACKBONES[net].min_side, _BYTES_PER_PIXEL[net][differentiable]
-        self._load_later(partial(_lpips, net, weights), weights, model, device)
+        self._load_later(partial(_lpips, net, weights, heads), weights or heads, model, device)
+
+    def score_batch(self, images: Tensor, references: Tensor) -> Tensor:
+        """Minus the distance of each pair."""
+        return self._score(2 * images - 1, 2 * references - 1)
+
+
+@final
+class STLPIPSReward(_FeatureDistance):
+    """Minus the ST-LPIPS distance to the reference: LPIPS that shifts of a pixel hardly change; 0 for identical images.
+
+    Backbone and heads were trained for it, with blurs before the subsampling; same figures as the authors' package,
+    whose weights are used.
+
+    Args:
+        net: Backbone, `"alex"` or `"vgg"`.
+        weights: File with the authors' weights, such as `alex_shift_tolerant.pth`, or a folder or hub id with that
+            file; None = that of the installed package stlpips_pytorch.
+        differentiable: keep the graph from scores to pixels.
+        device: where the weights live; None = the GPU of the first images, else the current CUDA device if there is
+            one, else the CPU.
+        batch_size: images per run of the network; None = as many as fit the budget of memory.
+
+    Raises:
+        ValueError: an unknown `net`.
+
+    Example:
+        >>> STLPIPSReward().bounds  # nothing is loaded yet
+        (None, 0.0)
+
+    References:
+        Ghildyal and Liu, "Shift-tolerant Perceptual Similarity Metric", 2022, https://arxiv.org/abs/2207.13686
+    """
+
+    def __init__(
+        self,
+        net: Literal["alex", "vgg"] = "alex",
+        *,
+        weights: str | Path | None = None,
+        differentiable: bool = False,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        if net not in _SHIFT_TOLERANT:
+            raise ValueError(f"STLPIPSReward expected `net` to be one of {', '.join(_SHIFT_TOLERANT)}, got {net!r}.")
+        self.name = "stlpips" if net == "alex" else f"stlpips_{net}"
+        self.differentiable, self.batch_size = differentiable, batch_size
+        self.min_side, self.bytes_per_pixel = _SHIFT_TOLERANT[net].min_side, _BYTES_PER_PIXEL[self.name][differentiable]
+        self._load_later(partial(_stlpips, net, weights), weights, None, device)
 
     def score_batch(self, images: Tensor, references: Tensor) -> Tensor:
         """Minus the distance of each pair."""
@@ -137,7 +201,10 @@ class DISTSReward(_FeatureDistance):
     Same figures as the DISTS-pytorch package (its weights are used), with covariances that keep their digits.
 
     Args:
-        weights: File with torchvision's ImageNet weights of VGG-16; None = from torch's cache, or downloaded.
+        weights: File with torchvision's ImageNet weights of VGG-16, or a folder or hub id with that file; None = from
+            torch's cache, or downloaded. A file that holds alpha and beta too, such as the state dict of
+            `DISTS_pytorch.DISTS()` or of `.model`, brings both.
+        heads: File with alpha and beta; None = those that `weights` holds, else those of the DISTS-pytorch package.
         model: Your own network instead, `model(images, references)` on [0, 1] giving B distances. It is frozen and put
             into eval mode. DISTS-pytorch's own class passes gradients only if called with `require_grad=True`.
         differentiable: keep the graph from scores to pixels.
@@ -146,7 +213,7 @@ class DISTSReward(_FeatureDistance):
         batch_size: images per run of the network; None = as many as fit the budget of memory.
 
     Raises:
-        ValueError: both `weights` and `model`.
+        ValueError: `model` together with `weights` or `heads`.
 
     Example:
         >>> DISTSReward().bounds  # nothing is loaded yet
@@ -164,6 +231,7 @@ class DISTSReward(_FeatureDistance):
         self,
         *,
         weights: str | Path | None = None,
+        heads: str | Path | None = None,
         model: nn.Module | None = None,
         differentiable: bool = False,
         device: torch.device | str | None = None,
@@ -171,7 +239,7 @@ class DISTSReward(_FeatureDistance):
     ) -> None:
         self.differentiable, self.batch_size = differentiable, batch_size
         self.bytes_per_pixel = _BYTES_PER_PIXEL["dists"][differentiable]
-        self._load_later(partial(_dists, weights), weights, model, device)
+        self._load_later(partial(_dists, weights, heads), weights or heads, model, device)
 
     def score_batch(self, images: Tensor, references: Tensor) -> Tensor:
         """Minus the distance of each pair."""
@@ -278,19 +346,23 @@ class PIQReward(ImageReward):
 
 
 class _FeatureTrunk(nn.Module):
-    """A backbone of torchvision up to its last compared layer."""
+    """The layers of a backbone up to the last compared one, `features` on the meta device."""
 
-    def __init__(self, net: str, weights: WeightFile, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        backbone: _Backbone,
+        features: nn.Sequential,
+        weights: WeightFile,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
         super().__init__()
-        self.taps = BACKBONES[net].taps
-        models = require("torchvision.models", extra="perceptual", purpose=f"the {net} backbone")
-        with torch.device("meta"):  # weights are assigned below; a random start costs seconds and random numbers
-            self.features = getattr(models, BACKBONES[net].function)(weights=None).features[: self.taps[-1] + 1]
+        self.taps, self.features = backbone.taps, features
         try:
-            found = weights.take({key: value.shape for key, value in self.state_dict().items()})
+            found = _taken(weights, {key: value.shape for key, value in self.named_parameters()})
         except ValueError as error:
-            raise ValueError(f"expected torchvision's weights of {BACKBONES[net].function}: {error}") from error
-        self.load_state_dict({key: value.float() for key, value in found.items()}, assign=True)
+            raise ValueError(f"expected weights of {backbone.function}: {error}") from error
+        self.load_state_dict({key: value.float() for key, value in found.items()}, strict=False, assign=True)
         self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32, device="cpu").view(1, 3, 1, 1))
         self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32, device="cpu").view(1, 3, 1, 1))
 
@@ -313,12 +385,12 @@ class _FeatureTrunk(nn.Module):
 class _LPIPS(nn.Module):
     """Squared differences of unit-length feature vectors, weighted per channel by learned heads."""
 
-    def __init__(self, net: str, backbone: WeightFile, heads: WeightFile) -> None:
+    def __init__(self, backbone: _Backbone, features: nn.Sequential, weights: WeightFile, heads: WeightFile) -> None:
         super().__init__()
         mean, std = [2 * mean - 1 for mean in _IMAGENET_MEAN], [2 * std for std in _IMAGENET_STD]  # pixels in [-1, 1]
-        self.trunk = _FeatureTrunk(net, backbone, mean, std)
-        shapes = {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(BACKBONES[net].widths)}
-        self.heads = nn.ParameterList(head.float() for head in heads.take(shapes).values())
+        self.trunk = _FeatureTrunk(backbone, features, weights, mean, std)
+        shapes = {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(backbone.widths)}
+        self.heads = nn.ParameterList(head.float() for head in _taken(heads, shapes).values())
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Distances `[B]` >= 0 of pairs `[B, 3, H, W]` in [-1, 1]; 0 = identical."""
@@ -334,10 +406,8 @@ class _DISTS(nn.Module):
 
     def __init__(self, backbone: WeightFile, weights: WeightFile) -> None:
         super().__init__()
-        self.trunk = _FeatureTrunk("vgg", backbone, _IMAGENET_MEAN, _IMAGENET_STD)
-        for index, layer in enumerate(self.trunk.features):
-            if isinstance(layer, nn.MaxPool2d):
-                self.trunk.features[index] = _HanningPool()
+        layers = [_HanningPool() if isinstance(layer, nn.MaxPool2d) else layer for layer in _layers("vgg")]
+        self.trunk = _FeatureTrunk(BACKBONES["vgg"], nn.Sequential(*layers), backbone, _IMAGENET_MEAN, _IMAGENET_STD)
         channels = (1, 3 + sum(BACKBONES["vgg"].widths), 1, 1)  # of the image itself and of the compared layers
         learned = weights.take({"alpha": channels, "beta": channels})
         total = learned["alpha"].sum() + learned["beta"].sum()
@@ -359,13 +429,59 @@ class _HanningPool(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        row = torch.tensor([0.25, 0.5, 0.25], device="cpu")
-        self.window = nn.Buffer(torch.outer(row, row))
+        self.window = _hanning_window()
 
     def forward(self, features: Tensor) -> Tensor:
         kernel = self.window.expand(features.shape[1], 1, 3, 3)
         power = nn.functional.conv2d(features.square(), kernel, stride=2, padding=1, groups=features.shape[1])
         return (power + 1e-12).sqrt()  # inside the root, for a finite gradient at 0
+
+
+@final
+class _BlurredSubsampling(nn.Module):
+    """Every second position after a blur by a 3 x 3 Hanning window; borders are continued by reflection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = _hanning_window()
+
+    def forward(self, features: Tensor) -> Tensor:
+        kernel = self.window.expand(features.shape[1], 1, 3, 3)
+        padded = nn.functional.pad(features, (2, 2, 2, 2), mode="reflect")
+        return nn.functional.conv2d(padded, kernel, stride=2, groups=features.shape[1])
+
+
+def _hanning_window() -> nn.Buffer:
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float32, device="cpu")
+    return nn.Buffer(torch.outer(row, row))
+
+
+def _layers(net: str) -> nn.Sequential:
+    """The layers of a backbone, without memory: weights are assigned; a random start costs time and random numbers."""
+    models = require("torchvision.models", extra="perceptual", purpose=f"the {net} backbone")
+    with torch.device("meta"):
+        return getattr(models, BACKBONES[net].function)(weights=None).features[: BACKBONES[net].taps[-1] + 1]
+
+
+def _shift_tolerant_layers(net: str) -> nn.Sequential:
+    """A backbone whose poolings, and first convolution, keep every position until a blur has followed."""
+    layers = list[nn.Module]()
+    for layer in _layers(net):
+        layers.append(layer)
+        if isinstance(layer, nn.MaxPool2d):
+            layer.stride = 1
+            layers.append(_BlurredSubsampling())
+        elif isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):  # AlexNet's first one, of stride 4
+            layer.stride = (1, 1)
+            layers.append(_BlurredSubsampling())
+    return nn.Sequential(*layers)
+
+
+def _taken(file: WeightFile, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Tensors of a file by torchvision's and lpips's names, whichever of the names that are around it uses."""
+    names = {_HEAD.sub(r"lin\1.model.1.weight", _PREFIX.sub("features.", key)): key for key in sorted(file.keys())}
+    found = file.take({names.get(key, key): shape for key, shape in shapes.items()})
+    return dict(zip(shapes, found.values(), strict=True))
 
 
 def _similarities(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,14 +509,34 @@ def _moved(model: nn.Module, device: torch.device | None) -> nn.Module:
     return model.to(device=device, dtype=torch.float32)
 
 
-def _lpips(net: str, weights: str | Path | None, device: torch.device) -> nn.Module:
-    heads = packaged_weights("lpips", f"weights/v0.1/{net}.pth", purpose="LPIPSReward")
-    return _LPIPS(net, _backbone_weights(net, weights, purpose="LPIPSReward"), heads).to(device)
+def _lpips(net: str, weights: str | Path | None, heads: str | Path | None, device: torch.device) -> nn.Module:
+    backbone = _backbone_weights(net, weights, purpose="LPIPSReward")
+    if heads is not None:
+        learned = weight_file(heads)
+    elif {"lin0.model.1.weight", "heads.0"} & backbone.keys():
+        learned = backbone
+    else:
+        learned = packaged_weights("lpips", f"weights/v0.1/{net}.pth", purpose="LPIPSReward")
+    return _LPIPS(BACKBONES[net], _layers(net), backbone, learned).to(device)
 
 
-def _dists(weights: str | Path | None, device: torch.device) -> nn.Module:
-    learned = packaged_weights("DISTS_pytorch", "weights.pt", purpose="DISTSReward")
-    return _DISTS(_backbone_weights("vgg", weights, purpose="DISTSReward"), learned).to(device)
+def _stlpips(net: str, weights: str | Path | None, device: torch.device) -> nn.Module:
+    name = f"weights/vST0.0/{net}_shift_tolerant.pth"
+    file = (
+        packaged_weights("stlpips_pytorch", name, purpose="STLPIPSReward") if weights is None else weight_file(weights)
+    )
+    return _LPIPS(_SHIFT_TOLERANT[net], _shift_tolerant_layers(net), file, file).to(device)
+
+
+def _dists(weights: str | Path | None, heads: str | Path | None, device: torch.device) -> nn.Module:
+    backbone = _backbone_weights("vgg", weights, purpose="DISTSReward")
+    if heads is not None:
+        learned = weight_file(heads)
+    elif {"alpha"} & backbone.keys():
+        learned = backbone
+    else:
+        learned = packaged_weights("DISTS_pytorch", "weights.pt", purpose="DISTSReward")
+    return _DISTS(backbone, learned).to(device)
 
 
 def cached_file(net: str) -> Path:
@@ -409,9 +545,9 @@ def cached_file(net: str) -> Path:
 
 
 def _backbone_weights(net: str, path: str | Path | None, *, purpose: str) -> WeightFile:
-    """ImageNet weights from a file, or torchvision's own: from torch's cache, or downloaded into it."""
+    """ImageNet weights that the user names, or torchvision's own: from torch's cache, or downloaded into it."""
     if path is not None:
-        return WeightFile(path)
+        return weight_file(path)
     url, file = BACKBONES[net].url, cached_file(net)
     try:
         if not file.is_file():

@@ -1,7 +1,9 @@
-"""Metrics of piq, LPIPS and DISTS as rewards: the packages' figures, without their traps."""
+"""Metrics of piq, LPIPS, ST-LPIPS and DISTS as rewards: the packages' figures, without their traps."""
 
+import importlib.util
 import pickle
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +16,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import iqareward
 from iqareward import to_images
 from iqareward.rewards.loading import LazyModel
-from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward, PIQReward, packaged_weights
+from iqareward.rewards.perceptual import (
+    BACKBONES,
+    DISTSReward,
+    LPIPSReward,
+    PIQReward,
+    STLPIPSReward,
+    packaged_weights,
+)
 from iqareward.testing import check_reward
 from tests.rewards.pictures import TRAPS, noisy, textures, traps
 from tests.tolerances import EXACT, NETWORK_BATCH, OTHER_PACKAGE
 
 piq = pytest.importorskip("piq", reason="the extra `perceptual` is not installed")
 
+STLPIPS = Path(__file__).resolve().parents[3] / "shared" / "data" / "weights" / "stlpips"
 MIN_SIDE = {"fsim": 8, "vsi": 8, "mdsi": 8, "srsim": 40, "dss": 32, "iwssim": 161}
 FUNCTION = {name: getattr(piq, "information_weighted_ssim" if name == "iwssim" else name) for name in MIN_SIDE}
 
@@ -216,6 +227,77 @@ def test_dists_package(backbone_files: dict[str, Path], monkeypatch: pytest.Monk
     torch.testing.assert_close(scores, -network(images, references).detach(), **OTHER_PACKAGE)
 
 
+needs_stlpips = pytest.mark.skipif(
+    importlib.util.find_spec("stlpips_pytorch") is None, reason="stlpips_pytorch, with the weights, is not installed"
+)
+
+
+@needs_stlpips
+@pytest.mark.parametrize(
+    ("net", "image", "published", "digits"),
+    [
+        ("alex", "ex_p0", 0.77775550, 1e-6),
+        ("alex", "ex_p1", 0.13202165, 1e-6),  # pyiqa 0.1.16 with the same weights
+        ("vgg", "ex_p0", 0.652, 5e-4),  # printed with three digits in lpips_2imgs.py of the authors' repository
+    ],
+)
+def test_stlpips_published(net: Any, image: str, published: float, digits: float) -> None:
+    """ST-LPIPS gives the authors' figures on their example, in both directions, with their weights."""
+    if not STLPIPS.is_dir():
+        pytest.skip("the authors' example pictures are not distributed with the repository (no ../shared/data)")
+    first, second = (to_images(Image.open(STLPIPS / f"{name}.png")) for name in (image, "ex_ref"))
+    reward = STLPIPSReward(net)
+    for pair in ((first, second), (second, first)):
+        score = reward(pair[0], references=pair[1])
+        torch.testing.assert_close(score, torch.tensor([-published]), rtol=0, atol=digits)
+
+
+@needs_stlpips
+def test_stlpips_weights_from_a_file() -> None:
+    """The authors' file, and a folder with it, give the installed package's scores; another network's file is named."""
+    references = textures(2, 40)
+    images = noisy(references)
+    expected = STLPIPSReward()(images, references=references)
+    folder = Path(importlib.util.find_spec("stlpips_pytorch").submodule_search_locations[0]) / "weights" / "vST0.0"
+    file = folder / "alex_shift_tolerant.pth"
+    torch.testing.assert_close(STLPIPSReward(weights=file)(images, references=references), expected, **EXACT)
+    loaded = iqareward.load(f"stlpips(weights={file})")
+    torch.testing.assert_close(loaded(images, references=references), expected, **EXACT)
+    with pytest.raises(ValueError, match=r"expected weights of vgg16: .*alex_shift_tolerant\.pth"):
+        STLPIPSReward("vgg", weights=file)(images, references=references)
+    with pytest.raises(ValueError, match=r"one file of weights .*alex_shift_tolerant\.pth, vgg_shift_tolerant\.pth"):
+        STLPIPSReward(weights=folder)(images, references=references)
+
+
+@needs_stlpips
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_stlpips_contract(differentiable: bool) -> None:
+    """ST-LPIPS keeps the whole contract of a reward."""
+    references = textures(3, 40)
+    reward = STLPIPSReward(differentiable=differentiable)
+    check_reward(reward, noisy(references), references, degraded=noisy(references, 0.2))
+
+
+@needs_stlpips
+def test_stlpips_tolerates_shifts() -> None:
+    """A shift of one pixel costs less than visible noise."""
+    picture = textures(1, 65)
+    references, shifted = picture[..., :64, :64], picture[..., 1:, 1:]
+    reward = STLPIPSReward()
+    assert reward(shifted, references=references) > reward(noisy(references, 0.2), references=references)
+
+
+@needs_stlpips
+@pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning")
+@pytest.mark.parametrize(("net", "side"), [("alex", 21), ("vgg", 18)])
+def test_stlpips_small_images(net: Any, side: int) -> None:
+    """Below the smallest side the score is NaN; at it there is one."""
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    reward = STLPIPSReward(net)
+    assert reward(images[:1], references=images[1:]).isfinite()
+    assert reward(images[:1, :, 1:], references=images[1:, :, 1:]).isnan()
+
+
 class Difference(nn.Module):
     """Mean absolute difference as `[B, 1, 1, 1]`, shaped like LPIPS."""
 
@@ -328,7 +410,7 @@ def test_weight_files(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
     images = textures(1, 40)
     save_file(torch.load(backbone_files["alex"]), tmp_path / "alex.safetensors")
     assert LPIPSReward("alex", weights=tmp_path / "alex.safetensors")(images, references=images) == 0
-    with pytest.raises(ValueError, match="expected torchvision's weights of alexnet"):
+    with pytest.raises(ValueError, match="expected weights of alexnet"):
         LPIPSReward("alex", weights=backbone_files["vgg"])(images, references=images)
     torch.save({"features.0.weight": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pth")
     with pytest.raises(ValueError, match=r"bomb\.pth cannot be read as weights"):
@@ -371,6 +453,74 @@ def test_damaged_weights(
         assert "features.3.weight" in str(caught.value)
 
 
+@pytest.mark.parametrize("net", BACKBONES)
+def test_one_file_with_backbone_and_heads(net: str, tmp_path: Path, backbone_files: dict[str, Path]) -> None:
+    """The state dict of the lpips package's network, and of ours, brings trained heads with the backbone."""
+    lpips = pytest.importorskip("lpips")
+    with warnings.catch_warnings():  # lpips names torchvision's weights as in 2021
+        warnings.simplefilter("ignore")
+        package = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
+    for head in package.lins:  # as training keeps them
+        head.model[1].weight.data.abs_()
+    torch.save(package.state_dict(), tmp_path / "whole.pth")
+    references = textures(2, 40)
+    images = noisy(references)
+    with torch.no_grad():
+        expected = -package.eval()(2 * images - 1, 2 * references - 1).flatten()
+    reward = LPIPSReward(net, weights=tmp_path / "whole.pth")
+    torch.testing.assert_close(reward(images, references=references), expected, **OTHER_PACKAGE)
+    save_file(reward.model.state_dict(), tmp_path / "ours.safetensors")
+    ours = LPIPSReward(net, weights=tmp_path / "ours.safetensors")
+    torch.testing.assert_close(ours(images, references=references), expected, **OTHER_PACKAGE)
+
+    heads = {key: value for key, value in package.state_dict().items() if key.startswith("lin")}
+    torch.save(heads, tmp_path / "heads.pth")
+    torch.save({key: 2 * value for key, value in heads.items()}, tmp_path / "twice.pth")
+    backbone = backbone_files[net]
+    plain = LPIPSReward(net, weights=backbone, heads=tmp_path / "heads.pth")(images, references=references)
+    twice = LPIPSReward(net, weights=backbone, heads=tmp_path / "twice.pth")(images, references=references)
+    torch.testing.assert_close(twice, 2 * plain, **OTHER_PACKAGE)
+    doubled = LPIPSReward(net, weights=tmp_path / "whole.pth", heads=tmp_path / "twice.pth")  # a file asked for wins
+    torch.testing.assert_close(doubled(images, references=references), 2 * expected, **OTHER_PACKAGE)
+
+
+def test_one_file_with_all_of_dists(tmp_path: Path, backbone_files: dict[str, Path]) -> None:
+    """DISTS takes backbone, alpha and beta from the package's state dict, or from two files."""
+    package = pytest.importorskip("DISTS_pytorch")
+    with pytest.MonkeyPatch.context() as patch:
+        pretend_download("vgg", backbone_files, patch)
+        network = package.DISTS(load_weights=False)  # random alpha and beta
+    state = network.state_dict()
+    torch.save(state, tmp_path / "whole.pth")
+    torch.save({key: state[key] for key in ("alpha", "beta")}, tmp_path / "learned.pth")
+    references = textures(2, 40)
+    images = noisy(references)
+    expected = -network(images, references).detach()
+    whole = DISTSReward(weights=tmp_path / "whole.pth")
+    two = DISTSReward(weights=backbone_files["vgg"], heads=tmp_path / "learned.pth")
+    torch.save(whole.model.state_dict(), tmp_path / "ours.pth")
+    for reward in (whole, two, DISTSReward(weights=tmp_path / "ours.pth")):
+        torch.testing.assert_close(reward(images, references=references), expected, **OTHER_PACKAGE)
+
+
+def test_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone_files: dict[str, Path]) -> None:
+    """Weights may be named by the folder that holds one file of them, or by a hub id."""
+    references = textures(1, 40)
+    images = noisy(references)
+    expected = LPIPSReward(weights=backbone_files["alex"])(images, references=references)
+    with pytest.raises(ValueError, match=r"one file of weights .*, got none"):
+        LPIPSReward(weights=tmp_path)(images, references=references)
+    (tmp_path / "README.md").write_text("AlexNet")
+    (tmp_path / "alex.pth").write_bytes(backbone_files["alex"].read_bytes())
+    torch.testing.assert_close(LPIPSReward(weights=tmp_path)(images, references=references), expected, **EXACT)
+    save_file(torch.load(backbone_files["alex"]), tmp_path / "model.safetensors")
+    (tmp_path / "alex.pth").unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **kwargs: {"me/alex": tmp_path}[hub_id])
+    torch.testing.assert_close(LPIPSReward(weights="me/alex")(images, references=references), expected, **EXACT)
+    with pytest.raises(FileNotFoundError, match=r"folder/nowhere\.pth"):
+        LPIPSReward(weights="folder/nowhere.pth")(images, references=references)
+
+
 def test_damaged_file_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone_files: dict[str, Path]
 ) -> None:
@@ -392,8 +542,12 @@ def test_refusals() -> None:
     """Unknown networks and contradicting arguments are refused before anything is loaded."""
     with pytest.raises(ValueError, match="alex, vgg, squeeze, got 'resnet'"):
         LPIPSReward("resnet")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="either `weights` or `model`"):
+    with pytest.raises(ValueError, match="either `model`, or files of weights"):
         DISTSReward(weights="vgg.pth", model=Difference())
+    with pytest.raises(ValueError, match="either `model`, or files of weights"):
+        LPIPSReward(heads="heads.pth", model=Difference())
+    with pytest.raises(ValueError, match="alex, vgg, got 'squeeze'"):
+        STLPIPSReward("squeeze")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ImportError, match=r"iqareward\[perceptual\]"):
         packaged_weights("a_package_that_is_not_there", "weights.pt", purpose="this test")
 
