@@ -193,6 +193,45 @@ def check(
 
 
 @app.command()
+def verify(
+    rewards: Annotated[
+        list[str] | None,
+        typer.Argument(help='Names of rewards with weights, such as qalign or "qalign(dtype=float16)".'),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per reward.")] = False,
+) -> None:
+    """Run rewards with their published weights, and compare with published scores of published pictures. Without
+    names: list what each reward was compared with so far.
+
+    Weights and pictures are downloaded where they are not in the caches. Exit codes: 0 = no figure differs from a
+    published one; 1 = one does; 2 = the command failed.
+    """
+    from iqareward.cli.verify import Verdict, known, known_lines, lines, run
+
+    if not rewards:
+        found = [json.dumps(dict(zip(("reward", "state", "evidence", "figure"), row, strict=True))) for row in known()]
+        for line in found if as_json else known_lines():
+            typer.echo(line)
+        return
+    verdicts = list[Verdict]()
+    for reward in rewards:
+        try:
+            verdicts.append(run(reward, device))
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            say(_messages, f"{reward}: {error}", label="error:", style="red")
+        else:
+            if as_json:
+                typer.echo(json.dumps(verdicts[-1]._asdict()))
+    if verdicts and not as_json:
+        for line in lines(verdicts):
+            typer.echo(line)
+    if len(verdicts) < len(rewards):
+        raise typer.Exit(2)
+    raise typer.Exit(1 if any(found.verdict == "differs" for found in verdicts) else 0)
+
+
+@app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders with the same file names, the baseline first.")],
     reward: RewardNames,

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -218,18 +217,3 @@ def test_bad_options_are_refused() -> None:
         DeQAReward(compiled="graphs")
     with pytest.raises(ValueError, match="batch_size"):
         DeQAReward(batch_size=0)
-
-
-@pytest.mark.hub
-def test_published_weights_give_the_published_score() -> None:
-    """The model card's picture scores 1.911 on [1, 5]; give its path in IQAREWARD_SINGAPORE_FLYER."""
-    import os
-
-    from PIL import Image
-
-    path = os.environ.get("IQAREWARD_SINGAPORE_FLYER")
-    if path is None:
-        pytest.skip("set IQAREWARD_SINGAPORE_FLYER to fig/singapore_flyer.jpg of the Q-Align repository")
-    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
-    score = QAlignReward(scale="mos", dtype=torch.float16)(pixels)
-    torch.testing.assert_close(score, torch.tensor([1.911]), rtol=0.0, atol=0.02)
