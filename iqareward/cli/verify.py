@@ -126,7 +126,7 @@ def run(spec: str, device: str) -> Verdict:
 
 def lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """A header and a line per reward, in columns."""
-    rows = [("reward", "here", "published", "tolerance", "verdict", "source")]
+    rows: list[tuple[str, ...]] = [("reward", "here", "published", "tolerance", "verdict", "source")]
     for found in verdicts:
         wanted = ("-", "-") if found.published is None else (str(found.published), f"{found.tolerance:g}")
         rows.append((found.reward, f"{found.score:.7g}", *wanted, found.verdict, found.source))
