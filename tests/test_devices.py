@@ -20,7 +20,7 @@ from iqareward.functional import gmsd
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
-from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
+from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
 from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
 from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
@@ -33,7 +33,7 @@ from tests.vlm.test_rating import SHORT
 
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights]
 FOREIGN = [name for name in FORMULAS if CATALOG[name].extra]  # piq's code is not ours to keep from waiting
-OTHERS = ["lpips", "lpips_vgg", "dists", "qalign", "deqa", "sum", "calibrated"]
+OTHERS = ["lpips", "lpips_vgg", "stlpips", "dists", "qalign", "deqa", "sum", "calibrated"]
 VLMS = [*(f"level {family}" for family in vlm.FAMILIES), *(f"rating {family}" for family in vlm.FAMILIES)]
 NO_GRADIENT = {name for name in FORMULAS if not CATALOG[name].differentiable} | {"rating qwen3_5"}
 
@@ -70,6 +70,9 @@ def build(tmp_path: Path) -> Callable[..., Reward]:
                 net = "vgg" if name == "lpips_vgg" else "alex"
                 weights = backbone("vgg16" if net == "vgg" else "alexnet")
                 return LPIPSReward(net, weights=weights, device=device, **options)
+            case "stlpips":
+                pytest.importorskip("stlpips_pytorch", reason="the extra `perceptual` is not installed")
+                return STLPIPSReward(device=device, **options)
             case "dists":
                 return DISTSReward(weights=backbone("vgg16"), device=device, **options)
             case "qalign":
@@ -144,7 +147,7 @@ def test_gradients(name, device, build, exact_convolutions):
 
 
 @on_devices
-@pytest.mark.parametrize("name", ["lpips", "dists", "qalign", "deqa", *VLMS[:2]])
+@pytest.mark.parametrize("name", ["lpips", "stlpips", "dists", "qalign", "deqa", *VLMS[:2]])
 def test_offload_and_onload(name, device, build):
     """Scores come back bit for bit, and on a GPU the memory of the weights is free meanwhile."""
     images, references = pair(name, device)

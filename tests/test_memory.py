@@ -28,7 +28,7 @@ from iqareward.functional import haarpsi
 from iqareward.functional.resize import pillow_resize
 from iqareward.functional.statistics import STATISTICS
 from iqareward.rewards.owl2.rewards import QAlignReward
-from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward
+from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward, STLPIPSReward
 from iqareward.weighting import LossWeights
 from tests.diffusion.tiny import pixel_policy, seeded
 from tests.owl2 import owl2_tiny
@@ -103,10 +103,13 @@ def test_pieces_fit_the_device_of_the_network(form, device, images_on):
 
 @pytest.fixture
 def weighty(tmp_path):
-    """Makes LPIPS or DISTS over seeded weights."""
+    """Makes LPIPS or DISTS over seeded weights, or ST-LPIPS over its own."""
     models = pytest.importorskip("torchvision.models", reason="the extra `perceptual` is not installed")
 
     def make(name, **options):
+        if name.startswith("stlpips"):
+            pytest.importorskip("stlpips_pytorch", reason="the extra `perceptual` is not installed")
+            return STLPIPSReward("vgg" if name == "stlpips_vgg" else "alex", **options)
         net = "vgg" if name == "dists" else name.removeprefix("lpips_")
         with torch.device("meta"):
             whole = getattr(models, BACKBONES[net].function)(weights=None).state_dict()
@@ -124,7 +127,7 @@ def weighty(tmp_path):
 
 
 FORMULAS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi")
-NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "dists")
+NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "stlpips", "stlpips_vgg", "dists")
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, "piqe", "niqe", "brisque", *NETWORKS])

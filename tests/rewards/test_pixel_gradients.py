@@ -20,7 +20,7 @@ from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.combine import AffineMap, LogisticMap
 from iqareward.rewards.core import sanitize
 from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
-from iqareward.rewards.perceptual import DISTSReward, LPIPSReward
+from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
 from iqareward.rewards.pyiqa import MIN_SIDE, PyIQAReward
 from iqareward.types import Reward
 from tests.owl2.owl2_tiny import SMALL, seeded_model
@@ -74,6 +74,7 @@ BUILD: dict[str, Callable[[dict[str, Path]], Reward]] = {
         f"lpips_{net}": lambda files, net=net: LPIPSReward(net, weights=files[net], differentiable=True)
         for net in ("alex", "vgg", "squeeze")
     },
+    "stlpips": lambda _: STLPIPSReward(differentiable=True),
     "dists": lambda files: DISTSReward(weights=files["vgg"], differentiable=True),
     "qalign": lambda _: QAlignReward(seeded_model(SMALL), differentiable=True),
     "deqa": lambda _: DeQAReward(seeded_model(SMALL), differentiable=True),
@@ -88,7 +89,7 @@ BUILD: dict[str, Callable[[dict[str, Path]], Reward]] = {
 
 
 def _marks(name: str) -> list[pytest.MarkDecorator]:
-    if name.startswith(("lpips", "dists")):
+    if name.startswith(("lpips", "stlpips", "dists")):
         return [needs_piq]
     if name.startswith("pyiqa"):
         unclosed = "ignore:unclosed file .*default_dataset_configs:ResourceWarning"
