@@ -1,13 +1,12 @@
 """The table of all named rewards; `load` builds them and their weighted sums."""
 
-import ast
 import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
 from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.metric import FullReference, NoReference
+from iqareward.rewards.options import checked, closing, read_options, write_options
 from iqareward.rewards.pyiqa import NO_GRADIENT, REFUSED, pyiqa_bounds, pyiqa_configs, pyiqa_facts
 from iqareward.rewards.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
 from iqareward.types import Bounds, Reward
@@ -73,9 +73,9 @@ def _formula(
     licence: str = "Apache-2.0",
 ) -> Entry:
     facts = {"higher_is_better": higher_is_better, "bounds": bounds, "min_side": min_side}
+    build = partial(_of_metric, FullReference if references else NoReference, metric, facts)
     if color:
-        facts |= {"name": f"{metric.__name__}_{color}", "color": color}
-    build = partial(_of_metric, FullReference if references else NoReference, metric, **facts)
+        build = partial(build, name=f"{metric.__name__}_{color}", color=color)
     return Entry(
         build, summary, references, differentiable, licence=licence, usual=usual, bounds=bounds,
         higher_is_better=higher_is_better,
@@ -83,15 +83,19 @@ def _formula(
 
 
 def _of_metric(
-    form: Callable[..., Reward], metric: Callable[..., Tensor], *, color: str = "", name: str = "", **options: Any
+    form: Callable[..., Reward],
+    metric: Callable[..., Tensor],
+    facts: Mapping[str, Any],
+    *,
+    name: str = "",
+    color: str = "",
+    **options: Any,
 ) -> Reward:
     name = name or metric.__name__
-    if color:
-        if "color" not in inspect.signature(metric).parameters:
-            raise TypeError(f"{name} got an unexpected keyword argument 'color'")
+    if color and color != inspect.signature(metric).parameters["color"].default:
         name = name if name.endswith(f"_{color}") else f"{name}(color={color})"
         metric = partial(metric, color=color)
-    return form(metric, name=name, bytes_per_pixel=FORMULA_BYTES_PER_PIXEL, **options)
+    return form(metric, name=name, bytes_per_pixel=FORMULA_BYTES_PER_PIXEL, **facts, **options)
 
 
 def _public(name: str, **options: Any) -> Reward:
@@ -142,7 +146,7 @@ CATALOG: dict[str, Entry] = {
                               False, True, VISUALQUALITY_R1_MODEL, "MIT", "vlm", published_range=(1.0, 5.0)),
     "qinsight": Entry(partial(_public, "QInsightReward"), "expected rating by Q-Insight, in [0, 1]",
                       False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm", published_range=(1.0, 5.0)),
-    "lpips": Entry(partial(_public, "LPIPSReward", net="alex"), "AlexNet feature distance; 0 = identical",
+    "lpips": Entry(partial(_public, "LPIPSReward"), "AlexNet feature distance; 0 = identical",
                    True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(_public, "LPIPSReward", net="vgg"), "VGG feature distance; 0 = identical",
                        True, True, "torchvision:vgg", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
@@ -172,30 +176,31 @@ _REFUSED = {PYIQA_PREFIX + metric for metric in REFUSED}
 _NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
 _TERM = re.compile(
     rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z](?:[^\s*\[\]()]*[^\s*\[\]()_-])?)"
-    rf"(?:\(\s*(?P<options>[^()]*)\))?"
+    rf"(?:\((?P<options>\d+)\))?"  # the place of the options in a list; see _masked
     rf"(?:\[\s*(?P<low>-?{_NUMBER})\s*,\s*(?P<high>-?{_NUMBER})\s*\])?"
 )
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+Spec: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+"""What `load` takes: a name or sum as text, or a mapping or list as YAML and TOML give them."""
 
 
 class _Term(NamedTuple):
-    """A part of a sum as it is written, with the name in the catalogue that it means."""
+    """A part of a sum, with the name in the catalogue that it means.
 
-    match: re.Match[str]
+    Attributes:
+        text: The part as text, without its sign.
+        weight: None = not given.
+    """
+
     name: str
-    sign: str = "+"
-
-    @property
-    def weight(self) -> float:
-        return float(self.match["weight"] or 1.0) * (1 if self.sign == "+" else -1)
-
-    @property
-    def is_plain(self) -> bool:
-        return self.match["weight"] is None and self.sign == "+"
+    text: str
+    options: Mapping[str, Any] = {}
+    range: tuple[float, float] | None = None
+    weight: float | None = None
 
 
 def load(
-    spec: str | Mapping[str, float], *, device: torch.device | str | None = None, differentiable: bool = False
+    spec: Spec, *, device: torch.device | str | None = None, differentiable: bool = False, **options: Any
 ) -> Reward:
     """Make a reward from its name, or from a weighted sum of names.
 
@@ -204,28 +209,32 @@ def load(
     constant beyond.
 
     Args:
-        spec: A name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, a sum such as `"0.7*qalign + 0.3*ssim"`,
-            or a mapping of names to weights, as YAML gives it. Options of a reward may follow its name, as in
-            `"lpips(net=vgg)"`, and then `[low, high]`. Case, hyphens and underscores in names do not count:
-            `"MS-SSIM"` is `"ms_ssim"`.
+        spec: A name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, or a sum such as `"0.7*qalign +
+            0.3*ssim"`. Options may follow a name, as in `"lpips(net=vgg)"`, and then `[low, high]`. Case, hyphens and
+            underscores in names do not count: `"MS-SSIM"` is `"ms_ssim"`. Or, as YAML and TOML give it, a mapping of
+            names to weights, or to options with `weight` and `range` among them; one reward as a mapping with `name`;
+            or a list of such mappings and names, which is their sum.
         device: where rewards that have weights keep them; None = their default. Others run where the images are.
         differentiable: keep the graph from scores to pixels.
+        **options: Options of the one reward that `spec` names, such as `weights` (`iqareward list NAME`).
 
     Returns:
         A reward: `[B]` float32 scores, higher is better, NaN = not scored.
 
     Raises:
-        ValueError: an unknown name (near ones are listed) or option, a sum that can be read in two ways for want of
-            spaces, parts that do not share a scale (the message has the line to write), or `differentiable` where there
-            is none.
-        TypeError: `spec` is neither text nor a mapping.
+        ValueError: an unknown name (near ones are listed), an unknown or wrong option, a sum that can be read in two
+            ways for want of spaces, parts that do not share a scale (the message has the line to write), or
+            `differentiable` where there is none.
+        TypeError: `spec` is neither text, nor a mapping, nor a list.
         ImportError: the reward needs an extra that is not installed.
 
     Example:
         >>> load("0.7*haarpsi + 0.3*psnr[10, 50]").bounds
         (0.0, 1.0)
-        >>> load({"haarpsi": 0.7, "psnr(color=y)[10, 50]": 0.3}).name
-        '0.7*haarpsi + 0.3*psnr(color=y)[10, 50]'
+        >>> load("ssim", color="y").name, load({"name": "ssim", "color": "y"}).name
+        ('ssim(color=y)', 'ssim(color=y)')
+        >>> load({"haarpsi": 0.7, "psnr": {"weight": 0.3, "range": [10, 50]}}).name
+        '0.7*haarpsi + 0.3*psnr[10, 50]'
         >>> load("0.7*haarpsi + 0.3*psnr")
         Traceback (most recent call last):
         ValueError: '0.7*haarpsi + 0.3*psnr' adds scores of different scales: psnr may leave [-1, 1]. Write
@@ -235,23 +244,24 @@ def load(
         ValueError: unknown reward 'nique'; did you mean niqe, piqe, brisque, pyiqa:unique? `iqareward list` shows all
         names, `iqareward list --pyiqa` those of pyiqa.
     """
-    if isinstance(spec, Mapping):
-        spec = " ".join(_part(name, weight) for name, weight in spec.items()).removeprefix("+ ")
-    if not isinstance(spec, str):
-        raise TypeError(
-            "load expected a name such as 'ssim', a sum such as '0.7*qalign + 0.3*ssim', or a mapping of names to "
-            f"weights, got {type(spec).__name__}. A reward object needs no loading."
+    terms = _terms(spec)
+    if options and len(terms) > 1:
+        raise ValueError(
+            f"load got {', '.join(options)} for a sum of {len(terms)} rewards. Write options behind the name of the "
+            f"one that they belong to: 'ssim + {terms[-1].name}{write_options(options)}'."
         )
-    terms = _parsed(spec)
+    terms[0] = _with_options(terms[0], options)
     rewards = [_build(term, device, differentiable) for term in terms]
-    if len(terms) == 1 and terms[0].is_plain:
+    if len(terms) == 1 and terms[0].weight is None:
         return rewards[0]
     if len(terms) > 1:
         _check_scales(spec, terms, rewards)
-    return WeightedSum([(term.weight, reward) for term, reward in zip(terms, rewards, strict=True)])
+    return WeightedSum([
+        (1.0 if term.weight is None else term.weight, reward) for term, reward in zip(terms, rewards, strict=True)
+    ])  # fmt: skip
 
 
-def on_unit_scale(spec: str, reward: Reward) -> str:
+def on_unit_scale(spec: Spec, reward: Reward) -> str:
     """The spec of a reward as a part of a sum.
 
     Args:
@@ -259,20 +269,17 @@ def on_unit_scale(spec: str, reward: Reward) -> str:
         reward: that reward.
 
     Returns:
-        `spec` if its scores lie in [-1, 1] or it is a sum itself, otherwise `spec` with a range that brings them there.
+        `spec` as text, with a range that brings its scores into [-1, 1] if they may leave it and it is not a sum.
 
     Example:
         >>> on_unit_scale("piqe", load("piqe")), on_unit_scale("ssim", load("ssim"))
         ('piqe[-100, 0]', 'ssim')
     """
-    low, high = reward.bounds
-    if isinstance(reward, WeightedSum) or (low is not None and high is not None and -1 <= low < high <= 1):
-        return spec
-    usual = _entry_of(_parsed(spec)[0].name).usual
-    return f"{spec}[{'low, high' if usual is None else ', '.join(map(exact, usual))}]"
+    terms = _terms(spec)
+    return _sum_of(terms) if isinstance(reward, WeightedSum) else _scaled(terms[0], reward)
 
 
-def published(spec: str) -> tuple[float, float] | None:
+def published(spec: Spec) -> tuple[float, float] | None:
     """How to turn scores of a reward into the numbers that papers print, often distances where lower is better.
 
     Args:
@@ -285,8 +292,8 @@ def published(spec: str) -> tuple[float, float] | None:
         >>> published("niqe"), published("qalign"), published("0.7*haarpsi + 0.3*ssim")
         ((-1.0, 0.0), (4.0, 1.0), None)
     """
-    first, *others = _parsed(spec)
-    if others or not first.is_plain or first.match["low"]:
+    first, *others = _terms(spec)
+    if others or first.weight is not None or first.range is not None:
         return None
     entry = _entry_of(first.name)
     if not entry.higher_is_better:
@@ -321,48 +328,137 @@ def pyiqa_entries() -> dict[str, Entry]:
     return {name: _entry_of(name) for name in map(PYIQA_PREFIX.__add__, pyiqa_configs()) if name not in _REFUSED}
 
 
-def _part(name: str, weight: float) -> str:
-    """A term of a sum, with its sign, from an item of a mapping."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"load expected a mapping of names to weights, got {weight!r} for {name!r}.")
-    terms = _parsed(name)
-    if len(terms) > 1 or not terms[0].is_plain:
-        raise ValueError(f"load expected the name of one reward for each weight, got {name!r} for {weight}.")
-    return f"{'-' if weight < 0 else '+'} {abs(weight)!r}*{name}"
+def text_of(spec: Spec) -> str:
+    """What `load` takes as text: a name, or a sum.
+
+    Example:
+        >>> text_of({"haarpsi": 0.7, "lpips": {"weight": 0.3, "range": [-1, 0], "net": "vgg"}})
+        '0.7*haarpsi + 0.3*lpips(net=vgg)[-1, 0]'
+    """
+    return spec if isinstance(spec, str) else _sum_of(_terms(spec))
+
+
+def _terms(spec: Any) -> list[_Term]:
+    """The parts of a sum, of which one is a reward alone."""
+    if isinstance(spec, str):
+        return _parsed(spec)
+    if isinstance(spec, Mapping) and "name" in spec:
+        return [_named(spec)]
+    if isinstance(spec, Mapping) and spec:
+        return [_item(name, value) for name, value in spec.items()]
+    if isinstance(spec, Sequence) and spec and all(isinstance(each, str | Mapping) for each in spec):
+        return [term for each in spec for term in _terms(each)]
+    raise TypeError(
+        "load expected a name such as 'ssim', a sum such as '0.7*qalign + 0.3*ssim', a list of names, or a mapping of "
+        f"names to weights, got {type(spec).__name__}. A reward object needs no loading."
+    )
+
+
+def _item(name: Any, value: Any) -> _Term:
+    """A part from an item of a mapping: a weight, or options with `weight` and `range` among them."""
+    if isinstance(value, Mapping) and "name" not in value:
+        return _named({**value, "name": name})
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            "load expected a mapping of names to weights, got "
+            f"{value!r} for {name!r}. One reward is {{'name': {name!r}, ...}}, several of one name are a list of these."
+        )
+    return _named({"name": name, "weight": value})
+
+
+def _named(entry: Mapping[str, Any]) -> _Term:
+    """A part from a mapping with `name`, perhaps `weight` and `range`, and options."""
+    options = dict(entry)
+    name, weight, limits = options.pop("name"), options.pop("weight", None), options.pop("range", None)
+    terms = _parsed(name) if isinstance(name, str) else []
+    if len(terms) != 1 or terms[0].weight is not None:
+        raise ValueError(f"load expected the name of one reward for each weight, got {name!r} in {dict(entry)}.")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
+        raise TypeError(f"load expected a number as `weight` of {name!r}, got {weight!r}.")
+    term = _with_options(terms[0]._replace(weight=weight), options)
+    if limits is not None:
+        if isinstance(limits, str) or not isinstance(limits, Sequence) or not all(map(_is_number, limits)):
+            raise ValueError(f"load expected `range` of {name!r} as [low, high], got {limits!r}.")
+        if term.range is not None or len(limits) != 2:
+            raise ValueError(f"load expected one `range` of two numbers for {name!r}, got {limits!r}.")
+        term = term._replace(range=(float(limits[0]), float(limits[1])))
+    return term._replace(text=_written(term))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _with_options(term: _Term, options: Mapping[str, Any]) -> _Term:
+    """The part with further options."""
+    if twice := sorted(term.options.keys() & options.keys()):
+        raise ValueError(f"load got {', '.join(twice)} of {term.text!r} twice: {write_options(options)[1:-1]}.")
+    if not options:
+        return term
+    term = term._replace(options={**term.options, **options})
+    return term._replace(text=_written(term))
+
+
+def _written(term: _Term) -> str:
+    """The part as text, without its sign."""
+    weight = "" if term.weight is None else f"{abs(term.weight)!r}*"
+    limits = "" if term.range is None else f"[{', '.join(map(exact, term.range))}]"
+    return f"{weight}{term.name}{write_options(term.options)}{limits}"
+
+
+def _sum_of(terms: Iterable[_Term], texts: Iterable[str] | None = None) -> str:
+    """The parts as one text, with their signs."""
+    texts = [term.text for term in terms] if texts is None else texts
+    signed = (f"{_sign(term)} {text}" for term, text in zip(terms, texts, strict=True))
+    return " ".join(signed).removeprefix("+ ")
+
+
+def _sign(term: _Term) -> str:
+    return "-" if term.weight is not None and term.weight < 0 else "+"
 
 
 def _parsed(spec: str) -> list[_Term]:
-    """The one way to read a spec."""
-    sign = "-" if spec.lstrip().startswith("-") else "+"
-    readings = list(_readings(spec.lstrip().removeprefix("-"), _known_names(spec), sign))
+    """The one way to read a text."""
+    masked, options = _masked(spec)
+    sign = "-" if masked.lstrip().startswith("-") else "+"
+    readings = list(_readings(masked.lstrip().removeprefix("-"), _known_names(masked), options, sign))
     if not readings:
-        raise _unreadable(spec)
+        raise _unreadable(spec, masked, options)
     if len(readings) > 1:
-        forms = (" ".join(f"{term.sign} {term.match[0]}" for term in reading) for reading in readings)
-        forms = " or ".join(repr(form.removeprefix("+ ")) for form in forms)
+        forms = " or ".join(repr(_sum_of(reading)) for reading in readings)
         raise ValueError(f"{spec!r} can be read as {forms}; put spaces around the operators.")
     return readings[0]
 
 
-def _check_scales(spec: str, terms: list[_Term], rewards: list[Reward]) -> None:
+def _check_scales(spec: Spec, terms: list[_Term], rewards: list[Reward]) -> None:
     """Refuse parts of a sum that do not share a scale, with the line to write."""
-    texts = [term.match[0] for term in terms]
-    parts = [on_unit_scale(text, reward) for text, reward in zip(texts, rewards, strict=True)]
+    texts = [term.text for term in terms]
+    parts = [_scaled(term, reward) for term, reward in zip(terms, rewards, strict=True)]
     if parts == texts:
         return
-    line = " ".join(f"{term.sign} {part}" for term, part in zip(terms, parts, strict=True)).removeprefix("+ ")
     wide = ", ".join(each.name for text, part, each in zip(texts, parts, rewards, strict=True) if part != text)
     # Of a metric known as a distance the reward is the negative already; people subtract it once more.
-    twice = [each.name for term, each in zip(terms, rewards, strict=True) if term.weight < 0 and each.bounds[1] == 0]
+    twice = [each.name for term, each in zip(terms, rewards, strict=True) if _sign(term) == "-" and each.bounds[1] == 0]
     hint = f" {', '.join(twice)}: higher is better here already; did you mean + instead of -?" if twice else ""
     raise ValueError(
-        f"{spec!r} adds scores of different scales: {wide} may leave [-1, 1]. "
-        f"Write {line!r}: the first score in brackets becomes 0, the second 1.{hint}"
+        f"{text_of(spec)!r} adds scores of different scales: {wide} may leave [-1, 1]. "
+        f"Write {_sum_of(terms, parts)!r}: the first score in brackets becomes 0, the second 1.{hint}"
     )
 
 
+def _scaled(term: _Term, reward: Reward) -> str:
+    """The part as text, with a range if its scores may leave [-1, 1]."""
+    low, high = reward.bounds
+    if low is not None and high is not None and -1 <= low < high <= 1:
+        return term.text
+    usual = _entry_of(term.name).usual
+    return f"{term.text}[{'low, high' if usual is None else ', '.join(map(exact, usual))}]"
+
+
 def _build(term: _Term, device: torch.device | str | None, differentiable: bool) -> Reward:
-    entry, options = _entry_of(term.name), _options(term.match["options"] or "")
+    entry = _entry_of(term.name)
+    known, others = known_options(term.name)
+    options = checked(term.name, term.text, term.options, known, others=others)
     differentiable = options.pop("differentiable", differentiable)
     if differentiable and not entry.differentiable and term.name in CATALOG:
         graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)
@@ -371,45 +467,43 @@ def _build(term: _Term, device: torch.device | str | None, differentiable: bool)
         options["differentiable"] = True
     if entry.weights:
         options.setdefault("device", device)
-    try:
-        reward = entry.build(**options)
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        known = _option_names(entry)
-        if not (wrong := sorted(options.keys() - known)):
-            raise
-        raise ValueError(
-            f"{term.match[0]!r} has an option that {term.name} does not have: {', '.join(wrong)}. It has "
-            f"{', '.join(sorted(known))}."
-        ) from error
-    if term.match["low"] is None:
+    reward = entry.build(**options)
+    if term.range is None:
         return reward
-    low, high = float(term.match["low"]), float(term.match["high"])
+    low, high = term.range
     return Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{exact(low)}, {exact(high)}]")
 
 
-def _option_names(entry: Entry) -> set[str]:
-    """What may follow a name in parentheses."""
-    build: Any = entry.build
-    if build.func is _public:
-        return set(inspect.signature(_class(build.args[0])).parameters)
-    color = {"color"} & inspect.signature(build.args[1]).parameters.keys()
-    return {"batch_size", "name"} | color | ({"differentiable"} if entry.differentiable else set())
+def known_options(name: str) -> tuple[dict[str, Any], bool]:
+    """The type hints of the options that may follow a name of the catalogue, and whether its class takes others too."""
+    build: Any = _entry_of(name).build
+    kind = build.func if isinstance(build, partial) else None
+    hints: dict[str, Any] = {"differentiable": bool}
+    if kind is _of_metric:
+        metric = inspect.signature(build.args[1]).parameters
+        color = {"color": metric["color"].annotation} if "color" in metric and "color" not in build.keywords else {}
+        return hints | {"batch_size": int | None} | color, False
+    others, fixed = False, build.keywords if kind is _public else {}
+    for key, parameter in inspect.signature(_class(build.args[0]) if kind is _public else build).parameters.items():
+        others |= parameter.kind is parameter.VAR_KEYWORD
+        if parameter.kind is not parameter.VAR_KEYWORD and key not in fixed:
+            hints[key] = parameter.annotation
+    return hints, others
 
 
-def _options(text: str) -> dict[str, Any]:
-    """Options such as `net=vgg, batch_size=4`: numbers, true, false, none, quoted texts, and words as texts."""
-    options: dict[str, Any] = {}
-    for item in filter(None, map(str.strip, text.split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key.isidentifier():
-            raise ValueError(f"load expected options such as 'lpips(net=vgg, batch_size=4)', got {item!r}.")
-        try:
-            options[key] = _WORDS[value.lower()] if value.lower() in _WORDS else ast.literal_eval(value)
-        except Exception:  # a decoder of Python raises anything
-            options[key] = value
-    return options
+def _masked(spec: str) -> tuple[str, list[str]]:
+    """The text with numbers in place of the options in parentheses, which may hold anything, and these options."""
+    parts, options, rest = list[str](), list[str](), spec
+    while (start := rest.find("(")) >= 0:
+        end = closing(rest, start)
+        parts += rest[:start], f"({len(options)})"
+        options.append(rest[start + 1 : end - 1])
+        rest = rest[end:]
+    return "".join((*parts, rest)), options
+
+
+def _unmasked(text: str, options: Sequence[str]) -> str:
+    return re.sub(r"\((\d+)\)", lambda match: f"({options[int(match[1])]})", text)
 
 
 def _key(name: str) -> str:
@@ -423,32 +517,43 @@ def _known_names(spec: str) -> dict[str, str]:
     return {_key(name): name for name in (*CATALOG, *theirs)}
 
 
-def _known_term(text: str, names: Mapping[str, str], sign: str = "+") -> _Term | None:
+def _known_term(text: str, names: Mapping[str, str], options: Sequence[str], sign: str = "+") -> _Term | None:
     match = _TERM.fullmatch(text.strip())
     name = match and names.get(_key(match["name"]))
-    return _Term(match, name, sign) if match and name else None
+    if not match or not name:
+        return None
+    weight = None if match["weight"] is None and sign == "+" else float(f"{sign}{match['weight'] or 1}")
+    return _Term(
+        name,
+        _unmasked(match[0], options),
+        read_options(options[int(match["options"])]) if match["options"] else {},
+        (float(match["low"]), float(match["high"])) if match["low"] else None,
+        weight,
+    )
 
 
-def _readings(text: str, names: Mapping[str, str], sign: str = "+") -> Iterator[list[_Term]]:
+def _readings(text: str, names: Mapping[str, str], options: Sequence[str], sign: str = "+") -> Iterator[list[_Term]]:
     """Every way to read a sum of known names: + and - are operators or, within a word, may belong to a name."""
-    if term := _known_term(text, names, sign):
+    if term := _known_term(text, names, options, sign):
         yield [term]
     for operator in re.finditer("[+-]", text):
-        if term := _known_term(text[: operator.start()], names, sign):
-            yield from ([term, *rest] for rest in _readings(text[operator.end() :], names, operator[0]))
+        if term := _known_term(text[: operator.start()], names, options, sign):
+            yield from ([term, *rest] for rest in _readings(text[operator.end() :], names, options, operator[0]))
 
 
-def _unreadable(spec: str) -> ValueError:
+def _unreadable(spec: str, masked: str, options: Sequence[str]) -> ValueError:
     """The first part of a spec that is not known, and what may have been meant."""
-    names, rest = _known_names(spec), spec.strip()
-    while ends := [found.end() for found in re.finditer("[+-]", rest) if _known_term(rest[: found.start()], names)]:
+    names, rest = _known_names(masked), masked.strip()
+    while ends := [
+        found.end() for found in re.finditer("[+-]", rest) if _known_term(rest[: found.start()], names, options)
+    ]:
         rest = rest[ends[-1] :].strip()
     text = re.split(r"\s+[+-]\s+", rest)[0]
     match = _TERM.fullmatch(text)
     if match is None:
         return ValueError(
             f"{spec!r} is not a reward: expected a name or a sum such as '0.7*haarpsi + 0.3*psnr[10, 50]', could not "
-            f"read {text!r}."
+            f"read {_unmasked(text, options)!r}."
         )
     name = match["name"].partition("+")[0]
     wanted = _key(name.removeprefix(PYIQA_PREFIX))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from iqareward.optional import require
 from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel, plain_defaults
+from iqareward.rewards.options import name_with
 from iqareward.types import Bounds
 from iqareward.weight_files import Shape, WeightFile, weight_file
 
@@ -136,7 +137,7 @@ class LPIPSReward(_FeatureDistance):
     ) -> None:
         if net not in BACKBONES:
             raise ValueError(f"LPIPSReward expected `net` to be one of {', '.join(BACKBONES)}, got {net!r}.")
-        self.name = "lpips" if net == "alex" else f"lpips_{net}"
+        self.name = name_with(self, "lpips" if net == "alex" else f"lpips_{net}", weights=weights)
         self.differentiable, self.batch_size = differentiable, batch_size
         self.min_side, self.bytes_per_pixel = BACKBONES[net].min_side, _BYTES_PER_PIXEL[net][differentiable]
         self._load_later(partial(_lpips, net, weights, heads), weights or heads, model, device)
@@ -224,7 +225,6 @@ class DISTSReward(_FeatureDistance):
         https://arxiv.org/abs/2004.07728
     """
 
-    name = "dists"
     min_side = BACKBONES["vgg"].min_side
 
     def __init__(
@@ -237,6 +237,7 @@ class DISTSReward(_FeatureDistance):
         device: torch.device | str | None = None,
         batch_size: int | None = None,
     ) -> None:
+        self.name = name_with(self, "dists", weights=weights)
         self.differentiable, self.batch_size = differentiable, batch_size
         self.bytes_per_pixel = _BYTES_PER_PIXEL["dists"][differentiable]
         self._load_later(partial(_dists, weights, heads), weights or heads, model, device)

@@ -3,13 +3,17 @@
 import pickle
 import re
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from iqareward import WeightedSum, check_reward, evaluate, functional, load
-from iqareward.rewards.catalog import CATALOG, published
+from iqareward import LPIPSReward, WeightedSum, check_reward, evaluate, functional, load
+from iqareward.rewards.catalog import CATALOG, published, text_of
+from iqareward.rewards.options import read_options, write_options
 from iqareward.rewards.pyiqa import NEEDS_CUDA, REFUSED, pyiqa_configs
 from tests.tolerances import EXACT, OTHER_PACKAGE
 
@@ -308,6 +312,22 @@ def test_one_scale_moves_alike(photographs: Tensor) -> None:
         ("lpips(vgg)", r"expected options such as 'lpips\(net=vgg, batch_size=4\)', got 'vgg'"),
         ("ssim(nett=vgg)", r"'ssim\(nett=vgg\)' has an option that ssim does not have: .*nett"),
         ("haarpsi(color=y)", "has an option that haarpsi does not have: .*color"),
+        ("ssim(higher_is_better=false)", "does not have: higher_is_better. It has batch_size, color, differentiable"),
+        ("psnr_y(color=luma)", "has an option that psnr_y does not have: color"),
+        ("fsim(metric=vsi)", "has an option that fsim does not have: metric"),
+        ("ssim(batch_size=x)", "ssim expected a whole number or none as option 'batch_size', got 'x'"),
+        ("ssim(batch_size=true)", "expected a whole number or none as option 'batch_size', got True"),
+        ("ssim(color=pink)", "ssim expected luma or luma8 or y or rgb as option 'color', got 'pink'"),
+        ("ssim(differentiable=maybe)", "ssim expected true or false as option 'differentiable', got 'maybe'"),
+        ("lpips(net=vgg19)", "lpips expected alex or vgg or squeeze as option 'net', got 'vgg19'"),
+        ("lpips(device=gpu)", "lpips expected a device such as cuda:0 or none as option 'device', got 'gpu'"),
+        ("qalign(dtype=float7)", "qalign expected a dtype such as bfloat16 or none as option 'dtype', got 'float7'"),
+        ("qalign(compiled=graphs)", "qalign expected true or false or graph as option 'compiled', got 'graphs'"),
+        ("lpips(model=net)", "lpips expected an object of type Module or none as option 'model', got 'net'"),
+        ("lpips(net=)", "expected options such as"),
+        ("lpips(net=alex, net=vgg)", "the option 'net' twice"),
+        ("lpips(weights='a.pth)", "a bracket or a quote that is not closed"),
+        ("lpips(weights=a).pth)", r"could not read 'lpips\(weights=a\).pth\)'"),
         ("ssim + psnr[50, 10]", "low < high"),
         ("ssim + ssim", "unique names"),
         ("0.5*ssim + 0.5*wrong", "unknown reward 'wrong'"),
@@ -335,6 +355,108 @@ def test_options_of_a_reward(spec: str, name: str) -> None:
     assert getattr(reward, "batch_size", None) == (4 if "4" in spec else None)
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    SCALARS | st.text() | st.text(alphabet=" '\"\\\\,=()[]/.:a1-"),
+    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
+    max_leaves=5,
+)
+KEYS = st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True)
+
+
+@given(options=st.dictionaries(KEYS, VALUES, max_size=4), spaces=st.sampled_from(["", " "]))
+def test_options_survive_as_text(options: dict[str, Any], spaces: str) -> None:
+    """Whatever the values of options are, their text gives them back, type for type."""
+    text = write_options(options)
+    assert repr(read_options(spaces + text[1:-1] + spaces)) == repr(options)
+
+
+@given(
+    file=st.text(alphabet=" '\"\\\\,=()[]/.:*+-ab1", min_size=1),
+    net=st.sampled_from(["alex", "vgg"]),
+    batch_size=st.none() | st.integers(1, 64),
+    limits=st.none() | st.tuples(st.integers(-9, -1), st.floats(0, 9)),
+    weight=st.none() | st.floats(-9, 9).filter(bool),
+)
+def test_text_and_mapping_build_the_same(
+    file: str, net: str, batch_size: int | None, limits: tuple[int, float] | None, weight: float | None
+) -> None:
+    """Keywords, text, a mapping with the name, an item and a list give the same reward."""
+    options = {"weights": file, "net": net, "batch_size": batch_size}
+    more = {} if limits is None else {"range": list(limits)}
+    more |= {} if weight is None else {"weight": weight}
+    forms = [
+        text_of({"name": "lpips", **options, **more}),
+        {"name": "lpips", **options, **more},
+        {"lpips": {**options, **more}},
+        [{"name": "LPIPS", **options, **more}],
+        {"name": f"lpips{write_options(options)}", **more},
+    ]
+    made = [load(form) for form in forms]
+    if not more:
+        made.append(load("lpips", **options))
+    assert {reward.name for reward in made} == {made[0].name}
+    for reward in made:
+        leaf = reward
+        while not isinstance(leaf, LPIPSReward):
+            leaf = leaf.parts[0] if leaf.parts else leaf.reward
+        assert (leaf.batch_size, reward.bounds) == (batch_size, made[0].bounds)
+    assert load(made[0].name).name == made[0].name
+
+
+def test_keyword_options_belong_to_one_reward() -> None:
+    """Options of `load` are those of the reward that is named, and a sum says where to write them."""
+    assert load("ssim", color="y").name == "ssim(color=y)"
+    assert load("ssim", batch_size=3).batch_size == 3
+    assert load("0.5*ssim", color="y").name == "0.5*ssim(color=y)"
+    with pytest.raises(ValueError, match=r"color for a sum of 2 .*'ssim \+ psnr_y\(color=y\)'"):
+        load("0.5*ssim + psnr_y[10, 50]", color="y")
+    with pytest.raises(ValueError, match="load got color of 'ssim\\(color=y\\)' twice"):
+        load("ssim(color=y)", color="rgb")
+    with pytest.raises(ValueError, match="does not have: nett"):
+        load("ssim", nett=3)
+
+
+def test_files_of_every_kind() -> None:
+    """Paths reach the reward as they were written: with spaces, commas, brackets and backslashes, quoted or not."""
+    files = ["/a b/c, (d).pth", r"C:\new\table.pth", "it's [1]=x.pth", "C:/a (1)/b.pth", "a+b-c*d.pth", "#1.pth", "1e5"]
+    for file in files:
+        name = load("lpips", weights=file).name
+        assert (
+            load(f"lpips{write_options({'weights': file})}").name
+            == load({"name": "lpips", "weights": file}).name
+            == name
+        )
+        assert load(f"0.5*ssim + 0.5*lpips{write_options({'weights': file})}[-1, 0]").parts[1].name == f"{name}[-1, 0]"
+    for text in (r"C:\new\table.pth", "/a (1)/b.pth", "/o'brien/x[2].pth"):
+        assert load(f"lpips(weights={text}, net=vgg)").name == load("lpips", weights=text, net="vgg").name
+
+
+def test_options_are_values_of_python() -> None:
+    """Words become dtypes where the option is one, and lists tuples."""
+    for word in ("bfloat16", "bf16", "torch.bfloat16", torch.bfloat16):
+        assert load("qalign", dtype=word).name == load("qalign(dtype=bfloat16)").name
+    both = load("qalign(task=[quality, aesthetics])")
+    assert both.tasks == load({"name": "qalign", "task": ["quality", "aesthetics"]}).tasks == ("quality", "aesthetics")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "ssim + haarpsi"}, "the name of one reward"),
+        ({"name": "ssim", "range": [1]}, r"expected one `range` of two numbers"),
+        ({"name": "ssim", "range": "0, 1"}, r"`range` of 'ssim' as \[low, high\]"),
+        ({"name": "psnr[10, 50]", "range": [0, 1]}, "expected one `range`"),
+        ({"ssim": {"colour": "y"}}, "does not have: colour. It has batch_size, color"),
+        ([{"name": "ssim"}, {"name": "ssim"}], "unique names"),
+    ],
+)
+def test_mappings_that_cannot_be_loaded(spec: Any, message: str) -> None:
+    """A mapping that says too little or too much is refused with what was expected."""
+    with pytest.raises(ValueError, match=message):
+        load(spec)
+
+
 def test_options_of_a_formula(photographs: Tensor) -> None:
     """The colour that a formula compares can be named, and is part of the reward's name."""
     reward = load("ssim(color=y)")
@@ -356,7 +478,7 @@ def test_mapping_of_names_to_weights() -> None:
         load({"ssim + haarpsi": 0.5})
 
 
-@pytest.mark.parametrize("spec", [3, None, ["ssim"], load("ssim"), {"ssim": "0.5"}, {"ssim": True}])
+@pytest.mark.parametrize("spec", [3, None, [], {}, [0.5], load("ssim"), {"ssim": "0.5"}, {"ssim": True}])
 def test_what_is_no_spec(spec: object) -> None:
     """Anything but text and a mapping of weights is a TypeError that says what was expected."""
     with pytest.raises(TypeError, match=r"load expected .*mapping of names to weights, got "):
