@@ -1,11 +1,10 @@
-"""How well does each reward keep the order of quality? Spearman's correlation, on bundled photographs and on yours.
+"""How well does each reward keep the order of quality? Spearman's correlation, on photographs with known damage.
 
     python -m benchmarks.correlation                                # four photographs, four kinds of damage
-    python -m benchmarks.correlation --kadid10k DIR --koniq10k DIR   # and image sets with human opinions that you have
     python -m benchmarks.correlation --clean DIR --taesd DIR         # and small faults that rewards pay for
     python -m benchmarks.correlation --quick                         # smoke run
 
-On the photographs -1 is perfect: the score falls at every level of damage. On rated sets +1 is: it rises with opinion.
+On the photographs -1 is perfect: the score falls at every level of damage. `iqareward agree` compares with people.
 `--clean` takes clean photographs, such as the 24 of Kodak, and counts those whose score without a reference rises when
 light noise is added; with `--taesd`, also those that score higher after TAESD has encoded and decoded them. Every
 reward of the catalogue that can be built here is measured, and the others are named, as is what was left out. The last
@@ -13,12 +12,11 @@ line of standard output is one JSON document.
 """
 
 import argparse
-import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,65 +27,13 @@ from torch import Tensor
 
 from benchmarks._harness import document, finish
 from benchmarks.fit_niqe import fit_photos
-from examples.demo.experiment import DAMAGES, PHOTOGRAPHS, damaged, load_photograph, score, spearman
+from examples.demo.experiment import DAMAGES, PHOTOGRAPHS, damaged, load_photograph, score
+from iqareward.agreement import spearman
 from iqareward.functional.niqe import fit_natural_model, niqe
 from iqareward.image_files import find_images
 from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load
 from iqareward.types import Reward
-
-
-class Rated(NamedTuple):
-    """A rated image.
-
-    Attributes:
-        image: its file.
-        reference: that of its original; None = the set has none.
-        opinion: mean opinion score, higher is better.
-    """
-
-    image: Path
-    reference: Path | None
-    opinion: float
-
-
-def kadid10k(folder: Path) -> Iterator[Rated]:
-    """KADID-10k (`dmos.csv`, `images/`); its DMOS grows with quality.
-
-    https://database.mmsp-kn.de/kadid-10k-database.html
-    """
-    with (folder / "dmos.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            images = folder / "images"
-            yield Rated(images / row["dist_img"], images / row["ref_img"], float(row["dmos"]))
-
-
-def tid2013(folder: Path) -> Iterator[Rated]:
-    """TID2013 (`mos_with_names.txt`, `distorted_images/`, `reference_images/`).
-
-    http://www.ponomarenko.info/tid2013.htm
-    """
-    references = {file.stem.lower(): file for file in (folder / "reference_images").iterdir()}
-    images = {
-        file.name.lower(): file for file in (folder / "distorted_images").iterdir()
-    }  # i01_01_1.bmp or I01_01_1.bmp
-    for line in (folder / "mos_with_names.txt").read_text().splitlines():
-        opinion, name = line.split()
-        yield Rated(images[name.lower()], references[name.lower().partition("_")[0]], float(opinion))
-
-
-def koniq10k(folder: Path) -> Iterator[Rated]:
-    """KonIQ-10k (`koniq10k_scores_and_distributions.csv`, `1024x768/`).
-
-    https://database.mmsp-kn.de/koniq-10k-database.html
-    """
-    with (folder / "koniq10k_scores_and_distributions.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            yield Rated(folder / "1024x768" / row["image_name"], None, float(row["MOS"]))
-
-
-DATASETS = {"kadid10k": kadid10k, "tid2013": tid2013, "koniq10k": koniq10k}
-
 
 PACKAGES = ["scikit-image", "piq", "torchvision", "diffusers"]
 NOISE = (0, 1, 2, 3, 4, 6, 8, 12)  # standard deviations, of 255
@@ -142,24 +88,6 @@ def on_photographs(names: list[str], *, quick: bool, console: Console) -> list[d
 def finite(value: Tensor) -> float | None:
     """The number, or None for NaN, which JSON does not have."""
     return None if value.isnan() else float(value)
-
-
-def on_rated(name: str, images: list[Rated], rewards: list[Reward], console: Console) -> list[dict[str, Any]]:
-    """A row per reward: correlation with opinion over the images that it could score."""
-    scores: dict[str, list[float]] = {reward.name: [] for reward in rewards}
-    for rated in track(images, name, console=console, transient=True):
-        image = to_images(rated.image, value_range=(0, 1))
-        reference = None if rated.reference is None else to_images(rated.reference, value_range=(0, 1))
-        for reward in rewards:
-            blind = reward.needs_references and reference is None
-            scores[reward.name].append(float("nan") if blind else reward(image, references=reference).item())
-    opinions, rows = torch.tensor([rated.opinion for rated in images]), []
-    for reward, values in scores.items():
-        found = torch.tensor(values)
-        scored = found.isfinite()
-        value = spearman(found[scored], opinions[scored]) if int(scored.sum()) > 1 else None
-        rows.append({"set": name, "reward": reward, "spearman": value, "images": int(scored.sum())})
-    return rows
 
 
 def on_clean(files: list[Path], rewards: list[Reward], console: Console) -> list[dict[str, Any]]:
@@ -239,20 +167,12 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", help="names of `iqareward list` or pyiqa:<metric>; default: all")
     parser.add_argument("--clean", type=Path, metavar="DIR", help="folder of clean photographs, for light noise")
     parser.add_argument("--taesd", type=Path, metavar="DIR", help="folder of TAESD's weights; needs --clean")
-    for name in DATASETS:
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"folder of {name}")
-    parser.add_argument("--limit", type=int, help="use only every n-th rated image, so that about this many remain")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the document here")
     options, console = parser.parse_args(), Console(stderr=True)
     torch.set_num_threads(1)
     names, missing = buildable(options.rewards or (["psnr", "piqe"] if options.quick else None))
     rows = on_photographs(names, quick=options.quick, console=console)
-    for name, read in DATASETS.items():
-        if folder := getattr(options, name):
-            images = list(read(folder))
-            step = max(1, len(images) // options.limit) if options.limit else 1
-            rows += on_rated(name, images[::step], [load(reward) for reward in names], console)
     blind = [reward for reward in map(load, names) if not reward.needs_references]
     files = list(find_images([options.clean]).files) if options.clean and options.clean.is_dir() else []
     if files:

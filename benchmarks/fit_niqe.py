@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import skimage
 import skimage.data
 import skimage.filters
@@ -27,6 +26,7 @@ from torch import Tensor
 
 import iqareward
 from benchmarks._harness import document, finish, target
+from iqareward.agreement import spearman
 from iqareward.functional.niqe import PACKAGED, NaturalModel, fit_natural_model, niqe
 from iqareward.functional.piqe import piqe
 
@@ -100,17 +100,12 @@ def copies(photo: Tensor, size: tuple[int, int]) -> Tensor | None:
     return torch.stack([to_image(np.round(copy).astype(np.uint8)) for copy in (pixels, *worse, *attacked)])
 
 
-def spearman_with_level(scores: np.ndarray) -> float:
-    ranks = scipy.stats.rankdata(scores)
-    return float(np.corrcoef(np.arange(len(scores)), ranks)[0, 1])
-
-
 def summarise(scores_by_photo: list[np.ndarray]) -> dict[str, float]:
     """Mean and worst Spearman per family, false share, and how often each attack wins."""
     row: dict[str, float] = {"photos": len(scores_by_photo)}
     for index, family in enumerate(LEVELS):
         steps = slice(1 + 5 * index, 6 + 5 * index)
-        values = [spearman_with_level(-np.append(scores[0], scores[steps])) for scores in scores_by_photo]
+        values = [spearman(-np.append(scores[0], scores[steps]), range(6)) for scores in scores_by_photo]
         row[family], row[f"{family}_worst"] = float(np.mean(values)), float(np.max(values))
     row["false"] = float(np.mean([s[1:21] < s[0] for s in scores_by_photo]))
     for index, kind in enumerate(("sharpen", "checker", "contrast")):

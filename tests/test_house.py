@@ -16,9 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "types": 0, "images": 0, "image_files": 0, "groups": 0, "optional": 0, "_gradients": 0,
     "weight_files": 0, "atomic": 0, "seeds": 0,
-    "functional": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1,
+    "functional": 1, "agreement": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1,
     "rewards": 2,
-    "testing": 3, "monitor": 3,
+    "testing": 3, "monitor": 3, "rated": 3,
     "diffusion": 4, "serving": 4,
     "adapters": 5,
     "cli": 6, "__main__": 7,

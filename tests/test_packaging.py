@@ -37,6 +37,8 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     }
     assert names == wanted
     assert "iqareward/py.typed" in names
+    licences = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name}
+    assert licences == {"LICENSE", *(file.name for file in package.rglob("*LICENSE*"))}  # ours, and those of data
     assert not any("demo" in name or "examples" in name or name.endswith(".html") for name in names)
 
 
@@ -72,6 +74,8 @@ def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) -> Non
     assert version == iqareward.__version__
     assert scored == "True"
     listed = [tmp_path / "env" / "bin" / "iqareward", "list", "--json"]
+    agreed = [listed[0], "agree", "qualisr"]
+    assert "qalign" in subprocess.run(agreed, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert "niqe" in subprocess.run(listed, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
 
 

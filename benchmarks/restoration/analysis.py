@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from benchmarks.restoration.arms import FIXED
 from benchmarks.restoration.world import TASKS
+from iqareward.agreement import spearman
 
 TERCILES = ("easy", "middle", "hard")
 MEASURES = ("held_out", "judge", "haarpsi", "ssim", "gmsd", "piqe", "niqe", "rmse", "psnr")
@@ -154,6 +154,5 @@ def difficulty_check(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if row["arm"] == "frozen":
             for number, task in enumerate(TASKS):
                 rows = slice(number, None, len(TASKS))
-                correlation: Any = scipy.stats.spearmanr(row["test"]["rmse"][rows], row["test"]["severity"][rows])
-                found[task].append(float(correlation.statistic))
+                found[task].append(spearman(row["test"]["rmse"][rows], row["test"]["severity"][rows]))
     return {task: float(np.mean(values)) for task, values in found.items()}

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import scipy.stats
 import skimage.data
 import torch
 from PIL import Image
 from torch import Tensor
 
 import iqareward
+from iqareward.agreement import spearman
 from iqareward.diffusion import Degradation
 
 REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "niqe", "piqe")
@@ -157,14 +157,6 @@ def samples(measured: Measured, count: int) -> list[Sample]:
             )
         )
     return chosen
-
-
-def spearman(scores: Sequence[float] | Tensor, levels: Sequence[float] | Tensor) -> float:
-    """Spearman's rank correlation; NaN if a score is missing or all scores are equal."""
-    values = torch.as_tensor(scores)
-    if values.isnan().any() or (values == values[0]).all():
-        return math.nan
-    return float(scipy.stats.spearmanr(values.numpy(), torch.as_tensor(levels).numpy()).statistic)
 
 
 def summary(measured: Measured) -> dict[str, Any]:

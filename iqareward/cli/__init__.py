@@ -45,7 +45,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Image-quality rewards: list them, score and compare images, check your own, serve them, and train with them.",
+    help="Image-quality rewards: list them, score and compare images, measure their agreement with people, check your "
+    "own, serve them, and train with them.",
 )
 
 
@@ -276,6 +277,81 @@ def compare(
         write_text(output, render(found, folder=output.parent, num_pairs=pairs))
         say(_messages, f"Image pairs: {output}")
     raise typer.Exit(1 if found.problems else 0)
+
+
+@app.command()
+def agree(
+    table: Annotated[
+        str,
+        typer.Argument(
+            help="Table (.csv, .tsv, .jsonl, .parquet), qualisr (in this package), or a data set with its folder: "
+            "kadid10k:DIR, tid2013:DIR, koniq10k:DIR, pipal:DIR, spaq:DIR, live_challenge:DIR."
+        ),
+    ],
+    human: Annotated[str | None, typer.Option(help="Column of human scores.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column that names the input of each image.")] = None,
+    score: Annotated[list[str] | None, typer.Option(help="Column of scores; may be repeated.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="Name of a reward that scores the images; may be repeated.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="Column of image files; default: image.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where relative paths of images start; default: the table's folder.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Column of references, a folder with the same paths, or one file for all images.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Column, such as a method, within whose values to measure too.")
+    ] = None,
+    lower_is_better: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of --score or --human that falls as quality rises; may be repeated."),
+    ] = None,
+    higher_is_better: Annotated[
+        list[str] | None, typer.Option(help="Column of --score that rises with quality; may be repeated.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="Metric to compare with; default: the best.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use every n-th input, so that about this many remain.")
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Keep scores of --reward in this .csv or .jsonl file; run again to resume.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --scores instead of resuming.")] = False,
+    resamples: Annotated[int, typer.Option(min=100, help="Number of bootstrap samples.")] = 2_000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    output: Annotated[
+        list[Path] | None, typer.Option(help="Also write this .json, .csv, .html or .svg file; may be repeated.")
+    ] = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 8,
+) -> None:
+    """Measure how metrics and rewards agree with human scores, also within the outputs of one input.
+
+    Exit codes: 0 = every rated image has every score; 1 = some scores are missing; 2 = the command failed.
+    """
+    from iqareward.atomic import write_text
+    from iqareward.cli.agree import Request, as_csv, as_json, is_complete, run, show
+    from iqareward.cli.agree_page import picture, render
+    from iqareward.cli.score import check_outputs
+
+    writers = {".json": as_json, ".csv": as_csv, ".html": render, ".svg": picture}
+    with _usage_errors():
+        for file in output or []:
+            if file.suffix.lower() not in writers:
+                raise ValueError(f"--output {file}: give it the suffix .json, .csv, .html or .svg.")
+        check_outputs(scores, *(output or []))
+        request = Request(
+            table, human, group, score or [], reward or [], image, folder, reference, by, lower_is_better or [],
+            higher_is_better or [], baseline, limit, scores, overwrite, resamples, seed, device, batch_size,
+        )  # fmt: skip
+        found = run(request, _messages)
+        show(found, Console())
+        for file in output or []:
+            write_text(file, writers[file.suffix.lower()](found))
+            say(_messages, f"Written: {file}")
+    raise typer.Exit(0 if is_complete(found) else 1)
 
 
 @app.command()

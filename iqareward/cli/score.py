@@ -4,7 +4,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -24,9 +24,9 @@ from iqareward.cli.results import (
     write_rows,
     write_summary,
 )  # fmt: skip
-from iqareward.cli.scoring import Scorer, progress_bar
+from iqareward.cli.scoring import ReferenceFinder, Scorer, progress_bar
 from iqareward.cli.text import say
-from iqareward.image_files import References, find_images
+from iqareward.image_files import find_images
 from iqareward.rewards.catalog import published
 
 _UNLIMITED = 100_000  # columns: in a file or pipe no line of a table is cut or folded
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     batch_size: int
 
 
-class _Column(NamedTuple):
+class Column(NamedTuple):
     """A column of results: `scale * score + offset` of one of the rewards."""
 
     name: str
@@ -68,22 +68,45 @@ def run(job: Job, messages: Console) -> bool:
     scorer = Scorer(job.reward, job.reference, job.device, job.batch_size)
     columns = _columns(scorer.names, job.published)
     names = [column.name for column in columns]
-    form = _form(job, names)
+    form = file_form(job, names)
     check_outputs(job.output, job.summary)
     files, problems = find_images(job.paths)
-    facts = {file: _facts(file, relative, scorer.references) for file, relative in files.items()}
+    facts = facts_of(files, scorer.references)
     if scorer.references is not None and not any(reference for reference, _ in facts.values()):
         raise ValueError(f"none of {len(files)} images has a reference in {job.reference}: they need the same paths.")
     with ExitStack() as stack:
-        rows, stream = stack.enter_context(_results(job, form, facts, messages))
+        rows, stream = stack.enter_context(results(job, form, facts, messages))
         if form is None:
             width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNLIMITED
             stack.callback(lambda: rows and show(Console(width=width), summarize(names, rows.values()), rows.values()))
         for path, problem in problems.items():
             say(messages, f"{path}: {problem}", label="skipped", style="yellow")
-        todo = {file: relative for file, relative in files.items() if file not in rows}
-        shown = stream is None or not stream.isatty()  # rows on the terminal would be written behind the bar
-        progress = stack.enter_context(progress_bar(messages, shown=shown))
+        score_rest(rows, stream, form, files, facts, scorer, columns, messages)
+    summary = summarize(names, rows.values())
+    if form is not None:
+        show(messages, summary, ())
+    if job.summary is not None:
+        write_summary(summary, job.summary)
+    complete = sum(not row.problem for row in rows.values())
+    written = ", ".join(str(path) for path in (job.output, job.summary) if path is not None)
+    say(messages, f"{complete} of {len(files)} images have every score.{f' Written: {written}' if written else ''}")
+    return complete == len(files) and not problems
+
+
+def score_rest(
+    rows: dict[Path, Row],
+    stream: IO[str] | None,
+    form: Rows | None,
+    files: Mapping[Path, Path],
+    facts: Mapping[Path, tuple[str, str]],
+    scorer: Scorer,
+    columns: Sequence[Column],
+    messages: Console,
+) -> None:
+    """Score the files that have no row yet, add their rows, and write them to `stream`, if there is one."""
+    todo = {file: relative for file, relative in files.items() if file not in rows}
+    shown = stream is None or not stream.isatty()  # rows on the terminal would be written behind the bar
+    with progress_bar(messages, shown=shown) as progress:
         task = progress.add_task("scoring", total=len(todo))
         for batch in scorer.score(todo):
             for path, scores, problem in batch:
@@ -96,15 +119,6 @@ def run(job: Job, messages: Console) -> bool:
                     label = "no score" if all(map(math.isnan, scores)) else "incomplete"
                     say(messages, f"{row.path}: {problem}", label=label, style="yellow")
             progress.advance(task, len(batch))
-    summary = summarize(names, rows.values())
-    if form is not None:
-        show(messages, summary, ())
-    if job.summary is not None:
-        write_summary(summary, job.summary)
-    complete = sum(not row.problem for row in rows.values())
-    written = ", ".join(str(path) for path in (job.output, job.summary) if path is not None)
-    say(messages, f"{complete} of {len(files)} images have every score.{f' Written: {written}' if written else ''}")
-    return complete == len(files) and not problems
 
 
 def check_outputs(*files: Path | None) -> None:
@@ -125,18 +139,18 @@ def check_outputs(*files: Path | None) -> None:
             raise ValueError(f"{file} cannot be written: no permission for its folder. Choose another place.")
 
 
-def _columns(names: list[str], with_published: bool) -> list[_Column]:
+def _columns(names: list[str], with_published: bool) -> list[Column]:
     """A column per reward, followed if wanted by what papers print where that is another number."""
-    columns: list[_Column] = []
+    columns: list[Column] = []
     for place, name in enumerate(names):
-        columns.append(_Column(name, place))
+        columns.append(Column(name, place))
         scale, offset = published(name) or (1.0, 0.0)
         if with_published and (scale, offset) != (1.0, 0.0):
-            columns.append(_Column(f"{name} published", place, scale, offset))
+            columns.append(Column(f"{name} published", place, scale, offset))
     return columns
 
 
-def _form(job: Job, names: list[str]) -> Rows | None:
+def file_form(job: Job, names: list[str]) -> Rows | None:
     """The file format that --format or the suffix of --output names; None = a table on the terminal."""
     name = job.format or "table"
     if job.output is not None:
@@ -151,8 +165,12 @@ def _form(job: Job, names: list[str]) -> Rows | None:
     return None if name == "table" else CsvRows(names) if name == "csv" else JsonRows(names)
 
 
-def _facts(file: Path, relative: Path, references: References | None) -> tuple[str, str]:
-    """The reference of an image; and sizes, times and version, which change if its scores may change."""
+def facts_of(files: Mapping[Path, Path], references: ReferenceFinder | None) -> dict[Path, tuple[str, str]]:
+    """For each file its reference; and sizes, times and version, which change if its scores may change."""
+    return {file: _facts(file, relative, references) for file, relative in files.items()}
+
+
+def _facts(file: Path, relative: Path, references: ReferenceFinder | None) -> tuple[str, str]:
     reference = None
     try:
         if references is not None:
@@ -165,7 +183,7 @@ def _facts(file: Path, relative: Path, references: References | None) -> tuple[s
 
 
 @contextmanager
-def _results(
+def results(
     job: Job, form: Rows | None, facts: Mapping[Path, tuple[str, str]], messages: Console
 ) -> Generator[tuple[dict[Path, Row], IO[str] | None]]:
     """Rows that an earlier run has written, and where to write the others; None = nowhere."""

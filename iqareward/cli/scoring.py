@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from rich.console import Console
@@ -32,6 +32,14 @@ class _Loaded(NamedTuple):
     problem: str
 
 
+class ReferenceFinder(Protocol):
+    """What knows the reference of an image, such as `References`."""
+
+    def find(self, relative: Path) -> Path:
+        """The reference of an image, by its path relative to the folder that was searched."""
+        ...
+
+
 class Scored(NamedTuple):
     """One score per reward, NaN where there is none; `problem` says why, and is empty if there are all."""
 
@@ -45,7 +53,7 @@ class Scorer:
 
     Args:
         rewards: names or sums of the catalogue.
-        reference: folder of references, or one file for all images.
+        reference: folder of references, one file for all images, or what finds them.
         device: where the rewards run.
         batch_size: maximum number of images in a batch; a batch also holds at most 512 MiB of pixels as float32.
         more: further rewards by name, whose scores follow.
@@ -57,7 +65,7 @@ class Scorer:
     def __init__(
         self,
         rewards: Sequence[str],
-        reference: Path | None,
+        reference: Path | ReferenceFinder | None,
         device: str,
         batch_size: int,
         *,
@@ -79,14 +87,14 @@ class Scorer:
         needy = [reward.name for reward in self.rewards if reward.needs_references]
         if needy and reference is None:
             raise ValueError(f"{', '.join(needy)} compares with references: pass --reference FOLDER (or FILE).")
-        self._shown = None if reference is None else References(reference)
+        self._shown: ReferenceFinder | None = References(reference) if isinstance(reference, Path) else reference
         self.references = self._shown if needy else None
         self._device, self._batch_size = device, batch_size
 
     def reference_to_show(self, relative: Path) -> Path | None:
         """The reference of an image, also if no reward needs one; None if there is none."""
         try:
-            return self._shown and self._shown.find(relative)
+            return None if self._shown is None else self._shown.find(relative)
         except (OSError, ValueError):
             return None
 
@@ -134,7 +142,7 @@ def progress_bar(messages: Console, *, shown: bool = True) -> Progress:
 
 def read_ahead(
     files: Mapping[Path, Path],
-    references: References | None,
+    references: ReferenceFinder | None,
     *,
     device: str,
     batch_size: int,
@@ -158,7 +166,7 @@ def read_ahead(
 
 
 def _batches(
-    files: Mapping[Path, Path], references: References | None, batch_size: int, batch_bytes: int
+    files: Mapping[Path, Path], references: ReferenceFinder | None, batch_size: int, batch_bytes: int
 ) -> Iterator[list[tuple[Path, Path | None, str]]]:
     """A file, its reference and the reason why it has none; cut by the sizes in the files' headers."""
     batch: list[tuple[Path, Path | None, str]] = []
@@ -166,7 +174,7 @@ def _batches(
     for path, relative in files.items():
         reference, problem = None, ""
         try:
-            reference = references and references.find(relative)
+            reference = None if references is None else references.find(relative)
         except (OSError, ValueError) as error:
             problem = f"not compared: {error}"
         needed = sum(_decoded_bytes(file) for file in (path, reference) if file is not None)
