@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _ADAPTER_FILES = ["adapter_model.*", "non_lora_trainables.bin"]
 
 
-def checkpoint_folder(source: str | Path, *, inner: str = "", also: Sequence[str] = ()) -> Path:
+def checkpoint_folder(
+    source: str | Path, *, inner: str = "", also: Sequence[str] = (), only: Sequence[str] | None = None
+) -> Path:
     """The local folder of a checkpoint, downloaded from the Hugging Face hub if need be.
 
     Args:
@@ -35,6 +38,7 @@ def checkpoint_folder(source: str | Path, *, inner: str = "", also: Sequence[str
             complete is read from the hub's cache, also without a network.
         inner: A folder inside of it.
         also: Patterns of file names to download besides weights and JSON.
+        only: Patterns of the files to download in place of all these.
 
     Raises:
         OSError: it cannot be downloaded.
@@ -49,23 +53,27 @@ def checkpoint_folder(source: str | Path, *, inner: str = "", also: Sequence[str
     from huggingface_hub import snapshot_download
 
     start = f"{inner}/" if inner else ""
+    command = " ".join(["hf download", source, *(["--include", *map(shlex.quote, only)] if only else [])])
 
     def fetch(*patterns: str) -> Path:
-        allowed = [start + pattern for pattern in ("*.json", *also, *patterns)]
+        allowed = [start + pattern for pattern in patterns]
         try:
             return Path(snapshot_download(source, allow_patterns=allowed, ignore_patterns=[f"{start}*/*"])) / start
         except OSError as error:
             raise OSError(
                 f"the weights of {source} are not all in the hub's cache and could not be downloaded ({error}). "
-                f"Run `hf download {source}` where there is a network, or pass the folder that holds them."
+                f"Run `{command}` where there is a network, or pass the folder that holds them."
             ) from error
 
-    folder = fetch()
+    if only is not None:
+        return fetch(*only)
+    facts = ("*.json", *also)
+    folder = fetch(*facts)
     if (folder / ADAPTER_CONFIG).is_file():
-        return fetch(*_ADAPTER_FILES)
+        return fetch(*facts, *_ADAPTER_FILES)
     indexed = [pattern for index, pattern in zip(_INDEXES, _WEIGHTS, strict=True) if (folder / index).is_file()]
     for pattern in indexed or _WEIGHTS:
-        folder = fetch(pattern)
+        folder = fetch(*facts, pattern)
         if any(folder.glob(pattern)):
             break
     return folder
@@ -104,11 +112,13 @@ def open_weights(folder: Path) -> "list[WeightFile]":
     return files
 
 
-def weight_file(source: str | Path) -> "WeightFile":
+def weight_file(source: str | Path, *, name: str = "", inner: str = "") -> "WeightFile":
     """The weights of a network that are one file.
 
     Args:
         source: The file, a folder with one such file, or a hub id.
+        name: The file to take of a folder or a hub id with several.
+        inner: Key of the tensors in the file, if it may have other things beside them.
 
     Raises:
         OSError: there is no such file, or it cannot be downloaded.
@@ -116,13 +126,15 @@ def weight_file(source: str | Path) -> "WeightFile":
     """
     is_file = Path(source).suffix in _SUFFIXES and not os.path.isdir(source)
     if is_file or os.path.isfile(source):
-        return WeightFile(source)
-    folder = checkpoint_folder(source)
+        return WeightFile(source, inner=inner)
+    folder = checkpoint_folder(source, only=[name] if name else None)
+    if name and (folder / name).is_file():
+        return WeightFile(folder / name, inner=inner)
     found = [path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES]
     if len(found) != 1:
         names = listed(path.name for path in found) or "none"
         raise ValueError(f"{folder} expected one file of weights ({', '.join(_SUFFIXES)}), got {names}. Name the file.")
-    return WeightFile(found[0])
+    return WeightFile(found[0], inner=inner)
 
 
 @final
@@ -131,15 +143,18 @@ class WeightFile:
 
     Args:
         path: A `.safetensors` file, or one of `torch.save`.
+        inner: Key of the dictionary of tensors, if the file holds one with other things beside it.
 
     Raises:
         OSError: there is no such file, or it may not be read.
         ValueError: the file is damaged, or holds anything but a dictionary of tensors.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, inner: str = "") -> None:
         self.path = Path(path)
         self._tensors, self.metadata = decode(self.path)
+        if isinstance(self._tensors, dict):
+            self._tensors = self._tensors.get(inner, self._tensors)
         if not isinstance(self._tensors, dict):
             raise ValueError(f"{path} expected a dictionary of tensors, got {type(self._tensors).__name__}.")
         for key, value in self._tensors.items():

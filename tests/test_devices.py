@@ -26,6 +26,7 @@ from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
 from tests.gpu import no_waits, on_devices
 from tests.owl2.owl2_tiny import SMALL, seeded_model
+from tests.rewards import clip_tiny
 from tests.rewards.pictures import noisy, textures
 from tests.tolerances import EXACT, HALF_NETWORK, NETWORK_BATCH
 from tests.vlm import tiny as vlm
@@ -33,7 +34,8 @@ from tests.vlm.test_rating import SHORT
 
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights]
 FOREIGN = [name for name in FORMULAS if CATALOG[name].extra]  # piq's code is not ours to keep from waiting
-OTHERS = ["lpips", "lpips_vgg", "stlpips", "dists", "qalign", "deqa", "sum", "calibrated"]
+OTHERS = ["lpips", "lpips_vgg", "stlpips", "dists", "qalign", "deqa", *clip_tiny.NAMES, "sum", "calibrated"]
+PROMPTS = ["the cat", "a dog", "the cat"]
 VLMS = [*(f"level {family}" for family in vlm.FAMILIES), *(f"rating {family}" for family in vlm.FAMILIES)]
 NO_GRADIENT = {name for name in FORMULAS if not CATALOG[name].differentiable} | {"rating qwen3_5"}
 
@@ -79,6 +81,8 @@ def build(tmp_path: Path) -> Callable[..., Reward]:
                 return QAlignReward(seeded_model(SMALL), device=device, batch_size=2, **options)
             case "deqa":
                 return DeQAReward(seeded_model(SMALL), device=device, batch_size=2, **options)
+            case _ if name in clip_tiny.NAMES:
+                return clip_tiny.reward(name, tmp_path, device=device, **options)
             case "sum":
                 parts = build("qalign", device, **options), build("ssim", **options)
                 return iqareward.WeightedSum(zip((0.7, 0.3), parts, strict=True))
@@ -104,14 +108,15 @@ def test_scores(name, device, build, exact_convolutions):
     """They are those of single images on the CPU, stay on the device, and a broken image has none."""
     images, references = pair(name)
     alone = build(name)
-    expected = torch.cat([alone(a[None], references=b[None]) for a, b in zip(images, references, strict=True)])
+    rows = zip(images, references, PROMPTS, strict=True)
+    expected = torch.cat([alone(a[None], references=b[None], prompts=[c]) for a, b, c in rows])
     expected[1] = torch.nan
     images[1, 0, 0, 0] = torch.nan
     there, truth = images.to(device), references.to(device)
     reward = build(name, device)
-    reward(there, references=truth)
+    reward(there, references=truth, prompts=PROMPTS)
     with contextlib.nullcontext() if name in FOREIGN else no_waits():
-        scores = reward(there, references=truth)
+        scores = reward(there, references=truth, prompts=PROMPTS)
     assert scores.device.type == device
     torch.testing.assert_close(scores.cpu(), expected, equal_nan=True, **NETWORK_BATCH)
 
@@ -134,31 +139,32 @@ def test_gradients(name, device, build, exact_convolutions):
     images, references = pair(name)
     alone = build(name, differentiable=True)
     rows = []
-    for image, reference in zip(images, references, strict=True):
+    for image, reference, prompt in zip(images, references, PROMPTS, strict=True):
         row = image[None].requires_grad_()
-        alone(row, references=reference[None]).sum().backward()
+        alone(row, references=reference[None], prompts=[prompt]).sum().backward()
         rows.append(row.grad)
     expected = torch.cat(rows)
     there = images.to(device).requires_grad_()
-    build(name, device, differentiable=True)(there, references=references.to(device)).sum().backward()
+    reward = build(name, device, differentiable=True)
+    reward(there, references=references.to(device), prompts=PROMPTS).sum().backward()
     # as a whole, because rounding takes another branch of some ReLU now and then
     gap = torch.linalg.vector_norm(there.grad.cpu() - expected) / torch.linalg.vector_norm(expected)
     torch.testing.assert_close(gap, torch.tensor(0.0), rtol=0.0, atol=1e-3)
 
 
 @on_devices
-@pytest.mark.parametrize("name", ["lpips", "stlpips", "dists", "qalign", "deqa", *VLMS[:2]])
+@pytest.mark.parametrize("name", ["lpips", "stlpips", "dists", "qalign", "deqa", *clip_tiny.NAMES[:4], *VLMS[:2]])
 def test_offload_and_onload(name, device, build):
     """Scores come back bit for bit, and on a GPU the memory of the weights is free meanwhile."""
     images, references = pair(name, device)
     reward = build(name, device)
-    before = reward(images, references=references)
+    before = reward(images, references=references, prompts=PROMPTS)
     for _ in range(2):
         reward.offload()
         gc.collect()
         asleep = torch.cuda.memory_allocated() if device == "cuda" else 0
         reward.onload()
-        after = reward(images, references=references)
+        after = reward(images, references=references, prompts=PROMPTS)
         torch.testing.assert_close(after, before, **EXACT)
         assert device == "cpu" or asleep < torch.cuda.memory_allocated()
 

@@ -61,7 +61,7 @@ def scored(meter: Meter, reward: Any, name: str, *, grad: bool = False, mixed: b
     truth = [torch.cat([references[0], references[0]], -1), *references] if mixed else references
 
     def call() -> None:
-        scores = reward(batch, references=truth)
+        scores = reward(batch, references=truth, prompts=["the cat"] * len(batch))
         if grad:
             torch.autograd.grad(scores.sum(), images)
 
@@ -92,7 +92,7 @@ def test_rewards(name, grad, build):
         assert meter.peak_bytes < PEAKS.get(name, FORMULA_PEAKS)[grad] * pixels
 
 
-@pytest.mark.parametrize("name", ["psnr", "ssim", "niqe", "lpips", "qalign"])
+@pytest.mark.parametrize("name", ["psnr", "ssim", "niqe", "lpips", "qalign", "hpsv2"])
 def test_mixed_sizes(name, build):
     """Lists of images of several sizes are put into batches and back without an index on the host."""
     with Meter(read=1.0) as meter:

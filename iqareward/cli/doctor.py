@@ -23,6 +23,7 @@ from rich.text import Text
 import iqareward
 from iqareward.cli.text import printable
 from iqareward.rewards.catalog import CATALOG, PYIQA_PREFIX, Entry, pyiqa_entries
+from iqareward.rewards.clip import HPSV2, HPSV2_FILE
 from iqareward.rewards.perceptual import BACKBONES, cached_file
 from iqareward.rewards.pyiqa import NEEDS_CUDA
 
@@ -184,9 +185,11 @@ def _fetch_weights(weights: str) -> str:
         file = cached_file(net)
         return "" if file.is_file() else f"curl --create-dirs -Lo {shlex.quote(str(file))} {BACKBONES[net].url}"
     known = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
+    if weights == HPSV2:  # its repository has files of 8 GB beside
+        known = (HPSV2_FILE,)
     if any(isinstance(try_to_load_from_cache(weights, file), str) for file in known):
         return ""
-    return f"hf download {weights}"
+    return f"hf download {weights}" + (f" {HPSV2_FILE}" if weights == HPSV2 else "")
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:

@@ -13,6 +13,7 @@ from iqareward.rewards.catalog import CATALOG, load, published
 _GITHUB = "https://raw.githubusercontent.com"
 _FLYER = f"{_GITHUB}/zhiyuanyou/DeQA-Score/main/fig/singapore_flyer.jpg"
 _STLPIPS = f"{_GITHUB}/abhijay9/ShiftTolerant-LPIPS/main/imgs"
+_HPSV2 = f"{_GITHUB}/tgxs002/HPSv2/master/hpsv2/assets/demo_image.jpg"
 _EXAMPLE = (f"{_STLPIPS}/ex_p0.png", f"{_STLPIPS}/ex_ref.png")
 # The first digits of their SHA-256, as many as are known.
 SHA256 = {
@@ -48,6 +49,7 @@ class Golden(NamedTuple):
 
 _OWL2 = "the authors' code on transformers 4.36.1, 2e-5 of a level"
 _VLM = "transformers' forward pass of the same network, 1e-4"
+_CLIP = "transformers' CLIPModel on Pillow's pixels, 1e-4"
 _STLPIPS_SOURCE = "lpips_2imgs.py of ST-LPIPS"
 # A row for every reward of the catalogue with weights that were compared with something; others are "unverified".
 GOLDENS: dict[str, Golden] = {
@@ -58,6 +60,12 @@ GOLDENS: dict[str, Golden] = {
     "qrealign_pro": Golden(parity=_VLM),
     "visualquality_r1": Golden(parity=_VLM),
     "qinsight": Golden(parity=_VLM),
+    "clipscore": Golden(prompt="a Ferris wheel", parity=_CLIP),
+    "pickscore": Golden(prompt="a Ferris wheel", parity=_CLIP),
+    # a maintainer printed 0.2876 for this picture in issue 27, by version 2.0 it seems
+    "hpsv2": Golden(_HPSV2, prompt="A cat with two horns on its head", parity="open_clip 3.3.0, 1e-4"),
+    "laion_aesthetic": Golden(parity="the published layers on transformers' CLIPModel, 1e-4"),
+    "clipiqa": Golden(parity=_CLIP),
     "lpips": Golden(*_EXAMPLE, figure=0.722, tolerance=5e-4, source=_STLPIPS_SOURCE, parity="lpips 0.1.4, 1e-5"),
     "lpips_vgg": Golden(*_EXAMPLE, parity="lpips 0.1.4, 1e-5"),
     "stlpips": Golden(

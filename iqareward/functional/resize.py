@@ -66,6 +66,18 @@ def pillow_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return map_chunks(lambda rows: resize_levels(to_levels(rows), size) / 255, images, size=largest)
 
 
+def smooth_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Antialiased bicubic of any numbers `[B, C, H, W]`, without rounding or clipping: torch's, up to its rounding.
+
+    Unlike `torch.nn.functional.interpolate` it has no largest factor on a GPU, and gradients that do not vary.
+    """
+    for side in reversed(size):
+        if images.shape[-1] != side:
+            images = _smooth(images, _bands(images.shape[-1], side, images.dtype, images.device))
+        images = images.mT
+    return images
+
+
 def to_levels(images: Tensor) -> Tensor:
     """8-bit levels 0..255, as floats, of images in [0, 1]: rounded, not truncated, with a straight-through gradient."""
     if not differentiated(images):
@@ -98,9 +110,12 @@ def _resize_last(levels: Tensor, out_size: int) -> Tensor:
         exact = _exact(levels.detach(), bands)
     if not differentiated(levels):
         return exact.clamp_(0, 255)
-    smooth = torch.cat([levels[..., b.start : b.stop] @ b.weights for b in bands], dim=-1)
-    # Clipped after rounding: in a white area `smooth` can lie a rounding error above 255.
-    return clamp(straight_through(smooth, exact), 0, 255)
+    # Clipped after rounding: in a white area the smooth value can lie a rounding error above 255.
+    return clamp(straight_through(_smooth(levels, bands), exact), 0, 255)
+
+
+def _smooth(values: Tensor, bands: tuple[_Band, ...]) -> Tensor:
+    return torch.cat([values[..., b.start : b.stop] @ b.weights for b in bands], dim=-1)
 
 
 def _exact(levels: Tensor, bands: tuple[_Band, ...]) -> Tensor:

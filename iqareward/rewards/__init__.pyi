@@ -1,6 +1,11 @@
 """Further rewards, and what is needed to write one, imported when they are first used."""
 
 from .catalog import CATALOG as CATALOG
+from .clip import CLIPIQAReward as CLIPIQAReward
+from .clip import CLIPScoreReward as CLIPScoreReward
+from .clip import HPSv2Reward as HPSv2Reward
+from .clip import LAIONAestheticReward as LAIONAestheticReward
+from .clip import PickScoreReward as PickScoreReward
 from .core import Combined as Combined
 from .core import ImageReward as ImageReward
 from .core import UnscoredWarning as UnscoredWarning

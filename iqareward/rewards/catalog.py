@@ -20,6 +20,7 @@ from iqareward.functional.ms_ssim import MIN_SIDE as MS_SSIM_MIN_SIDE
 from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
+from iqareward.rewards.clip import CLIP_B16, CLIP_B32, CLIP_L14, HPSV2, PICKSCORE
 from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.rewards.options import checked, closing, read_options, write_options
@@ -146,6 +147,20 @@ CATALOG: dict[str, Entry] = {
                               False, True, VISUALQUALITY_R1_MODEL, "MIT", "vlm", published_range=(1.0, 5.0)),
     "qinsight": Entry(partial(_public, "QInsightReward"), "expected rating by Q-Insight, in [0, 1]",
                       False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm", published_range=(1.0, 5.0)),
+    "clipscore": Entry(partial(_public, "CLIPScoreReward"), "what of the prompt an image shows, by CLIP ViT-B/32",
+                       # the paper observed cosines of 0 to 0.4
+                       False, True, CLIP_B32, "MIT", "vlm", (0.0, 1.0), (0.0, 2.5)),
+    "pickscore": Entry(partial(_public, "PickScoreReward"), "which image of a prompt people pick, by PickScore",
+                       # trainers divide by 26 to come near 1; no bounds and no statistics are published
+                       False, True, PICKSCORE, "none stated", "vlm", (16.0, 26.0), (None, None)),
+    "hpsv2": Entry(partial(_public, "HPSv2Reward"), "how people rank an image of a prompt, by HPSv2.1, a cosine",
+                   # means of generators in the authors' table of version 2.1: 0.1451 (GLIDE) to 0.3134 (SDXL Refiner)
+                   False, True, HPSV2, "Apache-2.0", "vlm", (0.15, 0.35), (-1.0, 1.0), published_range=(0.0, 100.0)),
+    "laion_aesthetic": Entry(partial(_public, "LAIONAestheticReward"), "how people like the look, about 1 to 10",
+                             # of 2.3 billion English images of LAION-5B 600 million score 5 or more, 12 million 6
+                             False, True, CLIP_L14, "Apache-2.0, MIT", "vlm", (3.0, 7.0), (None, None)),
+    "clipiqa": Entry(partial(_public, "CLIPIQAReward"), "nearer to 'Good photo.' than to 'Bad photo.', by CLIP",
+                     False, True, CLIP_B16, "MIT", "vlm"),
     "lpips": Entry(partial(_public, "LPIPSReward"), "AlexNet feature distance; 0 = identical",
                    True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(_public, "LPIPSReward", net="vgg"), "VGG feature distance; 0 = identical",

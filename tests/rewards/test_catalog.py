@@ -74,6 +74,8 @@ def test_published_range_of_every_reward(name: str) -> None:
         assert (scale, offset) == (-1, 0)
     elif entry.published_range == (1.0, 5.0):
         assert load(f"{name}(scale=mos)").bounds == (offset, scale + offset)
+    elif name == "hpsv2":  # a cosine in percent
+        assert (scale, offset) == (100, 0)
     else:
         assert (scale, offset) == (1, 0)
 
@@ -280,7 +282,8 @@ def test_every_name_can_be_part_of_a_sum(name: str) -> None:
     except ValueError as error:
         assert f"Write '{name}[{low:g}, {high:g}] + 0.5*" in str(error)
         best = load(name).bounds[1]
-        assert best in (high, None) or name.startswith("psnr")  # 100 dB stands for identical; photographs end far below
+        # 100 dB stands for identical; photographs end far below, as they do below the factor of CLIPScore
+        assert best in (high, None) or name.startswith(("psnr", "clipscore"))
 
 
 def test_one_scale_moves_alike(photographs: Tensor) -> None:
@@ -299,7 +302,7 @@ def test_one_scale_moves_alike(photographs: Tensor) -> None:
         ("nique", "did you mean niqe, piqe, brisque, pyiqa:unique"),
         ("zzz", "unknown reward 'zzz'; `iqareward list`"),
         ("musiq", r"unknown reward 'musiq'; did you mean pyiqa:musiq\?"),
-        ("CLIP-IQA", r"did you mean pyiqa:clipiqa\?"),
+        ("TOPIQ-NR", r"did you mean pyiqa:topiq_nr\?"),
         ("pyiqa:musik", "did you mean pyiqa:musiq,"),
         ("pyiqa:fid", "compares two sets of images"),
         ("0.7*ssim+0.3*nique", "unknown reward 'nique'"),

@@ -24,10 +24,12 @@ from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
 from iqareward.rewards.pyiqa import MIN_SIDE, PyIQAReward
 from iqareward.types import Reward
 from tests.owl2.owl2_tiny import SMALL, seeded_model
+from tests.rewards import clip_tiny
 from tests.tolerances import EXACT
 
 WITHOUT_WEIGHTS = [name for name, entry in CATALOG.items() if entry.differentiable and not entry.weights]
 PYIQA = ["psnr", "psnry", "ssim", "ssimc", "ms_ssim", "cw_ssim", "fsim", "vif", "gmsd", "nlpd", "vsi"]
+CLIP = clip_tiny.NAMES
 VLM = ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"]
 needs_piq = pytest.mark.skipif(importlib.util.find_spec("lpips") is None, reason="needs the extra perceptual")
 needs_pyiqa = pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs the extra pyiqa")
@@ -75,6 +77,7 @@ BUILD: dict[str, Callable[[dict[str, Path]], Reward]] = {
         for net in ("alex", "vgg", "squeeze")
     },
     "stlpips": lambda _: STLPIPSReward(differentiable=True),
+    **{name: lambda files, name=name: clip_tiny.reward(name, files["folder"], differentiable=True) for name in CLIP},
     "dists": lambda files: DISTSReward(weights=files["vgg"], differentiable=True),
     "qalign": lambda _: QAlignReward(seeded_model(SMALL), differentiable=True),
     "deqa": lambda _: DeQAReward(seeded_model(SMALL), differentiable=True),
@@ -95,7 +98,7 @@ def _marks(name: str) -> list[pytest.MarkDecorator]:
         unclosed = "ignore:unclosed file .*default_dataset_configs:ResourceWarning"
         ignored = "ignore:Exception ignored in.*default_dataset_configs:pytest.PytestUnraisableExceptionWarning"
         return [needs_pyiqa, pytest.mark.filterwarnings(unclosed), pytest.mark.filterwarnings(ignored)]
-    return [needs_vlm] if name.startswith(("level", "rating")) else []
+    return [needs_vlm] if name.startswith(("level", "rating", *CLIP)) else []
 
 
 EVERY = pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in BUILD])
@@ -104,7 +107,8 @@ EVERY = pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) 
 @pytest.fixture
 def reward(name: str, request: pytest.FixtureRequest) -> Reward:
     """The reward of that name; weights of backbones are made only for those that need some."""
-    return BUILD[name](request.getfixturevalue("backbone_files") if name.startswith(("lpips", "dists")) else {})
+    files = request.getfixturevalue("backbone_files") if name.startswith(("lpips", "dists")) else {}
+    return BUILD[name]({"folder": request.getfixturevalue("tmp_path"), **files})
 
 
 def _side(name: str) -> int:
@@ -131,7 +135,8 @@ def _references(side: int) -> Tensor:
 
 def _gradient(reward: Any, images: Tensor, references: Tensor) -> Tensor:
     images = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, references=references).sum(), images)
+    prompts = ["the cat"] * len(images)
+    (gradient,) = torch.autograd.grad(reward(images, references=references, prompts=prompts).sum(), images)
     return gradient
 
 
@@ -159,7 +164,7 @@ def test_an_overshoot_gets_the_gradient_through_a_straight_through_clamp(name: s
     beyond[images == 1] += 1.0
     beyond[images == 0] -= 0.7
     through = _gradient(
-        lambda pixels, references: reward(clamp_straight_through(pixels), references=references),
+        lambda pixels, **columns: reward(clamp_straight_through(pixels), **columns),
         beyond,
         _references(side),
     )
