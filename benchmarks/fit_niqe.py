@@ -27,6 +27,7 @@ from torch import Tensor
 import iqareward
 from benchmarks._harness import document, finish, target
 from iqareward.agreement import spearman
+from iqareward.functional.brisque import brisque
 from iqareward.functional.niqe import PACKAGED, NaturalModel, fit_natural_model, niqe
 from iqareward.functional.piqe import piqe
 
@@ -168,9 +169,9 @@ def main() -> None:
     for block_size in options.blocks:
         rows += evaluate_block(block_size, fitted, held_out, sizes)
     for size in sizes:
-        rows.append(
-            {"metric": "piqe", "size": list(size), **evaluate(lambda _, batch: piqe(batch), fitted | held_out, size)}
-        )
+        for metric in (piqe, brisque):
+            found = evaluate(lambda _, batch, metric=metric: metric(batch), fitted | held_out, size)
+            rows.append({"metric": metric.__name__, "size": list(size), **found})
     for row in rows:
         print(*(f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
     if options.write:

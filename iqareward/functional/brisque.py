@@ -24,9 +24,17 @@ def brisque(images: Tensor) -> Tensor:
     """Opinion of five kinds of damage, predicted from luminance statistics: about 0 is best, about 100 is worst.
 
     A support vector regression that the authors trained on the LIVE database: JPEG, JPEG 2000, white noise, blur and
-    transmission errors. Scores below 0 and above 100 occur. An image unlike any of LIVE scores 153.6, whatever it
-    shows. As in the authors' release luma is rounded to 8 bits and shapes come from a table, so no gradient exists and
-    no graph is built. Local statistics and the regression are computed in float64.
+    transmission errors. Scores below 0 and above 100 occur; far from anything in LIVE the score tends to 153.6. As in
+    the authors' release luma is rounded to 8 bits and shapes come from a table, so no gradient exists and no graph is
+    built. Local statistics and the regression are computed in float64.
+
+    Figures of the authors' release come out within 0.001, or 0.6 where a region is exactly flat: there it counts its
+    own rounding noise by sign, and here deviations are zero.
+
+    Limits. Judge images with a short side of 256 pixels or more: on 14 photographs that LIVE does not show, 5 % of
+    degraded copies beat their original at 384x512, 7 % at 256x256 and 12 % at 128x128. White noise with a standard
+    deviation of 3/255 improves 10 of them, and sharpening 8 of 13. Noise under a mean of 5x5 pixels scores as well as
+    a photograph.
 
     Args:
         images: `[B, 3, H, W]` RGB in [0, 1], H, W >= 64; luma outside [0, 1] saturates.

@@ -126,7 +126,7 @@ CATALOG: dict[str, Entry] = {
     "niqe": _formula(niqe, "distance from natural statistics; best at sides >= 256; latent autoencoders raise it",
                     bounds=(None, 0.0), usual=(-12.0, 0.0), higher_is_better=False, references=False,
                     differentiable=False, min_side=NIQE_MIN_SIDE),
-    "brisque": _formula(brisque, "opinion predicted from luminance statistics; best at sides >= 256",
+    "brisque": _formula(brisque, "opinion predicted from luminance statistics; light noise can raise the score",
                        licence="Apache-2.0, UT Austin", bounds=(None, None), usual=(-100.0, 10.0),
                        higher_is_better=False, references=False, differentiable=False, min_side=BRISQUE_MIN_SIDE),
     # name           reward, what a score says, needs references, can be differentiable, weights, licence, extra
