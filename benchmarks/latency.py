@@ -135,10 +135,19 @@ def _feature_distances(folder: Path) -> list[Subject]:
         weights = seeded_backbone(net, folder)
         make = lambda net=net, weights=weights: ours(LPIPSReward(net, weights=weights))  # noqa: E731
         found.append(Subject(name, make, {"lpips": lambda net=net: package(net)}, batches=(1, 8), sizes=(256,)))
+    found += [Subject(name, _reward(name), {}, batches=(1, 8), sizes=(256,)) for name in ("stlpips", "stlpips_vgg")]
+    found.append(Subject("cvvdp", _reward("cvvdp"), {"cvvdp": _cvvdp}, batches=(1, 8), sizes=(256,)))
     vgg = seeded_backbone("vgg", folder)
     # DISTS_pytorch downloads its backbone when it is built, so there is nothing to compare with offline.
     found.append(Subject("dists", lambda: ours(DISTSReward(weights=vgg)), {}, batches=(1, 8), sizes=(256,)))
     return found
+
+
+def _cvvdp() -> Score:
+    import pycvvdp
+
+    metric = pycvvdp.cvvdp(device=torch.get_default_device(), quiet=True)
+    return lambda images, references: metric.predict(images, references, dim_order="BCHW")[0]
 
 
 def _multimodal() -> list[Subject]:
@@ -162,7 +171,18 @@ def _multimodal() -> list[Subject]:
     return [Subject("qalign (1/4)", ours, {"authors' protocol": reference}, batches=(1, 8), sizes=(512,))]
 
 
-PACKAGES = ["pyiqa", "piq", "lpips", "torchmetrics", "kornia", "scikit-image", "pytorch-msssim", "piqa", "pillow"]
+PACKAGES = [
+    "pyiqa",
+    "piq",
+    "lpips",
+    "cvvdp",
+    "torchmetrics",
+    "kornia",
+    "scikit-image",
+    "pytorch-msssim",
+    "piqa",
+    "pillow",
+]
 MAX_SECONDS = 8.0  # a call that takes longer is timed once, and its library is left out of larger settings
 OURS = "iqareward"
 

@@ -565,7 +565,7 @@ def subjects() -> Iterator[Subject]:
         for peer in PEERS[name]:
             if peer.library in LIBRARIES:
                 yield Subject(name, peer.library, BATCH, partial(_function, partial(_made, peer), name))
-    for name, net in (("lpips", "alex"), ("lpips_vgg", "vgg"), ("stlpips", "alex"), ("dists", "vgg")):
+    for name, net in (("lpips", "alex"), ("lpips_vgg", "vgg"), ("stlpips", "alex"), ("dists", "vgg"), ("cvvdp", "")):
         for grad in (False, True):
             mode = "reward, gradient" if grad else "reward"
             yield Subject(name, mode, BATCH, partial(_reward, partial(_perceptual, name, net), grad))
@@ -610,8 +610,10 @@ def _perceptual(name: str, net: str, **options: Any) -> Any:
     import torchvision.models
 
     from iqareward import DISTSReward, LPIPSReward
-    from iqareward.rewards import STLPIPSReward
+    from iqareward.rewards import CVVDPReward, STLPIPSReward
 
+    if name == "cvvdp":
+        return CVVDPReward(device="cuda", **options)
     if name == "stlpips":
         return STLPIPSReward(net, device="cuda", **options)
     function = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}[net]

@@ -116,19 +116,19 @@ def test_distances_have_their_published_sign(site: Site) -> None:
 
 
 @pytest.mark.skipif(not STLPIPS.is_dir(), reason="the authors' pictures are not in the repository (no ../shared/data)")
-def test_stlpips_agrees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the authors' weights and pictures ST-LPIPS agrees with their figures, and the pictures have their hashes."""
+def test_published_figures_are_reproduced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ST-LPIPS and cvvdp agree with their figures on the published pictures, which have their hashes."""
     pytest.importorskip("stlpips_pytorch")
     site = Site({address: (STLPIPS / address.rsplit("/", 1)[-1]).read_bytes() for address in (DISTORTED, REFERENCE)})
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", site.download)
-    result = CliRunner().invoke(app, ["verify", "stlpips", "stlpips_vgg"])
+    result = CliRunner().invoke(app, ["verify", "stlpips", "stlpips_vgg", "cvvdp"])
     assert result.exit_code == 0
-    assert [line.split()[:2] for line in result.stdout.splitlines()[1:]] == [
+    assert [line.split()[:2] for line in result.stdout.splitlines()[1:3]] == [
         ["stlpips", "0.7777556"],
         ["stlpips_vgg", "0.651697"],
     ]
-    assert result.stdout.count("agrees") == 2
+    assert result.stdout.count("agrees") == 3
 
 
 def test_failures_are_named(site: Site, one_align: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from iqareward.diffusion import ClippedPolicyGradient, DirectRewardGradient
 from iqareward.diffusion.checkpoint import trained_weights
 from iqareward.functional import gmsd
 from iqareward.rewards.catalog import CATALOG
+from iqareward.rewards.cvvdp import CVVDPReward
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
 from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
@@ -34,7 +35,7 @@ from tests.vlm.test_rating import SHORT
 
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights]
 FOREIGN = [name for name in FORMULAS if CATALOG[name].extra]  # piq's code is not ours to keep from waiting
-OTHERS = ["lpips", "lpips_vgg", "stlpips", "dists", "qalign", "deqa", *clip_tiny.NAMES, "sum", "calibrated"]
+OTHERS = ["lpips", "lpips_vgg", "stlpips", "cvvdp", "dists", "qalign", "deqa", *clip_tiny.NAMES, "sum", "calibrated"]
 PROMPTS = ["the cat", "a dog", "the cat"]
 VLMS = [*(f"level {family}" for family in vlm.FAMILIES), *(f"rating {family}" for family in vlm.FAMILIES)]
 NO_GRADIENT = {name for name in FORMULAS if not CATALOG[name].differentiable} | {"rating qwen3_5"}
@@ -75,6 +76,8 @@ def build(tmp_path: Path) -> Callable[..., Reward]:
             case "stlpips":
                 pytest.importorskip("stlpips_pytorch", reason="the extra `perceptual` is not installed")
                 return STLPIPSReward(device=device, **options)
+            case "cvvdp":
+                return CVVDPReward(device=device, **options)
             case "dists":
                 return DISTSReward(weights=backbone("vgg16"), device=device, **options)
             case "qalign":

@@ -27,6 +27,7 @@ from iqareward.diffusion.updates import Updates
 from iqareward.functional import haarpsi
 from iqareward.functional.resize import pillow_resize
 from iqareward.functional.statistics import STATISTICS
+from iqareward.rewards.cvvdp import CVVDPReward
 from iqareward.rewards.owl2.rewards import QAlignReward
 from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward, STLPIPSReward
 from iqareward.weighting import LossWeights
@@ -103,10 +104,12 @@ def test_pieces_fit_the_device_of_the_network(form, device, images_on):
 
 @pytest.fixture
 def weighty(tmp_path):
-    """Makes LPIPS or DISTS over seeded weights, or ST-LPIPS over its own."""
+    """Makes LPIPS or DISTS over seeded weights, or ST-LPIPS and cvvdp over their own."""
     models = pytest.importorskip("torchvision.models", reason="the extra `perceptual` is not installed")
 
     def make(name, **options):
+        if name == "cvvdp":
+            return CVVDPReward(**options)
         if name.startswith("stlpips"):
             pytest.importorskip("stlpips_pytorch", reason="the extra `perceptual` is not installed")
             return STLPIPSReward("vgg" if name == "stlpips_vgg" else "alex", **options)
@@ -127,7 +130,7 @@ def weighty(tmp_path):
 
 
 FORMULAS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi")
-NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "stlpips", "stlpips_vgg", "dists")
+NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "stlpips", "stlpips_vgg", "dists", "cvvdp")
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, "piqe", "niqe", "brisque", *NETWORKS])

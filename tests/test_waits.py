@@ -44,7 +44,13 @@ pytestmark = [
 ]
 # Largest memory of a score and of its gradient, in bytes per pixel of a batch; a pixel of an image and its reference
 # are 24 themselves. Of networks it is the size of the maps, so that tiny ones say nothing.
-PEAKS = {"lpips": (160, 190), "lpips_vgg": (1800, 3000), "stlpips": (1300, 2600), "dists": (2300, 3600)}
+PEAKS = {
+    "lpips": (160, 190),
+    "lpips_vgg": (1800, 3000),
+    "stlpips": (1300, 2600),
+    "cvvdp": (300, 720),
+    "dists": (2300, 3600),
+}
 FORMULA_PEAKS = (95, 110)
 
 

@@ -78,6 +78,13 @@ GOLDENS: dict[str, Golden] = {
     "stlpips_vgg": Golden(
         *_EXAMPLE, figure=0.652, tolerance=5e-4, source=_STLPIPS_SOURCE, run="0.6516970 on a CPU, 2026-11-27"
     ),
+    "cvvdp": Golden(
+        *_EXAMPLE,
+        figure=6.5271,
+        tolerance=1e-3,
+        source="cvvdp 0.5.7 on the same pictures",
+        run="5.401, 8.734 and 8.320 JOD on three other pairs, as cvvdp 0.5.7 has them, on a CPU, 2026-11-27",
+    ),
     "dists": Golden(*_EXAMPLE, parity="DISTS-pytorch 0.1, 1e-5"),
 }
 

@@ -11,6 +11,7 @@ from .core import ImageReward as ImageReward
 from .core import UnscoredWarning as UnscoredWarning
 from .core import Wrapper as Wrapper
 from .core import collect_reasons as collect_reasons
+from .cvvdp import CVVDPReward as CVVDPReward
 from .loading import LazyModel as LazyModel
 from .perceptual import STLPIPSReward as STLPIPSReward
 from .rank import PairsInGroup as PairsInGroup

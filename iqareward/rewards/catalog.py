@@ -37,7 +37,7 @@ class Entry(NamedTuple):
         summary: what a score says.
         needs_references: whether it compares with references.
         differentiable: whether `differentiable=True` can be asked for.
-        weights: where its weights come from: a hub id, "torchvision:<backbone>", "package:<a package of the extra>" or
+        weights: where its weights come from: a hub id, "torchvision:<backbone>", "package:<an installed package>" or
             "pyiqa"; "" = it has none.
         licence: The licences of code and weights as used here.
         extra: the extra of this package that it needs; "" = none.
@@ -169,6 +169,8 @@ CATALOG: dict[str, Entry] = {
                      True, True, "package:stlpips_pytorch", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "stlpips_vgg": Entry(partial(_public, "STLPIPSReward", net="vgg"), "the same with VGG features; 0 = identical",
                          True, True, "package:stlpips_pytorch", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
+    "cvvdp": Entry(partial(_public, "CVVDPReward"), "visible difference in JOD by ColorVideoVDP; 10 = identical",
+                   True, True, "package:iqareward", "MIT", "", (4.0, 10.0), (None, 10.0)),
     "dists": Entry(partial(_public, "DISTSReward"), "structure and texture distance; 0 = identical",
                    True, True, "torchvision:vgg", "MIT", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "fsim": Entry(partial(_public, "PIQReward", metric="fsim"), "phase and gradient similarity; 1 = identical",

@@ -19,6 +19,7 @@ from iqareward.functional.resize import pillow_resize
 from iqareward.rewards.catalog import CATALOG
 from iqareward.rewards.combine import AffineMap, LogisticMap
 from iqareward.rewards.core import sanitize
+from iqareward.rewards.cvvdp import CVVDPReward
 from iqareward.rewards.owl2.rewards import DeQAReward, QAlignReward
 from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
 from iqareward.rewards.pyiqa import MIN_SIDE, PyIQAReward
@@ -76,6 +77,7 @@ BUILD: dict[str, Callable[[dict[str, Path]], Reward]] = {
         f"lpips_{net}": lambda files, net=net: LPIPSReward(net, weights=files[net], differentiable=True)
         for net in ("alex", "vgg", "squeeze")
     },
+    "cvvdp": lambda _: CVVDPReward(device="cpu", differentiable=True),
     "stlpips": lambda _: STLPIPSReward(differentiable=True),
     **{name: lambda files, name=name: clip_tiny.reward(name, files["folder"], differentiable=True) for name in CLIP},
     "dists": lambda files: DISTSReward(weights=files["vgg"], differentiable=True),
