@@ -22,7 +22,7 @@ from iqareward.rewards.cvvdp import CVVDPReward
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
 from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
-from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
+from iqareward.rewards.vlm.rewards import HPSv3Reward, LevelReward, RatingReward
 from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
 from tests.gpu import no_waits, on_devices
@@ -35,7 +35,9 @@ from tests.vlm.test_rating import SHORT
 
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights]
 FOREIGN = [name for name in FORMULAS if CATALOG[name].extra]  # piq's code is not ours to keep from waiting
-OTHERS = ["lpips", "lpips_vgg", "stlpips", "cvvdp", "dists", "qalign", "deqa", *clip_tiny.NAMES, "sum", "calibrated"]
+OTHERS = [
+    "lpips", "lpips_vgg", "stlpips", "cvvdp", "dists", "qalign", "deqa", "hpsv3", *clip_tiny.NAMES, "sum", "calibrated",
+]  # fmt: skip
 PROMPTS = ["the cat", "a dog", "the cat"]
 VLMS = [*(f"level {family}" for family in vlm.FAMILIES), *(f"rating {family}" for family in vlm.FAMILIES)]
 NO_GRADIENT = {name for name in FORMULAS if not CATALOG[name].differentiable} | {"rating qwen3_5"}
@@ -86,6 +88,12 @@ def build(tmp_path: Path) -> Callable[..., Reward]:
                 return DeQAReward(seeded_model(SMALL), device=device, batch_size=2, **options)
             case _ if name in clip_tiny.NAMES:
                 return clip_tiny.reward(name, tmp_path, device=device, **options)
+            case "hpsv3":
+                if not (folder := tmp_path / "hpsv3").exists():
+                    folder.mkdir()
+                    vlm.hpsv3_files(folder)
+                files = {"weights": folder / "hub", "base": folder / "base"}
+                return HPSv3Reward(device=device, batch_size=2, **files, **options)
             case "sum":
                 parts = build("qalign", device, **options), build("ssim", **options)
                 return iqareward.WeightedSum(zip((0.7, 0.3), parts, strict=True))

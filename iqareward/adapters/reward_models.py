@@ -112,6 +112,8 @@ class HPSv2Model(_DanceGRPOModel):
 class HPSv3Model(_DanceGRPOModel):
     """Any reward where an HPSv3 inferencer is expected: `model.reward(image_paths, prompts)`, as DanceGRPO calls it.
 
+    HPSv3 itself is `iqareward.rewards.HPSv3Reward`, the reward `"hpsv3"`.
+
     Args:
         reward: A name or sum of the catalogue, or any no-reference reward.
         device: Where images are scored, weights of rewards given by name live, and scores are returned; with several

@@ -24,3 +24,4 @@ from .vlm.presets import LevelPreset as LevelPreset
 from .vlm.presets import RatingPreset as RatingPreset
 from .vlm.presets import Ratings as Ratings
 from .vlm.presets import Sampling as Sampling
+from .vlm.rewards import HPSv3Reward as HPSv3Reward

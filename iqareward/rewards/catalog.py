@@ -25,7 +25,7 @@ from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.rewards.options import checked, closing, read_options, write_options
 from iqareward.rewards.pyiqa import NO_GRADIENT, REFUSED, pyiqa_bounds, pyiqa_configs, pyiqa_facts
-from iqareward.rewards.vlm.presets import Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
+from iqareward.rewards.vlm.presets import HPSV3_MODEL, Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
 from iqareward.types import Bounds, Reward
 
 
@@ -44,7 +44,8 @@ class Entry(NamedTuple):
         usual: the scores between which most photographs lie, from bad to best; None = unknown.
         bounds: (low, high) that no score can leave; None = unbounded.
         higher_is_better: direction of the published metric; if False the reward is its negative.
-        published_range: what papers print for the scores 0 and 1 of a reward whose direction they share.
+        published_range: what papers print for the scores 0 and 1 of a reward whose direction they share; None = what
+            they print is no linear function of the score.
     """
 
     build: Callable[..., Reward]
@@ -57,7 +58,7 @@ class Entry(NamedTuple):
     usual: tuple[float, float] | None = (0.0, 1.0)
     bounds: Bounds = (0.0, 1.0)
     higher_is_better: bool = True
-    published_range: tuple[float, float] = (0.0, 1.0)
+    published_range: tuple[float, float] | None = (0.0, 1.0)
 
 
 def _formula(
@@ -147,6 +148,8 @@ CATALOG: dict[str, Entry] = {
                               False, True, VISUALQUALITY_R1_MODEL, "MIT", "vlm", published_range=(1.0, 5.0)),
     "qinsight": Entry(partial(_public, "QInsightReward"), "expected rating by Q-Insight, in [0, 1]",
                       False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm", published_range=(1.0, 5.0)),
+    "hpsv3": Entry(partial(_public, "HPSv3Reward"), "preference for an image of a prompt by HPSv3, in [0, 1]",
+                   False, True, HPSV3_MODEL, "Apache-2.0", "vlm", published_range=None),
     "clipscore": Entry(partial(_public, "CLIPScoreReward"), "what of the prompt an image shows, by CLIP ViT-B/32",
                        # the paper observed cosines of 0 to 0.4
                        False, True, CLIP_B32, "MIT", "vlm", (0.0, 1.0), (0.0, 2.5)),
@@ -303,7 +306,8 @@ def published(spec: Spec) -> tuple[float, float] | None:
         spec: name or sum from which `load` built the reward.
 
     Returns:
-        (scale, offset): papers print `scale * score + offset`. None for sums and ranges, which no paper prints.
+        (scale, offset): papers print `scale * score + offset`. None for sums and ranges, which no paper prints, and for
+        scores on a curve.
 
     Example:
         >>> published("niqe"), published("qalign"), published("0.7*haarpsi + 0.3*ssim")
@@ -315,6 +319,8 @@ def published(spec: Spec) -> tuple[float, float] | None:
     entry = _entry_of(first.name)
     if not entry.higher_is_better:
         return (-1.0, 0.0)
+    if entry.published_range is None:
+        return None
     low, high = entry.published_range
     return (high - low, low)
 

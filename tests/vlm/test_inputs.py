@@ -168,7 +168,7 @@ def test_positions_are_the_models_own(family, size) -> None:
 def test_a_batch_at_once_is_image_by_image(family, size) -> None:
     """The tower that attends to a whole batch, or all its windows, at once gives the library's features."""
     tower = tiny.pair(family)[0].model.visual
-    values = 3 * 2 * tower.patch_size**2
+    values = 3 * 2 * tower.config.patch_size**2
     patches = torch.randn(3 * size[0] * size[1], values, generator=torch.Generator().manual_seed(0))
     expected = tower(patches, grid_thw=torch.tensor([[1, *size]] * 3))
     geometry = geometry_of(tower, size[0] // 2, size[1] // 2)

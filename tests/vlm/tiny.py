@@ -1,10 +1,13 @@
 """Tiny random vision-language models of every supported family, with tokenizers and processors made on the spot."""
 
+import re
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="needs the extra vlm")
@@ -19,7 +22,9 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+from iqareward.rewards.vlm.presets import HPSV3_QUESTION
+
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 FAMILIES = (*QWEN, "llava_onevision", "internvl")
 WORDS = (" excellent", " good", " fair", " poor", " bad", "answer", "Picture", " quality")
 SPECIAL = (
@@ -40,7 +45,7 @@ _NAMED = {
     "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }  # fmt: skip
-_SYSTEM = {"qwen2_5_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"}
+_SYSTEM = dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
 
 
 def chat_template(family: str) -> str:
@@ -89,10 +94,12 @@ def processor(family: str, words: tuple[str, ...] = WORDS) -> Any:
         return transformers.InternVLProcessor(
             images, tok, InternVLVideoProcessor(), image_seq_length=1, chat_template=template
         )
-    patch = 14 if family == "qwen2_5_vl" else 16
+    patch = 14 if family in ("qwen2_vl", "qwen2_5_vl") else 16
     limits = {"shortest_edge": (2 * patch) ** 2, "longest_edge": 36 * patch**2}
-    colours = {} if family == "qwen2_5_vl" else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    colours = {} if patch == 14 else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images = Qwen2VLImageProcessor(patch_size=patch, size=limits, **colours)
+    if family == "qwen2_vl":
+        return transformers.Qwen2VLProcessor(images, tok, Qwen2VLVideoProcessor(), chat_template=template)
     if family == "qwen2_5_vl":
         return transformers.Qwen2_5_VLProcessor(images, tok, Qwen2VLVideoProcessor(), chat_template=template)
     return transformers.Qwen3VLProcessor(images, tok, Qwen3VLVideoProcessor(), chat_template=template)
@@ -117,6 +124,10 @@ def config(family: str, tok: Any, language: Any = transformers.Qwen2Config, **mo
         "tie_word_embeddings": False,
     }  # fmt: skip
     tower = {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
+    if family == "qwen2_vl":
+        tower = {"embed_dim": 16, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+        text = _text(tok, rope={"mrope_section": [1, 1, 2]})
+        return transformers.Qwen2VLConfig(text_config=text, vision_config=tower, **qwen)
     if family == "qwen2_5_vl":
         text = _text(tok, rope={"mrope_section": [1, 1, 2]})
         # windows of two tokens a side, so that some images have ragged ones
@@ -171,6 +182,39 @@ def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and processor of a family, made once."""
     made = processor(family)
     return model(family, made.tokenizer, dtype), made
+
+
+# so that the instruction is some hundreds of tokens rather than thousands of bytes
+HPSV3_WORDS = (*WORDS, *sorted(set(re.findall(r" ?[A-Za-z]+", HPSV3_QUESTION)) - set(WORDS)))
+
+
+class HPSv3Files(NamedTuple):
+    """A tiny HPSv3: the folder of its base, its weights, and the library's model and the head with those weights."""
+
+    base: Path
+    weights: Path
+    model: Any
+    head: dict[str, Tensor]
+
+
+def hpsv3_files(folder: Path) -> HPSv3Files:
+    """Laid out as published: names of before transformers 4.52, the reward token's row behind the vocabulary."""
+    base, weights = folder / "base", folder / "hub" / "HPSv3.safetensors"
+    weights.parent.mkdir()
+    words = processor("qwen2_vl", HPSV3_WORDS)
+    config("qwen2_vl", words.tokenizer).save_pretrained(base)
+    words.save_pretrained(base)
+    words.tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
+    made, rng = model("qwen2_vl", words.tokenizer), torch.Generator().manual_seed(1)
+    shapes = {"0": (1024, 32), "3": (16, 1024), "5": (2, 16)}
+    head = {f"{key}.weight": torch.randn(shape, generator=rng) / shape[1] ** 0.5 for key, shape in shapes.items()}
+    head |= {f"{key}.bias": torch.randn(shape[0], generator=rng) / 4 for key, shape in shapes.items()}
+    stored = {
+        key.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value.clone()
+        for key, value in made.state_dict().items()
+    }
+    save_file(stored | {f"rm_head.{key}": value for key, value in head.items()}, weights)
+    return HPSv3Files(base, weights, made, head)
 
 
 def images(count: int, height: int = 64, width: int = 96, seed: int = 0) -> Tensor:

@@ -8,16 +8,36 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iqareward.optional import require
 from iqareward.rewards.vlm.inputs import check_family
-from iqareward.weight_files import FLOATS, Shape, check_values, checkpoint_folder, listed, open_weights, read_json
+from iqareward.rewards.vlm.presets import HPSV3_PIXELS, HPSV3_TOKEN
+from iqareward.weight_files import (
+    FLOATS,
+    Shape,
+    WeightFile,
+    check_values,
+    checkpoint_folder,
+    listed,
+    open_weights,
+    read_json,
+)
 
 # Found by running the tests under older versions. In 5.6 the recurrent layers of Qwen3.5 forget their state when
 # several tokens follow what is cached, so that digits are misread; 5.3 lacks arguments and image processors besides.
 _OLDEST = "transformers>=5.7"
 _PROCESSOR_FILES = ("*.txt", "*.jinja", "*.model")
+
+# Beginnings of names in HPSv3's file and in transformers; those of its release, then those since 4.52.
+_HPSV3_NAMES = {
+    "model.visual.": "visual.",
+    "visual.": "visual.",
+    "model.language_model.": "language_model.",
+    "model.": "language_model.",
+    "rm_head.": "rm_head.",
+}
+_HPSV3_UNUSED = {"lm_head.weight"}  # Qwen2-VL's own head, which writes text
 
 
 def require_transformers(name: str) -> ModuleType:
@@ -81,6 +101,90 @@ def load_model(
     if checkpointing:
         _recompute_layers(model)
     return model, processor
+
+
+def load_hpsv3(
+    name: str,
+    weights: str | Path,
+    base: str | Path | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpointing: bool,
+) -> tuple[Any, Any, nn.Module]:
+    """HPSv3's frozen Qwen2-VL without its language-modelling head, its processor, and its head in float32.
+
+    Args:
+        name: The reward's name, for error messages.
+        weights: The published file, or one in its layout; or a folder or hub id that holds it.
+        base: Folder or hub id of the configuration and the processor; None = those beside the weights.
+        device: Where the weights go.
+        dtype: The dtype of the weights except the head's.
+        checkpointing: Whether to recompute layers in the backward pass instead of keeping their activations.
+
+    Raises:
+        ImportError: transformers is not installed, or too old.
+        OSError: a file is missing, or cannot be downloaded.
+        ValueError: `base` is no Qwen2-VL, or the weights are not those of HPSv3 on it.
+    """
+    transformers = require_transformers(name)
+    is_file = os.path.isfile(weights)
+    folder = Path(weights).parent if is_file else checkpoint_folder(weights, also=_PROCESSOR_FILES)
+    files = [WeightFile(weights)] if is_file else open_weights(folder)
+    if base is not None:
+        folder = checkpoint_folder(base, only=("*.json", *_PROCESSOR_FILES))
+    owners, shapes, tensors = dict[str, WeightFile](), dict[str, Shape](), dict[str, Tensor]()
+    for file in files:
+        for key, (shape, _) in file.headers().items():
+            start = next((start for start in _HPSV3_NAMES if key.startswith(start)), None)
+            if start is None and key not in _HPSV3_UNUSED:
+                raise ValueError(f"{file.path} holds {key}, which HPSv3 has not.")
+            if start is not None:
+                ours = _HPSV3_NAMES[start] + key.removeprefix(start)
+                owners[ours], shapes[ours], tensors[ours] = file, shape, file.tensor(key, shape)
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "qwen2_vl":
+        raise ValueError(f"{name} expected {folder} to hold the configuration of a qwen2_vl model, got {kind!r}.")
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # transformers raises anything for files that contradict each other
+        raise ValueError(f"{name} cannot read {folder}: {type(error).__name__}: {error}") from error
+    processor.tokenizer.add_tokens([HPSV3_TOKEN], special_tokens=True)
+    processor.image_processor.size = {"shortest_edge": HPSV3_PIXELS, "longest_edge": HPSV3_PIXELS}
+    config.text_config.vocab_size = len(processor.tokenizer)  # as the authors resize the embedding
+    head = _hpsv3_head(config.text_config.hidden_size)
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in transformers.Qwen2VLModel(config).state_dict().items()}
+    expected |= {f"rm_head.{key}": value.shape for key, value in head.state_dict().items()}
+    if shapes.keys() != expected.keys():
+        raise ValueError(
+            f"{weights} does not hold the weights of HPSv3 on {folder}: lacking "
+            f"{listed(expected.keys() - shapes.keys()) or 'none'}, beyond them "
+            f"{listed(shapes.keys() - expected.keys()) or 'none'}."
+        )
+    for key, shape in expected.items():
+        if tuple(shapes[key]) != tuple(shape):
+            raise ValueError(f"{owners[key].path} has {key} of shape {list(shapes[key])}, expected {list(shape)}.")
+    head.load_state_dict({key: tensors.pop(f"rm_head.{key}") for key in head.state_dict()})
+    # tensors are mapped into memory: they are read when they move to the device
+    model = transformers.Qwen2VLModel.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype).to(device)
+    model.requires_grad_(False).eval()
+    check_values(Path(weights), dict(model.named_parameters()) | dict(head.to(device).named_parameters()))
+    fuse_norms(model)
+    if checkpointing:
+        _recompute_layers(model)
+    return model, processor, head
+
+
+def _hpsv3_head(values: int) -> nn.Module:
+    """From the last layer at the reward token to the mean and the logarithm of the deviation."""
+    # The published head drops out at index 2 while it is trained, which is why the second layer has index 3.
+    return nn.Sequential(
+        nn.Linear(values, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
 
 
 def _folder(source: str | Path) -> Path:

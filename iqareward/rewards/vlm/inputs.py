@@ -76,7 +76,7 @@ class _Colors:
 
 @dataclass(frozen=True)
 class _PatchGrid:
-    """Qwen2.5-VL, Qwen3-VL and Qwen3.5: one grid of patches of about the image's size.
+    """Qwen2-VL to Qwen3.5: one grid of patches of about the image's size.
 
     Images whose sides are multiples of `patch_size * merge_size` within the pixel limits are not resized at all.
     """
@@ -238,6 +238,7 @@ def _tile(source: Any) -> Pair:
 
 # by `model_type` of the configuration
 _FAMILIES: dict[str, Callable[[Any, Any], _Family]] = {
+    "qwen2_vl": _patch_grid,
     "qwen2_5_vl": _patch_grid,
     "qwen3_vl": _patch_grid,
     "qwen3_5": _patch_grid,
@@ -253,11 +254,14 @@ class Prompt(NamedTuple):
     after: tuple[int, ...]
 
 
-def render(processor: Any, preset: LevelPreset | RatingPreset, question: str, answer: str = "") -> str:
-    """The text that the model continues by its own chat template, with one placeholder for the image."""
+def render(processor: Any, preset: LevelPreset | RatingPreset | None, question: str, answer: str = "") -> str:
+    """The text that the model continues by its own chat template, with one placeholder for the image.
+
+    Without a preset the image comes first and the rest is left to the template.
+    """
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content if preset.image_first else content[::-1]}]
-    if preset.system is not None:
+    messages = [{"role": "user", "content": content if preset is None or preset.image_first else content[::-1]}]
+    if preset is not None and preset.system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": preset.system}]})
     # The tokenizer hands every option to the template; the processor warns about those that a template does not use.
     text = processor.tokenizer.apply_chat_template(
@@ -265,7 +269,7 @@ def render(processor: Any, preset: LevelPreset | RatingPreset, question: str, an
         chat_template=processor.chat_template,
         tokenize=False,
         add_generation_prompt=True,
-        **preset.template,
+        **({} if preset is None else preset.template),
     )
     return text + answer
 

@@ -20,7 +20,7 @@ from iqareward.rewards.vlm.inputs import ImageInputs, Pair, Prompt, check_family
 _CACHED_SHAPES = 32  # layouts kept, one for each prompt and size of image, and geometries, one for each size
 
 # language models that are nothing but their layers between an embedding and a norm; others scale or clip in between
-_LANGUAGE_MODELS = ("qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text", "qwen2", "qwen3", "llama")
+_LANGUAGE_MODELS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text", "qwen2", "qwen3", "llama")
 
 
 class Branches(NamedTuple):
@@ -141,6 +141,25 @@ class Network:
         layout = self.layout(prompt, features.tokens.shape[1], features.grid, branches)
         return self._prefill(layout, features, len(prompt.before)).index_select(1, layout.keep)
 
+    def ends(self, features: Features, prompts: Sequence[Prompt]) -> Tensor:
+        """`[B, values]`: the last layer at the end of each image's own prompt; all begin alike.
+
+        Positions count tokens, those of the image as well. Shorter prompts are padded behind their end, where no layer
+        that is read looks.
+        """
+        (rows, count, _), before = features.tokens.shape, prompts[0].before
+        length = max(len(prompt.after) for prompt in prompts)
+        start = [*before, *[self.processor.image_token_id] * count]
+        ids = [[*start, *prompt.after, *prompt.after[-1:] * (length - len(prompt.after))] for prompt in prompts]
+        last = [len(start) + len(prompt.after) - 1 for prompt in prompts]
+        words = self._text.embed_tokens(torch.tensor(ids).to(self.device, non_blocking=True))
+        hidden = torch.cat([words[:, : len(before)], features.tokens.to(words), words[:, len(start) :]], dim=1)
+        positions = torch.arange(hidden.shape[1], device=self.device).expand(3, 1, -1)
+        rotation = self._text.rotary_emb(hidden, positions)
+        hidden = self._decode(hidden, rotation, self._masks(hidden), features.deep, len(before))
+        ends = torch.tensor(last).to(self.device, non_blocking=True)
+        return hidden[torch.arange(rows, device=self.device), ends]
+
     def head(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits of the next token, `[..., vocabulary]`, or `[..., K]` of these `ids` alone: the head is large."""
         layer = self.model.get_output_embeddings()
@@ -232,7 +251,7 @@ class Network:
 
     @property
     def _text(self) -> Any:
-        return self.model.model.language_model
+        return _core(self.model).language_model
 
     @property
     def _kinds(self) -> list[str]:
@@ -253,6 +272,11 @@ class Network:
             kind: None if kind == "linear_attention" else makers[kind](**options, past_key_values=cache)
             for kind in set(self._kinds)
         }
+
+
+def _core(model: Any) -> Any:
+    """The model without its language-modelling head, which it may be already."""
+    return getattr(model, "model", model)
 
 
 def _positions(before: int, image: int, grid: Pair | None, after: int) -> Tensor:
@@ -293,13 +317,13 @@ class _VisionTower:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._geometry = lru_cache(_CACHED_SHAPES)(partial(geometry_of, getattr(model.model, "visual", None)))
+        self._geometry = lru_cache(_CACHED_SHAPES)(partial(geometry_of, getattr(_core(model), "visual", None)))
 
     def __call__(self, inputs: ImageInputs, batch: int) -> tuple[Tensor, ...]:
         """`[batch, tokens, values]` to put in place of the image tokens, then what deepstack layers add to them."""
         pixels = inputs.keywords["pixel_values"].to(self.model.dtype)
         if inputs.grid is not None:
-            return run_tower(self.model.model.visual, pixels, batch, self._geometry(*inputs.grid))
+            return run_tower(_core(self.model).visual, pixels, batch, self._geometry(*inputs.grid))
         if "image_sizes" in inputs.keywords:
             return (self._packed(pixels, inputs.keywords["image_sizes"][0]),)
         tiles = self.model.get_image_features(pixels, return_dict=True).pooler_output
@@ -312,7 +336,7 @@ class _VisionTower:
         """
         from transformers.models.llava_onevision import modeling_llava_onevision as library
 
-        core, config = self.model.model, self.model.config
+        core, config = _core(self.model), self.model.config
         layer = config.vision_feature_layer
         states = core.vision_tower(
             # an index lets recent versions keep that layer only
