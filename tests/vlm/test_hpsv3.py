@@ -186,7 +186,7 @@ def test_pickled_and_by_name(files) -> None:
     copy = pickle.loads(pickle.dumps(made))
     torch.testing.assert_close(copy(images, prompts=PROMPTS[:2]), scores, **EXACT)
     loaded = iqareward.load("hpsv3(scale=raw)")
-    assert (loaded.name, loaded.bounds, loaded.needs_prompts) == ("hpsv3", (None, None), True)
-    assert iqareward.load("hpsv3").bounds == (0.0, 1.0)
+    assert (loaded.name, loaded.bounds, loaded.needs_prompts) == ("hpsv3(scale=raw)", (None, None), True)
+    assert (iqareward.load("hpsv3").name, iqareward.load("hpsv3").bounds) == ("hpsv3", (0.0, 1.0))
     with pytest.raises(ValueError, match="prompts"):
         made(images)

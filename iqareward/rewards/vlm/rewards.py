@@ -14,6 +14,7 @@ from iqareward.rewards.calls import Call
 from iqareward.rewards.combine import LogisticMap
 from iqareward.rewards.core import ImageReward, masked, reward_mode
 from iqareward.rewards.loading import LazyModel
+from iqareward.rewards.options import name_with
 from iqareward.rewards.readout import LevelDistribution, expected_value, level_distribution, token_logits
 from iqareward.rewards.vlm.answers import Answers, prepare_rating, write
 from iqareward.rewards.vlm.inputs import Prompt, next_ids, render, tokenize
@@ -609,7 +610,8 @@ class HPSv3Reward(_VLMReward):
         base: str | Path | None = HPSV3_BASE,
     ) -> None:
         build = partial(_load_hpsv3, "hpsv3", weights, base, dtype, differentiable)
-        super().__init__("hpsv3", weights, 2, scale, device, dtype, differentiable, batch_size, build)
+        name = name_with(self, "hpsv3", scale=scale, weights=weights, base=base)
+        super().__init__(name, weights, 2, scale, device, dtype, differentiable, batch_size, build)
         self.bounds: Bounds = (0.0, 1.0) if scale == "unit" else (None, None)
 
     @property
