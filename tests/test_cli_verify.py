@@ -106,6 +106,21 @@ def test_a_preset_without_a_published_figure(site: Site, tmp_path: Path) -> None
     assert 0 <= found["score"] <= 1
 
 
+def test_a_reward_with_a_prompt(site: Site, tmp_path: Path) -> None:
+    """HPSv3 is asked about the example of its README on its published scale; on its own scale nothing is printed."""
+    tiny = pytest.importorskip("tests.vlm.tiny")
+    files = tiny.hpsv3_files(tmp_path)
+    picture = GOLDENS["hpsv3"].image
+    site.files[picture] = site.files[FLYER]
+    options = f"weights={files.weights}, base={files.base}"
+    code, (found,), _ = verify(f"hpsv3(scale=raw, {options})")
+    assert (code, found["verdict"], site.asked) == (0, "no published figure", [picture])
+    assert abs(found["score"]) > 1e-3
+    code, _, error = verify(f"hpsv3({options})")
+    assert code == 2
+    assert "hpsv3(scale=raw)" in error
+
+
 def test_distances_have_their_published_sign(site: Site) -> None:
     """A full-reference reward gets both pictures, and shows a distance as papers print it."""
     pytest.importorskip("stlpips_pytorch")

@@ -60,6 +60,11 @@ GOLDENS: dict[str, Golden] = {
     "qrealign_pro": Golden(parity=_VLM),
     "visualquality_r1": Golden(parity=_VLM),
     "qinsight": Golden(parity=_VLM),
+    "hpsv3": Golden(  # of the README's example, whose scores it does not print
+        f"{_GITHUB}/MizzenAI/HPSv3/main/assets/example1.png",
+        prompt="cute chibi anime cartoon fox, smiling wagging tail with a small cartoon heart above sticker",
+        parity="transformers' Qwen2-VL and the published head, 1e-4",
+    ),
     "clipscore": Golden(prompt="a Ferris wheel", parity=_CLIP),
     "pickscore": Golden(prompt="a Ferris wheel", parity=_CLIP),
     # a maintainer printed 0.2876 for this picture in issue 27, by version 2.0 it seems
@@ -125,7 +130,9 @@ def run(spec: str, device: str) -> Verdict:
     """
     golden, to_figure = GOLDENS.get(_name(spec), Golden()), published(spec)
     if to_figure is None:
-        raise ValueError(f"verify expected the name of one reward, got {spec!r}.")
+        raise ValueError(
+            f"verify expected a reward on a scale that papers print, as 'qalign' or 'hpsv3(scale=raw)', got {spec!r}."
+        )
     reward = load(spec, device=device)
     image = to_images(_picture(golden.image))
     options: dict[str, Any] = {"prompts": [golden.prompt]} if golden.prompt else {}

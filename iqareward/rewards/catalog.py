@@ -319,6 +319,8 @@ def published(spec: Spec) -> tuple[float, float] | None:
     entry = _entry_of(first.name)
     if not entry.higher_is_better:
         return (-1.0, 0.0)
+    if first.options.get("scale", "unit") != "unit":  # that of papers already
+        return (1.0, 0.0)
     if entry.published_range is None:
         return None
     low, high = entry.published_range

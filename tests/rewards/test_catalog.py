@@ -70,13 +70,14 @@ def test_published_range_of_every_reward(name: str) -> None:
     """Distances are printed without the minus, judges on their scale "mos", others as they are here."""
     entry = CATALOG[name]
     if entry.published_range is None:  # on a curve
-        assert published(name) is None
+        assert (published(name), published(f"{name}(scale=raw)")) == (None, (1, 0))
         return
     scale, offset = published(name)
     if not entry.higher_is_better:
         assert (scale, offset) == (-1, 0)
     elif entry.published_range == (1.0, 5.0):
         assert load(f"{name}(scale=mos)").bounds == (offset, scale + offset)
+        assert published(f"{name}(scale=mos)") == (1, 0)
     elif name == "hpsv2":  # a cosine in percent
         assert (scale, offset) == (100, 0)
     else:
