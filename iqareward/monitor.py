@@ -59,7 +59,7 @@ class HackingMonitor:
 
     Args:
         held_out: Rewards that are not part of the training reward, higher is better: names for `iqareward.load`, or a
-            mapping of names to rewards, or to functions `reward(images, references=...) -> [V]`.
+            mapping of names to these, to rewards, or to functions `reward(images, references=...) -> [V]`.
         reward: The training reward, or its name; called where its values are not given.
         statistics: `statistic(images) -> [V]` by name.
         z: number of standard errors that count as significant.
@@ -81,9 +81,9 @@ class HackingMonitor:
 
     def __init__(
         self,
-        held_out: Sequence[str] | Mapping[str, str | Callable[..., Tensor]],
+        held_out: Sequence[str] | Mapping[str, str | Mapping[str, Any] | Callable[..., Tensor]],
         *,
-        reward: str | Callable[..., Tensor] | None = None,
+        reward: str | Mapping[str, Any] | Callable[..., Tensor] | None = None,
         statistics: Mapping[str, Callable[[Tensor], Tensor]] = STATISTICS,
         z: float = 3.0,
         effect: float = 0.1,
@@ -98,7 +98,7 @@ class HackingMonitor:
                 f"iqareward.functional.statistics.STATISTICS, got {statistics!r}."
             )
         self.statistics = dict(statistics)
-        self.reward = load(reward) if isinstance(reward, str) else reward
+        self.reward = load(reward) if isinstance(reward, str | Mapping) else reward
         if not (self.reward is None or callable(self.reward)):
             raise TypeError(f"HackingMonitor expected `reward` as a name or a reward, got {self.reward!r}.")
         trained = getattr(self.reward, "name", None)
@@ -338,8 +338,8 @@ def _named(held_out: Any) -> dict[str, Callable[..., Tensor]]:
     """Rewards by name, loaded where only their names are given."""
     if isinstance(held_out, Sequence) and not isinstance(held_out, str) and all(isinstance(x, str) for x in held_out):
         return {name: load(name) for name in held_out}
-    if isinstance(held_out, Mapping) and all(isinstance(x, str) or callable(x) for x in held_out.values()):
-        return {name: load(found) if isinstance(found, str) else found for name, found in held_out.items()}
+    if isinstance(held_out, Mapping) and all(isinstance(x, str | Mapping) or callable(x) for x in held_out.values()):
+        return {name: load(found) if isinstance(found, str | Mapping) else found for name, found in held_out.items()}
     raise TypeError(
         "HackingMonitor expected `held_out` as names of rewards, such as ['psnr', 'ssim'], or as a mapping of names to "
         f"rewards, got {held_out!r}."

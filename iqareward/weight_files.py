@@ -20,7 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _ZIP_START = b"PK\x03\x04"
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not "../folder"
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # not "../folder"; perhaps a revision
 _FILE_NAME = re.compile(r"[\w. +=()-]{1,200}", re.ASCII)  # no folders, and short enough for every file system
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # preferred first
@@ -34,8 +34,9 @@ def checkpoint_folder(
     """The local folder of a checkpoint, downloaded from the Hugging Face hub if need be.
 
     Args:
-        source: A folder, or a hub id such as `q-future/one-align`. A download that was interrupted resumes; one that is
-            complete is read from the hub's cache, also without a network.
+        source: A folder, or a hub id such as `q-future/one-align`, perhaps with a branch, tag or commit behind an "@".
+            A download that was interrupted resumes; one that is complete is read from the hub's cache, also without a
+            network.
         inner: A folder inside of it.
         also: Patterns of file names to download besides weights and JSON.
         only: Patterns of the files to download in place of all these.
@@ -46,11 +47,19 @@ def checkpoint_folder(
     """
     if os.path.isdir(source):  # pathlib raises where the name is too long
         return Path(source) / inner
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+    found = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if os.path.isfile(source):
+        raise ValueError(
+            f"expected a folder or a hub id, got the file {str(source)!r}, which does not say how its network is "
+            "built. Pass a folder that holds it together with its config.json."
+        )
+    if found is None:
         raise ValueError(
             f"expected a folder or a hub id like 'q-future/one-align', got {str(source)!r}: no such folder."
         )
     from huggingface_hub import snapshot_download
+
+    repository, revision = found.groups()
 
     start = f"{inner}/" if inner else ""
     command = " ".join(["hf download", source, *(["--include", *map(shlex.quote, only)] if only else [])])
@@ -58,8 +67,16 @@ def checkpoint_folder(
     def fetch(*patterns: str) -> Path:
         allowed = [start + pattern for pattern in patterns]
         try:
-            return Path(snapshot_download(source, allow_patterns=allowed, ignore_patterns=[f"{start}*/*"])) / start
+            return (
+                Path(
+                    snapshot_download(
+                        repository, revision=revision, allow_patterns=allowed, ignore_patterns=[f"{start}*/*"]
+                    )
+                )
+                / start
+            )
         except OSError as error:
+            command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
             raise OSError(
                 f"the weights of {source} are not all in the hub's cache and could not be downloaded ({error}). "
                 f"Run `{command}` where there is a network, or pass the folder that holds them."

@@ -26,7 +26,7 @@ class IQAReward:
     """
 
     def __init__(self, reward: Any, references: str | None = None, prompts: str = "prompt") -> None:
-        self.reward = iqareward.load(reward) if isinstance(reward, str) else reward
+        self.reward = reward if callable(reward) else iqareward.load(reward)
         self.references, self.prompts = references, prompts
         if self.reward.needs_references and references is None:
             raise ValueError(f"IQAReward expected `references`, a conditioning, for {self.reward.name!r}.")

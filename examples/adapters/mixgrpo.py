@@ -14,7 +14,7 @@ is refused.
 
 import weakref
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -27,9 +27,9 @@ class PickScoreRewardModel:
 
     _alive: ClassVar["weakref.WeakSet[PickScoreRewardModel]"] = weakref.WeakSet()
 
-    def __init__(self, reward: str | iqareward.Reward, *, device: torch.device | str | int) -> None:
+    def __init__(self, reward: str | dict[str, Any] | iqareward.Reward, *, device: torch.device | str | int) -> None:
         self.device = torch.device(device)
-        self.reward = iqareward.load(reward, device=self.device) if isinstance(reward, str) else reward
+        self.reward = reward if callable(reward) else iqareward.load(reward, device=self.device)
         if self.reward.needs_references:
             raise ValueError(f"{self.reward.name} needs references, and MixGRPO passes none.")
         if self._alive:

@@ -7,6 +7,8 @@ ReNO crops every image to 224 pixels and normalises it for CLIP before its losse
 ReNO's own losses in the same list must then crop by themselves.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 import iqareward
@@ -17,8 +19,8 @@ _CLIP_SIDE = 224  # the side of the crop; none of ReNO's generators draws an ima
 class ReNOLoss:
     """The negative reward, for any differentiable reward that needs no references."""
 
-    def __init__(self, reward: str | iqareward.Reward, weighting: float = 1.0) -> None:
-        self.reward = iqareward.load(reward, differentiable=True) if isinstance(reward, str) else reward
+    def __init__(self, reward: str | dict[str, Any] | iqareward.Reward, weighting: float = 1.0) -> None:
+        self.reward = reward if callable(reward) else iqareward.load(reward, differentiable=True)
         if self.reward.needs_references or not self.reward.differentiable:
             raise ValueError(f"ReNOLoss expected a differentiable no-reference reward, got {self.reward.name!r}.")
         self.name, self.weighting = self.reward.name, weighting

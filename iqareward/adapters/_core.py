@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iqareward.images import ImageLike, drop_broken_gradients, to_images
 from iqareward.rewards.calls import COLUMNS, Call
-from iqareward.rewards.catalog import load
+from iqareward.rewards.catalog import Spec, load
 from iqareward.rewards.core import check_names
 from iqareward.rewards.loading import ImageDevice
 from iqareward.types import Groups, Images, Reward, Scores
@@ -45,7 +45,7 @@ class Scorer:
 
     def __init__(
         self,
-        reward: str | Reward,
+        reward: Spec | Reward,
         *,
         who: str,
         sources: Mapping[str, Any] | None = None,
@@ -57,7 +57,7 @@ class Scorer:
         differentiable: bool = False,
     ) -> None:
         check_on_nan(on_nan, policies, who=who)
-        self.reward = load(reward, device=device, differentiable=differentiable) if isinstance(reward, str) else reward
+        self.reward = reward if callable(reward) else load(reward, device=device, differentiable=differentiable)
         check_names(who, [self.reward])
         self.who, self.sources = who, dict(sources or {})
         self.value_range = value_range

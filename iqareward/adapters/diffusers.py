@@ -18,6 +18,7 @@ from iqareward._gradients import clamp
 from iqareward.adapters._core import Scorer
 from iqareward.images import ImageLike, to_images
 from iqareward.optional import require
+from iqareward.rewards.catalog import Spec
 from iqareward.seeds import generator
 from iqareward.types import Reward, Scores
 
@@ -100,7 +101,7 @@ class StepwiseRewards:
     def __init__(
         self,
         pipeline: Any,
-        reward: str | Reward,
+        reward: Spec | Reward,
         *,
         references: ImageLike | None = None,
         inputs: ImageLike | None = None,
@@ -205,7 +206,7 @@ class Best(NamedTuple):
 
 def generate_best(
     pipeline: Any,
-    reward: str | Reward,
+    reward: Spec | Reward,
     inputs: Mapping[str, Any],
     *,
     num_candidates: int,
@@ -322,7 +323,7 @@ def _take(values: Any, rows: Sequence[int]) -> Any:
     return values[list(rows)] if isinstance(values, Tensor | np.ndarray) else [values[row] for row in rows]
 
 
-def _scorer(reward: str | Reward, who: str, sources: Mapping[str, object]) -> Scorer:
+def _scorer(reward: Spec | Reward, who: str, sources: Mapping[str, object]) -> Scorer:
     return Scorer(reward, who=who, sources=sources, on_nan="nan", policies=("nan",))
 
 

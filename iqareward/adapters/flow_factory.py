@@ -3,7 +3,7 @@
 Flow-Factory silently ignores what is not a subclass of its own classes, so `IQARewardModel` and `IQARankRewardModel`
 are subclasses, made when Flow-Factory can be imported. Their settings are the keys of the YAML entry:
 
-- `reward`: a name or sum of the catalogue.
+- `reward`: a name or sum of the catalogue, or a mapping with its options, as `iqareward.load` takes it.
 - `references`, `inputs`: `condition_images` (the first of each sample), or a column of the dataset.
 - `on_nan`: `raise`, `mean`, `worst`, or a number. Flow-Factory itself stops at NaN without naming the image.
 - `margin` (ranks only): differences of scores that are no larger are ties; see `iqareward.rewards.RankInGroup`.
@@ -79,8 +79,8 @@ class _Settings:
         self.who, self.ranks, reward = who, ranks, entry["reward"]
         self.sources = {name: entry.get(name) for name in ("references", "inputs")}
         if ranks:
-            reward = load(reward, device=device) if isinstance(reward, str) else reward
-            reward = RankInGroup(reward, margin=float(entry.get("margin", 0.0)))
+            loaded: Any = reward if callable(reward) else load(reward, device=device)
+            reward = RankInGroup(loaded, margin=float(entry.get("margin", 0.0)))
         sources = {**self.sources, "ids": "the call" if ranks else None}
         on_nan = entry.get("on_nan", "raise")
         self.scorer = Scorer(reward, who=who, sources=sources, on_nan=on_nan, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iqareward.adapters._core import UNIT, OnNan, Scorer, ValueRange, apply_policy, check_on_nan, column
 from iqareward.images import to_images
-from iqareward.rewards.catalog import on_unit_scale
+from iqareward.rewards.catalog import Spec, on_unit_scale, text_of
 from iqareward.rewards.threads import ProcessLock
 from iqareward.types import Reward, Scores
 
@@ -25,7 +25,7 @@ _LARGEST_ID = 2**24
 
 
 def reward_function(
-    reward: str | Reward,
+    reward: Spec | Reward,
     *,
     references: str | None = None,
     inputs: str | None = None,
@@ -74,7 +74,7 @@ def reward_function(
 
 def install(
     module: Any,
-    rewards: Mapping[str, float] | Sequence[tuple[float, str | Reward]],
+    rewards: Mapping[str, Any] | Sequence[tuple[float, Spec | Reward]],
     *,
     references: str | None = None,
     inputs: str | None = None,
@@ -88,8 +88,8 @@ def install(
 
     Args:
         module: `flow_grpo.rewards`, or the same module of a child under its own name.
-        rewards: Name -> weight, or (weight, name or reward) pairs. Where several are added, named ones must lie in
-            [-1, 1], as in `iqareward.load`: `"psnr[10, 50]"`.
+        rewards: Name -> weight, or name -> options with `weight` among them, or (weight, name or reward) pairs. Where
+            several are added, named ones must lie in [-1, 1], as in `iqareward.load`: `"psnr[10, 50]"`.
         references: As in `reward_function`.
         inputs: As in `reward_function`.
         groups: The key of `metadata` that holds each sample's input id, an integer below 2**24; passed on as component
@@ -110,7 +110,7 @@ def install(
         )
     check_on_nan(on_nan, ("raise", "mean", "worst"), who="install")
     try:
-        terms = ((weight, name) for name, weight in rewards.items()) if isinstance(rewards, Mapping) else rewards
+        terms = map(_weighted, rewards.items()) if isinstance(rewards, Mapping) else rewards
         pairs = [(float(weight), reward) for weight, reward in terms]
     except (TypeError, ValueError) as error:
         raise TypeError(
@@ -154,8 +154,16 @@ def install(
     module.multi_score = multi_score
 
 
+def _weighted(item: tuple[str, Any]) -> tuple[Any, Spec]:
+    """The weight and the reward of an item of a mapping."""
+    name, value = item
+    if not isinstance(value, Mapping):
+        return value, name
+    return value.get("weight", 1.0), {"name": name, **{key: each for key, each in value.items() if key != "weight"}}
+
+
 def _ours(
-    pairs: Sequence[tuple[float, str | Reward]],
+    pairs: Sequence[tuple[float, Spec | Reward]],
     taken: Collection[str],
     sources: Mapping[str, str | None],
     on_nan: OnNan,
@@ -168,11 +176,11 @@ def _ours(
         name = scorer.reward.name
         if name in ours or name in taken:
             raise ValueError(f"install expected rewards with unique names, got {name!r} twice.")
-        if len(pairs) + len(taken) > 1 and isinstance(reward, str):
-            scaled = on_unit_scale(reward, scorer.reward)
-            if reward != scaled:
+        if len(pairs) + len(taken) > 1 and not callable(reward):
+            text, scaled = text_of(reward), on_unit_scale(reward, scorer.reward)
+            if text != scaled:
                 raise ValueError(
-                    f"install adds scores of different scales: {reward!r} may leave [-1, 1]. Write {scaled!r}: the "
+                    f"install adds scores of different scales: {text!r} may leave [-1, 1]. Write {scaled!r}: the "
                     "first score in brackets becomes 0, the second 1."
                 )
         ours[name] = (float(weight), _taking_turns(scorer))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iqareward.adapters._core import OnNan, Scorer
 from iqareward.images import to_images
+from iqareward.rewards.catalog import Spec
 from iqareward.types import Reward, Scores
 
 __all__ = ["HPSv2Model", "HPSv3Model", "ImscoreModel", "alignprop_loss", "vader_loss"]
@@ -40,14 +41,14 @@ class ImscoreModel(nn.Module):
 
     def __init__(
         self,
-        reward: str | Reward,
+        reward: Spec | Reward,
         *,
         differentiable: bool = True,
         device: torch.device | str | None = None,
         on_nan: OnNan = "raise",
     ) -> None:
         super().__init__()
-        needed = differentiable and isinstance(reward, str)
+        needed = differentiable and not callable(reward)
         self._scorer = Scorer(reward, who="ImscoreModel", on_nan=on_nan, device=device, differentiable=needed)
 
     def score(self, pixels: Tensor, prompts: Sequence[str] | None = None) -> Scores:
@@ -58,7 +59,7 @@ class ImscoreModel(nn.Module):
 class _DanceGRPOModel:
     """A reward that gets one image a call, and returns its score where DanceGRPO gathers it."""
 
-    def __init__(self, reward: str | Reward, *, device: torch.device | str, on_nan: OnNan = "raise") -> None:
+    def __init__(self, reward: Spec | Reward, *, device: torch.device | str, on_nan: OnNan = "raise") -> None:
         who = type(self).__name__
         self._scorer = Scorer(reward, who=who, on_nan=on_nan, policies=("raise",), device=device, moves_images=True)
 
@@ -143,7 +144,9 @@ class HPSv3Model(_DanceGRPOModel):
         return self._scorer(list(image_paths), prompts=list(prompts))
 
 
-def alignprop_loss(reward: str | Reward, *, device: torch.device | str | None = None, on_nan: OnNan = "raise") -> _Loss:
+def alignprop_loss(
+    reward: Spec | Reward, *, device: torch.device | str | None = None, on_nan: OnNan = "raise"
+) -> _Loss:
     """`loss_fn(images, prompts=None) -> (loss [B], rewards [B])` for AlignProp.
 
     It takes the place of what `alignprop_trainer.aesthetic_loss_fn` returns, which gets no prompts, or `hps_loss_fn`,
@@ -178,7 +181,7 @@ def alignprop_loss(reward: str | Reward, *, device: torch.device | str | None = 
     return loss_fn
 
 
-def vader_loss(reward: str | Reward, *, device: torch.device | str | None = None, on_nan: OnNan = "raise") -> _Loss:
+def vader_loss(reward: Spec | Reward, *, device: torch.device | str | None = None, on_nan: OnNan = "raise") -> _Loss:
     """`loss_fn(frames, prompts=None) -> (loss, reward)`, both scalar, for VADER: the value of `loss_fn` in its script.
 
     Args:

@@ -18,6 +18,7 @@ from iqareward.atomic import atomic_write
 from iqareward.groups import group_statistics
 from iqareward.images import ImageLike
 from iqareward.optional import require
+from iqareward.rewards.catalog import Spec
 from iqareward.rewards.core import refuse_groups
 from iqareward.schedules import Weighter, check_signal
 from iqareward.types import Reward, Scores
@@ -69,7 +70,7 @@ class TRLReward:
 
     def __init__(
         self,
-        reward: str | Reward,
+        reward: Spec | Reward,
         images: str | Decode,
         *,
         references: str | None = None,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iqareward.adapters._core import OnNan, Scorer
 from iqareward.rewards.batching import MicroBatched
+from iqareward.rewards.catalog import Spec, text_of
 from iqareward.types import Images, Reward
 
 __all__ = ["compute_score"]
@@ -28,7 +29,7 @@ async def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     *,
     solution_str: str | None = None,
-    reward: str | Reward,
+    reward: Spec | Reward,
     decode: Callable[[str, Mapping[str, Any]], Any] | None = None,
     references: str | None = None,
     inputs: str | None = None,
@@ -73,7 +74,8 @@ async def compute_score(
         >>> asyncio.run(compute_score(**call, reward="ssim", references="clean"))
         {'score': 1.0, 'ssim': 1.0}
     """
-    scorer, batched = _batched(reward, references, inputs, on_nan, device, max_batch, max_wait_ms)
+    spec = reward if callable(reward) else text_of(reward)  # a mapping cannot be a key
+    scorer, batched = _batched(spec, references, inputs, on_nan, device, max_batch, max_wait_ms)
     row = extra_info or {}
     if solution_str is None:
         image = scorer.images(_pixels(solution_image))
@@ -111,7 +113,7 @@ async def _decoded(
 
 @lru_cache(maxsize=64)
 def _batched(
-    reward: str | Reward,
+    reward: Spec | Reward,
     references: str | None,
     inputs: str | None,
     on_nan: OnNan,

@@ -209,6 +209,8 @@ def _data(spec: Any, key: str) -> partial[Pairs]:
 
 
 def _reward(spec: Any, key: str) -> partial[Reward]:
+    if _is_sum(spec):
+        return partial(load, spec)
     options = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise ValueError(f"key `{key}` expected a name of `iqareward list` or a table with `name`, got {spec!r}.")
@@ -219,8 +221,19 @@ def _reward(spec: Any, key: str) -> partial[Reward]:
         return partial(_itself, found)
     if IN_FILE in name or isinstance(kind, type):
         return _READER.call(options, key, {name: kind} if isinstance(kind, type) else {}, given=("device",))
-    options = {each: value for each, value in options.items() if each != "name"}
-    return partial(load, name, **_READER.options(load, options, key, given=("spec", "device")))
+    return partial(load, spec)
+
+
+def _is_sum(spec: Any) -> bool:
+    """Whether it is a sum as `load` takes it: names with weights or options, or a list of tables with `weight`."""
+    if isinstance(spec, list):
+        return bool(spec) and all(isinstance(each, dict) and "weight" in each for each in spec)
+    values = spec.values() if isinstance(spec, dict) and "name" not in spec else ()
+    return bool(values) and all(isinstance(each, int | float) or _is_options(each) for each in values)
+
+
+def _is_options(table: Any) -> bool:
+    return isinstance(table, dict) and "name" not in table
 
 
 def _itself(reward: Reward) -> Reward:
@@ -231,7 +244,7 @@ def _rewards(spec: Any, key: str) -> Mapping[str, partial[Reward]]:
     """One reward, or several by name, or a list of names."""
     if isinstance(spec, list) and all(isinstance(each, str) for each in spec):
         spec = {each: each for each in spec}
-    if isinstance(spec, dict) and "name" not in spec:
+    if isinstance(spec, dict) and "name" not in spec and not _is_sum(spec):
         return {name: _reward(each, f"{key}.{name}") for name, each in spec.items()}
     return {"reward": _reward(spec, key)}
 

@@ -8,16 +8,19 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, final
+from types import NoneType
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
 import iqareward
 from iqareward.rewards.calls import Call
-from iqareward.rewards.core import Wrapper, numbers, refuse_groups
+from iqareward.rewards.core import BaseReward, Wrapper, numbers, refuse_groups
+from iqareward.rewards.loading import LazyModel
 from iqareward.rewards.threads import PerProcess, fork_waits_for
 from iqareward.types import Images, Reward, Scores
 
@@ -127,8 +130,8 @@ class Cached(Wrapper):
         directory: A folder that keeps scores for other runs and processes. If it cannot be used, for example because
             the disk is full, a warning says so once, and scores are computed.
         max_bytes: The largest size of the directory.
-        version: Part of the key, with the reward's name and this library's version. Change it with the weights: the
-            directory cannot tell rewards of the same name apart.
+        version: Part of the key, with the reward's options, such as `weights`, and this library's version. Change it
+            when a file of weights or your own code changes: the directory sees names of files and functions only.
         cache_nan: Keep NaN too. Off by default, because a server that was down may be up again.
 
     Raises:
@@ -161,7 +164,7 @@ class Cached(Wrapper):
         numbers("Cached", max_entries=max_entries, max_bytes=max_bytes)
         if max_entries < 1 or max_bytes < 1:
             raise ValueError(f"Cached expected max_entries and max_bytes >= 1, got {max_entries} and {max_bytes}.")
-        self._prefix = repr((iqareward.__version__, reward.name, version)).encode()
+        self._prefix = repr((iqareward.__version__, reward.name, _described(reward), version)).encode()
         self._store = PerProcess(partial(_Store, max_entries, directory, max_bytes, cache_nan))
 
     def score_call(self, call: Call) -> Scores:
@@ -250,6 +253,32 @@ class _Store:
             self._memory.update(scores)
             while len(self._memory) > self._max_entries:
                 self._memory.popitem(last=False)
+
+
+_NOT_WHAT_IT_COMPUTES = {"batch_size", "_watch"}
+
+
+def _described(value: Any) -> Any:
+    """What a reward computes with, as values whose `repr` is the same in every process."""
+    if isinstance(value, BaseReward):
+        state = {key: each for key, each in value.__getstate__().items() if key not in _NOT_WHAT_IT_COMPUTES}
+        return type(value).__qualname__, _described(state)
+    if isinstance(value, LazyModel):
+        return _described(value.build)
+    if isinstance(value, partial):
+        return _described((value.func, value.args, value.keywords))
+    if isinstance(value, Mapping):
+        return sorted((str(key), _described(each)) for key, each in value.items())
+    if isinstance(value, tuple | list):
+        return [_described(each) for each in value]
+    if isinstance(value, Tensor):
+        return hashlib.blake2b(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value).__qualname__, _described(vars(value))
+    if isinstance(value, str | int | float | Path | torch.dtype | NoneType):
+        return str(value)
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _on_host(images: Images) -> Sequence[Tensor]:

@@ -168,7 +168,7 @@ CATALOG: dict[str, Entry] = {
                    True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(_public, "LPIPSReward", net="vgg"), "VGG feature distance; 0 = identical",
                        True, True, "torchvision:vgg", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
-    "stlpips": Entry(partial(_public, "STLPIPSReward", net="alex"), "LPIPS that tolerates small shifts; 0 = identical",
+    "stlpips": Entry(partial(_public, "STLPIPSReward"), "LPIPS that tolerates small shifts; 0 = identical",
                      True, True, "package:stlpips_pytorch", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "stlpips_vgg": Entry(partial(_public, "STLPIPSReward", net="vgg"), "the same with VGG features; 0 = identical",
                          True, True, "package:stlpips_pytorch", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),

@@ -126,11 +126,11 @@ class LazyModel:
         name: str = "the reward",
         is_built: bool = False,
     ) -> None:
-        self._build, self._asked, self._name, self._is_built = build, device, name, is_built
+        self.build, self._asked, self._name, self._is_built = build, device, name, is_built
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("_build", "_asked", "_name", "_is_built")}
+        return {key: self.__dict__[key] for key in ("build", "_asked", "_name", "_is_built")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -260,7 +260,7 @@ class LazyModel:
             stack.enter_context(torch.device("cpu"))
             stack.enter_context(as_current(device))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            return self._build(device).eval().requires_grad_(False)
+            return self.build(device).eval().requires_grad_(False)
 
 
 @final

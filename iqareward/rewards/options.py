@@ -72,7 +72,7 @@ def closing(text: str, start: int) -> int:
 def name_with(reward: object, name: str, **options: Any) -> str:
     """The name of a reward, followed by those options that differ from the defaults of its class.
 
-    Names tell rewards apart in logs and caches, so every option that changes scores belongs there.
+    Names tell rewards apart in logs, so every option that changes scores belongs there. Objects are left out.
 
     Args:
         reward: The reward that is being made.
@@ -85,9 +85,18 @@ def name_with(reward: object, name: str, **options: Any) -> str:
         'lpips_vgg(weights=vgg16.pth)'
     """
     parameters = inspect.signature(type(reward)).parameters
-    return name + write_options({
-        key: value for key, value in options.items() if key not in parameters or value != parameters[key].default
-    })  # fmt: skip
+    changed = {
+        key: value
+        for key, value in options.items()
+        if _has_text(value) and (key not in parameters or value != parameters[key].default)
+    }
+    return name + write_options(changed)
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_has_text, value))
+    return isinstance(value, str | int | float | Path | torch.dtype | NoneType)
 
 
 def checked(

@@ -137,7 +137,7 @@ class LPIPSReward(_FeatureDistance):
     ) -> None:
         if net not in BACKBONES:
             raise ValueError(f"LPIPSReward expected `net` to be one of {', '.join(BACKBONES)}, got {net!r}.")
-        self.name = name_with(self, "lpips" if net == "alex" else f"lpips_{net}", weights=weights)
+        self.name = name_with(self, "lpips" if net == "alex" else f"lpips_{net}", weights=weights, heads=heads)
         self.differentiable, self.batch_size = differentiable, batch_size
         self.min_side, self.bytes_per_pixel = BACKBONES[net].min_side, _BYTES_PER_PIXEL[net][differentiable]
         self._load_later(partial(_lpips, net, weights, heads), weights or heads, model, device)
@@ -185,9 +185,10 @@ class STLPIPSReward(_FeatureDistance):
     ) -> None:
         if net not in _SHIFT_TOLERANT:
             raise ValueError(f"STLPIPSReward expected `net` to be one of {', '.join(_SHIFT_TOLERANT)}, got {net!r}.")
-        self.name = "stlpips" if net == "alex" else f"stlpips_{net}"
+        name = "stlpips" if net == "alex" else f"stlpips_{net}"
+        self.name = name_with(self, name, weights=weights)
         self.differentiable, self.batch_size = differentiable, batch_size
-        self.min_side, self.bytes_per_pixel = _SHIFT_TOLERANT[net].min_side, _BYTES_PER_PIXEL[self.name][differentiable]
+        self.min_side, self.bytes_per_pixel = _SHIFT_TOLERANT[net].min_side, _BYTES_PER_PIXEL[name][differentiable]
         self._load_later(partial(_stlpips, net, weights), weights, None, device)
 
     def score_batch(self, images: Tensor, references: Tensor) -> Tensor:

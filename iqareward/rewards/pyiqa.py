@@ -20,6 +20,7 @@ from iqareward.images import drop_broken_gradients
 from iqareward.optional import require
 from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel, plain_defaults
+from iqareward.rewards.options import name_with
 from iqareward.types import Bounds
 from iqareward.weight_files import FLOATS, check_values, decode, listed
 
@@ -235,7 +236,7 @@ class PyIQAReward(ImageReward):
                 "Gradients: differentiable=True. Weights: weights='<file>'."
             )
         self.metric = metric
-        self.name = f"pyiqa:{metric}"
+        self.name = name_with(self, f"pyiqa:{metric}", normalize=normalize, weights=weights, **options)
         self.normalize = normalize
         self.needs_references = facts.needs_references
         self.differentiable = differentiable

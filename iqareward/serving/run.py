@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from starlette.types import ASGIApp
 
 from iqareward.optional import require
-from iqareward.rewards.catalog import load
+from iqareward.rewards.catalog import Spec, load, text_of
 from iqareward.serving.app import build_app
 from iqareward.serving.backend import (
     MAX_MESSAGE_BYTES,
@@ -92,16 +92,22 @@ class Config(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    rewards: Annotated[list[str], pydantic.Field(min_length=1)]
+    rewards: Annotated[list[str | dict[str, Any]] | dict[str, str | dict[str, Any]], pydantic.Field(min_length=1)]
     deployment: Deployment = Deployment()
     settings: Settings = Settings()
 
 
-def load_rewards(specs: Sequence[str], num_gpus: float) -> dict[str, Reward]:
-    """Rewards by the names that clients will use: what was typed. Weights are loaded later, where they are needed."""
-    if not specs or len(set(specs)) < len(specs):
-        raise ValueError(f"expected one or more rewards, each once, got {list(specs)}.")
-    return {spec: load(spec, device="cuda" if num_gpus > 0 else "cpu") for spec in specs}
+def load_rewards(specs: Sequence[Spec] | Mapping[str, Spec], num_gpus: float) -> dict[str, Reward]:
+    """Rewards by the names that clients will use: those of a mapping, or what was typed, options included.
+
+    Clients choose among these names and can name no options. Weights are loaded later, where they are needed.
+    """
+    names = list(specs) if isinstance(specs, Mapping) else [text_of(spec) for spec in specs]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected one or more rewards, each once, got {names}.")
+    device = "cuda" if num_gpus > 0 else "cpu"
+    wanted = specs.values() if isinstance(specs, Mapping) else specs
+    return {name: load(spec, device=device) for name, spec in zip(names, wanted, strict=True)}
 
 
 def from_config(arguments: dict[str, Any]) -> Any:

@@ -122,7 +122,7 @@ def test_loads_lazily_from_a_folder_and_pickles_before(tmp_path) -> None:
     # The level ids lie outside this network's small vocabulary; the error comes at the first call, not before.
     reward = QAlignReward(tmp_path)
     assert len(pickle.dumps(reward)) < 5000
-    assert pickle.loads(pickle.dumps(reward)).name == "qalign"
+    assert pickle.loads(pickle.dumps(reward)).name == reward.name
     assert reward.model.config == CONFIG
     assert len(pickle.dumps(reward)) < 5000
 
@@ -206,7 +206,7 @@ def test_a_cuda_graph_needs_cuda() -> None:
 def test_bad_options_are_refused() -> None:
     """Each error says what was expected."""
     with pytest.raises(ValueError, match="aesthetics"):
-        QAlignReward(task="aesthetic")
+        QAlignReward(task="beauty")
     with pytest.raises(ValueError, match="different tasks"):
         QAlignReward(task=("quality", "quality"))
     with pytest.raises(ValueError, match="unit"):

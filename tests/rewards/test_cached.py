@@ -7,7 +7,9 @@ import sqlite3
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch import Tensor
 
 import iqareward
 from iqareward import Cached
+from iqareward.rewards import ZERO_SHOT_LEVELS
+from iqareward.rewards.calls import Call
 from tests.rewards.counting import Brightness, Together, flat
 from tests.tolerances import EXACT
 
@@ -368,3 +372,36 @@ def test_what_cannot_be_cached_is_refused() -> None:
             Cached(Brightness(), **bounds)
     with pytest.raises(ValueError, match="references"):
         Cached(Together())(flat(0.5), prompts=["1"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: iqareward.load("psnr_y"), lambda: iqareward.load("psnr")),
+        (lambda: iqareward.load("lpips", weights="a.pth"), lambda: iqareward.load("lpips", weights="b.pth")),
+        (lambda: iqareward.load("qalign", weights="me/one"), lambda: iqareward.load("qalign", weights="me/two")),
+        (lambda: iqareward.load("qalign(dtype=float16)"), lambda: iqareward.load("qalign")),
+        (lambda: iqareward.LevelReward("me/one"), lambda: iqareward.LevelReward("me/two")),
+        (
+            lambda: iqareward.LevelReward("me/one"),
+            lambda: iqareward.LevelReward("me/one", replace(ZERO_SHOT_LEVELS, question="Is it sharp?")),
+        ),
+        (
+            lambda: iqareward.Calibrated(iqareward.load("psnr"), iqareward.AffineMap(10.0, 50.0)),
+            lambda: iqareward.Calibrated(iqareward.load("psnr"), iqareward.AffineMap(20.0, 50.0)),
+        ),
+        (
+            lambda: iqareward.SoftMin([iqareward.load("ssim")], temperature=0.1),
+            lambda: iqareward.SoftMin([iqareward.load("ssim")], temperature=0.2),
+        ),
+    ],
+)
+def test_a_directory_tells_rewards_apart(one: Callable[[], Any], other: Callable[[], Any], tmp_path: Path) -> None:
+    """Scores of another checkpoint, question, map or option are never served, those of an equal object are."""
+    images = noise(2)
+    for make, misses in ((one, 2), (one, 0), (other, 2)):
+        reward = Cached(make(), directory=tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Call, "score", lambda self, reward: torch.full((len(self),), 0.5))
+            reward(images, references=images)
+        assert reward.misses == misses

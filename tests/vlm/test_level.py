@@ -222,10 +222,10 @@ def test_presets_choose_question_words_and_worth() -> None:
     assert made.bounds == (3.0, 5.0)
     assert made.name == "halves"
     assert made.logits(tiny.images(2)).shape == (2, 2)
-    aesthetics = QReAlignReward("mini", "aesthetics", model=tiny.pair("qwen3_5"))
+    aesthetics = QReAlignReward("mini", "aesthetics", weights=tiny.pair("qwen3_5"))
     assert aesthetics.name == "qrealign_aesthetics"
     assert aesthetics.prompt.endswith("</think>\n\nThe aesthetics of the image is")
-    quality = QReAlignReward("mini", model=tiny.pair("qwen3_5"))
+    quality = QReAlignReward("mini", weights=tiny.pair("qwen3_5"))
     assert (quality(tiny.images(2)) != aesthetics(tiny.images(2))).all()
     assert quality.preset == Q_REALIGN["quality"]
     assert zero_shot_level_reward(tiny.pair("internvl")).preset == ZERO_SHOT_LEVELS

@@ -295,10 +295,10 @@ def test_published_scorers_are_classes(kind) -> None:
 
 def test_published_scorers() -> None:
     """Names, prompts and bounds; the prefix of an answer ends where the first digit is read."""
-    quality = VisualQualityR1Reward(model=tiny.pair("qwen2_5_vl"))
+    quality = VisualQualityR1Reward(weights=tiny.pair("qwen2_5_vl"))
     assert (quality.name, quality.bounds) == ("visualquality_r1", (0.0, 1.0))
     assert quality.prompt.endswith("<|im_start|>assistant\n<answer>")
-    insight = QInsightReward("mos", model=tiny.pair("qwen2_5_vl"))
+    insight = QInsightReward("mos", weights=tiny.pair("qwen2_5_vl"))
     assert (insight.name, insight.bounds) == ("qinsight", (1.0, 5.0))
     assert insight.prompt.endswith('The score.<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n'
                                    '<|im_start|>assistant\n<answer>{"rating": ')  # fmt: skip

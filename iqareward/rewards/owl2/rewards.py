@@ -12,6 +12,7 @@ from iqareward.functional._chunks import rows_at_once
 from iqareward.rewards.calls import Bucket
 from iqareward.rewards.core import ImageReward, masked, reward_mode, sanitize
 from iqareward.rewards.loading import LazyModel
+from iqareward.rewards.options import name_with
 from iqareward.rewards.owl2.network import Owl2, PromptState, StaticForward
 from iqareward.rewards.owl2.preprocess import LEVEL_IDS, PROMPTS, Prompt, Task, preprocess
 from iqareward.rewards.readout import SCALES, LevelDistribution, expected_value, level_distribution
@@ -25,10 +26,12 @@ Compiled = bool | Literal["graph"]
 class _Owl2Reward(ImageReward):
     """A reward by the logits of level words under fixed prompts; the score is the mean over the prompts."""
 
+    _published: str  # hub id
+
     def __init__(
         self,
         name: str,
-        source: str | Path | Owl2,
+        source: str | Path | Owl2 | None,
         tasks: tuple[Task, ...],
         scale: str,
         device: torch.device | str | None,
@@ -48,11 +51,12 @@ class _Owl2Reward(ImageReward):
             )
         if quant not in (None, "int8"):
             raise ValueError(f'{name} expected `quant` None or "int8", got {quant!r}.')
-        self.name, self.differentiable, self.batch_size, self.scale = name, differentiable, batch_size, scale
+        self.name = name_with(self, name, weights=source, scale=scale, dtype=dtype, quant=quant)
+        self.differentiable, self.batch_size, self.scale = differentiable, batch_size, scale
         self.bounds = min(SCALES[scale]), max(SCALES[scale])
         self._prompts = tuple(PROMPTS[task] for task in tasks)
         self._compiled: Compiled = compiled
-        load = partial(_load, name, source, dtype, quant, compiled)
+        load = partial(_load, name, self._published if source is None else source, dtype, quant, compiled)
         self.model_loader = LazyModel(load, device, name=name, is_built=isinstance(source, Owl2))
 
     @property
@@ -117,8 +121,11 @@ class QAlignReward(_Owl2Reward):
     Needs neither transformers nor remote code. The weights (16 GB) are loaded at the first call.
 
     Args:
-        model: Hub id or folder of a Q-Align checkpoint, or an `Owl2` network, which is frozen.
-        task: What is rated. With both tasks, the score is their mean, and the vision tower runs once.
+        weights: Hub id (`owner/name`, or `owner/name@revision`) or folder of a Q-Align checkpoint, or an `Owl2`
+            network, which is frozen; None = q-future/one-align. One file is not enough, because it does not say how
+            the network is built.
+        task: What is rated; "aesthetic" is "aesthetics". With both tasks, the score is their mean, and the vision tower
+            runs once.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5], as the model cards report.
         device: None = the GPU of the first images, else the current CUDA device if there is one, else the CPU.
         dtype: None = bfloat16 on CUDA, float32 on the CPU; a network given keeps its own.
@@ -135,17 +142,19 @@ class QAlignReward(_Owl2Reward):
     Example:
         >>> reward = QAlignReward(scale="mos")  # nothing is loaded yet
         >>> reward.name, reward.bounds
-        ('qalign', (1.0, 5.0))
+        ('qalign(scale=mos)', (1.0, 5.0))
 
     References:
         Wu et al., "Q-Align: Teaching LMMs for Visual Scoring via Discrete Text-Defined Levels", 2024,
         https://arxiv.org/abs/2312.17090
     """
 
+    _published = "q-future/one-align"
+
     def __init__(
         self,
-        model: str | Path | Owl2 = "q-future/one-align",
-        task: Task | tuple[Task, ...] = "quality",
+        weights: str | Path | Owl2 | None = None,
+        task: Task | Literal["aesthetic"] | tuple[Task | Literal["aesthetic"], ...] = "quality",
         scale: Literal["unit", "mos"] = "unit",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -157,11 +166,12 @@ class QAlignReward(_Owl2Reward):
     ) -> None:
         if scale not in ("unit", "mos"):
             raise ValueError(f'QAlignReward expected `scale` "unit" or "mos", got {scale!r}.')
-        self.tasks: tuple[Task, ...] = (task,) if isinstance(task, str) else tuple(task)
+        tasks = (task,) if isinstance(task, str) else tuple(task)
+        self.tasks: tuple[Task, ...] = tuple("aesthetics" if each == "aesthetic" else each for each in tasks)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not set(self.tasks) <= set(PROMPTS):
             raise ValueError(f"QAlignReward expected one or two different tasks of {list(PROMPTS)}, got {task!r}.")
         name = "qalign" if self.tasks == ("quality",) else f"qalign_{'_'.join(self.tasks)}"
-        super().__init__(name, model, self.tasks, scale, device, dtype, differentiable, batch_size, compiled, quant)
+        super().__init__(name, weights, self.tasks, scale, device, dtype, differentiable, batch_size, compiled, quant)
 
     def scores_per_task(self, images: Images) -> Tensor:
         """`[B, tasks]` scores in the order of `task`."""
@@ -183,8 +193,8 @@ class DeQAReward(_Owl2Reward):
     `differentiable`, `batch_size`, `compiled` and `quant` are those of `QAlignReward`.
 
     Args:
-        model: Hub id or folder of full weights or of a LoRA adapter (`zhiyuanyou/DeQA-Score-LoRA-Mix3`, merged while
-            loading), or an `Owl2` network, which is frozen.
+        weights: Hub id or folder of full weights or of a LoRA adapter (`zhiyuanyou/DeQA-Score-LoRA-Mix3`, merged while
+            loading), or an `Owl2` network, which is frozen; None = zhiyuanyou/DeQA-Score-Mix3.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5]; `"flow_grpo"` is [0.2, 1], as Flow-GRPO's reward server answers
             (without its JPEG compression of the images).
 
@@ -198,9 +208,11 @@ class DeQAReward(_Owl2Reward):
         2025, https://arxiv.org/abs/2501.11561
     """
 
+    _published = "zhiyuanyou/DeQA-Score-Mix3"
+
     def __init__(
         self,
-        model: str | Path | Owl2 = "zhiyuanyou/DeQA-Score-Mix3",
+        weights: str | Path | Owl2 | None = None,
         scale: Literal["unit", "mos", "flow_grpo"] = "unit",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -212,7 +224,9 @@ class DeQAReward(_Owl2Reward):
     ) -> None:
         if scale not in SCALES:
             raise ValueError(f"DeQAReward expected `scale` one of {sorted(SCALES)}, got {scale!r}.")
-        super().__init__("deqa", model, ("quality",), scale, device, dtype, differentiable, batch_size, compiled, quant)
+        super().__init__(
+            "deqa", weights, ("quality",), scale, device, dtype, differentiable, batch_size, compiled, quant
+        )
 
     def logits(self, images: Images) -> Tensor:
         """Logits of excellent, good, fair, poor, bad: `[B, 5]` float32."""

@@ -56,7 +56,8 @@ def load_model(
 
     Args:
         name: The reward's name, for error messages.
-        source: A folder as `save_pretrained` writes it, or a hub id `owner/name`, or `owner/name/folder`.
+        source: A folder as `save_pretrained` writes it, or a hub id `owner/name`, or `owner/name/folder`,
+            perhaps with a revision behind an "@".
         device: Where the weights go.
         dtype: The dtype of the weights.
         checkpointing: Whether to recompute layers in the backward pass instead of keeping their activations.
@@ -191,8 +192,9 @@ def _folder(source: str | Path) -> Path:
     """Folders stay whole, hub ids may end in a folder of the repository."""
     if isinstance(source, Path) or os.path.isdir(source):
         return checkpoint_folder(source)
-    repository, inner = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
-    return checkpoint_folder(repository, inner=inner, also=_PROCESSOR_FILES)
+    where, at, revision = source.partition("@")
+    repository, inner = "/".join(where.split("/")[:2]), "/".join(where.split("/")[2:])
+    return checkpoint_folder(f"{repository}{at}{revision}", inner=inner, also=_PROCESSOR_FILES)
 
 
 def _check_stored(folder: Path, config: dict[str, Any]) -> dict[str, Path]:

@@ -42,7 +42,8 @@ from iqareward.rewards.vlm.presets import (
 from iqareward.types import Bounds, Images, Scores
 
 Source = str | Path | tuple[Any, Any]
-"""Hub id (`owner/name`, or `owner/name/folder`), folder, or a pair (model, processor), which is used as it is."""
+"""Hub id (`owner/name` or `owner/name/folder`, perhaps with `@revision`), folder, or a pair (model, processor), which
+is used as it is."""
 
 Scale = Literal["unit", "mos"]
 
@@ -70,7 +71,7 @@ class _VLMReward(ImageReward):
         if batch_size < 1:
             raise ValueError(f"{name} expected `batch_size` >= 1, got {batch_size}.")
         if isinstance(source, tuple) and len(source) != 2:
-            raise ValueError(f"{name} expected `model` as a pair (model, processor), got {len(source)} things.")
+            raise ValueError(f"{name} expected `weights` as a pair (model, processor), got {len(source)} things.")
         self.name, self.batch_size, self.differentiable = name, batch_size, differentiable
         self._columns, self.scale = columns, scale
         build = build or partial(_load, name, source, dtype, differentiable)
@@ -155,7 +156,7 @@ class _LevelReward(_VLMReward):
     def __init__(
         self,
         name: str,
-        model: Source,
+        weights: Source,
         preset: LevelPreset,
         scale: Scale,
         device: torch.device | str | None,
@@ -165,7 +166,7 @@ class _LevelReward(_VLMReward):
     ) -> None:
         check_preset(name, preset, LevelPreset)
         columns = len(preset.levels) + 1  # one more for the mass of all levels
-        super().__init__(name, model, columns, scale, device, dtype, differentiable, batch_size)
+        super().__init__(name, weights, columns, scale, device, dtype, differentiable, batch_size)
         self.preset = preset
         low, high = (0.0, 1.0) if scale == "unit" else (1.0, 5.0)
         self._worth = tuple(low + (high - low) * worth for worth in preset.worth)
@@ -219,7 +220,7 @@ class LevelReward(_LevelReward):
     extra `vlm`. The weights are loaded at the first call.
 
     Args:
-        model: Hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, LLaVA-OneVision or InternVL (`-hf`)
+        weights: Hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, LLaVA-OneVision or InternVL (`-hf`)
             checkpoint, or a pair (model, processor), whose model is frozen.
         preset: What is asked, and the words that may answer.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5], as human ratings are reported.
@@ -246,7 +247,7 @@ class LevelReward(_LevelReward):
 
     def __init__(
         self,
-        model: Source,
+        weights: Source,
         preset: LevelPreset = ZERO_SHOT_LEVELS,
         scale: Scale = "unit",
         device: torch.device | str | None = None,
@@ -256,7 +257,7 @@ class LevelReward(_LevelReward):
         *,
         name: str = "level",
     ) -> None:
-        super().__init__(name, model, preset, scale, device, dtype, differentiable, batch_size)
+        super().__init__(name, weights, preset, scale, device, dtype, differentiable, batch_size)
 
 
 @final
@@ -267,8 +268,8 @@ class QReAlignReward(_LevelReward):
 
     Args:
         size: `"mini"` (0.8B parameters), `"lite"` (4B) or `"pro"` (9B).
-        task: What is rated.
-        model: None = the published weights of that size; a folder, or a pair (model, processor).
+        task: What is rated; "aesthetic" is "aesthetics".
+        weights: Hub id, folder, or pair (model, processor); None = the published weights of that size.
 
     Example:
         >>> QReAlignReward(size="lite", task="aesthetics").name
@@ -278,30 +279,32 @@ class QReAlignReward(_LevelReward):
     def __init__(
         self,
         size: Size = "mini",
-        task: Task = "quality",
+        task: Task | Literal["aesthetic"] = "quality",
         scale: Scale = "unit",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         differentiable: bool = False,
         batch_size: int = 8,
         *,
-        model: Source | None = None,
+        weights: Source | None = None,
     ) -> None:
+        task = "aesthetics" if task == "aesthetic" else task
         if size not in Q_REALIGN_MODELS or task not in Q_REALIGN:
             raise ValueError(
                 f"QReAlignReward expected size {sorted(Q_REALIGN_MODELS)} and task {sorted(Q_REALIGN)}, "
                 f"got {size!r} and {task!r}."
             )
-        source = Q_REALIGN_MODELS[size] if model is None else model
+        source = Q_REALIGN_MODELS[size] if weights is None else weights
         parts = ["qrealign", *([] if size == "mini" else [size]), *([] if task == "quality" else [task])]
-        super().__init__("_".join(parts), source, Q_REALIGN[task], scale, device, dtype, differentiable, batch_size)
+        name = name_with(self, "_".join(parts), weights=weights, scale=scale, dtype=dtype)
+        super().__init__(name, source, Q_REALIGN[task], scale, device, dtype, differentiable, batch_size)
 
 
-def zero_shot_level_reward(model: Source, scale: Scale = "unit", **options: Any) -> LevelReward:
+def zero_shot_level_reward(weights: Source, scale: Scale = "unit", **options: Any) -> LevelReward:
     """Ask Q-Align's question of a general model that was not trained on it.
 
     Args:
-        model: Hub id, folder, or pair (model, processor), as in `LevelReward`.
+        weights: Hub id, folder, or pair (model, processor), as in `LevelReward`.
         scale: `"unit"` is [0, 1]; `"mos"` is [1, 5].
         **options: Further options of `LevelReward`.
 
@@ -312,7 +315,7 @@ def zero_shot_level_reward(model: Source, scale: Scale = "unit", **options: Any)
         >>> zero_shot_level_reward("Qwen/Qwen3-VL-2B-Instruct").name
         'zero_shot_level'
     """
-    return LevelReward(model, ZERO_SHOT_LEVELS, scale, name="zero_shot_level", **options)
+    return LevelReward(weights, ZERO_SHOT_LEVELS, scale, name="zero_shot_level", **options)
 
 
 class Reading(NamedTuple):
@@ -338,7 +341,7 @@ class _RatingReward(_VLMReward):
     def __init__(
         self,
         name: str,
-        model: Source,
+        weights: Source,
         preset: RatingPreset,
         scale: Scale,
         device: torch.device | str | None,
@@ -347,7 +350,7 @@ class _RatingReward(_VLMReward):
         batch_size: int,
     ) -> None:
         check_preset(name, preset, RatingPreset)
-        super().__init__(name, model, 2, scale, device, dtype, differentiable, batch_size)
+        super().__init__(name, weights, 2, scale, device, dtype, differentiable, batch_size)
         self.preset = preset
         low, high = float(preset.ratings.low), float(preset.ratings.high)
         self._shift, self._span = (0.0, 1.0) if scale == "mos" else (low, high - low)
@@ -421,7 +424,7 @@ class RatingReward(_RatingReward):
     call.
 
     Args:
-        model: Hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, LLaVA-OneVision or InternVL (`-hf`)
+        weights: Hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, LLaVA-OneVision or InternVL (`-hf`)
             checkpoint, or a pair (model, processor), whose model is frozen.
         preset: What is asked, and the ratings that may answer.
         scale: `"unit"` is [0, 1]; `"mos"` is the preset's own range, such as [1, 5].
@@ -455,7 +458,7 @@ class RatingReward(_RatingReward):
 
     def __init__(
         self,
-        model: Source,
+        weights: Source,
         preset: RatingPreset,
         scale: Scale = "unit",
         device: torch.device | str | None = None,
@@ -476,18 +479,18 @@ class RatingReward(_RatingReward):
         if mode == "generate" and differentiable:
             raise ValueError(f'{name} expected `differentiable=False` with mode="generate": text has no gradient.')
         self.mode, self.thinking, self.seed, self.min_digit_mass = mode, thinking, seed, min_digit_mass
-        super().__init__(name, model, preset, scale, device, dtype, differentiable, batch_size)
+        super().__init__(name, weights, preset, scale, device, dtype, differentiable, batch_size)
 
 
 @final
 class VisualQualityR1Reward(_RatingReward):
     """VisualQuality-R1: Qwen2.5-VL-7B trained by ranking to rate quality from 1 to 5, as an expectation over digits.
 
-    Its published protocol is `RatingReward(model, VISUALQUALITY_R1, mode="generate")`. `scale`, `device`, `dtype`,
+    Its published protocol is `RatingReward(weights, VISUALQUALITY_R1, mode="generate")`. `scale`, `device`, `dtype`,
     `differentiable` and `batch_size` are those of `RatingReward`.
 
     Args:
-        model: The published weights; a folder, or a pair (model, processor).
+        weights: Hub id, folder, or pair (model, processor); None = the published weights.
 
     Example:
         >>> VisualQualityR1Reward(scale="mos").bounds
@@ -506,10 +509,11 @@ class VisualQualityR1Reward(_RatingReward):
         differentiable: bool = False,
         batch_size: int = 8,
         *,
-        model: Source = VISUALQUALITY_R1_MODEL,
+        weights: Source | None = None,
     ) -> None:
-        name = "visualquality_r1"
-        super().__init__(name, model, VISUALQUALITY_R1, scale, device, dtype, differentiable, batch_size)
+        name = name_with(self, "visualquality_r1", weights=weights, scale=scale, dtype=dtype)
+        weights = VISUALQUALITY_R1_MODEL if weights is None else weights
+        super().__init__(name, weights, VISUALQUALITY_R1, scale, device, dtype, differentiable, batch_size)
 
 
 @final
@@ -517,11 +521,11 @@ class QInsightReward(_RatingReward):
     """Q-Insight: Qwen2.5-VL-7B trained to reason about quality and rate it from 1 to 5, as an expectation over digits.
 
     It was trained to think first, which this does not wait for: look at `reading(images).digit_mass` before you trust
-    it. Its published protocol is `RatingReward(model, Q_INSIGHT, mode="generate", thinking=True)`. `scale`, `device`,
+    it. Its published protocol is `RatingReward(weights, Q_INSIGHT, mode="generate", thinking=True)`. `scale`, `device`,
     `dtype`, `differentiable` and `batch_size` are those of `RatingReward`.
 
     Args:
-        model: The published weights; a folder, or a pair (model, processor).
+        weights: Hub id, folder, or pair (model, processor); None = the published weights.
 
     Example:
         >>> QInsightReward().name
@@ -540,9 +544,11 @@ class QInsightReward(_RatingReward):
         differentiable: bool = False,
         batch_size: int = 8,
         *,
-        model: Source = f"{Q_INSIGHT_MODEL}/{Q_INSIGHT_SUBFOLDER}",
+        weights: Source | None = None,
     ) -> None:
-        super().__init__("qinsight", model, Q_INSIGHT, scale, device, dtype, differentiable, batch_size)
+        name = name_with(self, "qinsight", weights=weights, scale=scale, dtype=dtype)
+        weights = f"{Q_INSIGHT_MODEL}/{Q_INSIGHT_SUBFOLDER}" if weights is None else weights
+        super().__init__(name, weights, Q_INSIGHT, scale, device, dtype, differentiable, batch_size)
 
 
 # Mean and standard deviation of HPSv3's scores of eleven generators, from Stable Diffusion 2 (-0.24) to Kolors
