@@ -22,7 +22,7 @@ pytest.importorskip("accelerate", reason="training needs the extra diffusers")
 
 from iqareward.cli import app
 from iqareward.cli.train import EXAMPLE
-from iqareward.cli.train_config import RunConfig, SFTConfig, ValidationConfig, make_data, read_config
+from iqareward.cli.train_config import RunConfig, SFTConfig, ValidationConfig, make_data, make_on, read_config
 from iqareward.cli.train_data import split
 from iqareward.diffusion import (
     Degradation,
@@ -226,6 +226,9 @@ CHANGES = {
     "missing key": ('reward = "haarpsi"\n', "", "missing key `reward`"),
     "reward": ('"haarpsi"', '"harpsi"', "`reward.reward`: unknown reward 'harpsi'; did you mean haarpsi"),
     "blind reward": ('"haarpsi"', '"niqe"', "`reward.reward`: niqe gives no score for images of 16 x 16 pixels"),
+    "unknown option": ('"haarpsi"', '{name = "ssim", colour = 1}', "does not have: colour. It has batch_size, color"),
+    "value of an option": ('"haarpsi"', '{name = "ssim", color = 3}', "as option 'color', got 3"),
+    "two names": ('"haarpsi"', '{haarpsi = 0.5, x = "ssim"}', "`reward.haarpsi` expected a name of `iqareward list`"),
     "option of a reward": ('"haarpsi"', '{name = "QualityGain", gama = 1}', "did you mean `reward.gamma`?"),
     "objective": ('"DiffusionNFT"', '"ppo"', "`objective` expected one of ClippedPolicyGradient, DiffusionNFT"),
     "option": ('"DiffusionNFT"', '{name = "GroupDPO", pairs = 1}', "`objective.pairs` expected 'sum' or 'all', got 1"),
@@ -567,6 +570,36 @@ gain = 3.0
     total = 2 * line["reward/sharp"] + line["reward/rank"] + 3 * line["reward/gain"]
     assert line["reward"] == pytest.approx(total, rel=1e-5)
     assert line["reward/rank"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ('{ name = "ssim", color = "y" }', {"reward": "ssim(color=y)"}),
+        ('"ssim(color=y)"', {"reward": "ssim(color=y)"}),
+        (
+            "{ haarpsi = 0.7, psnr = { weight = 0.3, range = [10, 50] } }",
+            {"reward": "0.7*haarpsi + 0.3*psnr[10, 50]"},
+        ),
+        ('{ ssim = { color = "y" } }', {"reward": "ssim(color=y)"}),
+        (
+            '[{ name = "ssim", weight = 0.5 }, { name = "ssim", weight = 0.5, color = "y" }]',
+            {"reward": "0.5*ssim + 0.5*ssim(color=y)"},
+        ),
+        ('["ssim", "haarpsi"]', {"ssim": "ssim", "haarpsi": "haarpsi"}),
+        (
+            '{ a = "ssim", b = { name = "ssim", color = "y" }, c = { name = "RankInGroup", reward = { ssim = 0.5 } } }',
+            {"a": "ssim", "b": "ssim(color=y)", "c": "rank(0.5*ssim)"},
+        ),
+    ],
+)
+def test_forms_of_a_reward(spec: str, names: dict[str, str]) -> None:
+    """Text, tables of options, sums and several rewards by name are read as they look."""
+    file = settings()
+    file.write_text(file.read_text().replace('reward = "haarpsi"', f"reward = {spec}"))
+    config = read_config(file)
+    built = {key: make_on(torch.device("cpu"), call, key).name for key, call in config.reward.items()}
+    assert built == names
 
 
 def test_everything_that_has_a_name_is_built() -> None:

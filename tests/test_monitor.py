@@ -401,7 +401,7 @@ def test_measures_come_by_name(wrong) -> None:
 
 def test_names_are_loaded():
     """A name is the reward of the catalogue, in a list and in a mapping, and for the training reward."""
-    watching = HackingMonitor(["psnr", "0.5*ssim + 0.5*gmsd[-0.35, 0]"], reward="psnr(color=rgb)", patience=1)
+    watching = HackingMonitor(["psnr", "0.5*ssim + 0.5*gmsd[-0.35, 0]"], reward="1*psnr", patience=1)
     named = HackingMonitor({"fidelity": "psnr"}, statistics={})
     for each in (watching, named):
         each.calibrate(BLURRED, TRUTH, None if each is watching else LOW)

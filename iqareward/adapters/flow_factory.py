@@ -3,7 +3,7 @@
 Flow-Factory silently ignores what is not a subclass of its own classes, so `IQARewardModel` and `IQARankRewardModel`
 are subclasses, made when Flow-Factory can be imported. Their settings are the keys of the YAML entry:
 
-- `reward`: a name or sum of the catalogue, or a mapping with its options, as `iqareward.load` takes it.
+- `reward`: a name or sum of the catalogue as text, options included; Flow-Factory refuses a mapping here.
 - `references`, `inputs`: `condition_images` (the first of each sample), or a column of the dataset.
 - `on_nan`: `raise`, `mean`, `worst`, or a number. Flow-Factory itself stops at NaN without naming the image.
 - `margin` (ranks only): differences of scores that are no larger are ties; see `iqareward.rewards.RankInGroup`.

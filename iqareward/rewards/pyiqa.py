@@ -374,7 +374,13 @@ def _build(metric: str, weights: str | Path | None, options: Mapping[str, Any], 
             raise OSError(_missing_weights(who, error)) from error
         except Exception as error:  # pyiqa raises anything for a file of another layout
             if isinstance(error, TypeError) and "keyword argument" in str(error):
-                raise ValueError(f"{who} was given an option that this metric does not have: {error}.") from error
+                registry = require("pyiqa.utils.registry", extra="pyiqa", purpose=who).ARCH_REGISTRY
+                known = inspect.signature(registry.get(pyiqa_configs()[metric]["metric_opts"]["type"])).parameters
+                raise ValueError(
+                    f"{who} was given an option that this metric does not have: {error}. It has "
+                    f"{', '.join(sorted(known.keys() - _RESERVED))}; every metric has normalize, "
+                    "differentiable, device, batch_size and weights."
+                ) from error
             if weights is None or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(

@@ -178,6 +178,13 @@ def test_settings() -> None:
         double.RewardProcessor({"q": model(reward="piqe")}).compute_rewards([double.PlannedSample()])
 
 
+def test_options_in_the_entry() -> None:
+    """Options of a reward stand in its text, because the trainer hashes entries; one it cannot have is named."""
+    assert model(reward="ssim(color=y)", references="clean").settings.scorer.reward.name == "ssim(color=y)"
+    with pytest.raises(ValueError, match="does not have: colour"):
+        model(reward="ssim(colour=y)", references="clean")
+
+
 def test_class_is_one_and_can_be_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dotted path always gives one class, pickled by name; without Flow-Factory it says what is missing."""
     assert flow_factory.IQARewardModel is flow_factory.IQARewardModel

@@ -111,6 +111,18 @@ def test_installed_names_share_a_scale() -> None:
 
 
 @FLOW_GRPO
+def test_options_of_installed_rewards() -> None:
+    """A mapping may give options and a range beside the weight; two options make two components."""
+    module = double.rewards_module()
+    options = {"psnr": {"weight": 0.5, "range": [10, 50], "color": "y"}, "haarpsi": {}}
+    install(module, options, references="clean")
+    images = torch.full((2, 3, 32, 32), 0.5)
+    details, _ = module.multi_score("cpu", {})(images, ["", ""], [{"clean": image} for image in images])
+    assert details["psnr(color=y)[10, 50]"].tolist() == details["haarpsi"].tolist() == [1.0, 1.0]
+    assert details["avg"].tolist() == [1.5, 1.5]
+
+
+@FLOW_GRPO
 def test_install_alone() -> None:
     """With an empty `config.reward_fn` only our rewards count."""
     module = double.rewards_module()

@@ -583,7 +583,11 @@ def test_refused_before_loading(metric: str, options: dict[str, Any], message: s
     ("metric", "options", "message"),
     [
         ("maclip", {}, "runs on CUDA only"),
-        ("ssim", {"no_such_option": 1}, "no_such_option"),
+        (
+            "ssim",
+            {"no_such_option": 1},
+            "'no_such_option'.*It has channels, color_space, .*; every metric has normalize",
+        ),
     ],
 )
 def test_refused_at_first_use(metric: str, options: dict[str, Any], message: str) -> None:

@@ -145,13 +145,16 @@ def test_inputs_arrive_with_their_images(pairs):
         (b"{}", {"content-type": "application/json"}, (415, "unsupported_content_type")),
         (b"{}", {}, (415, "unsupported_content_type")),
         (body(rewards=["nope"]), SAFETENSORS, (404, "unknown_reward")),
+        (body(rewards=["piqe(batch_size=1)"]), SAFETENSORS, (404, "unknown_reward")),
+        (body(rewards=["lpips(weights=/etc/passwd)"]), SAFETENSORS, (404, "unknown_reward")),
+        (body(rewards=["0.5*piqe"]), SAFETENSORS, (404, "unknown_reward")),
         (body(rewards=["ssim"]), SAFETENSORS, (422, "missing_references")),
         (body(torch.rand(1, 3, 4, 4)).replace(b"F32", b"I32"), SAFETENSORS, (422, "bad_dtype")),
         (body(torch.zeros(1025, 3, 1, 1)), SAFETENSORS, (413, "too_many_images")),
     ],
 )
 def test_bad_requests(app, content, headers, expected):
-    """Every bad body has its status and its code."""
+    """Every bad body has its status and its code; options and sums are the server's, never a client's."""
     assert error_of(post(app, content=content, headers=headers)) == expected
 
 

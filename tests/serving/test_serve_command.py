@@ -156,6 +156,11 @@ def test_the_application_of_a_config_file():
     names = {part._bound_deployment.name for part in built._bound_deployment.init_args}
     assert names == {"reward-0-piqe", "reward-1-ssim"}
     assert {part._bound_deployment.num_replicas for part in built._bound_deployment.init_args} == {2}
+    rewards = ["piqe", {"name": "ssim", "color": "y"}, {"ssim": 0.7, "psnr": {"weight": 0.3, "range": [10, 50]}}]
+    assert list(load_rewards(rewards, 0)) == ["piqe", "ssim(color=y)", "0.7*ssim + 0.3*psnr[10, 50]"]
+    assert len(from_config({"rewards": rewards})._bound_deployment.init_args) == 3
+    named = load_rewards({"quality": {"name": "lpips", "weights": "/private/file.pth"}}, 0)
+    assert (list(named), named["quality"].name) == (["quality"], "lpips(weights=/private/file.pth)")
     for wrong in ({"setting": {}}, {"settings": {"dead_line": 5.0}}, {"deployment": {"replicas": "many"}}):
         with pytest.raises(ValueError, match=r"setting|dead_line|replicas"):
             from_config({"rewards": ["piqe"]} | wrong)
