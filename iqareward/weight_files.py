@@ -60,23 +60,15 @@ def checkpoint_folder(
     from huggingface_hub import snapshot_download
 
     repository, revision = found.groups()
-
     start = f"{inner}/" if inner else ""
-    command = " ".join(["hf download", source, *(["--include", *map(shlex.quote, only)] if only else [])])
+    more = [*(["--revision", revision] if revision else []), *(["--include", *map(shlex.quote, only)] if only else [])]
+    command = " ".join(["hf download", repository, *more])
 
     def fetch(*patterns: str) -> Path:
-        allowed = [start + pattern for pattern in patterns]
+        options: Any = {"allow_patterns": [start + pattern for pattern in patterns], "ignore_patterns": [f"{start}*/*"]}
         try:
-            return (
-                Path(
-                    snapshot_download(
-                        repository, revision=revision, allow_patterns=allowed, ignore_patterns=[f"{start}*/*"]
-                    )
-                )
-                / start
-            )
+            return Path(snapshot_download(repository, revision=revision, **options)) / start
         except OSError as error:
-            command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
             raise OSError(
                 f"the weights of {source} are not all in the hub's cache and could not be downloaded ({error}). "
                 f"Run `{command}` where there is a network, or pass the folder that holds them."

@@ -238,7 +238,7 @@ class DISTSReward(_FeatureDistance):
         device: torch.device | str | None = None,
         batch_size: int | None = None,
     ) -> None:
-        self.name = name_with(self, "dists", weights=weights)
+        self.name = name_with(self, "dists", weights=weights, heads=heads)
         self.differentiable, self.batch_size = differentiable, batch_size
         self.bytes_per_pixel = _BYTES_PER_PIXEL["dists"][differentiable]
         self._load_later(partial(_dists, weights, heads), weights or heads, model, device)

@@ -3,7 +3,7 @@
 import pickle
 import re
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iqareward import LPIPSReward, WeightedSum, check_reward, evaluate, functional, load
-from iqareward.rewards.catalog import CATALOG, published, text_of
+from iqareward.rewards.catalog import CATALOG, known_options, published, text_of
 from iqareward.rewards.options import read_options, write_options
 from iqareward.rewards.pyiqa import NEEDS_CUDA, REFUSED, pyiqa_configs
 from tests.tolerances import EXACT, OTHER_PACKAGE
@@ -445,6 +445,25 @@ def test_options_are_values_of_python() -> None:
         assert load("qalign", dtype=word).name == load("qalign(dtype=bfloat16)").name
     both = load("qalign(task=[quality, aesthetics])")
     assert both.tasks == load({"name": "qalign", "task": ["quality", "aesthetics"]}).tasks == ("quality", "aesthetics")
+
+
+# Where and how a reward computes, not what; and objects, which have no text.
+UNNAMED = {"device", "batch_size", "differentiable", "compiled", "model"}
+OPTIONS = {
+    **dict.fromkeys(("weights", "heads", "base"), ("me/one", "me/two")),
+    "dtype": (torch.float16, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_options_that_change_scores_are_in_the_name(name: str) -> None:
+    """Two values of an option, such as two files of weights, never have one name."""
+    known, _ = known_options(name)
+    for option in known.keys() - UNNAMED:
+        literals = [get_args(kind) for kind in (known[option], *get_args(known[option])) if get_origin(kind) is Literal]
+        values = literals[0] if literals else OPTIONS.get(option, ())
+        names = [load(name, **{option: value}).name for value in values if value != "aesthetic"]  # "aesthetics" too
+        assert len({*names}) == len(names), option
 
 
 @pytest.mark.parametrize(

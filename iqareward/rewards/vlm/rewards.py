@@ -616,7 +616,7 @@ class HPSv3Reward(_VLMReward):
         base: str | Path | None = HPSV3_BASE,
     ) -> None:
         build = partial(_load_hpsv3, "hpsv3", weights, base, dtype, differentiable)
-        name = name_with(self, "hpsv3", scale=scale, weights=weights, base=base)
+        name = name_with(self, "hpsv3", scale=scale, weights=weights, base=base, dtype=dtype)
         super().__init__(name, weights, 2, scale, device, dtype, differentiable, batch_size, build)
         self.bounds: Bounds = (0.0, 1.0) if scale == "unit" else (None, None)
 
