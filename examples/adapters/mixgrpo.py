@@ -35,7 +35,7 @@ class PickScoreRewardModel:
         if self._alive:
             raise ValueError(
                 f"MixGRPO would keep the scores of one PickScoreRewardModel, and {self.reward.name!r} would be the "
-                "second. Combine the rewards in one sum, such as '0.7*qalign + 0.3*niqe[-12, 0]'."
+                "second. Combine the rewards in one sum, such as '0.7*qalign + 0.3*niqe'."
             )
         self._alive.add(self)
 

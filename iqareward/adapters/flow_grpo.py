@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iqareward.adapters._core import UNIT, OnNan, Scorer, ValueRange, apply_policy, check_on_nan, column
 from iqareward.images import to_images
-from iqareward.rewards.catalog import Spec, on_unit_scale, text_of
+from iqareward.rewards.catalog import Spec, load, on_unit_scale
 from iqareward.rewards.threads import ProcessLock
 from iqareward.types import Reward, Scores
 
@@ -89,7 +89,7 @@ def install(
     Args:
         module: `flow_grpo.rewards`, or the same module of a child under its own name.
         rewards: Name -> weight, or name -> options with `weight` among them, or (weight, name or reward) pairs. Where
-            several are added, named ones must lie in [-1, 1], as in `iqareward.load`: `"psnr[10, 50]"`.
+            several are added, named ones are calibrated as in a sum of `iqareward.load`.
         references: As in `reward_function`.
         inputs: As in `reward_function`.
         groups: The key of `metadata` that holds each sample's input id, an integer below 2**24; passed on as component
@@ -172,17 +172,12 @@ def _ours(
     """Name -> weight and scoring function, after the checks that need the names of the trainer's own rewards."""
     ours: dict[str, tuple[float, Callable[..., Scores]]] = {}
     for weight, reward in pairs:
+        if len(pairs) + len(taken) > 1 and not callable(reward):
+            reward = on_unit_scale(reward, load(reward, device=device))
         scorer = Scorer(reward, who="install", sources=sources, on_nan=on_nan, device=device)
         name = scorer.reward.name
         if name in ours or name in taken:
             raise ValueError(f"install expected rewards with unique names, got {name!r} twice.")
-        if len(pairs) + len(taken) > 1 and not callable(reward):
-            text, scaled = text_of(reward), on_unit_scale(reward, scorer.reward)
-            if text != scaled:
-                raise ValueError(
-                    f"install adds scores of different scales: {text!r} may leave [-1, 1]. Write {scaled!r}: the "
-                    "first score in brackets becomes 0, the second 1."
-                )
         ours[name] = (float(weight), _taking_turns(scorer))
     return ours
 

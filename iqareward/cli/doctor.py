@@ -35,8 +35,8 @@ grad   differentiable=True can be asked for
 range  of most photographs; higher is better
 sign   negated: minus the published metric
 
-Sums: "0.7*qalign + 0.3*ssim"; where scores leave [-1, 1], with a range:
-"0.7*ssim + 0.3*psnr[10, 50]". More names: iqareward list --pyiqa"""
+Sums: "0.7*qalign + 0.3*psnr"; scores that leave [-1, 1] are calibrated, or take
+a range: "0.7*ssim + 0.3*lpips[-1, 0]". More names: iqareward list --pyiqa"""
 _COLUMNS = ("name", "here", "refs", "grad", "range", "sign", "a score says", "licence")
 _COLOURS = {"ok": "green", "missing": "yellow", "old": "yellow", "broken": "red", "note": "blue"}
 _TORCHVISION = "torchvision:"

@@ -20,6 +20,7 @@ from iqareward.functional.ms_ssim import MIN_SIDE as MS_SSIM_MIN_SIDE
 from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
+from iqareward.rewards.calibrations import calibrated, calibrations
 from iqareward.rewards.clip import CLIP_B16, CLIP_B32, CLIP_L14, HPSV2, PICKSCORE
 from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.metric import FullReference, NoReference
@@ -197,7 +198,7 @@ _NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
 _TERM = re.compile(
     rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z](?:[^\s*\[\]()]*[^\s*\[\]()_-])?)"
     rf"(?:\((?P<options>\d+)\))?"  # the place of the options in a list; see _masked
-    rf"(?:\[\s*(?P<low>-?{_NUMBER})\s*,\s*(?P<high>-?{_NUMBER})\s*\])?"
+    rf"(?:\[\s*(?:(?P<low>-?{_NUMBER})\s*,\s*(?P<high>-?{_NUMBER})|(?P<calibrated>calibrated))\s*\])?"
 )
 
 Spec: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
@@ -209,13 +210,14 @@ class _Term(NamedTuple):
 
     Attributes:
         text: The part as text, without its sign.
+        range: The scores that become 0 and 1, or "calibrated" for the map that ships.
         weight: None = not given.
     """
 
     name: str
     text: str
     options: Mapping[str, Any] = {}
-    range: tuple[float, float] | None = None
+    range: tuple[float, float] | str | None = None
     weight: float | None = None
 
 
@@ -224,16 +226,17 @@ def load(
 ) -> Reward:
     """Make a reward from its name, or from a weighted sum of names.
 
-    A sum adds the scores as they are, so its parts must share a scale: each must lie in [-1, 1]. Write
-    `"psnr[10, 50]"` for a reward that does not: a score of 10 becomes 0, one of 50 becomes 1, linear between and
-    constant beyond.
+    The parts of a sum must share a scale. Rewards whose scores may leave [-1, 1] are mapped to [0, 1] by a calibration
+    that ships with the package, and are then named `"psnr[calibrated]"`; write that to get it for a reward alone. Write
+    `"psnr[10, 50]"` for a range of your own: a score of 10 becomes 0, one of 50 becomes 1, linear between and constant
+    beyond.
 
     Args:
         spec: A name of the catalogue (`iqareward list`), `"pyiqa:<metric>"`, or a sum such as `"0.7*qalign +
-            0.3*ssim"`. Options may follow a name, as in `"lpips(net=vgg)"`, and then `[low, high]`. Case, hyphens and
-            underscores in names do not count: `"MS-SSIM"` is `"ms_ssim"`. Or, as YAML and TOML give it, a mapping of
-            names to weights, or to options with `weight` and `range` among them; one reward as a mapping with `name`;
-            or a list of such mappings and names, which is their sum.
+            0.3*ssim"`. Options may follow a name, as in `"lpips(net=vgg)"`, and then `[low, high]` or `[calibrated]`.
+            Case, hyphens and underscores in names do not count: `"MS-SSIM"` is `"ms_ssim"`. Or, as YAML and TOML give
+            it, a mapping of names to weights, or to options with `weight` and `range` among them; one reward as a
+            mapping with `name`; or a list of such mappings and names, which is their sum.
         device: where rewards that have weights keep them; None = their default. Others run where the images are.
         differentiable: keep the graph from scores to pixels.
         **options: Options of the one reward that `spec` names, such as `weights` (`iqareward list NAME`).
@@ -243,8 +246,9 @@ def load(
 
     Raises:
         ValueError: an unknown name (near ones are listed), an unknown or wrong option, a sum that can be read in two
-            ways for want of spaces, parts that do not share a scale (the message has the line to write), or
-            `differentiable` where there is none.
+            ways for want of spaces, parts on another scale for which no calibration ships (the message has the line to
+            write), a distance that is subtracted though its reward is negative already, or `differentiable` where there
+            is none.
         TypeError: `spec` is neither text, nor a mapping, nor a list.
         ImportError: the reward needs an extra that is not installed.
 
@@ -255,10 +259,12 @@ def load(
         ('ssim(color=y)', 'ssim(color=y)')
         >>> load({"haarpsi": 0.7, "psnr": {"weight": 0.3, "range": [10, 50]}}).name
         '0.7*haarpsi + 0.3*psnr[10, 50]'
-        >>> load("0.7*haarpsi + 0.3*psnr")
+        >>> load("0.7*haarpsi + 0.3*psnr").name
+        '0.7*haarpsi + 0.3*psnr[calibrated]'
+        >>> load("0.7*ssim + 0.3*lpips")
         Traceback (most recent call last):
-        ValueError: '0.7*haarpsi + 0.3*psnr' adds scores of different scales: psnr may leave [-1, 1]. Write
-        '0.7*haarpsi + 0.3*psnr[10, 50]': the first score in brackets becomes 0, the second 1.
+        ValueError: '0.7*ssim + 0.3*lpips' adds scores of different scales: lpips may leave [-1, 1], and no calibration
+        of it ships. Write '0.7*ssim + 0.3*lpips[-1, 0]': the first score in brackets becomes 0, the second 1.
         >>> load("nique")
         Traceback (most recent call last):
         ValueError: unknown reward 'nique'; did you mean niqe, piqe, brisque, pyiqa:unique? `iqareward list` shows all
@@ -275,28 +281,30 @@ def load(
     if len(terms) == 1 and terms[0].weight is None:
         return rewards[0]
     if len(terms) > 1:
-        _check_scales(spec, terms, rewards)
+        rewards = _on_one_scale(spec, terms, rewards)
     return WeightedSum([
         (1.0 if term.weight is None else term.weight, reward) for term, reward in zip(terms, rewards, strict=True)
     ])  # fmt: skip
 
 
-def on_unit_scale(spec: Spec, reward: Reward) -> str:
-    """The spec of a reward as a part of a sum.
+def on_unit_scale(spec: Spec, reward: Reward) -> Reward:
+    """A reward as a part of a sum.
 
     Args:
         spec: name or sum from which `load` built the reward.
         reward: that reward.
 
     Returns:
-        `spec` as text, with a range that brings its scores into [-1, 1] if they may leave it and it is not a sum.
+        The reward itself if its scores lie in [-1, 1] or it is a sum, otherwise with the calibration that ships.
+
+    Raises:
+        ValueError: no calibration of it ships.
 
     Example:
-        >>> on_unit_scale("piqe", load("piqe")), on_unit_scale("ssim", load("ssim"))
-        ('piqe[-100, 0]', 'ssim')
+        >>> on_unit_scale("piqe", load("piqe")).name, on_unit_scale("ssim", load("ssim")).name
+        ('piqe[calibrated]', 'ssim')
     """
-    terms = _terms(spec)
-    return _sum_of(terms) if isinstance(reward, WeightedSum) else _scaled(terms[0], reward)
+    return reward if isinstance(reward, WeightedSum) else _on_one_scale(spec, _terms(spec), [reward])[0]
 
 
 def published(spec: Spec) -> tuple[float, float] | None:
@@ -402,11 +410,13 @@ def _named(entry: Mapping[str, Any]) -> _Term:
         raise TypeError(f"load expected a number as `weight` of {name!r}, got {weight!r}.")
     term = _with_options(terms[0]._replace(weight=weight), options)
     if limits is not None:
-        if isinstance(limits, str) or not isinstance(limits, Sequence) or not all(map(_is_number, limits)):
-            raise ValueError(f"load expected `range` of {name!r} as [low, high], got {limits!r}.")
-        if term.range is not None or len(limits) != 2:
-            raise ValueError(f"load expected one `range` of two numbers for {name!r}, got {limits!r}.")
-        term = term._replace(range=(float(limits[0]), float(limits[1])))
+        if limits != "calibrated":
+            if isinstance(limits, str) or not isinstance(limits, Sequence) or not all(map(_is_number, limits)):
+                raise ValueError(f"load expected `range` of {name!r} as [low, high] or 'calibrated', got {limits!r}.")
+            if term.range is not None or len(limits) != 2:
+                raise ValueError(f"load expected one `range` of two numbers for {name!r}, got {limits!r}.")
+            limits = (float(limits[0]), float(limits[1]))
+        term = term._replace(range=limits)
     return term._replace(text=_written(term))
 
 
@@ -427,8 +437,8 @@ def _with_options(term: _Term, options: Mapping[str, Any]) -> _Term:
 def _written(term: _Term) -> str:
     """The part as text, without its sign."""
     weight = "" if term.weight is None else f"{abs(term.weight)!r}*"
-    limits = "" if term.range is None else f"[{', '.join(map(exact, term.range))}]"
-    return f"{weight}{term.name}{write_options(term.options)}{limits}"
+    limits = term.range if isinstance(term.range, str | None) else ", ".join(map(exact, term.range))
+    return f"{weight}{term.name}{write_options(term.options)}{f'[{limits}]' if limits else ''}"
 
 
 def _sum_of(terms: Iterable[_Term], texts: Iterable[str] | None = None) -> str:
@@ -455,27 +465,41 @@ def _parsed(spec: str) -> list[_Term]:
     return readings[0]
 
 
-def _check_scales(spec: Spec, terms: list[_Term], rewards: list[Reward]) -> None:
-    """Refuse parts of a sum that do not share a scale, with the line to write."""
-    texts = [term.text for term in terms]
-    parts = [_scaled(term, reward) for term, reward in zip(terms, rewards, strict=True)]
-    if parts == texts:
-        return
-    wide = ", ".join(each.name for text, part, each in zip(texts, parts, rewards, strict=True) if part != text)
+def _on_one_scale(spec: Spec, terms: list[_Term], rewards: list[Reward]) -> list[Reward]:
+    """The parts of a sum, calibrated where their scores may leave [-1, 1]; without a calibration, the line to write."""
+    scaled = [_scaled(reward) for reward in rewards]
+    texts = [term.text if part else _ranged(term) for term, part in zip(terms, scaled, strict=True)]
+    wide = [reward.name for reward, part in zip(rewards, scaled, strict=True) if part is None]
     # Of a metric known as a distance the reward is the negative already; people subtract it once more.
-    twice = [each.name for term, each in zip(terms, rewards, strict=True) if _sign(term) == "-" and each.bounds[1] == 0]
-    hint = f" {', '.join(twice)}: higher is better here already; did you mean + instead of -?" if twice else ""
-    raise ValueError(
-        f"{text_of(spec)!r} adds scores of different scales: {wide} may leave [-1, 1]. "
-        f"Write {_sum_of(terms, parts)!r}: the first score in brackets becomes 0, the second 1.{hint}"
-    )
+    twice = [
+        reward.name
+        for term, reward, part in zip(terms, rewards, scaled, strict=True)
+        if _sign(term) == "-" and reward.bounds[1] == 0 and part is not reward
+    ]
+    hint = f"{', '.join(twice)}: higher is better here already; did you mean + instead of -?"
+    if wide:
+        raise ValueError(
+            f"{text_of(spec)!r} adds scores of different scales: {', '.join(wide)} may leave [-1, 1], and no "
+            f"calibration of {'it' if len(wide) == 1 else 'them'} ships. Write {_sum_of(terms, texts)!r}: the first "
+            f"score in brackets becomes 0, the second 1.{f' {hint}' if twice else ''}"
+        )
+    if twice:
+        texts = [f"{term.text}[calibrated]" if r.name in twice else term.text for term, r in zip(terms, rewards)]
+        raise ValueError(
+            f"{text_of(spec)!r} subtracts {hint} To subtract it all the same, write {_sum_of(terms, texts)!r}."
+        )
+    return [part for part in scaled if part is not None]
 
 
-def _scaled(term: _Term, reward: Reward) -> str:
-    """The part as text, with a range if its scores may leave [-1, 1]."""
+def _scaled(reward: Reward) -> Reward | None:
+    """The reward, or if its scores may leave [-1, 1] its calibrated form; None if no calibration ships."""
     low, high = reward.bounds
     if low is not None and high is not None and -1 <= low < high <= 1:
-        return term.text
+        return reward
+    return calibrated(reward) if reward.name in calibrations() else None
+
+
+def _ranged(term: _Term) -> str:
     usual = _entry_of(term.name).usual
     return f"{term.text}[{'low, high' if usual is None else ', '.join(map(exact, usual))}]"
 
@@ -495,6 +519,8 @@ def _build(term: _Term, device: torch.device | str | None, differentiable: bool)
     reward = entry.build(**options)
     if term.range is None:
         return reward
+    if isinstance(term.range, str):
+        return calibrated(reward)
     low, high = term.range
     return Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{exact(low)}, {exact(high)}]")
 
@@ -552,7 +578,7 @@ def _known_term(text: str, names: Mapping[str, str], options: Sequence[str], sig
         name,
         _unmasked(match[0], options),
         read_options(options[int(match["options"])]) if match["options"] else {},
-        (float(match["low"]), float(match["high"])) if match["low"] else None,
+        (float(match["low"]), float(match["high"])) if match["low"] else match["calibrated"],
         weight,
     )
 

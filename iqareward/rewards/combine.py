@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -62,8 +62,8 @@ class WeightedSum(Combined):
     """The weighted sum of several rewards, `sum_k weight_k * score_k`; NaN where any of them is NaN.
 
     Scores are added as they are. Different rewards have different scales (PSNR spans tens, SSIM one): bring them to one
-    scale with `Calibrated`, or the widest decides alone. `load` refuses a sum whose parts do not share a scale. This
-    class checks nothing, because rewards of your own need not declare bounds.
+    scale with `Calibrated`, or the widest decides alone. `load` does so in a sum of names. This class changes nothing,
+    because rewards of your own need not declare bounds.
 
     Args:
         terms: (weight, reward) pairs; the names of the rewards must be unique.
@@ -75,8 +75,7 @@ class WeightedSum(Combined):
 
     Example:
         >>> import torch, iqareward
-        >>> psnr = iqareward.Calibrated(iqareward.load("psnr"), iqareward.AffineMap(10.0, 50.0))
-        >>> reward = iqareward.WeightedSum([(0.5, psnr), (0.5, iqareward.load("ssim"))])
+        >>> reward = iqareward.WeightedSum([(0.5, iqareward.load("psnr[calibrated]")), (0.5, iqareward.load("ssim"))])
         >>> images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         >>> reward(images, references=images)
         tensor([1.])
@@ -106,7 +105,7 @@ class SoftMin(Combined):
     """A smooth minimum of several rewards, so that none can be traded for another; NaN where any is NaN.
 
     `-T log(mean_k exp(-score_k / T))`: it lies between the smallest and the mean of the scores. The scores must share a
-    scale; use `Calibrated`.
+    scale, as `load("psnr[calibrated]")` and `load("haarpsi[calibrated]")` do.
 
     Args:
         rewards: with unique names.
@@ -119,10 +118,10 @@ class SoftMin(Combined):
 
     Example:
         >>> import torch, iqareward
-        >>> parts = [iqareward.load("ssim"), iqareward.load("haarpsi")]
+        >>> parts = [iqareward.load("psnr[calibrated]"), iqareward.load("haarpsi[calibrated]")]
         >>> images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        >>> iqareward.SoftMin(parts, temperature=0.1)(images, references=images)
-        tensor([1.])
+        >>> 0.9 < iqareward.SoftMin(parts, temperature=0.1)(images, references=images).item() < 1
+        True
 
     References:
         Boyd and Vandenberghe, "Convex Optimization", 2004, section 3.1.5 (log-sum-exp),
@@ -166,7 +165,7 @@ class FidelityFloor(Combined):
 
     Example:
         >>> import torch, iqareward
-        >>> judge = iqareward.load("niqe[-12, 0]")  # stands for a judge such as "qalign"
+        >>> judge = iqareward.load("niqe[calibrated]")  # stands for a judge such as "qalign"
         >>> reward = iqareward.FidelityFloor(judge, iqareward.load("psnr"), floor=25.0)
         >>> references = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
         >>> reward(1 - references, references=references) < 0  # below every score of the judge
@@ -187,7 +186,7 @@ class FidelityFloor(Combined):
         if low is None:
             raise ValueError(
                 f"FidelityFloor expected a reward with a lower bound, but {reward.name} has none. "
-                "Pass low=..., or wrap the reward in Calibrated."
+                "Pass low=..., or take its calibrated form, such as load('niqe[calibrated]')."
             )
         self.floor, self.low = numbers("FidelityFloor", floor=floor, low=low)
         if not (math.isfinite(self.floor) and math.isfinite(self.low)):
@@ -410,12 +409,14 @@ def load_map(path: str | Path) -> ScoreMap:
     """
     content = Path(path).read_bytes()
     try:
-        fields = json.loads(content)
-        kind = _MAPS[fields.pop("map")]
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return kind(**values)
+        return map_of(json.loads(content))
     except Exception as error:  # whatever the decoder and the maps make of a damaged file
         raise ValueError(f"{path} is not a saved score map ({error!r}); save_map writes one.") from error
+
+
+def map_of(fields: Mapping[str, Any]) -> ScoreMap:
+    """The map of what `save_map` writes."""
+    return _MAPS[fields["map"]](**{name: value for name, value in fields.items() if name != "map"})
 
 
 def exact(number: float) -> str:

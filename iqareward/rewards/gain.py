@@ -79,7 +79,7 @@ class QualityGain(Combined):
     wait for the device: wrap `quality` in `Cached` if inputs arrive as copies.
 
     Args:
-        quality: A no-reference reward with scores in [0, 1], e.g. `load("qalign")` or `load("niqe[-12, 0]")`.
+        quality: A no-reference reward with scores in [0, 1], e.g. `load("qalign")` or `load("niqe[calibrated]")`.
         fidelity: A full-reference reward with scores in [0, 1], e.g. `load("haarpsi[0.35, 1]")`. Its 0 must be what
             unrelated pictures reach: two photographs of different scenes have a HaarPSI of up to 0.34.
         gamma: The quality of an input whose gate is `fidelity` itself. The paper uses 7 in the units of its own judge,
@@ -91,12 +91,12 @@ class QualityGain(Combined):
 
     Example:
         >>> import torch, iqareward
-        >>> reward = iqareward.QualityGain(iqareward.load("niqe[-12, 0]"), iqareward.load("haarpsi"))
+        >>> reward = iqareward.QualityGain(iqareward.load("niqe[calibrated]"), iqareward.load("haarpsi[0.35, 1]"))
         >>> inputs = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
         >>> restored = 0.5 * inputs + 0.5 * torch.nn.functional.avg_pool2d(inputs, 3, 1, 1)
         >>> scores = iqareward.evaluate(reward.parts, restored, inputs=inputs)
         >>> list(scores)
-        ['niqe[-12, 0]', 'niqe[-12, 0] of input', 'haarpsi to input']
+        ['niqe[calibrated]', 'niqe[calibrated] of input', 'haarpsi[0.35, 1] to input']
         >>> torch.equal(reward.combine(scores), reward(restored, inputs=inputs))
         True
 
@@ -119,8 +119,8 @@ class QualityGain(Combined):
             if low is None or high is None or not 0 <= low < high <= 1:
                 raise ValueError(
                     f"QualityGain expected `{argument}` with scores in [0, 1], got {reward.name} with bounds "
-                    f"{reward.bounds}. Give the scores that count as 0 and 1, as in load('niqe[-12, 0]') or "
-                    "load('psnr[15, 40]'), or wrap the reward in Calibrated."
+                    f"{reward.bounds}. Take its calibrated form, as in load('niqe[calibrated]'), or give the scores "
+                    "that count as 0 and 1, as in load('psnr[15, 40]')."
                 )
         (self.gamma,) = numbers("QualityGain", gamma=gamma)
         if not 0 < self.gamma < torch.inf:

@@ -99,11 +99,16 @@ def test_install_adds_to_the_trainers_own_rewards(takes_ref_images: bool) -> Non
 
 @FLOW_GRPO
 def test_installed_names_share_a_scale() -> None:
-    """A named reward that leaves [-1, 1] may be trained on alone; added to others, it needs the range printed."""
+    """A named reward that leaves [-1, 1] is raw alone; added to others it is calibrated, or needs the range printed."""
     module = double.rewards_module()
-    install(module, {"psnr": 0.5}, references="gt_path")
-    module.multi_score("cpu", {})
-    with pytest.raises(ValueError, match=r"'psnr' may leave \[-1, 1\]. Write 'psnr\[10, 50\]'"):
+    install(module, {"piqe": 0.5})
+    images, prompts, metadata = batch(2)
+    for theirs, name in (({}, "piqe"), ({"pickscore": 1.0}, "piqe[calibrated]")):
+        details, _ = module.multi_score("cpu", theirs)(images, prompts, metadata)
+        torch.testing.assert_close(torch.from_numpy(details[name]), iqareward.load(name)(images), **OTHER_PACKAGE)
+    module = double.rewards_module()
+    install(module, {"lpips": 0.5}, references="gt_path")
+    with pytest.raises(ValueError, match=r"lpips may leave \[-1, 1\], .* Write 'lpips\[-1, 0\]'"):
         module.multi_score("cpu", {"pickscore": 1.0})
     module = double.rewards_module()
     install(module, {"psnr[10, 50]": 0.5, "0.2*ssim": 1.0, "3*haarpsi + 2*ssim": 0.1}, references="gt_path")
