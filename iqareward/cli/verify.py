@@ -71,6 +71,7 @@ GOLDENS: dict[str, Golden] = {
     "hpsv2": Golden(_HPSV2, prompt="A cat with two horns on its head", parity="open_clip 3.3.0, 1e-4"),
     "laion_aesthetic": Golden(parity="the published layers on transformers' CLIPModel, 1e-4"),
     "clipiqa": Golden(parity=_CLIP),
+    "rali": Golden(parity="the authors' formula on transformers' CLIPModel, 1e-4"),
     "lpips": Golden(*_EXAMPLE, figure=0.722, tolerance=5e-4, source=_STLPIPS_SOURCE, parity="lpips 0.1.4, 1e-5"),
     "lpips_vgg": Golden(*_EXAMPLE, parity="lpips 0.1.4, 1e-5"),
     "stlpips": Golden(

@@ -6,6 +6,7 @@ from .clip import CLIPScoreReward as CLIPScoreReward
 from .clip import HPSv2Reward as HPSv2Reward
 from .clip import LAIONAestheticReward as LAIONAestheticReward
 from .clip import PickScoreReward as PickScoreReward
+from .clip import RALIReward as RALIReward
 from .core import Combined as Combined
 from .core import ImageReward as ImageReward
 from .core import UnscoredWarning as UnscoredWarning

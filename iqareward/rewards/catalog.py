@@ -165,6 +165,9 @@ CATALOG: dict[str, Entry] = {
                              False, True, CLIP_L14, "Apache-2.0, MIT", "vlm", (3.0, 7.0), (None, None)),
     "clipiqa": Entry(partial(_public, "CLIPIQAReward"), "nearer to 'Good photo.' than to 'Bad photo.', by CLIP",
                      False, True, CLIP_B16, "MIT", "vlm"),
+    "rali": Entry(partial(_public, "RALIReward"), "quality by prototypes of Q-Insight's words, by CLIP ViT-L/14",
+                  # neither bounds nor statistics are published
+                  False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm", None, (None, None)),
     "lpips": Entry(partial(_public, "LPIPSReward"), "AlexNet feature distance; 0 = identical",
                    True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(_public, "LPIPSReward", net="vgg"), "VGG feature distance; 0 = identical",

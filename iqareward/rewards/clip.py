@@ -1,5 +1,6 @@
-"""Rewards by CLIP: CLIPScore, PickScore, HPSv2, LAION's aesthetic predictor, and the prompts of CLIP-IQA."""
+"""Rewards by CLIP: CLIPScore, PickScore, HPSv2, LAION's aesthetic predictor, CLIP-IQA's prompts, and RALI."""
 
+import os
 import re
 from abc import abstractmethod
 from collections import OrderedDict
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ CLIP_B16 = "openai/clip-vit-base-patch16"
 CLIP_L14 = "openai/clip-vit-large-patch14"
 CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
+RALI = "ByteDance/Q-Insight/RALI"
 HPSV2 = "xswu/HPSv2"
 HPSV2_FILE = "HPS_v2.1_compressed.pt"
 LAION_FILE = "sac+logos+ava1-l14-linearMSE.pth"
@@ -43,6 +46,13 @@ LAION_URL = (
 )
 _LAION_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
+_RALI_PARTS = (
+    "scorer.pca_scale",
+    "scorer.pca_components",
+    "scorer.prototypes",
+    "scorer.proto_scores",
+    "scorer.logit_scale",
+)
 _BICUBIC = 3  # Pillow's number
 _PROCESSOR_FILES = ("*.json", "*.txt")
 _MAX_TEXTS = 4096  # prompts whose features are kept: 16 MiB with CLIP ViT-H
@@ -402,6 +412,76 @@ class CLIPIQAReward(_CLIPReward):
         return (good - bad).sigmoid().mean(1)  # what softmax over the pair gives
 
 
+@final
+class RALIReward(_CLIPReward):
+    """RALI: quality by where an image lies among prototypes whose quality Q-Insight put into words.
+
+    A CLIP of 0.3 B parameters with about the accuracy of Q-Insight in the paper. The score is the mean of the
+    prototypes' scores, weighted by how near they are: on the scale of the weights, whose bounds are not published. The
+    image is resized to the side of its CLIP (336 pixels) and its middle is scored. Needs the extra `vlm`.
+
+    A part of the published weights, the mean of a principal component analysis, is only in a pickle of scikit-learn,
+    which this package does not open. Write it to a file once, in an environment with scikit-learn and joblib:
+    `python -c "import joblib, numpy; numpy.save('pca_mean.npy', joblib.load('pca.pkl').mean_)"`.
+
+    Args:
+        weights: The published folder (hub id and folder in it), or a folder with `ckpt.pt`, and the configuration of
+            its CLIP in `best`.
+        pca_mean: The mean; None = `pca_mean.npy` beside `ckpt.pt`.
+        dtype: The dtype of the weights of CLIP; scores are float32.
+        differentiable: keep the graph from scores to pixels.
+        device: where the weights live; None = the GPU of the first images, else the current CUDA device if there is
+            one, else the CPU.
+        batch_size: images per run of the network; None = as many as fit the budget of memory.
+
+    Raises:
+        ImportError: at the first call, if transformers is not installed.
+        OSError: at the first call, if weights cannot be downloaded, or the mean is missing.
+
+    Example:
+        >>> RALIReward(pca_mean="pca_mean.npy").needs_prompts  # nothing is loaded yet
+        False
+
+    References:
+        Zhao et al., "Reasoning as Representation: Rethinking Visual Reinforcement Learning in Image Quality
+        Assessment", 2026, https://arxiv.org/abs/2510.11369
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str | Path = RALI,
+        pca_mean: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        differentiable: bool = False,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        name = name_with(self, "rali", weights=weights, pca_mean=pca_mean, dtype=dtype)
+        super().__init__(name, partial(_load_rali, name, weights, pca_mean, dtype), differentiable, device, batch_size)
+
+    def score_batch(self, images: Tensor) -> Tensor:
+        """One score for each image."""
+        network = self._network(images)
+        return network.head(network.projected(network.cropped(images)))
+
+
+class _Prototypes(nn.Module):
+    """From features of CLIP to a mean of the scores of prototypes, weighted by a softmax of cosines."""
+
+    def __init__(self, mean: Tensor, parts: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for key, value in {"mean": mean, **parts}.items():
+            self.register_buffer(key, value.float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        parts: dict[str, Tensor] = dict(self.named_buffers())
+        whitened = (features - parts["mean"]) / parts["pca_scale"].abs()
+        places = F.normalize(whitened @ parts["pca_components"].T, dim=1)
+        cosines = places @ F.normalize(parts["prototypes"], dim=1).T
+        return (cosines * parts["logit_scale"].clamp_min(1e-6)).softmax(1) @ parts["proto_scores"]
+
+
 class _Network(nn.Module):
     """A CLIP model with what belongs to it: the pixels that it expects, its tokenizer, and a head.
 
@@ -449,9 +529,13 @@ class _Network(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Unit features of normalised pixels, `[b, width]` float32."""
+        return F.normalize(self.projected(pixels), dim=1)
+
+    def projected(self, pixels: Tensor) -> Tensor:
+        """Features of normalised pixels, `[b, width]` float32."""
         resized = tuple(pixels.shape[2:]) != (self._side, self._side)
         hidden = self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=resized).pooler_output
-        return F.normalize(self.model.visual_projection(hidden).float(), dim=1)
+        return self.model.visual_projection(hidden).float()
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit features of prompts, `[b, width]` float32."""
@@ -546,6 +630,52 @@ def _load_laion(
         linear.load_state_dict({part: found[f"{layer}.{part}"].float() for part in ("weight", "bias")}, assign=True)
         head.append(linear)
     return _Network(model, _colors(name, folder, model), head=head).to(device)
+
+
+def _load_rali(
+    name: str, source: str | Path, pca_mean: str | Path | None, dtype: torch.dtype, device: torch.device
+) -> _Network:
+    """The image tower of RALI's CLIP with its prototypes."""
+    if isinstance(source, Path) or os.path.isdir(source):
+        folder = Path(source)
+        base = folder / "best"
+    else:
+        repository, inner = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+        folder = checkpoint_folder(repository, inner=inner, only=["ckpt.pt", "pca.pkl"])
+        base = checkpoint_folder(repository, inner=f"{inner}/best", only=_PROCESSOR_FILES)
+    mean_file = folder / "pca_mean.npy" if pca_mean is None else Path(pca_mean)
+    if not mean_file.is_file():
+        raise FileNotFoundError(
+            f"{name} needs {mean_file}, the mean in {folder / 'pca.pkl'}, a pickle of scikit-learn that is not opened "
+            'here. If you trust it, write the mean where scikit-learn and joblib are installed: python -c "import '
+            "joblib, numpy; numpy.save('pca_mean.npy', joblib.load('pca.pkl').mean_)\", and pass pca_mean=<its path>."
+        )
+    file, model = WeightFile(folder / "ckpt.pt", inner="state_dict"), _empty(name, base)
+    known = {*(f"clip.{key}" for key in _shapes(model)), *_RALI_PARTS}
+    if unknown := {key for key in file.keys() - known if not key.endswith(".position_ids")}:
+        raise ValueError(f"{file.path} holds {listed(unknown)}, which RALI has not.")
+    del model.text_model, model.text_projection
+    tensors = file.take({f"clip.{key}": shape for key, shape in _shapes(model).items()})
+    _fill(model, {key.removeprefix("clip."): value for key, value in tensors.items()}, dtype)
+    width, headers = int(model.config.projection_dim), file.headers()
+    values = headers["scorer.pca_components"][0][0] if "scorer.pca_components" in headers else 0
+    count = headers["scorer.prototypes"][0][0] if "scorer.prototypes" in headers else 0
+    sizes = ((width,), (values, width), (count, values), (count,), ())
+    parts = file.take(dict(zip(_RALI_PARTS, sizes, strict=True)))
+    mean = _mean(mean_file, width)
+    head = _Prototypes(mean, {key.removeprefix("scorer."): value for key, value in parts.items()})
+    return _Network(model, _colors(name, base, model), head=head).to(device)
+
+
+def _mean(file: Path, width: int) -> Tensor:
+    try:
+        mean = torch.from_numpy(np.load(file, allow_pickle=False))
+    except Exception as error:  # a damaged file makes numpy raise anything
+        raise ValueError(f"{file} cannot be read as an array of numpy: {type(error).__name__}: {error}") from error
+    if tuple(mean.shape) != (width,):
+        raise ValueError(f"{file} expected a mean of shape [{width}], got {list(mean.shape)}.")
+    check_values(file, {"mean": mean})
+    return mean
 
 
 def _laion_head() -> Path:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +116,28 @@ def laion_file(folder: Path) -> Path:
     return file
 
 
-NAMES = ("clipscore", "pickscore", "hpsv2", "laion_aesthetic", "clipiqa")
+def rali_folder(folder: Path) -> Path:
+    """A folder in the layout of RALI's, with the mean of its analysis as a file of numpy."""
+    file = folder / "ckpt.pt"
+    if not file.exists():
+        net = model()
+        checkpoint(folder / "best")
+        rng = torch.Generator().manual_seed(6)
+        parts = {
+            "pca_scale": 0.5 + torch.rand(24, generator=rng),
+            "pca_components": torch.randn(8, 24, generator=rng),
+            "prototypes": torch.randn(5, 8, generator=rng),
+            "proto_scores": torch.rand(5, generator=rng),
+            "logit_scale": torch.tensor(4.0),
+        }
+        stored = {f"clip.{key}": value for key, value in net.state_dict().items()}
+        stored |= {"clip.vision_model.embeddings.position_ids": torch.arange(17)[None]}  # older releases store them
+        torch.save({"epoch": 1, "state_dict": stored | {f"scorer.{key}": value for key, value in parts.items()}}, file)
+        np.save(folder / "pca_mean.npy", 3 * torch.randn(24, generator=rng).double().numpy())
+    return folder
+
+
+NAMES = ("clipscore", "pickscore", "hpsv2", "laion_aesthetic", "clipiqa", "rali")
 
 
 def reward(name: str, folder: Path, **options: Any) -> Any:
@@ -127,6 +149,8 @@ def reward(name: str, folder: Path, **options: Any) -> Any:
     if name == "hpsv2":
         base = checkpoint(folder, act="gelu")
         return rewards.HPSv2Reward(weights=hpsv2_file(folder), base=base, **options)
+    if name == "rali":
+        return rewards.RALIReward(weights=rali_folder(folder), **options)
     base = checkpoint(folder)
     if name == "laion_aesthetic":
         return rewards.LAIONAestheticReward(weights=laion_file(folder), base=base, **options)

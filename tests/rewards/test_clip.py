@@ -18,6 +18,7 @@ from iqareward.rewards import (
     HPSv2Reward,
     LAIONAestheticReward,
     PickScoreReward,
+    RALIReward,
 )
 from tests.rewards import clip_tiny
 from tests.rewards.clip_tiny import NAMES, SIDE, reward
@@ -159,6 +160,50 @@ def test_the_aesthetic_head_is_the_published_one(tmp_path):
         expected = clip_tiny.laion_layers()(unit(features)).squeeze(1)
     scores = LAIONAestheticReward(weights=clip_tiny.laion_file(tmp_path), base=tmp_path)(batch)
     torch.testing.assert_close(scores, expected, **OTHER_PACKAGE)
+
+
+@pytest.mark.parametrize("size", [(40, 56), (57, 33)])
+def test_rali_is_the_authors_formula(tmp_path, size):
+    """A softmax over cosines to prototypes in the whitened space, written as the paper's words have it."""
+    folder = clip_tiny.rali_folder(tmp_path)
+    theirs, batch = Theirs(folder / "best"), images(*size)
+    stored = torch.load(folder / "ckpt.pt", weights_only=True)["state_dict"]
+    part = {key.removeprefix("scorer."): value.double() for key, value in stored.items() if "scorer." in key}
+    with torch.no_grad():
+        pooled = theirs.model.vision_model(pixel_values=theirs.pixels(batch)).pooler_output
+        features = theirs.model.visual_projection(pooled).double()
+    whitened = (features - torch.from_numpy(np.load(folder / "pca_mean.npy"))) / part["pca_scale"]
+    cosines = unit(whitened @ part["pca_components"].T) @ unit(part["prototypes"]).T
+    expected = (4 * cosines).exp() @ part["proto_scores"] / (4 * cosines).exp().sum(1)
+    torch.testing.assert_close(RALIReward(weights=folder)(batch), expected.float(), **NETWORK_BATCH)
+    assert expected.std() > 1e-4
+
+
+def test_rali_without_its_mean(tmp_path):
+    """The message says how to write the file; one of another shape, and tensors that RALI has not, are refused."""
+    folder = clip_tiny.rali_folder(tmp_path)
+    mean = folder / "pca_mean.npy"
+    mean.rename(tmp_path / "moved.npy")
+    with pytest.raises(FileNotFoundError, match=r"joblib.load\('pca.pkl'\).mean_"):
+        RALIReward(weights=folder)(images())
+    torch.testing.assert_close(
+        RALIReward(weights=folder, pca_mean=tmp_path / "moved.npy")(images()).isnan().sum(), torch.tensor(0)
+    )
+    np.save(mean, np.zeros(23))
+    with pytest.raises(ValueError, match=r"shape \[24\], got \[23\]"):
+        RALIReward(weights=folder)(images())
+    mean.write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match="cannot be read"):
+        RALIReward(weights=folder)(images())
+    stored = torch.load(folder / "ckpt.pt", weights_only=True)["state_dict"]
+    torch.save({"state_dict": stored | {"scorer.bias": torch.zeros(1)}}, folder / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"holds scorer\.bias"):
+        RALIReward(weights=folder, pca_mean=tmp_path / "moved.npy")(images())
+    torch.save(
+        {"state_dict": {key: value for key, value in stored.items() if "proto_scores" not in key}}, folder / "ckpt.pt"
+    )
+    with pytest.raises(ValueError, match=r"lacks scorer\.proto_scores"):
+        RALIReward(weights=folder, pca_mean=tmp_path / "moved.npy")(images())
 
 
 @pytest.mark.parametrize("name", NAMES)
