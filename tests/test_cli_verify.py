@@ -80,7 +80,7 @@ def test_a_judge_is_compared_with_its_published_figure(
     site: Site, one_align: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Download, preprocessing, weights, scale and verdict of Q-Align; the second run needs no network."""
-    spec = f"qalign(model={one_align})"
+    spec = f"qalign(weights={one_align})"
     code, (found,), _ = verify(spec)
     expected = float(load(spec, device="cpu")(to_images(Image.open(tmp_path / "0.png"))))
     scale, offset = published("qalign") or (0.0, 0.0)
@@ -101,7 +101,7 @@ def test_a_preset_without_a_published_figure(site: Site, tmp_path: Path) -> None
     model, processor = tiny.pair("qwen3_5")
     model.save_pretrained(tmp_path / "mini")
     processor.save_pretrained(tmp_path / "mini")
-    code, (found,), _ = verify(f"qrealign(model={tmp_path / 'mini'})")
+    code, (found,), _ = verify(f"qrealign(weights={tmp_path / 'mini'})")
     assert (code, found["verdict"], found["published"]) == (0, "no published figure", None)
     assert 0 <= found["score"] <= 1
 
@@ -149,7 +149,7 @@ def test_published_figures_are_reproduced(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_failures_are_named(site: Site, one_align: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture that does not come, a wrong one, weights that are not there: exit code 2; the others are still run."""
     wrong = site.files.pop(DISTORTED)
-    code, found, messages = verify("dists", f"qalign(model={one_align})", "ssim")
+    code, found, messages = verify("dists", f"qalign(weights={one_align})", "ssim")
     assert (code, [row["published"] for row in found]) == (2, [1.911])
     assert "dists: " in messages
     assert DISTORTED in messages
@@ -174,7 +174,7 @@ def _offline(*arguments: object, **options: object) -> None:
 
 def test_a_picture_that_was_changed_in_the_cache(site: Site, one_align: Path, tmp_path: Path) -> None:
     """The contents of the cache are checked too."""
-    spec = f"qalign(model={one_align})"
+    spec = f"qalign(weights={one_align})"
     assert verify(spec)[0] == 1
     (file,) = (tmp_path / "torch").rglob("*singapore_flyer.jpg")
     file.write_bytes(noise(7, tmp_path))

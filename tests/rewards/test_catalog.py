@@ -279,6 +279,10 @@ def test_every_name_can_be_part_of_a_sum(name: str) -> None:
     if CATALOG[name].extra:
         pytest.importorskip("piq")
         pytest.importorskip("transformers")
+    if CATALOG[name].usual is None:
+        with pytest.raises(ValueError, match=rf"Write '{name}\[low, high\] \+ 0.5\*"):
+            load(f"{name} + 0.5*ssim")
+        return
     low, high = CATALOG[name].usual
     assert load(f"{name}[{low:g}, {high:g}]").bounds == (0.0, 1.0)
     try:
