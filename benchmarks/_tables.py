@@ -53,6 +53,41 @@ def correlation(document: Document) -> str:
     return table(("reward", "all", *kinds, "damaged above original"), cells)
 
 
+_COMPARES = {"ahiq": "ground truth", "lpips_vgg": "ground truth", "stlpips_vgg": "ground truth",
+             "pieapp": "ground truth", "psnr": "ground truth", "ssim": "ground truth",
+             "lpips_vgg_bicubic": "enlarged input", "mean of method": "method alone"}  # fmt: skip
+
+
+def _interval(figure: Sequence[float | None]) -> str:
+    return "" if figure[0] is None else "{:.2f} [{:.2f}, {:.2f}]".format(*figure)
+
+
+def agreement_qualisr(document: Document) -> str:
+    """Each metric against people on super-resolved images: over all, within each method, and pairs of one input."""
+    rows = [row for row in document["rows"] if row["set"] == "qualisr"]
+    within = {(row["within"], row["metric"]): row["spearman"][0] for row in rows}
+    methods = [method for method in dict.fromkeys(row["within"] for row in rows) if method]
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        if not row["within"]:
+            values = [within.get((method, row["metric"])) for method in methods]
+            inside = ["" if value is None else f"{value:.2f}" for value in values]
+            sees = _COMPARES.get(row["metric"], "image")
+            pairs = _interval(row["pair_accuracy"])
+            cells.append((f"`{row['metric']}`", sees, _interval(row["spearman"]), *inside, pairs))
+    header = ("metric", "sees", "Spearman", *(f"within {method}" for method in methods), "pairs in groups of three")
+    return table(header, cells, text_columns=2)
+
+
+def agreement_noise(document: Document) -> str:
+    """Each reward against people on white noise."""
+    cells = [
+        (f"`{row['metric']}`", _interval(row["spearman"]), _interval(row["pair_accuracy"]), str(row["score_ties"]))
+        for row in document["rows"] if row["set"] == "white noise"
+    ]  # fmt: skip
+    return table(("reward", "Spearman", "pairs of one reference", "tied pairs"), cells)
+
+
 def light_noise(document: Document) -> str:
     """On how many photographs light noise raises a score without a reference, and the mean change."""
     rows = [row for row in document["rows"] if row["set"] == "light noise"]

@@ -122,6 +122,8 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "classical busy": ("classical-busy", tables.classical_busy, "python -m benchmarks.bench_classical --busy"),
     "overhead": ("overhead", tables.overhead, "python -m benchmarks.bench_overhead"),
     "correlation": ("correlation", tables.correlation, "python -m benchmarks.correlation"),
+    "agreement qualisr": ("agreement", tables.agreement_qualisr, "python -m benchmarks.agreement"),
+    "agreement noise": ("agreement", tables.agreement_noise, "python -m benchmarks.agreement --kodak DIR --mos FILE"),
     "light noise": ("correlation", tables.light_noise, "python -m benchmarks.correlation --clean DIR"),
     "round trip": ("correlation", tables.round_trip, "python -m benchmarks.correlation --clean DIR --taesd DIR"),
     "jpeg": ("jpeg-transport", tables.jpeg, "python -m benchmarks.jpeg_transport"),
