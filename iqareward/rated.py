@@ -163,8 +163,17 @@ Row = tuple[Path, Path | None, str, float]
 """Image, reference, distortion and human score."""
 
 
+class _LayoutError(ValueError):
+    """A folder that is not laid out as its data set."""
+
+
 def _dataset(name: str, folder: Path) -> RatedTable:
-    rows = list(DATASETS[name](folder))
+    try:
+        rows = list(DATASETS[name](folder))
+    except (_LayoutError, ImportError, OSError):
+        raise
+    except Exception as error:  # whatever a foreign list does to the parsers
+        raise ValueError(f"{folder}: the list of {name} cannot be read: {error}.") from error
     if not any(image.is_file() for image, *_ in rows):
         first = f"expected {rows[0][0]} and others" if rows else "its list of scores is empty"
         raise ValueError(f"{folder}: none of the {len(rows)} rated images of {name} is there; {first}.")
@@ -186,10 +195,10 @@ def _existing(folder: Path, dataset: str, *choices: str) -> Path:
         if (folder / choice).exists():
             return folder / choice
     if not folder.is_dir():
-        raise ValueError(f"{dataset}: there is no folder {folder}.")
+        raise _LayoutError(f"{dataset}: there is no folder {folder}.")
     held = sorted(entry.name for entry in folder.iterdir())
     shown = ", ".join(held[:6]) + (", ..." if len(held) > 6 else "")
-    raise ValueError(f"{dataset} expected {' or '.join(choices)} in {folder}, which holds {shown or 'nothing'}.")
+    raise _LayoutError(f"{dataset} expected {' or '.join(choices)} in {folder}, which holds {shown or 'nothing'}.")
 
 
 def _csv(file: Path, *names: str) -> Iterable[list[str]]:

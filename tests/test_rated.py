@@ -155,6 +155,14 @@ def test_list_without_its_images(tmp_path: Path) -> None:
         read_rated(f"kadid10k:{tmp_path}")
 
 
+def test_damaged_list(tmp_path: Path) -> None:
+    """A line that is not of the data set is an error with its folder."""
+    lay_out("tid2013", tmp_path)
+    (tmp_path / "mos_with_names.txt").write_text("5.5 i01_01_1.bmp extra\n")
+    with pytest.raises(ValueError, match=r"the list of tid2013 cannot be read: too many values"):
+        read_rated(f"tid2013:{tmp_path}")
+
+
 def test_damaged_spreadsheet(tmp_path: Path) -> None:
     """A spreadsheet that is none is named."""
     folder = lay_out("spaq", tmp_path)

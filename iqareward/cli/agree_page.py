@@ -62,7 +62,8 @@ def picture(found: Findings) -> str:
     drawn = chart(found.overall)
     start = drawn.index(">") + 1
     opened = drawn[: start - 1] + ' xmlns="http://www.w3.org/2000/svg">'
-    return f"{opened}<style>{_COLOURS}{_SVG_STYLE}</style>{drawn[start:]}\n"
+    style = f"{_COLOURS}{_SVG_STYLE}svg {{ background: var(--paper); }}"  # readable on a page of the other scheme too
+    return f"{opened}<style>{style}</style>{drawn[start:]}\n"
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

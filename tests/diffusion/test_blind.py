@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iqareward.agreement import spearman
 from iqareward.difficulty import rmse
 from iqareward.diffusion import DegradationOrder, FaceDegradation, RealESRGANDegradation, synthetic_images
 from iqareward.diffusion.blind import SECOND_ORDER, convolved, gaussian_kernel, sinc_kernel
@@ -18,11 +19,6 @@ NAMES = ("x4", "x1", "face")
 
 def enlarged(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, size=side, mode="bicubic", align_corners=False).clamp(0, 1)
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    ranks = torch.stack([values.argsort(stable=True).argsort().double() for values in (first, second)])
-    return torch.corrcoef(ranks)[0, 1].item()
 
 
 @pytest.mark.parametrize("model", MODELS, ids=NAMES)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from iqareward.agreement import spearman
 from iqareward.difficulty import rmse
 from iqareward.diffusion import Degradation, synthetic_images
 from iqareward.diffusion.degradations import TASKS, add_noise, blur, jpeg, lower_resolution
@@ -13,12 +13,6 @@ from tests.tolerances import EXACT, FORMULA_FP32
 
 properties = settings(deadline=None, max_examples=25, derandomize=True)
 CHOICES = [(task,) for task in TASKS] + [TASKS]
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation; ties in the order of the rows."""
-    ranks = torch.stack([values.argsort(stable=True).argsort().double() for values in (first, second)])
-    return torch.corrcoef(ranks)[0, 1].item()
 
 
 @pytest.mark.parametrize("tasks", CHOICES, ids="+".join)
