@@ -79,8 +79,8 @@ class CVVDPReward(ImageReward):
     """Visible difference from the reference by ColorVideoVDP, in JOD: 10 = none, one less = seen by 75 % of people.
 
     A model of the eye whose parameters were fitted to human judgements; same figures as the cvvdp package for images.
-    It sees contrast and hardly brightness: an image 10 % brighter all over still has 9.7. Scores are NaN where the
-    reference is one flat colour and the image is not the same.
+    It sees contrast and little of brightness: an image that is brighter by 0.1 all over still has about 9.6. Scores are
+    NaN where the reference is one flat colour and the image is not the same.
 
     Args:
         display: What the image is looked at on: `"standard_4k"`, `"standard_fhd"`, `"standard_phone"`,
