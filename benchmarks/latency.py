@@ -63,7 +63,7 @@ def subjects(folder: Path) -> list[Subject]:
         Subject(name, _reward(name), {"piq": _any(function(f"piq.{raw}", rgb, reduction="none"))}, batches=(1, 8))
         for name, raw in _PIQ.items()
     ]
-    return [*classical, *piq, *_feature_distances(folder), *_multimodal()]
+    return [*classical, *piq, *_feature_distances(folder), *_clip(), *_multimodal()]
 
 
 _PIQ = {
@@ -148,6 +148,32 @@ def _cvvdp() -> Score:
 
     metric = pycvvdp.cvvdp(device=torch.get_default_device(), quiet=True)
     return lambda images, references: metric.predict(images, references, dim_order="BCHW")[0]
+
+
+def _clip() -> list[Subject]:
+    """CLIP at its published sizes with random weights, but for ViT-H/14, which takes 4 GB."""
+    from benchmarks.meter import CLIP, clip_reward
+
+    def ours(name: str) -> Score:
+        reward = clip_reward(name, str(torch.get_default_device()))
+        return lambda images, references: reward(images, prompts=["a cat"] * len(images))
+
+    def theirs() -> Score:
+        import transformers
+
+        model = clip_reward("clipscore", str(torch.get_default_device())).model
+        processor = transformers.CLIPImageProcessor()
+        text = torch.randint(2, 60, (1, 8))
+
+        def score(images: Tensor, references: Tensor) -> object:
+            pixels = processor(images, do_rescale=False, return_tensors="pt").pixel_values
+            return model(input_ids=text.to(pixels.device), pixel_values=pixels).logits_per_image
+
+        return score
+
+    names = [name for name, sizes in CLIP.items() if sizes[1] < 1280]
+    peers: dict[str, dict[str, Callable[[], Score]]] = {"clipscore": {"transformers": theirs}}
+    return [Subject(name, partial(ours, name), peers.get(name, {}), batches=(1, 8), sizes=(512,)) for name in names]
 
 
 def _multimodal() -> list[Subject]:

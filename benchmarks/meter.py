@@ -41,6 +41,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.bench_classical import NO_REFERENCE, OURS, PEERS, Peer
 from iqareward.rewards.catalog import CATALOG, load
+from iqareward.rewards.loading import LazyModel
 
 aten = torch.ops.aten
 # an H100, measured (benchmarks/results/gpu_h100_2026-11-26.md); float64 is from its data sheet
@@ -569,6 +570,10 @@ def subjects() -> Iterator[Subject]:
         for grad in (False, True):
             mode = "reward, gradient" if grad else "reward"
             yield Subject(name, mode, BATCH, partial(_reward, partial(_perceptual, name, net), grad))
+    for name in CLIP:
+        for grad in (False, True):
+            make = partial(clip_reward, name, "cuda")
+            yield Subject(name, "reward, gradient" if grad else "reward", BATCH, partial(_reward, make, grad))
     for batch in (1, 32):
         yield Subject("Q-Align, bfloat16", "reward", batch, partial(_network, _qalign, batch))
     tokens = (round(SIDE / 28) ** 2, (SIDE // 32) ** 2)
@@ -597,9 +602,10 @@ def _function(make: Callable[[], Callable[..., Any]], name: str) -> Callable[[],
 def _reward(make: Callable[..., Any], grad: bool) -> Callable[[], Any]:
     reward = make(**({"differentiable": True} if grad else {}))
     images, references = _pictures(BATCH).requires_grad_(grad), _pictures(BATCH)
+    prompts = ["a cat"] * BATCH
 
     def call() -> None:
-        scores = reward(images, references=references)
+        scores = reward(images, references=references, prompts=prompts)
         if grad:
             torch.autograd.grad(scores.sum(), images)
 
@@ -625,6 +631,47 @@ def _perceptual(name: str, net: str, **options: Any) -> Any:
     if name == "dists":
         return DISTSReward(weights=file, device="cuda", **options)
     return LPIPSReward(net, weights=file, device="cuda", **options)
+
+
+# Patch, widths, depths and heads of the image and text models, and width of the features.
+_B, _L, _H = ((768, 12, 12, 512, 12, 8, 512), (1024, 24, 16, 768, 12, 12, 768), (1280, 32, 16, 1024, 24, 16, 1024))
+CLIP = {
+    "clipscore": (32, *_B),
+    "clipiqa": (16, *_B),
+    "laion_aesthetic": (14, *_L),
+    "pickscore": (14, *_H),
+    "hpsv2": (14, *_H),
+}
+
+
+def clip_reward(name: str, device: str, **options: Any) -> Any:
+    """A reward of CLIP whose networks have the published sizes and random weights."""
+    reward: Any = load(name, device=device, **options)
+    reward.model_loader = LazyModel(partial(_clip_network, name), device, name=name)
+    return reward
+
+
+def _clip_network(name: str, device: torch.device) -> torch.nn.Module:
+    import transformers
+
+    from iqareward.rewards.clip import Network
+    from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD
+    from tests.rewards.clip_tiny import tokenizer
+
+    patch, width, depth, heads, text_width, text_depth, text_heads, features = CLIP[name]
+    both = {"projection_dim": features, "hidden_act": "gelu" if width == 1280 else "quick_gelu"}
+    vision = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "patch_size": patch}
+    text = {"hidden_size": text_width, "num_hidden_layers": text_depth, "num_attention_heads": text_heads}
+    config = transformers.CLIPConfig(
+        vision_config=vision | both | {"intermediate_size": 4 * width},
+        text_config=text | both | {"intermediate_size": 4 * text_width},
+        projection_dim=features,
+    )
+    with device:
+        model = transformers.CLIPModel(config)
+        sizes = (features, 1024, 128, 64, 16, 1)
+        head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
+    return Network(model, (CLIP_MEAN, CLIP_STD), tokenizer(), head)
 
 
 def _network(make: Callable[[int], Any], batch: int) -> Callable[[], Any]:

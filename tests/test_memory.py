@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 import iqareward
-from benchmarks.meter import Meter
+from benchmarks.meter import Meter, clip_reward
 from iqareward import FullReference, NoReference
 from iqareward.difficulty import rmse
 from iqareward.diffusion import (
@@ -164,6 +164,23 @@ def test_gradients_stay_below_the_budget(name, weighty):
         reward(images, references=references).sum().backward()
         assert meter.peak_bytes < BUDGET + 2 * images.nbytes
     assert images.grad.shape == images.shape
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["clipscore", "clipiqa"])
+def test_clip_stays_below_the_budget(name, grad):
+    """The smaller networks of the published sizes, images of 512x512, with and without their gradient."""
+    pytest.importorskip("transformers", reason="the extra `vlm` is not installed")
+    with Meter() as meter:
+        reward = clip_reward(name, "cuda", differentiable=grad)
+        images = torch.rand(16 if grad else 128, 3, 512, 512, device="cuda", requires_grad=grad)
+        prompts = ["a cat"] * len(images)
+        reward(images[:1].detach(), prompts=prompts[:1])
+        meter.reset()
+        scores = reward(images, prompts=prompts)
+        if grad:
+            scores.sum().backward()
+        assert meter.peak_bytes < BUDGET + 2 * images.nbytes
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iqareward.functional._chunks import constant, free_threads
+from iqareward.functional._chunks import constant, free_threads, rows_at_once
 from iqareward.functional.resize import resize_levels, smooth_resize, to_levels
 from iqareward.rewards.core import ImageReward
 from iqareward.rewards.loading import LazyModel
@@ -54,6 +54,17 @@ _RALI_PARTS = (
     "scorer.logit_scale",
 )
 _BICUBIC = 3  # Pillow's number
+# Working memory without and with a graph, for each pixel that the published networks see, counted by
+# tests/test_memory.py and benchmarks.meter; and that of a pixel of an image that is resized for them.
+_BYTES_PER_PIXEL = {
+    "clipscore": (96, 640),
+    "pickscore": (384, 8960),
+    "hpsv2": (384, 8960),
+    "laion_aesthetic": (384, 7680),
+    "clipiqa": (256, 2304),
+    "rali": (896, 17408),  # that of ViT-L/14, of 577 tokens in place of 257
+}
+_RESIZED_BYTES, _SEEN_PIXELS = 72, 224 * 224
 _PROCESSOR_FILES = ("*.json", "*.txt")
 _MAX_TEXTS = 4096  # prompts whose features are kept: 16 MiB with CLIP ViT-H
 # The keys of open_clip, by those of transformers. Its attention has queries, keys and values in one matrix, and it
@@ -83,6 +94,8 @@ _FUSED = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)$")
 class _CLIPReward(ImageReward):
     """A reward by the features of a CLIP model, which is loaded at the first call."""
 
+    resize: bool = True
+
     def __init__(
         self,
         name: str,
@@ -92,6 +105,7 @@ class _CLIPReward(ImageReward):
         batch_size: int | None,
     ) -> None:
         self.name, self.differentiable, self.batch_size = name, differentiable, batch_size
+        self.bytes_per_pixel = _BYTES_PER_PIXEL[name.partition("(")[0]][differentiable]
         self.model_loader = LazyModel(load, device, name=name)
 
     @property
@@ -100,7 +114,13 @@ class _CLIPReward(ImageReward):
         network: Any = self._loader.get()
         return network.model
 
-    def _network(self, images: Tensor) -> "_Network":
+    def _rows_at_once(self, size: Sequence[int], device: torch.device) -> int:
+        if self.batch_size is not None or not self.resize:
+            return super()._rows_at_once(size, device)
+        share = min(1.0, _SEEN_PIXELS / (size[0] * size[1]))  # of the pixels that the network sees
+        return rows_at_once(size, device, bytes_per_pixel=_RESIZED_BYTES + share * self.bytes_per_pixel)
+
+    def _network(self, images: Tensor) -> "Network":
         network: Any = self._loader.ready(images)
         return network
 
@@ -116,10 +136,10 @@ class _PromptReward(_CLIPReward):
     needs_prompts = True
 
     @abstractmethod
-    def _scaled(self, cosines: Tensor, network: "_Network") -> Tensor:
+    def _scaled(self, cosines: Tensor, network: "Network") -> Tensor:
         """Scores of cosines `[b]`."""
 
-    def _prepared(self, images: Tensor, network: "_Network") -> Tensor:
+    def _prepared(self, images: Tensor, network: "Network") -> Tensor:
         return network.cropped(images)
 
     def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -183,7 +203,7 @@ class CLIPScoreReward(_PromptReward):
     def _texts(self, prompts: Sequence[str]) -> Tensor:
         return super()._texts([self.prefix + _checked(self.name, prompt) for prompt in prompts])
 
-    def _scaled(self, cosines: Tensor, network: "_Network") -> Tensor:
+    def _scaled(self, cosines: Tensor, network: "Network") -> Tensor:
         return (self.scale * cosines).clamp(0, self.scale)
 
 
@@ -229,7 +249,7 @@ class PickScoreReward(_PromptReward):
         load = partial(_load, name, weights or PICKSCORE, dtype)
         super().__init__(name, load, differentiable, device, batch_size)
 
-    def _scaled(self, cosines: Tensor, network: "_Network") -> Tensor:
+    def _scaled(self, cosines: Tensor, network: "Network") -> Tensor:
         return network.model.logit_scale.exp() * cosines
 
 
@@ -281,10 +301,10 @@ class HPSv2Reward(_PromptReward):
         load = partial(_load, name, base or CLIP_H14, dtype, open_clip=weights or HPSV2)
         super().__init__(name, load, differentiable, device, batch_size)
 
-    def _prepared(self, images: Tensor, network: "_Network") -> Tensor:
+    def _prepared(self, images: Tensor, network: "Network") -> Tensor:
         return network.padded(images)
 
-    def _scaled(self, cosines: Tensor, network: "_Network") -> Tensor:
+    def _scaled(self, cosines: Tensor, network: "Network") -> Tensor:
         return cosines.clamp(-1, 1)  # rounding errors
 
 
@@ -482,7 +502,7 @@ class _Prototypes(nn.Module):
         return (cosines * parts["logit_scale"].clamp_min(1e-6)).softmax(1) @ parts["proto_scores"]
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """A CLIP model with what belongs to it: the pixels that it expects, its tokenizer, and a head.
 
     Args:
@@ -557,7 +577,7 @@ class _Network(nn.Module):
 class _Texts:
     """The features of the latest prompts, computed once for each; safe for any thread and stream."""
 
-    def __init__(self, name: str, network: _Network) -> None:
+    def __init__(self, name: str, network: Network) -> None:
         self._name, self._network, self._lock = name, network, ProcessLock()
         self._known = OrderedDict[str, tuple[Tensor, Any]]()
 
@@ -593,7 +613,7 @@ def _load(
     device: torch.device,
     *,
     open_clip: str | Path | None = None,
-) -> _Network:
+) -> Network:
     """A CLIP model with its tokenizer, with the weights of `source` or those of a file in the layout of open_clip."""
     only = None if open_clip is None else _PROCESSOR_FILES
     folder = checkpoint_folder(source, also=_PROCESSOR_FILES, only=only)
@@ -604,12 +624,12 @@ def _load(
         file = weight_file(open_clip, name=HPSV2_FILE, inner="state_dict")
         tensors = _from_open_clip(file, _shapes(model))
     _fill(model, tensors, dtype)
-    return _Network(model, _colors(name, folder, model), _tokenizer(name, folder, model)).to(device)
+    return Network(model, _colors(name, folder, model), _tokenizer(name, folder, model)).to(device)
 
 
 def _load_laion(
     name: str, source: str | Path, weights: str | Path | None, dtype: torch.dtype, device: torch.device
-) -> _Network:
+) -> Network:
     """The image tower of a CLIP model with the aesthetic head."""
     folder = checkpoint_folder(source, also=_PROCESSOR_FILES)
     model = _empty(name, folder)
@@ -629,12 +649,12 @@ def _load_laion(
         linear = nn.Linear(ins, outs, device="meta")
         linear.load_state_dict({part: found[f"{layer}.{part}"].float() for part in ("weight", "bias")}, assign=True)
         head.append(linear)
-    return _Network(model, _colors(name, folder, model), head=head).to(device)
+    return Network(model, _colors(name, folder, model), head=head).to(device)
 
 
 def _load_rali(
     name: str, source: str | Path, pca_mean: str | Path | None, dtype: torch.dtype, device: torch.device
-) -> _Network:
+) -> Network:
     """The image tower of RALI's CLIP with its prototypes."""
     if isinstance(source, Path) or os.path.isdir(source):
         folder = Path(source)
@@ -664,7 +684,7 @@ def _load_rali(
     parts = file.take(dict(zip(_RALI_PARTS, sizes, strict=True)))
     mean = _mean(mean_file, width)
     head = _Prototypes(mean, {key.removeprefix("scorer."): value for key, value in parts.items()})
-    return _Network(model, _colors(name, base, model), head=head).to(device)
+    return Network(model, _colors(name, base, model), head=head).to(device)
 
 
 def _mean(file: Path, width: int) -> Tensor:
