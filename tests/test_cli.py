@@ -79,6 +79,15 @@ def test_list_shows_the_whole_catalogue() -> None:
     assert rows["ssim"]["needs_references"] is True
 
 
+def test_list_shows_the_options_of_a_reward() -> None:
+    """One line each with the default, the kind of value and what it does; an unknown name is an error that helps."""
+    lines = run("list", "SSIM").splitlines()
+    assert [line.split()[0] for line in lines] == ["option", "batch_size=none", "color=luma", "differentiable=false"]
+    options = json.loads(run("list", "lpips", "--json"))
+    assert {"option": "net=alex", "values": "alex or vgg or squeeze"}.items() <= options[5].items()
+    assert "did you mean niqe" in run("list", "nique", code=2)
+
+
 def test_scores_equal_the_api(photos: Path) -> None:
     """A folder is searched recursively, and each score is what `load(...)` gives for that file."""
     rows = rows_of(run("score", photos, "--reward", "piqe", "--format", "csv", code=1))

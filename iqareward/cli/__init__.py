@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -107,24 +107,38 @@ def any_command(version: _Version = False) -> None:
 
 @app.command("list")
 def list_rewards(
+    name: Annotated[str | None, typer.Argument(help="Show the options of this reward, with their defaults.")] = None,
     pyiqa: Annotated[
         bool, typer.Option("--pyiqa", help="List pyiqa's metrics instead (non-commercial licence).")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all facts.")] = False,
 ) -> None:
-    """List the named rewards, one per line. Long lines are cut in a terminal, but not in a pipe."""
-    from iqareward.cli.doctor import LEGEND, list_lines, list_rewards
+    """List the named rewards, or the options of one, one per line. Long lines are cut in a terminal, not in a pipe."""
+    from iqareward.cli.doctor import LEGEND, aligned, list_lines, list_rewards
+    from iqareward.rewards.catalog import options_of
 
+    if name is not None:
+        with _usage_errors():
+            rows = [("option", "values", "what it does"), *options_of(name)]
+        if as_json:
+            typer.echo(json.dumps([dict(zip(rows[0], row, strict=True)) for row in rows[1:]], indent=2))
+        else:
+            _lines(aligned(rows))
+        return
     rows = list_rewards(pyiqa=pyiqa)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    width = shutil.get_terminal_size().columns
-    for line in list_lines(rows):
-        cut = sys.stdout.isatty() and len(line) > width
-        typer.echo(f"{line[: width - 3]}..." if cut else line)
+    _lines(list_lines(rows))
     if sys.stdout.isatty():
         typer.echo(LEGEND)
+
+
+def _lines(lines: Iterable[str]) -> None:
+    width = shutil.get_terminal_size().columns
+    for line in lines:
+        cut = sys.stdout.isatty() and len(line) > width
+        typer.echo(f"{line[: width - 3]}..." if cut else line)
 
 
 @app.command()

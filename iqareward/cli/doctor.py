@@ -94,8 +94,13 @@ def list_lines(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             row["summary"],
             row["licence"],
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for texts in cells:
+    yield from aligned(cells)
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """A line per row, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for texts in rows:
         yield "  ".join(f"{text:{width}}" for text, width in zip(texts, widths, strict=True)).rstrip()
 
 

@@ -24,7 +24,7 @@ from iqareward.rewards.calibrations import calibrated, calibrations
 from iqareward.rewards.clip import CLIP_B16, CLIP_B32, CLIP_L14, HPSV2, PICKSCORE
 from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.metric import FullReference, NoReference
-from iqareward.rewards.options import checked, closing, read_options, write_options
+from iqareward.rewards.options import checked, closing, kind_of, read_options, write_options
 from iqareward.rewards.pyiqa import NO_GRADIENT, REFUSED, pyiqa_bounds, pyiqa_configs, pyiqa_facts
 from iqareward.rewards.vlm.presets import HPSV3_MODEL, Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
 from iqareward.types import Bounds, Reward
@@ -510,7 +510,8 @@ def _ranged(term: _Term) -> str:
 def _build(term: _Term, device: torch.device | str | None, differentiable: bool) -> Reward:
     entry = _entry_of(term.name)
     known, others = known_options(term.name)
-    options = checked(term.name, term.text, term.options, known, others=others)
+    hints = {key: parameter.annotation for key, parameter in known.items()}
+    options = checked(term.name, term.text, term.options, hints, others=others)
     differentiable = options.pop("differentiable", differentiable)
     if differentiable and not entry.differentiable and term.name in CATALOG:
         graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)
@@ -528,21 +529,40 @@ def _build(term: _Term, device: torch.device | str | None, differentiable: bool)
     return Calibrated(reward, AffineMap(low, high), name=f"{reward.name}[{exact(low)}, {exact(high)}]")
 
 
-def known_options(name: str) -> tuple[dict[str, Any], bool]:
-    """The type hints of the options that may follow a name of the catalogue, and whether its class takes others too."""
+def known_options(name: str) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The options that may follow a name of the catalogue, and whether its class takes others too."""
     build: Any = _entry_of(name).build
     kind = build.func if isinstance(build, partial) else None
-    hints: dict[str, Any] = {"differentiable": bool}
     if kind is _of_metric:
-        metric = inspect.signature(build.args[1]).parameters
-        color = {"color": metric["color"].annotation} if "color" in metric and "color" not in build.keywords else {}
-        return hints | {"batch_size": int | None} | color, False
+        form, metric = (inspect.signature(each).parameters for each in build.args[:2])
+        found = {key: form[key] for key in ("differentiable", "batch_size")}
+        return found | ({"color": metric["color"]} if "color" in metric.keys() - build.keywords.keys() else {}), False
     others, fixed = False, build.keywords if kind is _public else {}
+    found = {"differentiable": inspect.Parameter("differentiable", inspect.Parameter.KEYWORD_ONLY, annotation=bool)}
     for key, parameter in inspect.signature(_class(build.args[0]) if kind is _public else build).parameters.items():
         others |= parameter.kind is parameter.VAR_KEYWORD
         if parameter.kind is not parameter.VAR_KEYWORD and key not in fixed:
-            hints[key] = parameter.annotation
-    return hints, others
+            found[key] = parameter
+    return found, others
+
+
+def options_of(name: str) -> Iterator[tuple[str, str, str]]:
+    """Of each option of a reward its text with the default, the kinds of value, and the first sentence about it.
+
+    Example:
+        >>> next(options_of("SSIM"))
+        ('batch_size=none', 'a whole number or none', 'images per call of the metric')
+    """
+    name = _parsed(name)[0].name
+    build: Any = _entry_of(name).build
+    owners = (_class(build.args[0]),) if build.func is _public else build.args[:2]
+    text = "\n".join(inspect.getdoc(owner) or "" for owner in owners)
+    for key, parameter in sorted(known_options(name)[0].items()):
+        said = re.search(rf"^ +{key}: (.+(?:\n {{8,}}.+)*)", text, re.MULTILINE)
+        sentence = re.split(r"[.;](?:\s|$)", " ".join(said[1].split()) if said else "")[0]
+        default = False if key == "differentiable" else parameter.default
+        written = key if default is parameter.empty else write_options({key: default})[1:-1]
+        yield written, kind_of(parameter.annotation), sentence
 
 
 def _masked(spec: str) -> tuple[str, list[str]]:

@@ -123,7 +123,7 @@ def checked(
         try:
             fitted[key] = _fit(value, known.get(key, Any))
         except TypeError:
-            raise ValueError(f"{who} expected {_kind(known[key])} as option {key!r}, got {value!r}.") from None
+            raise ValueError(f"{who} expected {kind_of(known[key])} as option {key!r}, got {value!r}.") from None
     return fitted
 
 
@@ -219,17 +219,19 @@ def _fit(value: Any, hint: Any) -> Any:
     return value
 
 
-def _kind(hint: Any) -> str:
+def kind_of(hint: Any) -> str:
     """A type hint in words."""
     origin, kinds = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_kind(kind) for kind in kinds if not (kind is str and torch.device in kinds)))
+        return " or ".join(
+            dict.fromkeys(kind_of(kind) for kind in kinds if not (kind is str and torch.device in kinds))
+        )
     if origin is Literal:
         return " or ".join(map(_written, kinds))
     if origin is tuple:
-        return f"a list of {_kind(kinds[0])}"
+        return f"a list of {kind_of(kinds[0])}"
     words = {
         int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", NoneType: "none",
-        torch.dtype: "a dtype such as bfloat16", torch.device: "a device such as cuda:0",
+        Any: "anything", torch.dtype: "a dtype such as bfloat16", torch.device: "a device such as cuda:0",
     }  # fmt: skip
     return words.get(hint, f"an object of type {getattr(hint, '__name__', hint)}")

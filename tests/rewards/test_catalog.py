@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iqareward import LPIPSReward, WeightedSum, check_reward, evaluate, functional, load
-from iqareward.rewards.catalog import CATALOG, known_options, published, text_of
+from iqareward.rewards.catalog import CATALOG, known_options, options_of, published, text_of
 from iqareward.rewards.options import read_options, write_options
 from iqareward.rewards.pyiqa import NEEDS_CUDA, REFUSED, pyiqa_configs
 from tests.tolerances import EXACT, OTHER_PACKAGE
@@ -454,6 +454,15 @@ def test_options_are_values_of_python() -> None:
     assert both.tasks == load({"name": "qalign", "task": ["quality", "aesthetics"]}).tasks == ("quality", "aesthetics")
 
 
+@pytest.mark.parametrize("name", CATALOG)
+def test_options_of_every_reward_can_be_shown(name: str) -> None:
+    """Every option has a kind, and its default is what the text form takes."""
+    for option, values, _ in options_of(name):
+        assert values
+        if "=" in option:
+            assert load(f"{name}({option})").name == load(name).name
+
+
 # Where and how a reward computes, not what; and objects, which have no text.
 UNNAMED = {"device", "batch_size", "differentiable", "compiled", "model"}
 OPTIONS = {
@@ -465,7 +474,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", CATALOG)
 def test_options_that_change_scores_are_in_the_name(name: str) -> None:
     """Two values of an option, such as two files of weights, never have one name."""
-    known, _ = known_options(name)
+    known = {option: parameter.annotation for option, parameter in known_options(name)[0].items()}
     for option in known.keys() - UNNAMED:
         literals = [get_args(kind) for kind in (known[option], *get_args(known[option])) if get_origin(kind) is Literal]
         values = literals[0] if literals else OPTIONS.get(option, ())
