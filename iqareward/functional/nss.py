@@ -152,11 +152,12 @@ def _moments(values: Tensor) -> Tensor:
     if values.shape[-1] * values.shape[-2] <= _UNDIVIDED:
         values = values.flatten(-2).unsqueeze(-2)
     # else rows first: an image's score must not depend on its batch in the last digit
-    sides = (values.clamp(max=0), values.clamp(min=0))
-    counts = [side.sign().sum(-1).abs() for side in sides]
-    sums = [side.sum(-1) for side in sides]
-    powers = [torch.linalg.vector_norm(side, dim=-1).double().square() for side in sides]
-    return torch.stack((*counts, *sums, *powers), dim=-1).sum(-2)
+    columns: list[list[Tensor]] = []
+    for bound in ("max", "min"):  # one after the other: on a GPU every side takes as much memory as the products
+        side = values.clamp(**{bound: 0})
+        power = torch.linalg.vector_norm(side, dim=-1).double().square()
+        columns.append([side.sign().sum(-1).abs(), side.sum(-1), power])
+    return torch.stack([column for pair in zip(*columns) for column in pair], dim=-1).sum(-2)
 
 
 @lru_cache(maxsize=8)
