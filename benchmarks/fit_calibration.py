@@ -164,11 +164,14 @@ def held_out_levels(score_map: ScoreMap, held_out: Mapping[str, Tensor]) -> dict
 
 def write(maps: Mapping[str, LogisticMap], runs: Sequence[Mapping[str, Any]], *, add: bool) -> None:
     """Replace the file in the package, or the maps of `maps` in it, with how each was made."""
-    old: dict[str, Any] = json.loads(FILE.read_text()) if add else {"maps": {}, "runs": []}
+    old: dict[str, Any] = json.loads(FILE.read_text())
+    if not add:
+        old |= {"maps": {}, "runs": []}
     fields = old["maps"] | {name: {"map": "logistic", **asdict(each)} for name, each in maps.items()}
     for run in old["runs"]:
         run["rewards"] = [name for name in run["rewards"] if name not in maps]
-    none = {name: NO_WEIGHTS for name, entry in CATALOG.items() if name not in fields and leaves_unit(entry.bounds)}
+    bare = [name for name, entry in CATALOG.items() if name not in fields and leaves_unit(entry.bounds)]
+    none = {name: old["none"].get(name, NO_WEIGHTS) for name in bare}
     kept = [run for run in [*old["runs"], *runs] if run["rewards"]]
     write_text(FILE, json.dumps({"maps": fields, "none": none, "runs": kept}, indent=1) + "\n")
 
