@@ -512,6 +512,8 @@ def _build(term: _Term, device: torch.device | str | None, differentiable: bool)
     known, others = known_options(term.name)
     hints = {key: parameter.annotation for key, parameter in known.items()}
     options = checked(term.name, term.text, term.options, hints, others=others)
+    if (batch_size := options.get("batch_size")) is not None and batch_size < 1:
+        raise ValueError(f"{term.name} expected `batch_size` >= 1, got {batch_size}.")
     differentiable = options.pop("differentiable", differentiable)
     if differentiable and not entry.differentiable and term.name in CATALOG:
         graphs = ", ".join(known for known, other in CATALOG.items() if other.differentiable)

@@ -330,6 +330,7 @@ def test_one_scale_moves_alike(photographs: Tensor) -> None:
         ("psnr_y(color=luma)", "has an option that psnr_y does not have: color"),
         ("fsim(metric=vsi)", "has an option that fsim does not have: metric"),
         ("ssim(batch_size=x)", "ssim expected a whole number or none as option 'batch_size', got 'x'"),
+        ("ssim(batch_size=0)", "ssim expected `batch_size` >= 1, got 0"),
         ("ssim(batch_size=true)", "expected a whole number or none as option 'batch_size', got True"),
         ("ssim(color=pink)", "ssim expected luma or luma8 or y or rgb as option 'color', got 'pink'"),
         ("ssim(differentiable=maybe)", "ssim expected true or false as option 'differentiable', got 'maybe'"),
