@@ -22,6 +22,7 @@ from iqareward.rewards.cvvdp import CVVDPReward
 from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
 from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
+from iqareward.rewards.quick import QuickReward
 from iqareward.rewards.vlm.rewards import HPSv3Reward, LevelReward, RatingReward
 from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
@@ -29,6 +30,7 @@ from tests.gpu import no_waits, on_devices
 from tests.owl2.owl2_tiny import SMALL, seeded_model
 from tests.rewards import clip_tiny
 from tests.rewards.pictures import noisy, textures
+from tests.rewards.quick_weights import quick_weights
 from tests.tolerances import EXACT, HALF_NETWORK, NETWORK_BATCH
 from tests.vlm import tiny as vlm
 from tests.vlm.test_rating import SHORT
@@ -36,7 +38,8 @@ from tests.vlm.test_rating import SHORT
 FORMULAS = [name for name, entry in CATALOG.items() if not entry.weights]
 FOREIGN = [name for name in FORMULAS if CATALOG[name].extra]  # piq's code is not ours to keep from waiting
 OTHERS = [
-    "lpips", "lpips_vgg", "stlpips", "cvvdp", "dists", "qalign", "deqa", "hpsv3", *clip_tiny.NAMES, "sum", "calibrated",
+    "quick", "lpips", "lpips_vgg", "stlpips", "cvvdp", "dists", "qalign", "deqa", "hpsv3", *clip_tiny.NAMES, "sum",
+    "calibrated",
 ]  # fmt: skip
 PROMPTS = ["the cat", "a dog", "the cat"]
 VLMS = [*(f"level {family}" for family in vlm.FAMILIES), *(f"rating {family}" for family in vlm.FAMILIES)]
@@ -75,6 +78,8 @@ def build(tmp_path: Path) -> Callable[..., Reward]:
                 net = "vgg" if name == "lpips_vgg" else "alex"
                 weights = backbone("vgg16" if net == "vgg" else "alexnet")
                 return LPIPSReward(net, weights=weights, device=device, **options)
+            case "quick":
+                return QuickReward(quick_weights(tmp_path), device=device, **options)
             case "stlpips":
                 pytest.importorskip("stlpips_pytorch", reason="the extra `perceptual` is not installed")
                 return STLPIPSReward(device=device, **options)
@@ -164,7 +169,9 @@ def test_gradients(name, device, build, exact_convolutions):
 
 
 @on_devices
-@pytest.mark.parametrize("name", ["lpips", "stlpips", "dists", "qalign", "deqa", *clip_tiny.NAMES[:4], *VLMS[:2]])
+@pytest.mark.parametrize(
+    "name", ["quick", "lpips", "stlpips", "dists", "qalign", "deqa", *clip_tiny.NAMES[:4], *VLMS[:2]]
+)
 def test_offload_and_onload(name, device, build):
     """Scores come back bit for bit, and on a GPU the memory of the weights is free meanwhile."""
     images, references = pair(name, device)

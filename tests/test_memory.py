@@ -30,9 +30,11 @@ from iqareward.functional.statistics import STATISTICS
 from iqareward.rewards.cvvdp import CVVDPReward
 from iqareward.rewards.owl2.rewards import QAlignReward
 from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward, STLPIPSReward
+from iqareward.rewards.quick import QuickReward
 from iqareward.weighting import LossWeights
 from tests.diffusion.tiny import pixel_policy, seeded
 from tests.owl2 import owl2_tiny
+from tests.rewards.quick_weights import quick_weights
 from tests.tolerances import EXACT, NETWORK_BATCH
 
 pytestmark = pytest.mark.skipif(
@@ -110,6 +112,8 @@ def weighty(tmp_path):
     def make(name, **options):
         if name == "cvvdp":
             return CVVDPReward(**options)
+        if name == "quick":
+            return QuickReward(quick_weights(tmp_path), **options)
         if name.startswith("stlpips"):
             pytest.importorskip("stlpips_pytorch", reason="the extra `perceptual` is not installed")
             return STLPIPSReward("vgg" if name == "stlpips_vgg" else "alex", **options)
@@ -130,7 +134,7 @@ def weighty(tmp_path):
 
 
 FORMULAS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi")
-NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "stlpips", "stlpips_vgg", "dists", "cvvdp")
+NETWORKS = ("lpips_alex", "lpips_squeeze", "lpips_vgg", "stlpips", "stlpips_vgg", "dists", "cvvdp", "quick")
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, "piqe", "niqe", "brisque", *NETWORKS])

@@ -50,6 +50,7 @@ PEAKS = {
     "stlpips": (1300, 2600),
     "cvvdp": (300, 720),
     "dists": (2300, 3600),
+    "quick": (270, 1100),
 }
 FORMULA_PEAKS = (95, 110)
 

@@ -15,6 +15,7 @@ from .core import collect_reasons as collect_reasons
 from .cvvdp import CVVDPReward as CVVDPReward
 from .loading import LazyModel as LazyModel
 from .perceptual import STLPIPSReward as STLPIPSReward
+from .quick import QuickReward as QuickReward
 from .rank import PairsInGroup as PairsInGroup
 from .rank import RankInGroup as RankInGroup
 from .vlm.presets import Q_INSIGHT as Q_INSIGHT
