@@ -172,6 +172,7 @@ def test_other_modules_are_refused() -> None:
 TAESD = {"taesd": (4, 0.074), "taesd3": (16, 0.045), "taef1": (16, 0.053)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAESD)
 def test_published_weights_reconstruct_photographs(name) -> None:
     """Published tiny autoencoders of SD, SD3 and FLUX.1 bring centres of Kodak images back to their known errors."""
