@@ -61,6 +61,8 @@ def main() -> None:
 def crop_of(photo: Path, size: int, draws: Draws) -> Tensor:
     """A random crop `[3, size, size]` of a photograph that is scaled by a random factor, the livelier one of two."""
     whole = _photo(photo)
+    if min(whole.size) < size:
+        raise ValueError(f"{photo} is {whole.width} x {whole.height}; expected sides of {size} pixels or more.")
     side = max(size, math.exp(draws.uniform(*np.log(_SHORT_SIDES))))
     whole = _reduced(whole, side)
     pixels = torch.from_numpy(np.array(whole)).movedim(-1, 0).float() / 255
