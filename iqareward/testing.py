@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -230,6 +231,11 @@ class _Case:
         )
         return scores
 
+    @cached_property
+    def all_scores(self) -> Tensor:
+        """Scores of all images by the first call, with which later calls are compared."""
+        return self.score().detach()
+
     def columns(self, images: Images) -> dict[str, Any]:
         """Prompts, and if the reward needs them: grey images of half the size as inputs, one id, one task."""
         columns: dict[str, Any] = {"prompts": [""] * len(images)}
@@ -252,7 +258,7 @@ class _Case:
 
     def expect_same(self, scores: Tensor, when: str, expected: Tensor | None = None) -> None:
         """Fail with the condition in the message unless scores are those of all images, or `expected`, NaN as NaN."""
-        expected = (self.score() if expected is None else expected).detach().double()
+        expected = (self.all_scores if expected is None else expected).detach().double()
         same = torch.isclose(scores.detach().double(), expected, **self.close)
         _expect(same.all(), f"the score changes {when}: {expected.tolist()} becomes {scores.tolist()}")
 
@@ -295,7 +301,7 @@ def _pickling(case: _Case) -> None:
 def _output(case: _Case) -> None:
     """gives [B] finite float32 on the images' device"""
     with collect_reasons() as reasons:
-        scores = case.score()
+        scores = case.all_scores
     if reasons:
         raise UnscoredWarning("; ".join(reasons))
     _expect(scores.dtype == torch.float32, f"scores must be float32, got {scores.dtype}")
@@ -321,10 +327,8 @@ def _untouched(case: _Case) -> None:
 def _bounds(case: _Case) -> None:
     """stays within its bounds, including on black and on white images"""
     low, high = case.reward.bounds
-    for images in (case.images, case.degraded, torch.zeros_like(case.images), torch.ones_like(case.images)):
-        if images is None:
-            continue
-        scores = case.score(images)
+    others = (case.degraded, torch.zeros_like(case.images), torch.ones_like(case.images))
+    for scores in (case.all_scores, *(case.score(images) for images in others if images is not None)):
         scores = scores[~scores.isnan()]
         _expect(scores.isfinite().all(), f"scores must be finite or NaN, never infinite, got {scores.tolist()}")
         for bound, beyond in ((low, torch.lt), (high, torch.gt)):
@@ -372,13 +376,13 @@ def _sequences(case: _Case) -> None:
     mixed_references = None if references is None else [references[0][half], *references[1:]]
     scores = case.score(mixed, mixed_references)
     if not case.in_groups:
-        case.expect_same(scores[1:], "beside an image of another size", case.score()[1:])
+        case.expect_same(scores[1:], "beside an image of another size", case.all_scores[1:])
 
 
 def _order_and_layout(case: _Case) -> None:
     """does not depend on the order or the memory layout"""
     backwards = list(range(len(case.images)))[::-1]
-    case.expect_same(case.score(*case.rows(backwards)), "with the order of the batch", case.score()[backwards])
+    case.expect_same(case.score(*case.rows(backwards)), "with the order of the batch", case.all_scores[backwards])
     images = case.images.contiguous(memory_format=torch.channels_last)
     case.expect_same(case.score(images), "with the memory layout of the images")
 
@@ -405,10 +409,9 @@ def _threads(case: _Case) -> None:
         with state():
             return case.score()
 
-    expected = case.score()
     with ThreadPoolExecutor(max_workers=len(states)) as pool:
         for scores in pool.map(score_in, states * 2):
-            case.expect_same(scores, "in threads under the caller's autocast or grad mode", expected)
+            case.expect_same(scores, "in threads under the caller's autocast or grad mode")
 
 
 def _graph(case: _Case) -> None:
@@ -438,7 +441,7 @@ def _isolation(case: _Case) -> None:
         images[0, 0, 0, 0] = value
         scores = case.score(images)
         _expect(scores[0].isnan(), f"an image with a {value} pixel must score NaN, got {scores[0].item()}")
-        others = case.score(*case.rows(slice(1, None))) if case.in_groups else case.score()[1:]
+        others = case.score(*case.rows(slice(1, None))) if case.in_groups else case.all_scores[1:]
         case.expect_same(scores[1:], f"when another image has a {value} pixel", others)
 
 
@@ -464,7 +467,7 @@ def _direction(case: _Case) -> str | None:
         references = None if case.references is None else case.references.repeat(2, 1, 1, 1)
         good, bad = case.score(pairs, references, ids=[*range(count)] * 2).split(count)
     else:
-        good, bad = case.score(), case.score(case.degraded)
+        good, bad = case.all_scores, case.score(case.degraded)
     lower = int((bad < good).sum())
     _expect(2 * lower > len(good), f"only {lower} of {len(good)} degraded images score lower; is the sign right?")
     return None
