@@ -2,13 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import re
-import signal
 import subprocess
 import sys
 import time
 import tomllib
 from dataclasses import fields
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -120,29 +121,34 @@ def test_no_held_out_file_is_trained_on() -> None:
     assert len(data.train) == 8
 
 
-def kill_when(lines: int, history: Path, file: Path) -> str:
-    """Start the command, kill it once a history has so many lines; returns what it has said on standard error."""
-    program = "import sys; from iqareward.cli import app; app(['train', '--config', sys.argv[1]])"
-    command = [sys.executable, "-W", "ignore", "-c", program, str(file)]
+def run_command(file: str) -> None:
+    """In a process of its own."""
+    app(["train", "--config", file])
+
+
+def kill_when(lines: int, history: Path, process: subprocess.Popen[bytes] | BaseProcess) -> None:
+    """Kill the command once a history has so many lines."""
     deadline = time.monotonic() + 600
-    with Path("said.txt").open("w") as said:
-        process = subprocess.Popen(command, stderr=said)
     try:
         while not history.exists() or len(history.read_text().splitlines()) < lines:
-            assert process.poll() is None, "the run ended by itself"
+            code = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+            assert code is None, "the run ended by itself"
             assert time.monotonic() < deadline, "no line in time"
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    return Path("said.txt").read_text()
+        process.kill()
+        process.wait() if isinstance(process, subprocess.Popen) else process.join()
 
 
 def test_a_killed_run_goes_on_where_it_was(folder: Path) -> None:
     """Killed amid RL, it has shown every update; resumed it ends with the numbers of a run that was never killed."""
     file = settings("killed", updates=10_000)
     file.write_text(file.read_text().replace("save_every = 1", "save_every = 2"))
-    said = kill_when(4, Path("killed/history.jsonl"), file)
+    program = "import sys; from iqareward.cli import app; app(['train', '--config', sys.argv[1]])"
+    with Path("said.txt").open("w") as stderr:
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(file)], stderr=stderr)
+    kill_when(4, Path("killed/history.jsonl"), process)
+    said = Path("said.txt").read_text()
     assert "RL 1/10000  " in said
     assert not [word for word in ("torchao", "pytree", "kernels") if word in said], "a warning of another package"
     updates = load_state(Path("killed/checkpoint.pt"))["updates"] + 2
@@ -157,7 +163,9 @@ def test_killed_during_sft_it_can_begin_anew(folder: Path) -> None:
     """Nothing is in the way of a run with other settings, and its history of SFT is its own."""
     file = settings()
     file.write_text(file.read_text().replace("sft.updates = 3", "sft.updates = 100000"))
-    kill_when(5, Path("run/history-sft.jsonl"), file)
+    process = multiprocessing.get_context("forkserver").Process(target=run_command, args=(str(file),))
+    process.start()
+    kill_when(5, Path("run/history-sft.jsonl"), process)
     train(settings(updates=1))
     assert len(Path("run/history-sft.jsonl").read_text().splitlines()) == 3
 
