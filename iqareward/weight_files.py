@@ -212,6 +212,8 @@ def decode(path: Path) -> tuple[Any, dict[str, str]]:
         OSError: there is no such file, or it may not be read.
         ValueError: it is truncated or damaged, or needs code to be read.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no file of weights {path}: check the path, which is relative to {Path.cwd()}.")
     with path.open("rb") as file:
         start = file.read(len(_ZIP_START))
     try:

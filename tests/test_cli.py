@@ -138,6 +138,12 @@ def test_references(photos: Path, tmp_path: Path) -> None:
     assert "no reference" in rows["d.png"]["problem"]
 
 
+def test_rewards_with_prompts_are_refused_before_any_download(photos: Path) -> None:
+    """Commands take no prompts, and say how such a reward is called."""
+    error = run("score", photos, "--reward", "0.5*hpsv3 + 0.5*clipscore[0, 1]", code=2)
+    assert "load(name)(images, prompts=" in " ".join(error.split())
+
+
 def test_one_picture_against_one(tmp_path: Path) -> None:
     """A file as reference is that of every picture; it need not have the same name."""
     for seed, name in enumerate(("restored.png", "other.png", "truth.png")):

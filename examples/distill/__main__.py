@@ -45,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--references", type=Path, help="folder of references, for a teacher that compares")
     parser.add_argument("--output", type=Path, required=True, help="file of weights, .safetensors")
     parser.add_argument("--backbone", type=Path, help="file of torchvision's MobileNetV2 to start from")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="updates")
-    parser.add_argument("--crop", type=int, default=defaults.crop, help="longest side to train on")
-    parser.add_argument("--groups", type=int, default=defaults.groups, help="inputs in an update")
-    parser.add_argument("--members", type=int, default=defaults.members, help="images of each input in an update")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="updates [%(default)s]")
+    parser.add_argument("--crop", type=int, default=defaults.crop, help="longest side to train on [%(default)s]")
+    parser.add_argument("--groups", type=int, default=defaults.groups, help="inputs in an update [%(default)s]")
+    parser.add_argument(
+        "--members", type=int, default=defaults.members, help="images of each input in an update [%(default)s]"
+    )
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -301,6 +301,7 @@ def show(found: Findings, console: Console) -> None:
             drawn.add_row(*map(plain, row))
         console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), drawn).minimum)
         console.print(drawn)
+        console.print()
     for line in notes(found):
         say(console, line)
 

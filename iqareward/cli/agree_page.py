@@ -10,6 +10,7 @@ from iqareward.cli.agree import TITLES, Findings, notes, tables
 from iqareward.cli.compare_page import HEAD, STYLE, escaped
 
 _ROW, _NAME, _PANEL, _GAP, _TOP, _BOTTOM = 22, 150, 200, 36, 26, 26  # pixels of the chart of figures
+_LETTERS = 20  # of a name in the chart of figures
 _SIDE, _MARGIN, _POINTS = 190, 12, 400  # of a chart of scores
 _SVG_STYLE = """
 svg { font: 12px system-ui, sans-serif; max-width: 100%; }
@@ -20,6 +21,12 @@ svg .axis { fill: var(--muted); font-size: 11px; }
 .bar { stroke: var(--better); stroke-width: 2; }
 .dot { fill: var(--better); }
 .point { fill: var(--better); opacity: 0.55; }
+"""
+_PAGE_STYLE = """
+svg[viewBox] { height: auto; }
+table { margin-top: 20px; }
+td.text, th.text { white-space: normal; min-width: 7.5em; }
+.charts { display: flex; flex-wrap: wrap; gap: 20px 24px; }
 """
 _COLOURS = STYLE[STYLE.index(":root") : STYLE.index("body {")]
 _PAGE = (
@@ -48,7 +55,7 @@ def render(found: Findings) -> str:
     return Template(_PAGE).substitute(
         script_source="none",
         title=f"Agreement with people: {escaped(found.source)}",
-        style=f"{STYLE}{_SVG_STYLE}.charts {{ display: flex; flex-wrap: wrap; gap: 20px 24px; }}",
+        style=f"{STYLE}{_SVG_STYLE}{_PAGE_STYLE}figure {{ width: {_SIDE}px; }}",
         chart=chart(found.overall),
         tables="".join(map(_table, tables(found))),
         notes="".join(f"<li>{escaped(line)}</li>" for line in notes(found)),
@@ -86,7 +93,8 @@ def chart(found: Agreement) -> str:
     parts: list[str] = []
     for row, metric in enumerate(found.metrics):
         y = _TOP + _ROW * (row + 0.5)
-        parts.append(f'<text x="{_NAME - 12}" y="{y + 4}" text-anchor="end">{escaped(metric.name)}</text>')
+        name = metric.name if len(metric.name) <= _LETTERS else metric.name[: _LETTERS - 1] + "…"
+        parts.append(f'<text x="{_NAME - 12}" y="{y + 4}" text-anchor="end">{escaped(name)}</text>')
     for panel, measure in enumerate(measures):
         left = _NAME + panel * (_PANEL + _GAP)
         figures = [getattr(metric, measure) for metric in found.metrics]

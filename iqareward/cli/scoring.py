@@ -59,7 +59,8 @@ class Scorer:
         more: further rewards by name, whose scores follow.
 
     Raises:
-        ValueError: a reward is unknown or given twice, references are missing, or the device cannot be used.
+        ValueError: a reward is unknown or given twice, references are missing, a reward needs
+            prompts, or the device cannot be used.
     """
 
     def __init__(
@@ -84,6 +85,11 @@ class Scorer:
             ) from error
         self.rewards = [*(load(name, device=device) for name in self.names), *(more or {}).values()]
         self.names += more or {}
+        if prompted := [reward.name for reward in self.rewards if reward.needs_prompts]:
+            raise ValueError(
+                f"{', '.join(prompted)} needs a prompt for each image, which commands do not take: call it in Python, "
+                "load(name)(images, prompts=[...])."
+            )
         needy = [reward.name for reward in self.rewards if reward.needs_references]
         if needy and reference is None:
             raise ValueError(f"{', '.join(needy)} compares with references: pass --reference FOLDER (or FILE).")
