@@ -33,12 +33,12 @@ def _small(**options) -> QAlignReward:
         pytest.param(lambda: _small(), id="qalign"),
         pytest.param(lambda: _small(task=BOTH, scale="mos"), id="both tasks"),
         pytest.param(lambda: _small(differentiable=True), id="differentiable"),
-        pytest.param(lambda: DeQAReward(seeded_model(SMALL), scale="flow_grpo", batch_size=3), id="deqa"),
+        pytest.param(lambda: DeQAReward(seeded_model(SMALL), scale="flow_grpo", batch_size=2), id="deqa"),
     ],
 )
 def test_contract(reward) -> None:
     """Shapes, bounds, independence of batch, order, thread and mode, pickling, isolation of broken images."""
-    check_reward(reward(), _images(4))
+    check_reward(reward(), _images(3))
 
 
 @pytest.mark.parametrize("task", ["quality", "aesthetics"])

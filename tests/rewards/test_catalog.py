@@ -23,11 +23,12 @@ CLASSICAL = [name for name, entry in CATALOG.items() if entry.extra == "" and no
 @pytest.mark.parametrize("name", CLASSICAL)
 def test_every_reward_keeps_the_contract(name: str, photographs: Tensor, degraded_photographs: Tensor) -> None:
     """Each reward without weights passes the public check on photographs, direction included."""
+    photographs, degraded = photographs[:3], degraded_photographs[:3]
     near = (photographs + 0.02 * torch.randn(photographs.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     images, references = (near, photographs) if load(name).needs_references else (photographs, None)
     for differentiable in {False, CATALOG[name].differentiable}:
         reward = load(name, differentiable=differentiable)
-        check_reward(reward, images, references, degraded=degraded_photographs)
+        check_reward(reward, images, references, degraded=degraded)
 
 
 @pytest.mark.parametrize("name", CLASSICAL)

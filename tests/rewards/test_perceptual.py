@@ -128,10 +128,10 @@ def test_piq_on_traps(metric: str, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_nearly_flat_pictures_keep_the_contract_under_iwssim() -> None:
+def test_nearly_flat_pictures_keep_the_contract_under_iwssim() -> None:
     """The public check passes on pictures whose covariances are next to singular."""
     rng = torch.Generator().manual_seed(0)
-    references = 0.5 + 0.002 * torch.randn(4, 3, 161, 161, generator=rng)
+    references = 0.5 + 0.002 * torch.randn(3, 3, 161, 161, generator=rng)
     degraded = noisy(references, 0.01)
     check_reward(PIQReward("iwssim"), noisy(references, 0.001), references, degraded=degraded)
 

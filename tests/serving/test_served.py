@@ -166,7 +166,7 @@ def test_pixels_arrive_as_they_are(double, make) -> None:
 )
 def test_contract(make, preset, scale) -> None:
     """Shapes, bounds, independence of batch, order, thread and mode, pickling, isolation of broken images."""
-    check_reward(make(preset, scale=scale), _images(4))
+    check_reward(make(preset, scale=scale), _images(3))
 
 
 def test_broken_images_are_not_sent(double, make) -> None:
