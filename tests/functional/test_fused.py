@@ -53,6 +53,15 @@ def plainly(monkeypatch):
     return context
 
 
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """The interpreter takes as long for a tile of any size; tests without this have the size of a GPU."""
+    if INTERPRETED:
+        from iqareward.functional import _triton
+
+        monkeypatch.setattr(_triton, "SIDE", 128)
+
+
 def noise(*shape, dtype=torch.float32, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -223,6 +232,7 @@ def test_gradient_of_sanitize():
 
 
 @kernels
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("dtype", TYPES)
 def test_ssim_is_the_same_without_a_graph(dtype):
     """One kernel without a graph, and torch's operations with one, give the same digits; `vmap` too."""
@@ -239,12 +249,9 @@ def test_ssim_is_the_same_without_a_graph(dtype):
 
 @kernels
 @pytest.mark.parametrize("name", ["ssim", "ms_ssim", "gmsd", "haarpsi", "psnr", "piqe", "niqe", "brisque"])
-def test_rewards(name, plainly, monkeypatch):
+@pytest.mark.usefixtures("large_tiles")
+def test_rewards(name, plainly):
     """Scores and gradients are those of torch's own operations, without a wait; bad images alone have no score."""
-    if INTERPRETED:  # it takes as long for a tile of any size; the tests above have the size of a GPU
-        from iqareward.functional import _triton
-
-        monkeypatch.setattr(_triton, "SIDE", 128)
     side = 168 if name == "ms_ssim" else 96 if name in ("niqe", "brisque") else 40
     references = noise(3, 3, side // 8, side // 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
     images = (references + 0.2 * noise(3, 3, side, side, seed=1)).clamp(max=1)
