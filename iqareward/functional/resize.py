@@ -1,6 +1,5 @@
 """Bicubic resizing that returns what Pillow returns, on any device, batched and differentiable."""
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ _BASE = 1 << 8
 # bf16 passes), and sums over up to 512 taps stay below 2**24, where float32 still counts every integer.
 _NUM_DIGITS = 3
 UNIT = 2**_COEFFICIENT_BITS // _BASE ** (_NUM_DIGITS - 1)  # a grey level, in units of the most significant digit
-_MAX_TAPS = 512
+_MAX_SHRINK = 127
 # The kernel is a narrow band of the matrix, so a dense product would mostly multiply zeros: each product makes as many
 # output columns as read about this many input columns, within limits that keep it worth a call.
 _BAND_INPUTS = 64
@@ -73,7 +72,7 @@ def smooth_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """
     for side in reversed(size):
         if images.shape[-1] != side:
-            images = _smooth(images, _bands(images.shape[-1], side, images.dtype, images.device))
+            images = _smooth(images, _bands(images.shape[-1], side, 0, side, images.dtype, images.device))
         images = images.mT
     return images
 
@@ -86,8 +85,14 @@ def to_levels(images: Tensor) -> Tensor:
     return straight_through(scaled, scaled.detach().round())
 
 
-def resize_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
-    """`pillow_resize` for integer levels 0..255 held as floats `[B, C, H, W]`; returns the same."""
+def resize_levels(levels: Tensor, size: tuple[int, int], *, middle: int | None = None) -> Tensor:
+    """`pillow_resize` for integer levels 0..255 held as floats `[B, C, H, W]`; returns the same.
+
+    Args:
+        levels: The images.
+        size: (height, width) of the result.
+        middle: Compute only the middle of the result, of this side at most; the rest takes no time and no memory.
+    """
     if min(size) < 1:
         raise ValueError(f"pillow_resize expected a positive (height, width), got {size}.")
     height, width = size
@@ -96,16 +101,23 @@ def resize_levels(levels: Tensor, size: tuple[int, int]) -> Tensor:
         # Pillow 13's rule, found by comparing both orders with its output; earlier releases always filter rows first.
         # The order shows only through the rounding in between, and squares are resized the same way by every release.
         if lost_rows > max(0, 2 * lost_columns):
-            levels = _resize_last(levels.mT, height).mT
-            return _resize_last(levels, width)
-        levels = _resize_last(levels, width)
-        return _resize_last(levels.mT, height).mT
+            levels = _resize_last(levels.mT, height, middle).mT
+            return _resize_last(levels, width, middle)
+        levels = _resize_last(levels, width, middle)
+        return _resize_last(levels.mT, height, middle).mT
 
 
-def _resize_last(levels: Tensor, out_size: int) -> Tensor:
+def _resize_last(levels: Tensor, out_size: int, middle: int | None) -> Tensor:
+    first = 0 if middle is None else max(0, (out_size - middle) // 2)
+    stop = out_size if middle is None else min(first + middle, out_size)
     if levels.shape[-1] == out_size:  # Pillow skips a pass that changes nothing
-        return levels
-    bands = _bands(levels.shape[-1], out_size, levels.dtype, levels.device)
+        return levels[..., first:stop]
+    if levels.shape[-1] > _MAX_SHRINK * out_size:
+        raise ValueError(
+            f"pillow_resize expected a side to shrink at most {_MAX_SHRINK} fold, got {levels.shape[-1]} -> "
+            f"{out_size}. Use two steps."
+        )
+    bands = _bands(levels.shape[-1], out_size, first, stop, levels.dtype, levels.device)
     with torch.no_grad():
         exact = _exact(levels.detach(), bands)
     if not differentiated(levels):
@@ -127,20 +139,23 @@ def _exact(levels: Tensor, bands: tuple[_Band, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _bands(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> tuple[_Band, ...]:
-    coefficients = bicubic_coefficients(in_size, out_size)
+def _bands(
+    in_size: int, out_size: int, first: int, stop: int, dtype: torch.dtype, device: torch.device
+) -> tuple[_Band, ...]:
+    """The bands of output columns `first:stop`."""
+    coefficients = bicubic_coefficients(in_size, out_size, first, stop)
     bands = []
     # Cached tensors must be ordinary even if the first caller is in inference mode: later callers may want gradients.
     with torch.inference_mode(False), torch.no_grad():
         columns = min(max(_BAND_INPUTS * out_size // in_size, _BAND_COLUMNS[0]), _BAND_COLUMNS[1])
-        for first in range(0, out_size, columns):
-            block = coefficients[:, first : first + columns]
+        for column in range(0, stop - first, columns):
+            block = coefficients[:, column : column + columns]
             rows = np.flatnonzero(block.any(axis=1))
-            start, stop = int(rows[0]), int(rows[-1]) + 1
-            block = block[start:stop]
+            start, end = int(rows[0]), int(rows[-1]) + 1
+            block = block[start:end]
             digits = torch.tensor(_digits(block), dtype=dtype, device=device)
             weights = torch.tensor(block / 2.0**_COEFFICIENT_BITS, dtype=dtype, device=device)
-            bands.append(_Band(start, stop, digits, weights))
+            bands.append(_Band(start, end, digits, weights))
     return tuple(bands)
 
 
@@ -155,26 +170,26 @@ def _digits(coefficients: np.ndarray) -> np.ndarray:
     return np.concatenate([coefficients / UNIT, *reversed(digits)], axis=1)
 
 
-def bicubic_coefficients(in_size: int, out_size: int) -> np.ndarray:
-    """Pillow's integer kernel weights `[in_size, out_size]` in units of 2**-22: antialiased bicubic along one axis."""
+def bicubic_coefficients(in_size: int, out_size: int, first: int = 0, stop: int | None = None) -> np.ndarray:
+    """Pillow's integer kernel weights in units of 2**-22: antialiased bicubic along one axis.
+
+    Returns:
+        `[in_size, stop - first]`, of those output columns; None = of all.
+    """
     scale = in_size / out_size
     stretch = max(scale, 1.0)
     support = _CUBIC_SUPPORT * stretch
-    if 2 * math.ceil(support) + 1 > _MAX_TAPS:
-        raise ValueError(
-            f"pillow_resize expected a side to shrink at most 127 fold, got {in_size} -> {out_size}. Use two steps."
-        )
-    center = (np.arange(out_size) + 0.5) * scale
-    first = np.maximum(np.trunc(center - support + 0.5), 0).astype(np.int64)
+    center = (np.arange(first, out_size if stop is None else stop) + 0.5) * scale
+    start = np.maximum(np.trunc(center - support + 0.5), 0).astype(np.int64)
     last = np.minimum(np.trunc(center + support + 0.5), in_size).astype(np.int64)
-    taps = np.arange(int((last - first).max()))
-    position = first[:, None] + taps  # [out, taps]
+    taps = np.arange(int((last - start).max()))
+    position = start[:, None] + taps  # [out, taps]
     weight = _cubic((position - center[:, None] + 0.5) / stretch)
     weight[position >= last[:, None]] = 0.0
     weight /= np.cumsum(weight, axis=1)[:, -1:]  # cumsum adds left to right, as Pillow's loop does
     fixed = np.trunc(weight * 2.0**_COEFFICIENT_BITS + np.copysign(0.5, weight)).astype(np.int64)
-    matrix = np.zeros((in_size, out_size), dtype=np.int64)
-    np.add.at(matrix, (np.minimum(position, in_size - 1), np.arange(out_size)[:, None]), fixed)
+    matrix = np.zeros((in_size, len(center)), dtype=np.int64)
+    np.add.at(matrix, (np.minimum(position, in_size - 1), np.arange(len(center))[:, None]), fixed)
     return matrix
 
 

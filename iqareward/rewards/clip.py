@@ -529,9 +529,8 @@ class Network(nn.Module):
         short = min(height, width)
         rows, columns = side * height // short, side * width // short
         with free_threads(images.device):
-            levels = resize_levels(to_levels(images), (rows, columns))
-        top, left = (rows - side) // 2, (columns - side) // 2
-        return self.normalized(levels[..., top : top + side, left : left + side] / 255)
+            levels = resize_levels(to_levels(images), (rows, columns), middle=side)
+        return self.normalized(levels / 255)
 
     def padded(self, images: Tensor) -> Tensor:
         """Clean images with their longer side resized as torchvision resizes tensors, padded with black to a square."""
@@ -565,7 +564,8 @@ class Network(nn.Module):
         # end is not attended to. transformers looks for the end by `eos_token_id` of a configuration, which is wrong in
         # older checkpoints.
         padded = torch.tensor([row + [row[-1]] * (limit - len(row)) for row in rows])
-        ends = F.one_hot(torch.tensor([len(row) - 1 for row in rows]), limit)
+        # the first end counts, as in transformers and open_clip, if a prompt holds the token of the end itself
+        ends = F.one_hot(torch.tensor([row.index(row[-1]) for row in rows]), limit)
         device = self.model.text_projection.weight.device
         ids, ends = (values.to(device, non_blocking=True) for values in (padded, ends))
         hidden = self.model.text_model(input_ids=ids).last_hidden_state

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from iqareward.functional.resize import bicubic_coefficients, pillow_resize, resize_levels, to_levels
+from iqareward.functional.resize import bicubic_coefficients, pillow_resize, resize_levels, smooth_resize, to_levels
 from tests.tolerances import EXACT
 
 PILLOW_MAJOR = int(PIL.__version__.split(".")[0])
@@ -119,3 +119,27 @@ def test_errors_say_what_to_do() -> None:
         pillow_resize(torch.zeros(1, 3, 8, 600), (8, 4))
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
         pillow_resize(torch.zeros(3, 8, 8), (4, 4))
+
+
+@pytest.mark.parametrize("middle", [7, 24, 40])
+@pytest.mark.parametrize("size", [(9, 70), (70, 24), (24, 24), (100, 33)])
+def test_the_middle_alone_is_that_of_the_whole(size, middle):
+    """A cut-out computed alone has the same levels and gradients, whichever pass comes first."""
+    levels = torch.randint(0, 256, (2, 3, 24, 50), generator=torch.Generator().manual_seed(0)).float()
+    whole, alone = (levels.clone().requires_grad_() for _ in range(2))
+    cut = resize_levels(whole, size)
+    for dim in (2, 3):
+        side = min(middle, cut.shape[dim])
+        cut = cut.narrow(dim, (cut.shape[dim] - side) // 2, side)
+    found = resize_levels(alone, size, middle=middle)
+    torch.testing.assert_close(found, cut, **EXACT)
+    for result in (cut, found):
+        result.square().sum().backward()
+    torch.testing.assert_close(alone.grad, whole.grad, rtol=1e-5, atol=1e-2)
+
+
+def test_smooth_resize_has_no_largest_factor():
+    """A strip of 600 pixels on 4 is averaged, as torch does it."""
+    values = torch.rand(1, 3, 2, 600, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(values, (2, 4), mode="bicubic", antialias=True)
+    torch.testing.assert_close(smooth_resize(values, (2, 4)), expected, rtol=0, atol=1e-5)

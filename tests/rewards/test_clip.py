@@ -381,3 +381,25 @@ def test_scores_on_the_model_side(tmp_path):
     scores = PickScoreReward(weights=tmp_path)(batch, prompts=PROMPTS)
     assert scores.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(scores[[0, 2]], expected[[0, 2]], **NETWORK_BATCH)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "clipiqa"])  # it does not resize
+def test_a_strip_is_scored_like_its_middle(tmp_path, name):
+    """What is cut away takes no memory: a strip of 40,000 pixels would be 1,280,000 pixels wide."""
+    scorer = reward(name, tmp_path)
+    strip = torch.rand(1, 3, 1, 40_000, generator=torch.Generator().manual_seed(0))
+    prompts = ["the cat"] if scorer.needs_prompts else None
+    scores = scorer(strip, prompts=prompts)
+    if name == "hpsv2":  # it scores the whole strip
+        assert scores.isfinite().all()
+    else:
+        torch.testing.assert_close(scores, scorer(strip[..., 19_800:20_200], prompts=prompts), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prompt", ["", "a<|endoftext|>dog", "<|endoftext|>", "<|startoftext|>a", "a" * 10_000])
+def test_odd_prompts_are_read_as_in_transformers(tmp_path, prompt):
+    """Nothing, the tokenizer's own tokens, and a text without end."""
+    theirs, batch = Theirs(tmp_path), images()[:1]
+    scores = PickScoreReward(weights=tmp_path)(batch, prompts=[prompt])
+    expected = theirs.model.logit_scale.exp().detach() * theirs.cosines(batch, [prompt])[0]
+    torch.testing.assert_close(scores, expected, **OTHER_PACKAGE)
