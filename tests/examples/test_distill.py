@@ -44,7 +44,7 @@ def student(pictures):
     file = pictures / "judge.safetensors"
     arguments = [
         "--teacher", "haarpsi", "--images", pictures / "images", "--references", pictures / "references", "--output",
-        file, "--steps", 60, "--crop", SIDE, "--groups", 4, "--members", 4, "--device", "cpu",
+        file, "--steps", 30, "--crop", SIDE, "--groups", 4, "--members", 4, "--device", "cpu",
         "--learning-rate", 2e-3,
     ]  # fmt: skip
     main([str(each) for each in arguments])
