@@ -173,7 +173,7 @@ def _ours(
     ours: dict[str, tuple[float, Callable[..., Scores]]] = {}
     for weight, reward in pairs:
         if len(pairs) + len(taken) > 1 and not callable(reward):
-            reward = on_unit_scale(reward, load(reward, device=device))
+            reward = on_unit_scale(reward, load(reward, device=device), weight=weight)
         scorer = Scorer(reward, who="install", sources=sources, on_nan=on_nan, device=device)
         name = scorer.reward.name
         if name in ours or name in taken:

@@ -1,6 +1,7 @@
 """Remember scores, so that repeated images are not scored again."""
 
 import hashlib
+import os
 import sqlite3
 import struct
 import threading
@@ -15,12 +16,12 @@ from types import NoneType
 from typing import Any, TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import iqareward
 from iqareward.rewards.calls import Call
 from iqareward.rewards.core import BaseReward, Wrapper, numbers, refuse_groups
-from iqareward.rewards.loading import LazyModel
+from iqareward.rewards.loading import LazyModel, tensors_of
 from iqareward.rewards.threads import PerProcess, fork_waits_for
 from iqareward.types import Images, Reward, Scores
 
@@ -131,7 +132,8 @@ class Cached(Wrapper):
             the disk is full, a warning says so once, and scores are computed.
         max_bytes: The largest size of the directory.
         version: Part of the key, with the reward's options, such as `weights`, and this library's version. Change it
-            when a file of weights or your own code changes: the directory sees names of files and functions only.
+            when your own code changes: the directory sees names of functions only. It sees the name, size and time of a
+            file of weights, or of the files in their folder, and the values of a network that is given as an object.
         cache_nan: Keep NaN too. Off by default, because a server that was down may be up again.
 
     Raises:
@@ -164,7 +166,8 @@ class Cached(Wrapper):
         numbers("Cached", max_entries=max_entries, max_bytes=max_bytes)
         if max_entries < 1 or max_bytes < 1:
             raise ValueError(f"Cached expected max_entries and max_bytes >= 1, got {max_entries} and {max_bytes}.")
-        self._prefix = repr((iqareward.__version__, reward.name, _described(reward), version)).encode()
+        described = None if directory is None else _described(reward)
+        self._prefix = repr((iqareward.__version__, reward.name, described, version)).encode()
         self._store = PerProcess(partial(_Store, max_entries, directory, max_bytes, cache_nan))
 
     def score_call(self, call: Call) -> Scores:
@@ -275,10 +278,24 @@ def _described(value: Any) -> Any:
         return hashlib.blake2b(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
     if is_dataclass(value) and not isinstance(value, type):
         return type(value).__qualname__, _described(vars(value))
-    if isinstance(value, str | int | float | Path | torch.dtype | NoneType):
+    if isinstance(value, nn.Module):
+        return type(value).__qualname__, [_described(tensor) for tensor in tensors_of(value)]
+    if isinstance(value, str | Path):
+        return str(value), _written(value)
+    if isinstance(value, int | float | torch.dtype | NoneType):
         return str(value)
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _written(path: str | Path) -> Any:
+    """Size and time of a file or of those in a folder: weights may be written anew in place. Else nothing."""
+    try:
+        if os.path.isdir(path):
+            return sorted((each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in os.scandir(path))
+        return os.stat(path).st_size, os.stat(path).st_mtime_ns
+    except (OSError, ValueError):  # no path, or none that a file can have
+        return None
 
 
 def _on_host(images: Images) -> Sequence[Tensor]:

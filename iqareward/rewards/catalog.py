@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -285,29 +286,34 @@ def load(
         return rewards[0]
     if len(terms) > 1:
         rewards = _on_one_scale(spec, terms, rewards)
+    elif distances := _subtracted(terms):
+        raise _refused(spec, terms, distances)
     return WeightedSum([
         (1.0 if term.weight is None else term.weight, reward) for term, reward in zip(terms, rewards, strict=True)
     ])  # fmt: skip
 
 
-def on_unit_scale(spec: Spec, reward: Reward) -> Reward:
+def on_unit_scale(spec: Spec, reward: Reward, *, weight: float = 1.0) -> Reward:
     """A reward as a part of a sum.
 
     Args:
         spec: name or sum from which `load` built the reward.
         reward: that reward.
+        weight: its weight there.
 
     Returns:
         The reward itself if its scores lie in [-1, 1] or it is a sum, otherwise with the calibration that ships.
 
     Raises:
-        ValueError: no calibration of it ships.
+        ValueError: no calibration of it ships, or it is a distance that the sum would subtract.
 
     Example:
         >>> on_unit_scale("piqe", load("piqe")).name, on_unit_scale("ssim", load("ssim")).name
         ('piqe[calibrated]', 'ssim')
     """
-    return reward if isinstance(reward, WeightedSum) else _on_one_scale(spec, _terms(spec), [reward])[0]
+    if isinstance(reward, WeightedSum):
+        return reward
+    return _on_one_scale(spec, [_terms(spec)[0]._replace(weight=weight)], [reward])[0]
 
 
 def published(spec: Spec) -> tuple[float, float] | None:
@@ -394,7 +400,7 @@ def _item(name: Any, value: Any) -> _Term:
     """A part from an item of a mapping: a weight, or options with `weight` and `range` among them."""
     if isinstance(value, Mapping) and "name" not in value:
         return _named({**value, "name": name})
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         raise TypeError(
             "load expected a mapping of names to weights, got "
             f"{value!r} for {name!r}. One reward is {{'name': {name!r}, ...}}, several of one name are a list of these."
@@ -409,7 +415,7 @@ def _named(entry: Mapping[str, Any]) -> _Term:
     terms = _parsed(name) if isinstance(name, str) else []
     if len(terms) != 1 or terms[0].weight is not None:
         raise ValueError(f"load expected the name of one reward for each weight, got {name!r} in {dict(entry)}.")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
+    if weight is not None and not _is_number(weight):
         raise TypeError(f"load expected a number as `weight` of {name!r}, got {weight!r}.")
     term = _with_options(terms[0]._replace(weight=weight), options)
     if limits is not None:
@@ -424,11 +430,15 @@ def _named(entry: Mapping[str, Any]) -> _Term:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max  # of YAML, which has integers that are no float
+    return isinstance(value, float)
 
 
 def _with_options(term: _Term, options: Mapping[str, Any]) -> _Term:
     """The part with further options."""
+    if wrong := [key for key in options if not isinstance(key, str)]:
+        raise ValueError(f"load expected the names of the options of {term.text!r} as text, got {wrong}.")
     if twice := sorted(term.options.keys() & options.keys()):
         raise ValueError(f"load got {', '.join(twice)} of {term.text!r} twice: {write_options(options)[1:-1]}.")
     if not options:
@@ -473,25 +483,42 @@ def _on_one_scale(spec: Spec, terms: list[_Term], rewards: list[Reward]) -> list
     scaled = [_scaled(reward) for reward in rewards]
     texts = [term.text if part else _ranged(term) for term, part in zip(terms, scaled, strict=True)]
     wide = [reward.name for reward, part in zip(rewards, scaled, strict=True) if part is None]
-    # Of a metric known as a distance the reward is the negative already; people subtract it once more.
-    twice = [
-        reward.name
-        for term, reward, part in zip(terms, rewards, scaled, strict=True)
-        if _sign(term) == "-" and reward.bounds[1] == 0 and part is not reward
-    ]
-    hint = f"{', '.join(twice)}: higher is better here already; did you mean + instead of -?"
+    distances = _subtracted(terms)
     if wide:
         raise ValueError(
             f"{text_of(spec)!r} adds scores of different scales: {', '.join(wide)} may leave [-1, 1], and no "
             f"calibration of {'it' if len(wide) == 1 else 'them'} ships. Write {_sum_of(terms, texts)!r}: the first "
-            f"score in brackets becomes 0, the second 1.{f' {hint}' if twice else ''}"
+            f"score in brackets becomes 0, the second 1.{f' {_hint(distances)}' if distances else ''}"
         )
-    if twice:
-        texts = [f"{term.text}[calibrated]" if r.name in twice else term.text for term, r in zip(terms, rewards)]
-        raise ValueError(
-            f"{text_of(spec)!r} subtracts {hint} To subtract it all the same, write {_sum_of(terms, texts)!r}."
-        )
+    if distances:
+        raise _refused(spec, terms, distances)
     return [part for part in scaled if part is not None]
+
+
+def _subtracted(terms: Iterable[_Term]) -> list[_Term]:
+    """Subtracted distances, whose rewards are their negatives already: people subtract them once more."""
+    return [
+        term
+        for term in terms
+        if _sign(term) == "-" and term.range is None and not _entry_of(term.name).higher_is_better
+    ]
+
+
+def _hint(distances: Iterable[_Term]) -> str:
+    names = ", ".join(term.name for term in distances)
+    return f"{names}: higher is better here already; did you mean + instead of -?"
+
+
+def _refused(spec: Spec, terms: Iterable[_Term], distances: Sequence[_Term]) -> ValueError:
+    texts = [
+        term.text if term not in distances
+        else f"{term.text}[calibrated]" if term.name in calibrations()
+        else _ranged(term)
+        for term in terms
+    ]  # fmt: skip
+    return ValueError(
+        f"{text_of(spec)!r} subtracts {_hint(distances)} To subtract it all the same, write {_sum_of(terms, texts)!r}."
+    )
 
 
 def _scaled(reward: Reward) -> Reward | None:

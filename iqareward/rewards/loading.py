@@ -153,7 +153,7 @@ class LazyModel:
             if self._network is None:
                 device = self._where_to_build(images)
                 network = self._build_aside(device)
-                first = next(_tensors(network), None)
+                first = next(tensors_of(network), None)
                 here = torch.device("cpu") if images is None else images.device
                 self._device = device or (here if first is None else first.device)
                 self._order, self._network = StreamOrder(self._device), network
@@ -285,7 +285,7 @@ class HostCopy:
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self._device = device
         self._weights = [*network.parameters(), *network.buffers()]
-        self._tensors = [tensor for tensor in _tensors(network) if tensor.device == device]
+        self._tensors = [tensor for tensor in tensors_of(network) if tensor.device == device]
         sizes = [-(-tensor.numel() * tensor.itemsize // _ALIGNMENT) * _ALIGNMENT for tensor in self._tensors]
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         if device.type == "cuda" and self._tensors:
@@ -299,7 +299,7 @@ class HostCopy:
 
     def is_current(self, network: nn.Module) -> bool:
         """Whether the network's weights have been neither written to nor replaced since the copy."""
-        return self._seen == _versions(tensor for tensor in _tensors(network) if tensor.device == self._device)
+        return self._seen == _versions(tensor for tensor in tensors_of(network) if tensor.device == self._device)
 
     def offload(self) -> None:
         """Point the network's weights at the copies, which frees their memory on the device."""
@@ -333,7 +333,7 @@ def _unlock_pages(address: int, device: torch.device, process: int) -> None:
     runtime.cudaHostUnregister(address)
 
 
-def _tensors(network: nn.Module) -> Iterator[Tensor]:
+def tensors_of(network: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, each once, and of a quantised one the ordinary tensors that it consists of."""
     for tensor in (*network.parameters(), *network.buffers()):
         yield from _ordinary(tensor)

@@ -204,7 +204,10 @@ def _fit(value: Any, hint: Any) -> Any:
         except RuntimeError:
             raise TypeError from None
     elif hint is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise TypeError from None
     elif hint is Path and isinstance(value, str):
         value = Path(value)
     elif origin is tuple and isinstance(value, list | tuple):

@@ -405,3 +405,32 @@ def test_a_directory_tells_rewards_apart(one: Callable[[], Any], other: Callable
             patch.setattr(Call, "score", lambda self, reward: torch.full((len(self),), 0.5))
             reward(images, references=images)
         assert reward.misses == misses
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_that_are_overwritten_are_other_weights(inside: bool, tmp_path: Path) -> None:
+    """A file of one name and size, alone or in a folder, has no scores of what it held before."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for content, time, misses in ((b"one", 1, 2), (b"one", 1, 0), (b"two", 2, 2)):
+        file = weights / "net.pth"
+        file.write_bytes(content)
+        os.utime(file, (time, time))
+        reward = Cached(iqareward.load("lpips", weights=weights if inside else file), directory=tmp_path / "scores")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Call, "score", lambda self, reward: torch.full((len(self),), 0.5))
+            reward(noise(2), references=noise(2))
+        assert reward.misses == misses
+
+
+def test_networks_given_as_objects_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+    """Two networks of one class share no entry of a directory, and equal ones do."""
+    for weight, misses in ((1.0, 2), (1.0, 0), (2.0, 2)):
+        network = torch.nn.Linear(2, 1)
+        torch.nn.init.constant_(network.weight, weight)
+        torch.nn.init.zeros_(network.bias)
+        reward = Cached(iqareward.load("lpips", model=network), directory=tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Call, "score", lambda self, reward: torch.full((len(self),), 0.5))
+            reward(noise(2), references=noise(2))
+        assert reward.misses == misses

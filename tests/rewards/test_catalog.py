@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iqareward import LPIPSReward, WeightedSum, check_reward, evaluate, functional, load
-from iqareward.rewards.catalog import CATALOG, known_options, options_of, published, text_of
+from iqareward.rewards.catalog import CATALOG, known_options, on_unit_scale, options_of, published, text_of
 from iqareward.rewards.options import read_options, write_options
 from iqareward.rewards.pyiqa import NEEDS_CUDA, REFUSED, pyiqa_configs
 from tests.tolerances import EXACT, OTHER_PACKAGE
@@ -274,6 +274,36 @@ def test_a_distance_is_not_subtracted() -> None:
             load(spec)
 
 
+@pytest.mark.parametrize("name", [name for name, entry in CATALOG.items() if not entry.higher_is_better])
+def test_no_distance_is_subtracted_in_any_form(name: str) -> None:
+    """Neither alone nor in a sum, as text or mapping, whatever its bounds; the line of the message loads."""
+    if CATALOG[name].extra:
+        pytest.importorskip("piq")
+    for spec in (f"-{name}", {name: -1}, [{"ssim": 1}, {"name": name, "weight": -0.5}]):
+        with pytest.raises(ValueError, match=rf"{name}: higher is better here already") as error:
+            load(spec)
+        assert load(re.findall(r"[Ww]rite '([^']*)'", str(error.value))[-1]).bounds[0] < 0
+    with pytest.raises(ValueError, match="higher is better here already"):
+        on_unit_scale(name, load(name), weight=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ({"ssim": 10**400}, TypeError, "mapping of names to weights"),
+        ({"name": "ssim", "weight": 10**400}, TypeError, "a number as `weight` of 'ssim'"),
+        ({"psnr": {"range": [0, 10**400]}}, ValueError, "`range` of 'psnr'"),
+        ({"clipscore": {"scale": 10**400}}, ValueError, "a number as option 'scale'"),
+        ({"name": "ssim", True: "y", "color": "y"}, ValueError, r"options of 'ssim' as text, got \[True\]"),
+        ({"ssim": {5: 3}}, ValueError, r"options of 'ssim' as text, got \[5\]"),
+    ],
+)
+def test_what_yaml_can_hold_but_no_reward_takes(spec: Any, error: type[Exception], message: str) -> None:
+    """Integers that are no float, and keys that are not text, are refused by name."""
+    with pytest.raises(error, match=message):
+        load(spec)
+
+
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_name_can_be_part_of_a_sum(name: str) -> None:
     """Each reward of the table is on the scale of sums, as it is, calibrated, or with the range of the message."""
@@ -398,6 +428,8 @@ def test_text_and_mapping_build_the_same(
     file: str, net: str, batch_size: int | None, limits: tuple[int, float] | None, weight: float | None
 ) -> None:
     """Keywords, text, a mapping with the name, an item and a list give the same reward."""
+    if limits is None and weight is not None:
+        weight = abs(weight)  # without a range a distance is not subtracted
     options = {"weights": file, "net": net, "batch_size": batch_size}
     more = {} if limits is None else {"range": list(limits)}
     more |= {} if weight is None else {"weight": weight}
