@@ -136,10 +136,14 @@ def weight_file(source: str | Path, *, name: str = "", inner: str = "") -> "Weig
     is_file = Path(source).suffix in _SUFFIXES and not os.path.isdir(source)
     if is_file or os.path.isfile(source):
         return WeightFile(source, inner=inner)
-    folder = checkpoint_folder(source, only=[name] if name else None)
-    if name and (folder / name).is_file():
-        return WeightFile(folder / name, inner=inner)
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES]
+    folder, found = Path(), list[Path]()
+    for patterns in [[name]] if name else [["*.safetensors"], [f"*{suffix}" for suffix in _SUFFIXES[1:]]]:
+        folder = checkpoint_folder(source, only=patterns)
+        if name and (folder / name).is_file():
+            return WeightFile(folder / name, inner=inner)
+        # a folder of the hub's cache does not exist while nothing was downloaded
+        if found := [path for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES]:
+            break
     if len(found) != 1:
         names = listed(path.name for path in found) or "none"
         raise ValueError(f"{folder} expected one file of weights ({', '.join(_SUFFIXES)}), got {names}. Name the file.")

@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -519,6 +520,30 @@ def test_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ba
     torch.testing.assert_close(LPIPSReward(weights="me/alex")(images, references=references), expected, **EXACT)
     with pytest.raises(FileNotFoundError, match=r"folder/nowhere\.pth"):
         LPIPSReward(weights="folder/nowhere.pth")(images, references=references)
+
+
+@pytest.mark.parametrize("names", [["alex.pth"], ["model.safetensors", "pytorch_model.bin"]])
+def test_a_hub_id_downloads_one_file_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone_files: dict[str, Path], names: list[str]
+) -> None:
+    """A file of torch.save comes where the repository has no safetensors."""
+    cache = tmp_path / "cache"
+
+    def download(hub_id: str, allow_patterns: list[str], **options: object) -> str:
+        for name in names:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                cache.mkdir(exist_ok=True)
+                tensors = torch.load(backbone_files["alex"])
+                save = save_file if name.endswith(".safetensors") else torch.save
+                save(tensors, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    references = textures(1, 40)
+    images = noisy(references)
+    expected = LPIPSReward(weights=backbone_files["alex"])(images, references=references)
+    torch.testing.assert_close(LPIPSReward(weights="me/alex")(images, references=references), expected, **EXACT)
+    assert [file.name for file in cache.iterdir()] == names[:1]
 
 
 def test_damaged_file_in_the_cache(
