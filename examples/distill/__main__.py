@@ -30,10 +30,11 @@ from iqareward.cli.scoring import Scorer
 from iqareward.image_files import find_images
 from iqareward.rewards import QuickReward
 
-from .report import Report, report
+from .report import LIGHT_NOISE, Report, report
 from .training import Group, Settings, quantiles, start, train
 
 _HELD_OUT = 10  # one group in ten is not trained on
+_FEWEST_LOWERED = 0.8  # share of the images whose score light noise must lower
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--members", type=int, default=defaults.members, help="images of each input in an update [%(default)s]"
     )
+    parser.add_argument(
+        "--noisy", type=int, default=defaults.noisy, help="of those, shown again with noise; 0 = none [%(default)s]"
+    )
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output.suffix != ".safetensors":
         parser.error(f"--output {options.output}: give it the suffix .safetensors")
     settings = Settings(
-        options.steps, options.groups, options.members, options.crop, options.learning_rate, options.seed
+        options.steps, options.groups, options.members, options.noisy, options.crop, options.learning_rate, options.seed
     )
     files = find_images([options.images]).files
     if options.scores is None:
@@ -167,6 +171,8 @@ def show(found: Report, console: Console) -> None:
         f"held out: Spearman {found.spearman:.3f}, pairs of one input in the teacher's order "
         f"{found.pairs[0]:.3f} [{found.pairs[1]:.3f}, {found.pairs[2]:.3f}]"
     )
+    share = f"noise of {LIGHT_NOISE:.0f}/255 lowers the score of {found.light_noise:.2f} of the images"
+    console.print(share if found.light_noise > _FEWEST_LOWERED else f"[yellow]warning[/] {share}")
     for kind, row in found.kinds.items():
         if row["warning"]:
             console.print(f"[yellow]warning[/] {kind}: {row['warning']}")

@@ -26,7 +26,7 @@ from iqareward.image_files import find_images, read_image
 from iqareward.rewards import QuickReward
 from iqareward.types import Reward
 
-from .pictures import noisy, sharpened
+from .pictures import gaussian, noisy, sharpened
 from .report import kind_and_level
 
 _BATCH = 8
@@ -84,25 +84,34 @@ def agree(pictures: Path, rewards: Sequence[str], targets: Sequence[str], kept: 
 
 
 def fooled(photos: Path, rewards: Sequence[str], load: Load) -> dict[str, Any]:
-    """The number of photographs whose score falls by light noise and by sharpening."""
-    changes: dict[str, Callable[[Tensor, np.random.Generator], Tensor]] = {
-        **{f"noise {sigma}/255": partial(_noise, sigma) for sigma in (2, 3, 6)},
-        **{f"unsharp mask {amount}": partial(_unsharp, amount) for amount in (1, 2, 4)},
+    """The number of photographs whose score falls by light noise, also after a blur, and by sharpening."""
+    changes: dict[tuple[float, str], Callable[[Tensor, np.random.Generator], Tensor]] = {
+        **{(blur, f"noise {level}/255"): partial(_noise, level) for blur in (0, 1, 2, 4) for level in (2, 3, 6)},
+        **{(0, f"unsharp mask {amount}"): partial(_unsharp, amount) for amount in (1, 2, 4)},
     }
     judges = {name: load(name) for name in rewards}
-    falls: dict[str, dict[str, list[bool]]] = {change: {name: [] for name in judges} for change in changes}
+    names = {change: f"{change[1]} after a blur of {change[0]}" if change[0] else change[1] for change in changes}
+    falls: dict[str, dict[str, list[bool]]] = {name: {judge: [] for judge in judges} for name in names.values()}
     files = list(find_images([photos]).files)
     for number, file in enumerate(track(files, "fooling", console=Console(stderr=True))):
         clean = _image(file)
-        before = {name: judge(clean[None]).item() for name, judge in judges.items()}
+        starts = {blur: gaussian(clean, blur) if blur else clean for blur in {change[0] for change in changes}}
+        before = {
+            blur: {name: _score(judge, image) for name, judge in judges.items()} for blur, image in starts.items()
+        }
         for change, make in changes.items():
-            image = (make(clean, np.random.default_rng(number)).clamp(0, 1) * 255).round() / 255
+            image = make(starts[change[0]], np.random.default_rng(number))
             for name, judge in judges.items():
-                falls[change][name].append(judge(image[None]).item() < before[name])
+                falls[names[change]][name].append(_score(judge, image) < before[change[0]][name])
     return {
         change: {name: f"{sum(rows)} of {len(rows)}" for name, rows in by_name.items()}
         for change, by_name in falls.items()
     }
+
+
+def _score(judge: Reward, image: Tensor) -> float:
+    """Of the image as a file of eight bits has it."""
+    return judge((image[None].clamp(0, 1) * 255).round() / 255).item()
 
 
 def hacked(

@@ -19,6 +19,7 @@ _FEWEST_PAIRS = 20  # of a kind of which a warning can speak
 _TRUSTED = 0.75  # share of the pairs in the teacher's order below which a kind gets a warning
 _BIASED = 0.15  # mean difference between student and teacher from which a kind gets one
 _BATCH = 16
+LIGHT_NOISE = 3.0  # of 255
 _NAME = re.compile(r"(?P<kind>.+)-(?P<level>\d+(?:\.\d+)?)")
 
 
@@ -32,6 +33,7 @@ class Report(NamedTuple):
         kinds: for each kind of images `pairs` (of one with another image of its input, in the teacher's order), their
             number `count`, `bias` (mean of student - teacher), the same for the lowest and highest third of the levels,
             and `warning`, empty if there is no reason for one.
+        light_noise: share of the images whose score light noise lowers.
         images: number of images.
         inputs: number of inputs.
     """
@@ -39,6 +41,7 @@ class Report(NamedTuple):
     spearman: float
     pairs: tuple[float, float, float]
     kinds: dict[str, dict[str, Any]]
+    light_noise: float
     images: int
     inputs: int
 
@@ -49,9 +52,12 @@ def report(student: Reward, groups: Sequence[Group], *, seed: int = 0) -> Report
     wanted, found = np.concatenate([group.scores for group in groups]), np.concatenate(scores)
     names = [group.name for group in groups for _ in group.files]
     (metric,) = agreement({"student": found}, wanted, names, seed=seed).metrics
+    draws = np.random.default_rng(seed)
+    noisy = np.concatenate([_scores(student, group, draws) for group in groups])
     return Report(
-        metric.spearman.value, tuple(metric.pair_accuracy), _by_kind(groups, scores), len(wanted), len(groups)
-    )
+        metric.spearman.value, tuple(metric.pair_accuracy), _by_kind(groups, scores), float((noisy < found).mean()),
+        len(wanted), len(groups),
+    )  # fmt: skip
 
 
 def kind_and_level(stem: str) -> tuple[str, float]:
@@ -60,8 +66,13 @@ def kind_and_level(stem: str) -> tuple[str, float]:
     return (match["kind"], float(match["level"])) if match else ("image", math.nan)
 
 
-def _scores(student: Reward, group: Group) -> np.ndarray:
+def _scores(student: Reward, group: Group, noise: np.random.Generator | None = None) -> np.ndarray:
     images = [to_images(read_image(file), value_range=(0, 1))[0] for file in group.files]
+    if noise is not None:
+        patterns = [torch.from_numpy(noise.standard_normal(image.shape, dtype=np.float32)) for image in images]
+        images = [
+            (image + LIGHT_NOISE / 255 * pattern).clamp(0, 1) for image, pattern in zip(images, patterns, strict=True)
+        ]
     parts = [student(images[begin : begin + _BATCH]) for begin in range(0, len(images), _BATCH)]
     return torch.cat(parts).cpu().double().numpy()
 

@@ -19,6 +19,9 @@ from iqareward.weight_files import WeightFile
 _MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
 _SAVE_EVERY = 100  # updates
 _STEEPNESS = 8.0  # of the teacher's preference for one of two images, by the difference of their targets
+_ADDED_NOISE = (1.0, 12.0)  # of 255, of noisy copies
+_MARGIN, _LARGEST_MARGIN = 0.1, 0.3  # of ratings, by which 1/255 of noise must lower one, and noise of any level
+_KNOWN_WEIGHT = 2.0  # of that rule beside what the teacher says
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Settings:
     steps: int = 1500
     groups: int = 8  # in an update
     members: int = 6  # of each group
+    noisy: int = 2  # of those, shown once more with noise
     crop: int = 224  # longest side of what is cut from an image
     learning_rate: float = 5e-4
     seed: int = 0
@@ -98,9 +102,12 @@ def train(
     with ThreadPoolExecutor(1) as reader:  # the next images are decoded while the network works
         pending = reader.submit(_batch, groups, targets, settings, done)
         for step in progress(iter(range(done, settings.steps)), settings.steps - done):
-            images, wanted, numbers = pending.result()
+            images, wanted, numbers, copies = pending.result()
             pending = reader.submit(_batch, groups, targets, settings, step + 1)
-            loss = _loss(_ratings(network, images, device), wanted.to(device), numbers.to(device))
+            ratings = _ratings(network, images, device)
+            loss = _loss(ratings[: len(wanted)], wanted.to(device), numbers.to(device))
+            if copies:
+                loss = loss + _KNOWN_WEIGHT * _known(ratings, len(wanted), copies)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
@@ -138,24 +145,52 @@ def _loss(ratings: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
     return alone + (weights * pairs).sum() / weights.sum().clamp(min=1e-6)
 
 
+def _known(ratings: Tensor, begin: int, copies: Sequence[tuple[int, float]]) -> Tensor:
+    """Noisy copies, which follow from `begin` on, must be rated below their originals, whatever the teacher says.
+
+    Noise that knows nothing of an image brings it no nearer to the truth, but most metrics take noise on a blurred
+    image for detail.
+    """
+    originals = ratings[[place for place, _ in copies]]
+    margins = ratings.new_tensor([min(_MARGIN * level, _LARGEST_MARGIN) for _, level in copies])
+    return F.relu(ratings[begin:] - originals + margins).mean()
+
+
 def _batch(
     groups: Sequence[Group], targets: Mapping[str, np.ndarray], settings: Settings, step: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Images `[3, H, W]` uint8, targets and numbers of groups of one update, which follow from its number."""
+) -> tuple[list[Tensor], Tensor, Tensor, list[tuple[int, float]]]:
+    """One update, which follows from its number.
+
+    Returns:
+        Images `[3, H, W]` uint8, targets and numbers of groups of all but the last, which are noisy copies, and of each
+        of these the place of its original and the level of the noise.
+    """
     draws = np.random.default_rng([settings.seed, step])
     images: list[Tensor] = []
     wanted: list[float] = []
     numbers: list[int] = []
+    originals: list[int] = []
     # groups of one image come in larger numbers
     while len(images) < settings.groups * settings.members:
         number = int(draws.integers(len(groups)))
         group, scores = groups[number], targets[groups[number].name]
         view = draws.random(4)  # the same crop and flips for the whole group
+        originals.extend(range(len(images), len(images) + min(settings.noisy, len(group.files), settings.members)))
         for place in draws.permutation(len(group.files))[: settings.members]:
             images.append(_view(group.files[place], settings.crop, view))
             wanted.append(float(scores[place]))
             numbers.append(number)
-    return images, torch.tensor(wanted), torch.tensor(numbers)
+    levels = np.exp(draws.uniform(*np.log(_ADDED_NOISE), len(originals)))
+    images.extend(_noisy(images[place], level, draws) for place, level in zip(originals, levels, strict=True))
+    copies = list(zip(originals, levels.tolist(), strict=True))
+    return images, torch.tensor(wanted), torch.tensor(numbers), copies
+
+
+def _noisy(image: Tensor, level: float, draws: np.random.Generator) -> Tensor:
+    """An image `[3, H, W]` uint8 with Gaussian noise of `level` / 255, of luma alone in a third of the calls."""
+    shape = (1 if draws.random() < 1 / 3 else 3, *image.shape[1:])
+    pattern = torch.from_numpy(draws.standard_normal(shape, dtype=np.float32))
+    return (image + level * pattern).round().clamp(0, 255).byte()
 
 
 def _view(file: Path, side: int, draws: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from examples.distill.__main__ import main
 from examples.distill.report import kind_and_level, report
-from examples.distill.training import Group, quantiles
+from examples.distill.training import Group, Settings, quantiles, train
 from iqareward import NoReference
 from iqareward.rewards import QuickReward
 from tests.rewards.pictures import textures
@@ -79,6 +79,31 @@ def test_scores_of_a_table(pictures, tmp_path):
     options = ["--steps", "2", "--crop", "32", "--groups", "2", "--members", "2", "--device", "cpu"]
     main(["--scores", str(table), "--images", str(pictures / "images"), "--output", str(file), *options])
     assert QuickReward(weights=file, device="cpu")(textures(2, SIDE)).isfinite().all()
+
+
+class Roughness(torch.nn.Module):
+    """Rates by brightness and roughness; at first the rougher is the better."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.tensor([0.0, 1.0]))
+
+    def forward(self, images):
+        features = images.mean((1, 2, 3)), 10 * images.diff(dim=3).abs().mean((1, 2, 3))
+        return torch.stack(features, 1) @ self.weights
+
+
+def test_noise_is_worse_though_the_teacher_is_indifferent(pictures, tmp_path):
+    """A network that pays for noise unlearns it by the rule alone."""
+    files = sorted((pictures / "references").glob("*.png"))
+    groups = [Group(file.stem, [file], np.array([0.5])) for file in files]
+    network, images = Roughness(), textures(4, SIDE)
+    noise = 3 / 255 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    assert (network(images + noise) > network(images)).all()
+    targets, settings = {group.name: group.scores for group in groups}, Settings(60, 8, 1, 1, SIDE, 0.1)
+    where = {"device": torch.device("cpu"), "checkpoint": tmp_path / "x.part"}
+    train(network, groups, targets, settings, **where, progress=lambda steps, total: steps)
+    assert (network(images + noise) < network(images) - 0.02).all()
 
 
 def test_a_run_of_other_settings_is_refused(pictures, tmp_path):
