@@ -137,6 +137,7 @@ def _feature_distances(folder: Path) -> list[Subject]:
         found.append(Subject(name, make, {"lpips": lambda net=net: package(net)}, batches=(1, 8), sizes=(256,)))
     found += [Subject(name, _reward(name), {}, batches=(1, 8), sizes=(256,)) for name in ("stlpips", "stlpips_vgg")]
     found.append(Subject("cvvdp", _reward("cvvdp"), {"cvvdp": _cvvdp}, batches=(1, 8), sizes=(256,)))
+    found.append(Subject("quick", _reward("quick"), {}, batches=(1, 8), sizes=(256,)))
     vgg = seeded_backbone("vgg", folder)
     # DISTS_pytorch downloads its backbone when it is built, so there is nothing to compare with offline.
     found.append(Subject("dists", lambda: ours(DISTSReward(weights=vgg)), {}, batches=(1, 8), sizes=(256,)))

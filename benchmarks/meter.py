@@ -566,7 +566,8 @@ def subjects() -> Iterator[Subject]:
         for peer in PEERS[name]:
             if peer.library in LIBRARIES:
                 yield Subject(name, peer.library, BATCH, partial(_function, partial(_made, peer), name))
-    for name, net in (("lpips", "alex"), ("lpips_vgg", "vgg"), ("stlpips", "alex"), ("dists", "vgg"), ("cvvdp", "")):
+    nets = {"lpips": "alex", "lpips_vgg": "vgg", "stlpips": "alex", "dists": "vgg", "cvvdp": "", "quick": ""}
+    for name, net in nets.items():
         for grad in (False, True):
             mode = "reward, gradient" if grad else "reward"
             yield Subject(name, mode, BATCH, partial(_reward, partial(_perceptual, name, net), grad))
@@ -616,10 +617,10 @@ def _perceptual(name: str, net: str, **options: Any) -> Any:
     import torchvision.models
 
     from iqareward import DISTSReward, LPIPSReward
-    from iqareward.rewards import CVVDPReward, STLPIPSReward
+    from iqareward.rewards import STLPIPSReward
 
-    if name == "cvvdp":
-        return CVVDPReward(device="cuda", **options)
+    if not net:
+        return load(name, device="cuda", **options)
     if name == "stlpips":
         return STLPIPSReward(net, device="cuda", **options)
     function = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}[net]

@@ -91,6 +91,7 @@ GOLDENS: dict[str, Golden] = {
         source="cvvdp 0.5.7 on the same pictures",
         run="5.401, 8.734 and 8.320 JOD on three other pairs, as cvvdp 0.5.7 has them, on a CPU, 2026-11-27",
     ),
+    "quick": Golden(run="our own network, measured on Kodak pictures (experiments/quick-judge)"),
     "dists": Golden(*_EXAMPLE, parity="DISTS-pytorch 0.1, 1e-5"),
 }
 

@@ -78,6 +78,7 @@ BUILD: dict[str, Callable[[dict[str, Path]], Reward]] = {
         for net in ("alex", "vgg", "squeeze")
     },
     "cvvdp": lambda _: CVVDPReward(device="cpu", differentiable=True),
+    "quick": lambda _: iqareward.load("quick", device="cpu", differentiable=True),
     "stlpips": lambda _: STLPIPSReward(differentiable=True),
     **{name: lambda files, name=name: clip_tiny.reward(name, files["folder"], differentiable=True) for name in CLIP},
     "dists": lambda files: DISTSReward(weights=files["vgg"], differentiable=True),

@@ -1,8 +1,10 @@
-"""The small network scores any size, alone or in a batch, with finite gradients."""
+"""The small network scores any size, alone or in a batch, with finite gradients; its weights order damage."""
 
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d, interpolate
 
+import iqareward
 from iqareward import check_reward
 from iqareward.rewards import QuickReward
 from tests.rewards.pictures import textures
@@ -41,3 +43,37 @@ def test_weights_that_are_not_of_this_network(tmp_path):
     torch.save({"stem.weight": torch.ones(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="distill"):
         QuickReward(tmp_path / "other.pth", device="cpu")(torch.rand(1, 3, 32, 32))
+
+
+def test_shipped_weights_keep_the_contract(photographs, degraded_photographs):
+    """`load("quick")` needs no network, and prefers photographs to degraded ones."""
+    for differentiable in (False, True):
+        reward = iqareward.load("quick", device="cpu", differentiable=differentiable)
+        check_reward(reward, photographs, degraded=degraded_photographs)
+
+
+@pytest.mark.parametrize("kind", ["noise", "blur"])
+def test_shipped_weights_order_levels(kind, photographs):
+    """On every photograph the score falls with each level, from the clean image on."""
+    noise = torch.randn(photographs.shape, generator=torch.Generator().manual_seed(0))
+    if kind == "noise":
+        levels = [(photographs + level / 255 * noise).clamp(0, 1) for level in (0, 5, 15, 40)]
+    else:
+        levels = [_coarse(photographs, factor) for factor in (1, 4, 8)]
+    scores = torch.stack([iqareward.load("quick", device="cpu")(images) for images in levels])
+    assert (scores.diff(dim=0) < 0).all()
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_light_noise_lowers_the_score(factor, photographs):
+    """Noise of 3/255 does not pass for detail, on sharp photographs and on soft ones."""
+    images = _coarse(photographs, factor)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    reward = iqareward.load("quick", device="cpu")
+    assert (reward((images + 3 / 255 * noise).clamp(0, 1)) < reward(images)).all()
+
+
+def _coarse(images, factor):
+    """Made smaller and larger again."""
+    small = avg_pool2d(images, factor)
+    return interpolate(small, images.shape[2:], mode="bicubic").clamp(0, 1) if factor > 1 else images
