@@ -132,8 +132,6 @@ CATALOG: dict[str, Entry] = {
     "brisque": _formula(brisque, "opinion predicted from luminance statistics; light noise can raise the score",
                        licence="Apache-2.0, UT Austin", bounds=(None, None), usual=(-100.0, 10.0),
                        higher_is_better=False, references=False, differentiable=False, min_side=BRISQUE_MIN_SIDE),
-    "quick": Entry(partial(_public, "QuickReward"), "order of restorations by a small distilled network, in [0, 1]",
-                   False, True, "package:iqareward", "Apache-2.0, BSD-3"),
     # name           reward, what a score says, needs references, can be differentiable, weights, licence, extra
     "qalign": Entry(partial(_public, "QAlignReward"), "quality level by one-align, in [0, 1]",
                     False, True, "q-future/one-align", "MIT, LLaMA-2", published_range=(1.0, 5.0)),
@@ -171,6 +169,8 @@ CATALOG: dict[str, Entry] = {
     "rali": Entry(partial(_public, "RALIReward"), "quality by prototypes of Q-Insight's words, by CLIP ViT-L/14",
                   # neither bounds nor statistics are published
                   False, True, Q_INSIGHT_MODEL, "Apache-2.0", "vlm", None, (None, None)),
+    "quick": Entry(partial(_public, "QuickReward"), "order of restorations by a small distilled network, in [0, 1]",
+                   False, True, "package:iqareward", "Apache-2.0, BSD-3"),
     "lpips": Entry(partial(_public, "LPIPSReward"), "AlexNet feature distance; 0 = identical",
                    True, True, "torchvision:alex", "BSD-2", "perceptual", (-1.0, 0.0), (None, 0.0), False),
     "lpips_vgg": Entry(partial(_public, "LPIPSReward", net="vgg"), "VGG feature distance; 0 = identical",
