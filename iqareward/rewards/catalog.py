@@ -471,7 +471,10 @@ def _parsed(spec: str) -> list[_Term]:
     """The one way to read a text."""
     masked, options = _masked(spec)
     sign = "-" if masked.lstrip().startswith("-") else "+"
-    readings = list(_readings(masked.lstrip().removeprefix("-"), _known_names(masked), options, sign))
+    try:
+        readings = list(_readings(masked.lstrip().removeprefix("-"), _known_names(masked), options, sign))
+    except RecursionError:
+        raise ValueError(f"load expected fewer parts and brackets than in {spec[:60]!r}...") from None
     if not readings:
         raise _unreadable(spec, masked, options)
     if len(readings) > 1:

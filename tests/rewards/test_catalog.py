@@ -304,6 +304,13 @@ def test_what_yaml_can_hold_but_no_reward_takes(spec: Any, error: type[Exception
         load(spec)
 
 
+@pytest.mark.parametrize("spec", [" + ".join(["ssim"] * 3000), f"lpips(net={'(' * 3000}{')' * 3000})"])
+def test_what_is_nested_too_deeply(spec: str) -> None:
+    """Thousands of parts or brackets are refused as a wrong text is."""
+    with pytest.raises(ValueError, match="fewer parts and brackets"):
+        load(spec)
+
+
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_name_can_be_part_of_a_sum(name: str) -> None:
     """Each reward of the table is on the scale of sums, as it is, calibrated, or with the range of the message."""
