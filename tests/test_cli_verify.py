@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -222,3 +223,21 @@ def test_prompts_reach_the_reward(site: Site, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(GOLDENS, "words", GOLDENS["qalign"]._replace(prompt="a wheel", figure=7.0))
     code, (found,), _ = verify("words")
     assert (code, found["verdict"], found["score"]) == (0, "agrees", 7.0)
+
+
+def test_a_broken_download_is_not_kept(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Half a picture whose hash is not known, and any error of the connection, end with 2; nothing stays behind."""
+    picture = GOLDENS["hpsv2"].image
+    site.files[picture] = site.files[FLYER][:-2000]
+    code, found, messages = verify("hpsv2")
+    assert (code, found) == (2, [])
+    assert "demo_image.jpg" in messages
+    assert not list((tmp_path / "torch").rglob("*demo_image.jpg"))
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise IncompleteRead(b"", 10)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", interrupted)
+    code, found, messages = verify("hpsv2")
+    assert (code, found) == (2, [])
+    assert "IncompleteRead" in messages

@@ -233,8 +233,8 @@ def verify(
     for reward in rewards:
         try:
             verdicts.append(run(reward, device))
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            say(_messages, f"{reward}: {error}", label="error:", style="red")
+        except Exception as error:  # a traceback would end with 1, as if a figure differed
+            say(_messages, f"{reward}: {error or type(error).__name__}", label="error:", style="red")
         else:
             if as_json:
                 typer.echo(json.dumps(verdicts[-1]._asdict()))

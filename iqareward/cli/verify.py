@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load, published
@@ -136,10 +137,10 @@ def run(spec: str, device: str) -> Verdict:
             f"verify expected a reward on a scale that papers print, as 'qalign' or 'hpsv3(scale=raw)', got {spec!r}."
         )
     reward = load(spec, device=device)
-    image = to_images(_picture(golden.image))
+    image = _picture(golden.image)
     options: dict[str, Any] = {"prompts": [golden.prompt]} if golden.prompt else {}
     if golden.reference:
-        options["references"] = to_images(_picture(golden.reference))
+        options["references"] = _picture(golden.reference)
     figure = to_figure[0] * float(reward(image, **options)) + to_figure[1]
     if golden.figure is None:
         verdict = "no published figure"
@@ -194,8 +195,8 @@ def _name(spec: str) -> str:
     return name
 
 
-def _picture(address: str) -> Path:
-    """A file of torch's cache, downloaded if need be; it has the published contents."""
+def _picture(address: str) -> Tensor:
+    """A picture in a file of torch's cache, downloaded if need be; it has the published contents."""
     start, place = SHA256.get(address, ""), hashlib.sha256(address.encode()).hexdigest()[:12]
     file = Path(torch.hub.get_dir()) / "iqareward" / f"{place}-{address.rsplit('/', 1)[-1]}"
     if not file.is_file():
@@ -207,4 +208,8 @@ def _picture(address: str) -> Path:
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if not found.startswith(start):
         raise ValueError(f"{file} expected the picture at {address}, of SHA-256 {start}..., got {found}. Delete it.")
-    return file
+    try:
+        return to_images(file)
+    except (OSError, ValueError):  # half a file, or the page of a proxy, where no hash is known
+        file.unlink()
+        raise
