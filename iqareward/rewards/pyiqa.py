@@ -203,7 +203,7 @@ class PyIQAReward(ImageReward):
     Example:
         >>> reward = PyIQAReward("musiq", normalize=True)  # nothing is loaded yet
         >>> reward.name, reward.needs_references, reward.bounds
-        ('pyiqa:musiq', False, (0.0, 1.0))
+        ('pyiqa:musiq(normalize=true)', False, (0.0, 1.0))
     """
 
     def __init__(
