@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from iqareward.images import to_images
 from iqareward.rewards.catalog import CATALOG, load, published
+from iqareward.types import Images
 
 _GITHUB = "https://raw.githubusercontent.com"
 _FLYER = f"{_GITHUB}/zhiyuanyou/DeQA-Score/main/fig/singapore_flyer.jpg"
@@ -195,7 +195,7 @@ def _name(spec: str) -> str:
     return name
 
 
-def _picture(address: str) -> Tensor:
+def _picture(address: str) -> Images:
     """A picture in a file of torch's cache, downloaded if need be; it has the published contents."""
     start, place = SHA256.get(address, ""), hashlib.sha256(address.encode()).hexdigest()[:12]
     file = Path(torch.hub.get_dir()) / "iqareward" / f"{place}-{address.rsplit('/', 1)[-1]}"
