@@ -142,7 +142,7 @@ def weight_file(source: str | Path, *, name: str = "", inner: str = "") -> "Weig
         if name and (folder / name).is_file():
             return WeightFile(folder / name, inner=inner)
         # a folder of the hub's cache does not exist while nothing was downloaded
-        if found := [path for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES]:
+        if found := [path for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES and path.is_file()]:
             break
     if len(found) != 1:
         names = listed(path.name for path in found) or "none"

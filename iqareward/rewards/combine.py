@@ -85,6 +85,8 @@ class WeightedSum(Combined):
         try:
             pairs = list(terms)
             self.weights = tuple(float(weight) for weight, _ in pairs)
+        except OverflowError as error:
+            raise ValueError("WeightedSum expected weights that are finite in float32, got a larger one.") from error
         except (TypeError, ValueError) as error:
             raise TypeError(f"WeightedSum expected `terms` as (weight, reward) pairs, got {terms!r}.") from error
         parts = [reward for _, reward in pairs]

@@ -427,7 +427,11 @@ def numbers(who: str, **options: Any) -> tuple[float, ...]:
             or (isinstance(value, Tensor) and value.numel() != 1)
         ):
             raise TypeError(f"{who} expected `{argument}` as a number, got {value!r}.")
-    return tuple(map(float, options.values()))
+    try:
+        return tuple(map(float, options.values()))
+    except OverflowError as error:  # an integer of hundreds of digits
+        names = ", ".join(f"`{argument}`" for argument in options)
+        raise ValueError(f"{who} expected numbers that are finite in float64 as {names}, got a larger one.") from error
 
 
 def refuse_groups(who: str, reward: Any) -> None:

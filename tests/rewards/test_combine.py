@@ -323,6 +323,17 @@ def test_what_is_no_number_is_refused_by_name(option: str, wrong: Any) -> None:
         WRONG_NUMBERS[option](wrong)
 
 
+@pytest.mark.parametrize(
+    "option", ["temperature", "floor", "gamma", "margin", "low", "high", "center", "scale", "knots"]
+)
+def test_integers_that_no_float_holds_are_refused(option: str) -> None:
+    """A whole number of 401 digits is a ValueError that names the option, not an OverflowError."""
+    with pytest.raises(ValueError, match=rf"expected numbers that are finite in float64 as .*`{option}`"):
+        WRONG_NUMBERS[option](10**400)
+    with pytest.raises(ValueError, match="WeightedSum expected weights that are finite"):
+        WeightedSum([(10**400, bright())])
+
+
 def test_numbers_that_would_spoil_every_score_are_refused() -> None:
     """A combination whose scores would all be NaN is not built, nor a map from anything but a tensor."""
     with pytest.raises(ValueError, match="SoftMin expected a finite `temperature`"):
