@@ -49,7 +49,11 @@ def buildable(names: list[str] | None) -> tuple[list[str], dict[str, str]]:
     probe = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     for name in names or CATALOG:
         try:
-            load(name)(probe, references=probe.flip(-1))
+            reward = load(name)
+            if reward.needs_prompts:
+                missing[name] = "compares an image with its prompt"
+                continue
+            reward(probe, references=probe.flip(-1))
         except (OSError, ImportError) as error:  # no network for weights, or no extra
             missing[name] = str(error).splitlines()[0][:200]
         else:

@@ -26,7 +26,7 @@ HEADINGS = {
     "Rewards and judges": ("rewards",),
     "Difficulty, advantages, weights": ("difficulty", "advantages", "weighting", "schedules"),
     "Reference loop": ("diffusion",),
-    "Everything else": ("adapters", "serving", "cli", "types", "images", "groups", "optional", "testing"),
+    "Everything else": ("adapters", "serving", "cli", "types", "images", "groups", "optional", "testing", "agreement"),
 }
 
 

@@ -53,3 +53,10 @@ def test_what_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     usable, missing = buildable(["psnr", "qalign"])
     assert usable == ["psnr"]
     assert set(missing) == {"qalign"}
+
+
+def test_rewards_with_prompts_are_named_as_missing() -> None:
+    """A reward that compares an image with its prompt does not end the benchmark, which has none."""
+    usable, missing = buildable(["psnr", "hpsv3", "clipscore"])
+    assert usable == ["psnr"]
+    assert list(missing) == ["hpsv3", "clipscore"]
