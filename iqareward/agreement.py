@@ -72,7 +72,7 @@ class Agreement:
         images: number of images.
         rated: how many have a human score.
         groups: number of inputs, which the bootstrap draws.
-        confidence: of the intervals.
+        confidence: Probability that each interval covers the true value, such as 0.95.
     """
 
     metrics: tuple[MetricAgreement, ...]

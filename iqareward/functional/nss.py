@@ -12,7 +12,7 @@ from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps
 
 Border = Literal["replicate", "constant"]
-"""What lies beyond the border of an image: copies of its edge pixels, or black."""
+"""How an image is padded before it is filtered: with copies of its edge pixels, or with black."""
 
 _WINDOW_SIDE = 7
 _WINDOW_SIGMA = 7 / 6

@@ -208,7 +208,7 @@ _TERM = re.compile(
 )
 
 Spec: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
-"""What `load` takes: a name or sum as text, or a mapping or list as YAML and TOML give them."""
+"""The description of a reward that `load` accepts: text, or a mapping or list such as those read from YAML and TOML."""
 
 
 class _Term(NamedTuple):
