@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.restoration.network import SmallUNet
+from examples.small_restorer.network import SmallUNet
 from examples.demo.experiment import PHOTOGRAPHS, load_photograph
 from iqareward.diffusion import DDIM, Degradation, PixelPolicy, StoredPairs, supervised, synthetic_images
 from iqareward.seeds import generator

@@ -1,7 +1,5 @@
 """Diffusion on pixels with a UNet of diffusers that sees the degraded image beside the noisy one."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -53,11 +51,11 @@ class PixelPolicy(DiffusionPolicy):
         num_steps: int = 50,
         eta: float = 0.0,
     ) -> None:
-        scheduler: Any = getattr(process, "scheduler", None)
-        if residual and getattr(getattr(scheduler, "config", None), "prediction_type", None) != "sample":
+        if residual and process.prediction_type != "sample":
             raise ValueError(
-                "PixelPolicy with residual=True expected a scheduler with prediction_type='sample': noise is not a "
-                "change to the degraded image. Change the scheduler, or leave residual out."
+                "PixelPolicy with residual=True expected a process whose prediction_type is 'sample', got "
+                f"{process.prediction_type!r}: noise is not a change to the degraded image. Change the scheduler, or "
+                "leave residual out."
             )
         self.model, self.process, self.residual, self.scale = model, process, residual, scale
         self.num_steps, self.eta = num_steps, eta
