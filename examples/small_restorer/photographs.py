@@ -10,6 +10,7 @@ unrestricted use, in their order; nothing here is trained on them.
 import argparse
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def _centre(picture: Tensor, side: int) -> Tensor:
     return picture[:, top : top + side, left : left + side]
 
 
-def _save(crops: list[Tensor], columns: int, file: str, **options: int) -> None:
+def _save(crops: list[Tensor], columns: int, file: str, **options: Any) -> None:
     rows = [torch.cat(crops[start : start + columns], 2) for start in range(0, len(crops), columns)]
     pixels = torch.cat(rows, 1).mul(255).round().byte().movedim(0, -1).numpy()
     Image.fromarray(pixels).save(FOLDER / file, **options)

@@ -6,7 +6,6 @@ It needs `pip install . --group demo`. The crops are made once; a run that was c
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,8 +56,9 @@ def main() -> None:
     )  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: each.half().contiguous() for name, each in policy.model.state_dict().items()}, options.output)
-    tail = sum(losses[-500:]) / len(losses[-500:])
-    print(json.dumps({"updates": len(losses), "seconds": time.perf_counter() - started, "loss": tail}))
+    tail = sum(losses[-500:]) / max(len(losses[-500:]), 1)
+    seconds = time.perf_counter() - started
+    Console().print(f"{len(losses)} updates in {seconds:.0f} s; mean loss of the last {len(losses[-500:])}: {tail:.5f}")
 
 
 @dataclass(frozen=True)
