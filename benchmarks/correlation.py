@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks._harness import document, finish
+from benchmarks._photographs import DAMAGES, PHOTOGRAPHS, damaged, load_photograph, score
 from benchmarks.fit_niqe import fit_photos
-from examples.demo.experiment import DAMAGES, PHOTOGRAPHS, damaged, load_photograph, score
 from iqareward.agreement import spearman
 from iqareward.functional.niqe import fit_natural_model, niqe
 from iqareward.image_files import find_images
@@ -75,9 +75,9 @@ def on_photographs(names: list[str], *, quick: bool, console: Console) -> list[d
     photographs = PHOTOGRAPHS[:1] if quick else PHOTOGRAPHS
     scores: dict[str, list[Tensor]] = {}
     for seed, photograph in enumerate(track(photographs, "photographs", console=console, transient=True)):
-        photo = load_photograph(photograph.name, side)
+        photo = load_photograph(photograph, side)
         versions = torch.stack([damaged(photo, kind, levels, seed=seed) for kind in DAMAGES])
-        for name, found in score([held_out(load(name), photograph.name) for name in names], versions).items():
+        for name, found in score([held_out(load(name), photograph) for name in names], versions).items():
             scores.setdefault(name, []).append(found)
     rows = []
     for name, found in scores.items():

@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks._harness import document, finish
-from examples.demo.experiment import PHOTOGRAPHS, load_photograph
+from benchmarks._photographs import PHOTOGRAPHS, load_photograph
 from iqareward import load, to_images
 from iqareward.functional.filters import blur_valid, gaussian_taps
 
@@ -70,7 +70,7 @@ def kendall(first: np.ndarray, second: np.ndarray) -> float:
 def measure(groups: int) -> list[dict[str, Any]]:
     """A row per reward and transport, means over the groups."""
     chance = torch.Generator().manual_seed(0)
-    photographs = [load_photograph(photograph.name, SIDE)[:, :SIDE, :SIDE] for photograph in PHOTOGRAPHS]
+    photographs = [load_photograph(name, SIDE)[:, :SIDE, :SIDE] for name in PHOTOGRAPHS]
     rewards = {name: load(name) for name in REWARDS}
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     jobs = [photograph for photograph in photographs for _ in range(groups)]

@@ -25,8 +25,8 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks._harness import document, finish
+from benchmarks._photographs import PHOTOGRAPHS, load_photograph
 from benchmarks.jpeg_transport import kendall, rollouts
-from examples.demo.experiment import PHOTOGRAPHS, load_photograph
 from iqareward import load
 from iqareward.functional.resize import resize_levels, to_levels
 from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD, PAD_LEVELS, preprocess
@@ -108,7 +108,7 @@ def compare(images: Tensor) -> dict[str, dict[str, float]]:
 def measure(groups: int) -> list[dict[str, Any]]:
     """A row per way: means over the groups, and the largest difference of all."""
     chance = torch.Generator().manual_seed(0)
-    photographs = [load_photograph(photograph.name) for photograph in PHOTOGRAPHS]
+    photographs = [load_photograph(name) for name in PHOTOGRAPHS]
     jobs = [photograph for photograph in photographs for _ in range(groups)]
     console = Console(stderr=True)
     runs = [compare(rollouts(photograph, chance)) for photograph in track(jobs, "groups", console=console)]

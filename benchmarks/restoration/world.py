@@ -12,8 +12,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks._photographs import PHOTOGRAPHS, load_photograph
 from examples.small_restorer.network import SmallUNet
-from examples.demo.experiment import PHOTOGRAPHS, load_photograph
 from iqareward.diffusion import DDIM, Degradation, PixelPolicy, StoredPairs, supervised, synthetic_images
 from iqareward.seeds import generator
 
@@ -111,7 +111,7 @@ def photographs(scale: Scale) -> Kept:
     pick, crops = generator(0, scale.size), []
     each = scale.test_inputs // (3 * len(PHOTOGRAPHS))
     for photograph in PHOTOGRAPHS:
-        picture = load_photograph(photograph.name, PHOTOGRAPH_SIDE * scale.size)
+        picture = load_photograph(photograph, PHOTOGRAPH_SIDE * scale.size)
         windows = picture.unfold(1, scale.size, scale.size).unfold(2, scale.size, scale.size).flatten(1, 2)
         crops += [windows[:, place] for place in torch.randperm(windows.shape[1], generator=pick)[:each].tolist()]
     crops = [crops[place] for place in torch.randperm(len(crops), generator=pick).tolist()]
