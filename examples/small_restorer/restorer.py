@@ -13,7 +13,7 @@ from iqareward.diffusion.conditions import Condition
 
 WEIGHTS = Path(__file__).with_name("weights")
 LEVELS, STEPS = 4, 3  # noise levels in training, and steps of the sampler, which leaves out the lowest level
-KAPPA = 0.3  # noise at the start, for pixels in [-1, 1]
+KAPPA = 0.2  # noise at the start, for pixels in [-1, 1]
 ERROR = 0.15  # typical error of a damaged photograph, for pixels in [-1, 1]
 
 

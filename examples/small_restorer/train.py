@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     crops = Crops.cut([*find_images(options.photos).files], options.count, options.crops, options.seed)
     policy, started = build(seed=options.seed), time.perf_counter()
     policy.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -54,7 +55,6 @@ def main() -> None:
         accelerator=Accelerator(cpu=True, mixed_precision="bf16"), seed=options.seed,
         history_file=options.output.with_suffix(".jsonl"),
     )  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: each.half().contiguous() for name, each in policy.model.state_dict().items()}, options.output)
     tail = sum(losses[-500:]) / max(len(losses[-500:]), 1)
     seconds = time.perf_counter() - started
