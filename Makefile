@@ -7,7 +7,7 @@ OUTPUT ?= demo-output
 
 .PHONY: demo test lint types docs bench format clean
 
-demo: $(VENV)/.demo  ## score damaged photographs, train a small restorer, draw the report (about six minutes)
+demo: $(VENV)/.demo  ## restore photographs, train on by RL, draw the report (about five minutes)
 	$(BIN)/python -m examples.demo --output $(OUTPUT)
 
 test: $(VENV)/.dev  ## the whole test suite, on two processors

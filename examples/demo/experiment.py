@@ -1,204 +1,205 @@
-"""Damage photographs, score every version, and turn the remaining errors into training weights."""
-
-# ruff: noqa: RUF001  typographic signs are meant
+"""Restore photographs with the small restorer, train it further by difficulty-adaptive RL, and measure both."""
 
 import csv
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import skimage.data
 import torch
-from PIL import Image
+from accelerate import Accelerator
 from torch import Tensor
 
 import iqareward
-from iqareward.agreement import spearman
-from iqareward.diffusion import Degradation
+from examples.small_restorer import photographs, restorer, tasks
+from iqareward import diffusion
 
-REWARDS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "niqe", "piqe")
-ERROR_FACTORS = (1.0, 0.8, 0.5, 0.2)  # what remains of every error as a model improves
-DETAIL = 176  # side in pixels of the part of a photograph that the report shows
-
-
-class Photograph(NamedTuple):
-    """A photograph of `skimage.data` that is free to use, and the centre (x, y) in [0, 1] of the part to show."""
-
-    name: str
-    credit: str
-    focus: tuple[float, float]
-
-
-class Damage(NamedTuple):
-    """The option of `Degradation` that sets a strength, five values from mild to strong, and their text in captions."""
-
-    option: str
-    strengths: tuple[float, ...]
-    text: str
-
-    def caption(self, level: int) -> str:
-        """Describe a level; level 0 is the undamaged original."""
-        return self.text.format(self.strengths[level - 1]) if level else "original"
-
-
-PHOTOGRAPHS = (
-    Photograph("chelsea", "Chelsea the cat, Stefan van der Walt, CC0", (0.45, 0.50)),
-    Photograph("astronaut", "Eileen Collins, NASA, public domain", (0.42, 0.26)),
-    Photograph("coffee", "Coffee cup, Rachel Michetti for Pikolo Espresso Bar, CC0", (0.58, 0.62)),
-    Photograph("rocket", "DSCOVR on its Falcon 9, SpaceX, public domain", (0.52, 0.80)),
-)
-DAMAGES = {
-    "blur": Damage("max_sigma", (0.6, 1.2, 2.0, 3.2, 5.0), "σ {:g} px"),
-    "noise": Damage("max_noise", (3, 8, 15, 28, 50), "σ {:g}/255"),
-    "jpeg": Damage("min_quality", (80, 50, 30, 15, 7), "quality {:g}"),
-    "resize": Damage("max_factor", (1.5, 2, 3, 4, 6), "÷{0:g} ×{0:g}"),
-}
+ONE_STEP, BEFORE, AFTER = "one step", "restored", "after RL"  # the first is the regression that the network has learned
+RESTORED = (ONE_STEP, BEFORE, AFTER)
+VERSIONS = ("degraded", *RESTORED, "ground truth")
+REWARDS = ("haarpsi", "psnr", "ssim", "cvvdp", "stlpips", "quick", "niqe")
+THIRDS = ("easy", "middle", "hard")
+SEVERITIES = (0.6, 0.9)  # of the damage to the test photographs, in turn
+TRAINED_SEVERITIES = (0.3, 1.0)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Scores and weights of P photographs with D kinds of damage at L levels."""
+class Settings:
+    """Size of the demo; the defaults take about five minutes on an idle core."""
 
-    photographs: tuple[Photograph, ...]
-    images: list[Tensor]  # `[D, L + 1, 3, H, W]` for each photograph, with the original at level 0
-    rewards: list[Any]
-    scores: dict[str, Tensor]  # by the name of the reward, `[P, D, L + 1]`
-    difficulty: Tensor  # root mean squared error of each damaged image, `[P, D, L]`
-    weights: dict[float, iqareward.LossWeights]  # `[P, D, L]`, by the factor on all errors
-
-
-class Sample(NamedTuple):
-    """A damaged image with its difficulty and weights."""
-
-    caption: str
-    detail: Tensor
-    difficulty: float
-    rl: float
-    sft: float
+    reward: str = "haarpsi"
+    updates: int = 150
+    inputs: int = 16  # windows in an update
+    windows: int = 2048  # of the training photographs
+    window_side: int = 64
+    photographs: int = 24  # to test on
+    side: int = 256  # of these
+    learning_rate: float = 1e-4
+    looks: int = 5  # validations after the first
+    seed: int = 0
 
 
-def load_photograph(name: str, short_side: int | None = None) -> Tensor:
-    """Load a photograph of scikit-image as `[3, H, W]` in [0, 1], shrunk so that its shorter side fits `short_side`."""
-    image = Image.fromarray(getattr(skimage.data, name)())
-    if short_side is not None and short_side < min(image.size):
-        scale = short_side / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    return iqareward.to_images(image)[0]
+@dataclass(frozen=True)
+class Run:
+    """Photographs by version, `[V, 3, H, W]`, and everything that was measured, ready for JSON."""
+
+    images: dict[str, Tensor]
+    results: dict[str, Any]
 
 
-def damaged(photo: Tensor, kind: str, num_levels: int, *, seed: int = 0) -> Tensor:
-    """Return the photograph and its damaged versions, `[num_levels + 1, 3, H, W]`, rounded to 8 bits."""
-    option, strengths, _ = DAMAGES[kind]
-    versions = [photo[None]]
-    for strength in strengths[:num_levels]:
-        degradation = Degradation((kind,), **{option: strength})
-        versions.append(degradation(photo[None], torch.ones(1), [seed]))
-    return torch.cat(versions).mul(255).round() / 255
+def load_rewards() -> tuple[dict[str, iqareward.Reward], dict[str, str]]:
+    """The rewards that can score here, and why the others cannot: ST-LPIPS needs the extra `perceptual`."""
+    rewards, missing = {}, {}
+    probe, other = torch.rand(2, 1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    for name in REWARDS:
+        try:
+            reward = iqareward.load(name)
+            reward(probe, references=other)
+        except (ImportError, OSError) as error:
+            missing[name] = str(error).splitlines()[0]
+        else:
+            rewards[name] = reward
+    return rewards, missing
 
 
-def score(rewards: Sequence[Any], images: Tensor) -> dict[str, Tensor]:
-    """Score all versions `[D, L + 1, 3, H, W]` of a photograph; `[D, L + 1]` by the name of the reward."""
-    scores = {}
-    for reward in rewards:
-        rows = [reward(versions, references=versions[:1].expand_as(versions)) for versions in images]
-        scores[reward.name] = torch.stack(rows)
-    return scores
+def training_pairs(settings: Settings) -> diffusion.StoredPairs:
+    """Random windows of the training photographs, damaged by the five tasks in turn."""
+    draw, crops, side = torch.Generator().manual_seed(settings.seed), photographs.training(), settings.window_side
+    count, room = settings.windows, crops.shape[-1] - settings.window_side
+    chosen = torch.randint(len(crops), (count,), generator=draw).tolist()
+    corners = torch.randint(room + 1, (count, 2), generator=draw).tolist()
+    windows = [crops[row, :, top : top + side, left : left + side] for row, (top, left) in zip(chosen, corners)]
+    severity = torch.empty(count).uniform_(*TRAINED_SEVERITIES, generator=draw)
+    return tasks.damaged(torch.stack(windows), severity, seed=settings.seed)
 
 
-def measure(num_photographs: int, short_side: int, num_levels: int, progress: Callable[[str], None]) -> Measured:
-    """Damage, score and weigh; `progress` is called with a line of text for each photograph."""
-    photographs, rewards = PHOTOGRAPHS[:num_photographs], [iqareward.load(name) for name in REWARDS]
-    images, scores, difficulty = [], [], []
-    for index, photograph in enumerate(photographs):
-        progress(f"Scoring {photograph.name} with {len(rewards)} rewards, photograph {index + 1}/{len(photographs)}")
-        photo = load_photograph(photograph.name, short_side)
-        versions = torch.stack([damaged(photo, kind, num_levels, seed=index) for kind in DAMAGES])
-        images.append(versions)
-        scores.append(score(rewards, versions))
-        references = versions[:, :1].expand_as(versions[:, 1:])
-        errors = iqareward.reference_distance(versions[:, 1:].flatten(0, 1), references.flatten(0, 1))
-        difficulty.append(errors.view(len(DAMAGES), num_levels))
-    errors = torch.stack(difficulty)
-    weighter = iqareward.AdaptiveWeighter()
-    weighter.calibrate(errors.flatten())
-    weights = {}
-    for factor in ERROR_FACTORS:
-        rl, sft = weighter(errors.flatten() * factor)
-        weights[factor] = iqareward.LossWeights(rl.view_as(errors), sft.view_as(errors))
-    by_name = {name: torch.stack([row[name] for row in scores]) for name in scores[0]}
-    return Measured(photographs, images, rewards, by_name, errors, weights)
-
-
-def detail(image: Tensor, focus: tuple[float, float]) -> Tensor:
-    """Cut out the square of at most `DETAIL` pixels around `focus`."""
-    side = min(DETAIL, *image.shape[1:])
-    left, top = (
-        min(max(round(place * size) - side // 2, 0), size - side)
-        for place, size in zip(focus, (image.shape[2], image.shape[1]))
+def run(settings: Settings, progress: Callable[[str], None]) -> Run:
+    """Restore, score, train and measure; `progress` is called with a line of text before each stage."""
+    progress(f"Damaging {settings.photographs} photographs that the restorer has never seen")
+    kodak = photographs.kodak()[: settings.photographs, :, : settings.side, : settings.side]
+    severity = torch.tensor([SEVERITIES[row % len(SEVERITIES)] for row in range(len(kodak))])
+    unseen = tasks.damaged(kodak, severity, seed=settings.seed)
+    rewards, missing = load_rewards()
+    for name, reason in missing.items():
+        progress(f"{name} is left out: {reason}")
+    images = {"degraded": unseen.degraded}
+    frozen = restorer.load()
+    progress(f"Restoring them in one step and in {frozen.num_steps}")
+    for version, steps in ((ONE_STEP, 1), (BEFORE, None)):
+        images[version] = restored(frozen, unseen, steps, settings.seed)
+    held_out = {name: reward for name, reward in rewards.items() if name not in settings.reward}
+    trained, trainer, monitor = train(settings, unseen, held_out, progress)
+    images |= {AFTER: restored(trained, unseen, None, settings.seed), "ground truth": unseen.references}
+    scores: dict[str, dict[str, Tensor]] = {}
+    for version in VERSIONS:
+        progress(f"Scoring with {len(rewards)} rewards: {version}")
+        scores[version] = {
+            name: reward(images[version], references=unseen.references) for name, reward in rewards.items()
+        }
+        scores[version]["rmse"] = iqareward.reference_distance(images[version], unseen.references)
+    weight = {version: trainer.weighter(scores[version]["rmse"]) for version in (BEFORE, AFTER)}
+    per_photograph = [
+        {
+            "name": f"kodim{row + 1:02}",
+            "task": list(tasks.TASKS)[row % len(tasks.TASKS)],
+            "severity": plain(severity[row]),
+            "weights": {
+                version: {"rl": plain(rl[row]), "sft": plain(sft[row])} for version, (rl, sft) in weight.items()
+            },
+            "scores": {version: {name: plain(s[row]) for name, s in scores[version].items()} for version in VERSIONS},
+        }
+        for row in range(len(kodak))
+    ]
+    order = scores[BEFORE]["rmse"].argsort(stable=True)
+    return Run(
+        images,
+        {
+            "settings": asdict(settings),
+            "steps": frozen.num_steps,
+            "rewards": list(rewards),
+            "missing": missing,
+            "held_out": list(held_out),
+            "means": means(scores),
+            "thirds": {
+                third: means(scores, rows) for third, rows in zip(THIRDS, order.tensor_split(len(THIRDS)), strict=True)
+            },
+            "photographs": per_photograph,
+            "by_difficulty": order.tolist(),
+            "history": [{key: plain(value) for key, value in record.items()} for record in trainer.history],
+            "monitor": [{name: plain(change) for name, change in look.changes.items()} for look in monitor.history],
+            "alarms": list(monitor.history[-1].alarms),
+        },
     )
-    return image[:, top : top + side, left : left + side]
 
 
-def samples(measured: Measured, count: int) -> list[Sample]:
-    """Choose damaged images from the easiest to the hardest, evenly by rank."""
-    order = measured.difficulty.flatten().argsort(stable=True)
-    picks = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
-    chosen = []
-    for place in order[picks]:
-        p, d, level = (int(index) for index in torch.unravel_index(place, measured.difficulty.shape))
-        kind, damage = list(DAMAGES.items())[d]
-        chosen.append(
-            Sample(
-                f"{kind} {damage.caption(level + 1)}",
-                detail(measured.images[p][d, level + 1], measured.photographs[p].focus),
-                *(float(values[p, d, level]) for values in (measured.difficulty, *measured.weights[1.0])),
-            )
+def restored(policy: diffusion.PixelPolicy, pairs: diffusion.StoredPairs, steps: int | None, seed: int) -> Tensor:
+    """The photographs as `policy` restores them, in its own number of steps if there is none."""
+    validation = diffusion.Validation(pairs, {}, num_steps=steps, inputs_at_once=4)
+    return validation.restore(policy, *validation.batches, seed=seed)
+
+
+def train(
+    settings: Settings,
+    unseen: diffusion.StoredPairs,
+    held_out: Mapping[str, iqareward.Reward],
+    progress: Callable[[str], None],
+) -> tuple[diffusion.PixelPolicy, diffusion.DifficultyAdaptiveTrainer, iqareward.HackingMonitor]:
+    """The restorer after RL in fp32, with what trained and what watched it."""
+    progress(f"Damaging {settings.windows} windows of other photographs to train on")
+    pairs, policy = training_pairs(settings), restorer.load()
+    policy.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # faster on a CPU
+    reward = iqareward.load(settings.reward, differentiable=True)
+    monitor = iqareward.HackingMonitor(held_out)
+    progress(f"Training by RL on {settings.reward}, {settings.updates} updates of {settings.inputs} windows")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = diffusion.DifficultyAdaptiveTrainer(
+            policy,
+            reward,
+            pairs,
+            output_dir=folder,
+            objective=diffusion.DirectRewardGradient(reward, checkpointed=False),
+            rollout_config=diffusion.RolloutConfig(group_size=1, num_steps=policy.num_steps, eta=policy.eta),
+            train_config=diffusion.TrainConfig(
+                learning_rate=settings.learning_rate,
+                inputs_per_update=settings.inputs,
+                rows_at_once=None,
+                sft_scale="balanced",
+            ),
+            validation=diffusion.Validation(unseen, held_out, monitor=monitor, inputs_at_once=4),
+            accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+            seed=settings.seed,
         )
-    return chosen
+        trainer.train(settings.updates, validate_every=max(1, settings.updates // settings.looks))
+    trained = restorer.build()  # without the mixed precision that the accelerator has given the other one
+    trained.model.load_state_dict(policy.model.state_dict())
+    return trained, trainer, monitor
 
 
-def summary(measured: Measured) -> dict[str, Any]:
-    """Return rank correlations of score and damage, mistakes and mean weights as plain numbers."""
-    rewards = {}
-    for name, scores in measured.scores.items():
-        levels, table = range(scores.shape[2]), {}
-        for d, kind in enumerate(DAMAGES):
-            found = [spearman(row, levels) for row in scores[:, d]]
-            table[kind] = {"mean": plain(sum(found) / len(found)), "worst": plain(max(found))}  # -1 is perfect
-        above = (scores[..., 1:] > scores[..., :1]).float().mean()
-        rewards[name] = {"correlation": table, "above_original": plain(above)}
+def means(scores: Mapping[str, Mapping[str, Tensor]], rows: Tensor | None = None) -> dict[str, dict[str, Any]]:
+    """Mean of every measure by version, of some rows or all."""
     return {
-        "photographs": [photograph.name for photograph in measured.photographs],
-        "damaged_images": measured.difficulty.numel(),
-        "rewards": rewards,
-        "mean_weights": [
-            {"errors": factor, "rl": plain(rl.mean()), "sft": plain(sft.mean())}
-            for factor, (rl, sft) in measured.weights.items()
-        ],
+        version: {name: plain((each if rows is None else each[rows]).mean()) for name, each in found.items()}
+        for version, found in scores.items()
     }
 
 
-def plain(value: Tensor | float) -> float | None:
-    """Round a number for JSON; None if it is not finite."""
-    return round(float(value), 5) if math.isfinite(value) else None
+def plain(value: Any) -> Any:
+    """A number rounded for JSON, None if it is not finite; anything else as it is."""
+    if isinstance(value, Tensor | float):
+        return float(f"{float(value):.6g}") if math.isfinite(value) else None
+    return value
 
 
-def title(reward: str) -> str:
-    """Return the usual spelling of a reward's name."""
-    return {"haarpsi": "HaarPSI"}.get(reward, reward.upper().replace("_", "-"))
-
-
-def write_scores(measured: Measured, path: Path) -> None:
-    """Write one CSV row per image: its scores, and error and weights if it is damaged."""
+def write_scores(results: Mapping[str, Any], path: Path) -> None:
+    """Write one CSV row for each version of each photograph: its scores, and the weights of a restoration."""
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["photograph", "damage", "level", *measured.scores, "rmse", "w_rl", "w_sft"])
-        for p, photograph in enumerate(measured.photographs):
-            for d, kind in enumerate(DAMAGES):
-                for level in range(measured.difficulty.shape[2] + 1):
-                    scores = [plain(values[p, d, level]) for values in measured.scores.values()]
-                    ours = (measured.difficulty, *measured.weights[1.0]) if level else ()
-                    weights = [plain(values[p, d, level - 1]) for values in ours]
-                    rows.writerow([photograph.name, kind, level, *scores, *(weights or [""] * 3)])
+        measures = [*results["rewards"], "rmse"]
+        rows.writerow(["photograph", "task", "severity", "version", *measures, "w_rl", "w_sft"])
+        for each in results["photographs"]:
+            for version in VERSIONS:
+                weights = each["weights"].get(version, {"rl": "", "sft": ""})
+                found = [each["scores"][version][name] for name in measures]
+                rows.writerow([each["name"], each["task"], each["severity"], version, *found, *weights.values()])

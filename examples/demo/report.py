@@ -2,127 +2,130 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from .experiment import DAMAGES, Measured, detail, title
-from .figures import MEASURES, pixels
-from .training import THIRDS, Trained
+from .experiment import AFTER, BEFORE, RESTORED, VERSIONS, Run
+from .figures import TITLES, charts, pixels
 
 TEMPLATE = Path(__file__).with_name("report.html")
+SHOWN = 12  # photographs
+BETTER = {True: "better", False: "worse"}
+UNDER = ("haarpsi", "stlpips", "quick")  # scores under each image, where they are known
 
 
-def render(measured: Measured, trained: Trained, results: dict[str, Any], figures: Sequence[Path]) -> str:
-    """Fill the template, which shows each of the PNG files by its stem."""
-    settings = trained.settings
-    alarms = "; ".join(trained.alarms) or "it did not alarm"
+def render(run: Run) -> str:
+    """Fill the template; every number comes from `run.results`."""
+    results, settings = run.results, run.results["settings"]
+    modes, measures = ["side by side", *VERSIONS], [*results["rewards"], "rmse"]
+    severities = sorted({each["severity"] for each in results["photographs"]})
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        {path.stem: f'<img src="{data_url("png", path.read_bytes())}" alt="{path.stem}">' for path in figures},
-        num_rewards=len(measured.rewards),
-        num_photographs=len(measured.photographs),
-        num_damages=len(DAMAGES),
-        num_levels=measured.difficulty.shape[2],
-        damaged=results["damaged_images"],
-        columns=measured.difficulty.shape[2] + 1,
-        strips=strips(measured),
-        correlations=correlations(measured, results["rewards"]),
-        thirds=thirds(trained),
-        training_settings=f"{settings.sft_updates} updates by SFT and {settings.rl_updates} by RL (DiffusionNFT), "
-        f"{settings.num_scenes} scenes of {settings.size} x {settings.size} pixels",
-        alarms=escape(alarms),
+        modes="".join(
+            f'<input type="radio" name="mode" id="m{place}"{"" if place else " checked"}>'
+            for place in range(len(modes))
+        ),
+        labels="".join(f'<label for="m{place}">{mode}</label>' for place, mode in enumerate(modes)),
+        photographs="".join(photograph(run, row) for row in shown(results)),
+        count=len(results["photographs"]),
+        num_shown=len(shown(results)),
+        steps=results["steps"],
+        severities=" and ".join(f"{each:g}" for each in severities),
+        summary=escape(summary(results)),
+        means=table(results["means"], measures),
+        thirds="".join(
+            f"<div><h3>{third} third</h3>{table({key: found[key] for key in RESTORED}, measures)}</div>"
+            for third, found in results["thirds"].items()
+        ),
+        charts="".join(
+            f'<figure><figcaption>{escape(title)}</figcaption><img src="{url("svg+xml", drawn)}" alt="{escape(title)}">'
+            "</figure>"
+            for title, drawn in charts(results).items()
+        ),
+        alarms=escape("; ".join(results["alarms"]) or "it raised no alarm"),
+        held_out=", ".join(TITLES[name] for name in results["held_out"]),
+        missing=escape("".join(f"{TITLES[name]} is missing: {why} " for name, why in results["missing"].items())),
+        reward=escape(settings["reward"]),
+        updates=settings["updates"],
+        inputs=settings["inputs"],
+        side=settings["window_side"],
         made=escape(f"{results['seconds']:.0f} seconds; versions: {results['versions']}"),
-        credits=escape("; ".join(photograph.credit for photograph in measured.photographs)),
     )
 
 
-def strips(measured: Measured) -> str:
-    """Return a strip of images with their scores for each photograph and damage; a radio button selects one."""
-    parts = []
-    for p, photograph in enumerate(measured.photographs):
-        for d, (kind, damage) in enumerate(DAMAGES.items()):
-            name = f"{photograph.name}, {kind}"
-            figures = []
-            for level, image in enumerate(measured.images[p][d]):
-                rows = "".join(
-                    score_row(title(reward), scores[p, d], level) for reward, scores in measured.scores.items()
-                )
-                caption = escape(damage.caption(level))
-                figures.append(
-                    f"<figure>{jpeg(detail(image, photograph.focus), f'{name} {caption}')}"
-                    f"<figcaption><b>{caption}</b><dl>{rows}</dl></figcaption></figure>"
-                )
-            key, checked = f"strip{p}-{d}", "" if parts else " checked"
-            parts.append(
-                f'<input type="radio" name="strip" id="{key}"{checked}><label for="{key}">{escape(name)}</label>'
-                f'<div class="strip">{"".join(figures)}</div>'
-            )
-    return "".join(parts)
+def shown(results: Mapping[str, Any]) -> list[int]:
+    """Every second photograph from the easiest to the hardest, in the order of their numbers."""
+    order = results["by_difficulty"]
+    return sorted(order[:: max(1, len(order) // SHOWN)])
 
 
-def score_row(name: str, scores: Tensor, level: int) -> str:
-    """Return a score with a mark if it rose although the damage grew."""
-    mark = '<span class="up">▲</span> ' if level and scores[level] > scores[level - 1] else ""
-    return f"<dt>{escape(name)}</dt><dd>{mark}{number(float(scores[level]))}</dd>"
+def summary(results: Mapping[str, Any]) -> str:
+    """What RL changed, in words: the reward, and which of the other measures got better or worse."""
+    before, after = (results["means"][version] for version in (BEFORE, AFTER))
+    parts: dict[str, list[str]] = {"The reward": [], "Not trained on and better": [], "Not trained on and worse": []}
+    for name in (*results["rewards"], "rmse"):
+        gain = (after[name] - before[name]) * (-1 if name == "rmse" else 1)
+        part = "The reward" if name not in (*results["held_out"], "rmse") else f"Not trained on and {BETTER[gain > 0]}"
+        old, new = (number(scale(name) * found[name]) for found in (before, after))
+        parts[part].append(f"{TITLES[name]} {old} → {new}")
+    return " ".join(f"{part}: {', '.join(changes)}." for part, changes in parts.items() if changes)
 
 
-def correlations(measured: Measured, rewards: dict[str, Any]) -> str:
-    """Return the table of rank correlations, a row per reward."""
-    lines = [row("th", ["", *DAMAGES, "above original"])]
-    for reward in measured.rewards:
-        found = rewards[reward.name]
-        cells = [cell(item["mean"], item["worst"]) for item in found["correlation"].values()]
-        share = found["above_original"]
-        kind = "" if reward.needs_references else " <small>no reference</small>"
-        heading = f'<th scope="row">{escape(title(reward.name))}{kind}</th>'
-        lines.append(f'<tr data-reward="{escape(reward.name)}">{heading}{"".join(cells)}<td>{share:.0%}</td></tr>')
-    return f"<table>{''.join(lines)}</table>"
+def photograph(run: Run, row: int) -> str:
+    """A photograph in all versions, with its weights and scores."""
+    each = run.results["photographs"][row]
+    weights, measures = each["weights"][BEFORE], [name for name in UNDER if name in run.results["rewards"]]
+    error = number(255 * each["scores"][BEFORE]["rmse"])
+    figures = []
+    for place, version in enumerate(VERSIONS, 1):
+        scores = " · ".join(f"{TITLES[name]} {number(each['scores'][version][name])}" for name in measures)
+        label = f"{each['name']}, {version}"
+        figures.append(
+            f'<figure class="v{place}"><img src="{url("jpeg", jpeg(run.images[version][row]))}" alt="{escape(label)}">'
+            f"<figcaption><b>{version}</b> {scores}</figcaption></figure>"
+        )
+    return (
+        f'<section class="photograph"><h3>{each["name"]}: {each["task"]}, severity {each["severity"]:g}</h3>'
+        f'<p class="note">Error of the restoration {error} of 255. Weights: '
+        f'<span class="rl">RL {weights["rl"]:.2f}</span>, <span class="sft">SFT {weights["sft"]:.2f}</span></p>'
+        f'<div class="versions" tabindex="0">{"".join(figures)}</div></section>'
+    )
 
 
-def cell(mean: float | None, worst: float | None) -> str:
-    """Return a correlation, tinted by its strength, above that of the worst photograph."""
-    colour, strength = ("47 127 184" if (mean or 0) < 0 else "217 102 31"), (mean or 0) ** 4  # -0.97 and -0.85 differ
-    tint = f"background: rgb({colour} / {0.42 * strength:.2f})"
-    return f'<td style="{tint}">{number(mean, ".2f")}<small>{number(worst, ".2f")}</small></td>'
+def table(means: Mapping[str, Mapping[str, Any]], measures: Sequence[str]) -> str:
+    """Means of every measure, a row each, with a column per version; the best but for the ground truth is bold."""
+    lines = [f"<tr><th></th>{''.join(f'<th>{version}</th>' for version in means)}</tr>"]
+    for name in measures:
+        found = {version: each[name] for version, each in means.items()}
+        compared = [value for version, value in found.items() if version != "ground truth"]
+        best = min(compared) if name == "rmse" else max(compared)
+        cells = [f"<td{' class=best' * (value == best)}>{number(scale(name) * value)}</td>" for value in found.values()]
+        lines.append(f'<tr data-measure="{name}"><th scope="row">{TITLES[name]}</th>{"".join(cells)}</tr>')
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def thirds_rows(trained: Trained) -> list[list[str]]:
-    """Return each third of the held-out scenes with every measure before and after RL, as text."""
-    rows = [[third] for third in THIRDS]
-    for measure, (_, factor) in MEASURES.items():
-        for line, (old, new) in zip(rows, trained.thirds(measure).values(), strict=True):
-            line.append(f"{number(factor * old)} → {number(factor * new)}")
-    return rows
+def scale(measure: str) -> float:
+    """The factor with which a measure is shown."""
+    return 255.0 if measure == "rmse" else 1.0
 
 
-def thirds(trained: Trained) -> str:
-    """Return these rows as a table."""
-    heads = row("th", ["", *(heading for heading, _ in MEASURES.values())])
-    return f'<table class="thirds">{heads}{"".join(row("td", line) for line in thirds_rows(trained))}</table>'
+def number(value: float) -> str:
+    """At most three digits after the point, with a minus sign."""
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1.5 else 3
+    return f"{value + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def row(tag: str, texts: Sequence[str]) -> str:
-    """Return a table row."""
-    return f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in texts)}</tr>"
+def jpeg(image: Tensor) -> bytes:
+    """An image `[3, H, W]` at a quality whose own loss does not show."""
+    file = io.BytesIO()
+    pixels(image).save(file, "JPEG", quality=92, subsampling=0)
+    return file.getvalue()
 
 
-def number(value: float | None, digits: str = ".3g") -> str:
-    """Write a number with a minus sign, or a dash where there is none."""
-    return "\N{EN DASH}" if value is None else f"{value + 0.0:{digits}}".replace("-", "\N{MINUS SIGN}")
-
-
-def jpeg(image: Tensor, alt: str) -> str:
-    """Return an image `[3, H, W]` as an `<img>` at a quality whose own loss does not show."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels(image)).save(stream, "JPEG", quality=92, subsampling=0)
-    return f'<img src="{data_url("jpeg", stream.getvalue())}" alt="{escape(alt)}">'
-
-
-def data_url(kind: str, content: bytes) -> str:
-    """Return a file's content as a URL."""
+def url(kind: str, content: bytes) -> str:
+    """A file's content as a URL."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
