@@ -1,67 +1,91 @@
-"""From the results of all jobs to differences with intervals, and to the distance from the front of fixed shares."""
+"""From the runs to differences with intervals, and to distances from the front of constant shares."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.restoration.arms import FIXED
-from benchmarks.restoration.world import TASKS
-from iqareward.agreement import spearman
+from benchmarks.restoration.arms import FRONT, UNTRAINED
+from examples.small_restorer.tasks import TASKS
 
 TERCILES = ("easy", "middle", "hard")
-MEASURES = ("held_out", "judge", "haarpsi", "ssim", "gmsd", "piqe", "niqe", "rmse", "psnr")
-FRONT = ("sft", *(f"fixed {share:g}" for share in FIXED), "rl")
-RESAMPLES = 10_000
+DRAWS = 2_000  # resamples of seeds and pictures
 POINTS = 20  # of the front between two neighbouring shares
-
-Table = dict[tuple[int, str], dict[str, np.ndarray]]
-"""(seed, arm) -> measure -> means `[tasks, terciles]`."""
 
 
 class Interval(NamedTuple):
-    """An estimate, its 95 % bootstrap interval over seeds, and how many seeds have its sign."""
+    """An estimate and its 95 % bootstrap interval over seeds and pictures."""
 
     value: float
     low: float
     high: float
-    agree: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the interval excludes 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """The results of all jobs."""
-    return [json.loads(file.read_text()) for file in sorted((folder / "results").glob("*.json"))]
+@dataclass
+class Study:
+    """The runs of one start and one reward, as arrays `[seeds, pictures, tasks]`.
+
+    Args:
+        rows: Runs of a results file.
+        start: Which start.
+        reward: Which reward; what is not trained is taken from those of HaarPSI.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    start: str = "converged"
+    reward: str = "haarpsi"
+    runs: dict[str, dict[int, Mapping[str, Any]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.runs = {}
+        for row in self.rows:
+            if row["start"] == self.start and (row["reward"] == self.reward or row["arm"] in UNTRAINED):
+                self.runs.setdefault(row["arm"], {})[row["seed"]] = row
+        if "frozen" in self.runs:
+            errors = self.values("frozen", "rmse", [0])[0]
+            ranks = errors.argsort(0, kind="stable").argsort(0, kind="stable")
+            # as np.array_split does: the first parts are the longer ones
+            sizes = [len(part) for part in np.array_split(np.arange(len(errors)), 3)]
+            self.tercile = np.searchsorted(np.cumsum(sizes), ranks, side="right")  # [pictures, tasks], 0 is easy
+
+    def seeds(self, *arms: str) -> list[int]:
+        """Seeds that have all of these arms; what is not trained has every seed."""
+        found = [set(self.runs.get(arm, {})) for arm in arms if arm not in UNTRAINED]
+        return sorted(set.intersection(*found)) if found else [0]
+
+    def values(self, arm: str, measure: str, seeds: Sequence[int]) -> np.ndarray:
+        """`[seeds, pictures, tasks]`."""
+        runs = [self.runs[arm][0 if arm in UNTRAINED else seed] for seed in seeds]
+        name = "rmse" if measure == "psnr" else measure
+        found = np.array([run["test"][name] for run in runs], dtype=np.float64).reshape(len(runs), -1, len(TASKS))
+        return -20 * np.log10(found) if measure == "psnr" else found
+
+    def mask(self, tercile: str) -> np.ndarray:
+        """`[pictures, tasks]`: the inputs of a tercile, or "all"."""
+        return np.ones_like(self.tercile, bool) if tercile == "all" else self.tercile == TERCILES.index(tercile)
+
+    def mean(self, arm: str, measure: str, tercile: str = "all") -> float:
+        """Mean over seeds and inputs, each task counting alike."""
+        values = self.values(arm, measure, self.seeds(arm))
+        return float(_cells(values, self.mask(tercile), np.ones((1, len(self.tercile)))).mean())
 
 
-def terciles(errors: Sequence[float] | np.ndarray) -> list[np.ndarray]:
-    """Indices of the inputs from easy to hard, by the frozen model's error."""
-    return np.array_split(np.argsort(np.asarray(errors), kind="stable"), 3)
+def _cells(values: np.ndarray, mask: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Means over the pictures of a mask `[draws, seeds, tasks]`, each picture `counts` `[draws, pictures]` times."""
+    total = np.einsum("rp,pt,spt->rst", counts, mask, values)
+    return total / (counts @ mask)[:, None]
 
 
-def tabulate(results: Sequence[Mapping[str, Any]], place: str = "test") -> Table:
-    """Means of every measure by task and tercile; `place` is "test" or "photographs"."""
-    frozen = {row["seed"]: np.asarray(row[place]["rmse"]) for row in results if row["arm"] == "frozen"}
-    found: Table = {}
-    for row in results:
-        if row["seed"] not in frozen:
-            continue
-        values = {name: np.asarray(row[place][name], dtype=np.float64) for name in MEASURES if name != "psnr"}
-        values["psnr"] = -20 * np.log10(values["rmse"])
-        means = {name: np.empty((len(TASKS), 3)) for name in MEASURES}
-        for task in range(len(TASKS)):
-            groups = terciles(frozen[row["seed"]][task :: len(TASKS)])
-            for name in MEASURES:
-                column = values[name][task :: len(TASKS)]
-                means[name][task] = [np.nanmean(column[group]) for group in groups]
-        found[row["seed"], row["arm"]] = means
-    return found
-
-
-def seeds_of(table: Table, arms: Sequence[str]) -> list[int]:
-    """Seeds that have all of these arms."""
-    return sorted(seed for seed in {seed for seed, _ in table} if all((seed, arm) in table for arm in arms))
+def _draws(seeds: int, pictures: int) -> tuple[np.ndarray, np.ndarray]:
+    """Resampled seeds `[DRAWS, seeds]`, and how often each picture was drawn `[DRAWS, pictures]`."""
+    rng = np.random.default_rng(0)
+    return rng.integers(seeds, size=(DRAWS, seeds)), rng.multinomial(pictures, np.full(pictures, 1 / pictures), DRAWS)
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -71,69 +95,68 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
 
 
-def draws(count: int, seed: int = 0) -> np.ndarray:
-    """Resampled seeds `[RESAMPLES, count]`."""
-    return np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
-
-
-def interval(differences: np.ndarray) -> Interval:
-    """Interquartile mean of paired differences `[seeds, strata]`; seeds are resampled whole; NaN bounds for one."""
-    values = np.asarray(differences, dtype=np.float64)
-    estimate = float(interquartile_mean(values.ravel()))
-    agree = int((np.sign(values.mean(1)) == np.sign(estimate)).sum())
-    if len(values) < 2:
-        return Interval(estimate, float("nan"), float("nan"), agree)
-    resampled = interquartile_mean(values[draws(len(values))].reshape(RESAMPLES, -1))
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Interval(estimate, float(low), float(high), agree)
+def _interval(value: float, draws: np.ndarray) -> Interval:
+    low, high = np.nanquantile(draws, [0.025, 0.975])  # NaN: a draw without any picture of the tercile
+    return Interval(value, float(low), float(high))
 
 
 def difference(
-    table: Table, arm: str, baseline: str, measure: str, tercile: str, *, relative: bool = False
+    study: Study, arm: str, baseline: str, measure: str, tercile: str = "all", *, relative: bool = False
 ) -> Interval:
-    """Arm less baseline, over the seeds that have both; "all" is the mean over the terciles; `relative` in percent."""
-    seeds = seeds_of(table, [arm, baseline])
+    """Arm less baseline, paired by seed and input: interquartile mean over seeds and tasks; `relative` in percent."""
+    seeds, mask = study.seeds(arm, baseline), study.mask(tercile)
+    ours, theirs = (study.values(name, measure, seeds) for name in (arm, baseline))
 
-    def values(name: str) -> np.ndarray:
-        cells = np.stack([table[seed, name][measure] for seed in seeds])
-        return cells.mean(2) if tercile == "all" else cells[:, :, TERCILES.index(tercile)]
+    def cells(counts: np.ndarray) -> np.ndarray:
+        own, other = _cells(ours, mask, counts), _cells(theirs, mask, counts)
+        return 100 * (own / other - 1) if relative else own - other
 
-    ours, theirs = values(arm), values(baseline)
-    return interval(100 * (ours / theirs - 1) if relative else ours - theirs)
+    which, counts = _draws(len(seeds), len(mask))
+    with np.errstate(invalid="ignore"):
+        drawn = np.take_along_axis(cells(counts), which[:, :, None], 1).reshape(DRAWS, -1)
+    value = interquartile_mean(cells(np.ones((1, len(mask)))).reshape(-1))
+    return _interval(float(value), interquartile_mean(drawn))
 
 
-def above_front(table: Table, arm: str, quality: str, *, aggregate: bool) -> Interval:
-    """Quality of an arm less the best that a constant share with at most its RMSE reaches.
+def above_front(
+    study: Study, arm: str, quality: str, error: str = "rmse", *, where: tuple[str, str] = ("all", "all")
+) -> Interval:
+    """Quality of an arm less the best that a constant share with at most its error reaches.
 
     Args:
-        table: from `tabulate`.
-        arm: any arm.
-        quality: measure, higher is better.
-        aggregate: means over all inputs; otherwise quality on the hard tercile at the RMSE of the easy one.
+        study: The runs.
+        arm: Any arm.
+        quality: A measure, higher is better.
+        error: "rmse", or "psnr", whose negative is the error.
+        where: Terciles of the quality and of the error.
     """
-    seeds = seeds_of(table, [*FRONT, arm])
+    names = [*(name for name in FRONT if study.seeds(name)), arm]
+    seeds = study.seeds(*names)
 
-    def points(measure: str, tercile: int) -> np.ndarray:
-        cells = np.stack([[table[seed, name][measure].mean(0) for name in (*FRONT, arm)] for seed in seeds])
-        return cells.mean(2) if aggregate else cells[..., tercile]
+    def points(measure: str, tercile: str, weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        values = np.stack([study.values(name, measure, seeds) for name in names])
+        over_seeds = np.einsum("rs,aspt->rapt", weights, values) / len(seeds)
+        mask = study.mask(tercile)
+        total = np.einsum("rp,pt,rapt->rat", counts, mask, over_seeds)
+        return (total / (counts @ mask)[:, None]).mean(2)
 
-    errors, qualities = points("rmse", 0), points(quality, 2)  # [seeds, arms]
+    def distances(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        qualities, errors = (points(*pair, weights, counts) for pair in zip((quality, error), where, strict=True))
+        errors = -errors if error == "psnr" else errors
+        return np.array([_distance(*pair) for pair in zip(errors, qualities, strict=True)])
 
-    def distance(rows: np.ndarray) -> float:
-        return _distance(errors[rows].mean(0), qualities[rows].mean(0))
-
-    every = np.arange(len(seeds))
-    each = [distance(np.array([row])) for row in every]
-    estimate = distance(every)
-    agree = int((np.sign(each) == np.sign(estimate)).sum())
-    if len(seeds) < 2:
-        return Interval(estimate, float("nan"), float("nan"), agree)
-    low, high = np.quantile([distance(rows) for rows in draws(len(seeds))], [0.025, 0.975])
-    return Interval(estimate, float(low), float(high), agree)
+    which, counts = _draws(len(seeds), len(study.tercile))
+    weights = np.stack([np.bincount(row, minlength=len(seeds)) for row in which])
+    with np.errstate(invalid="ignore"):
+        drawn = distances(weights, counts)
+    value = distances(np.ones((1, len(seeds))), np.ones((1, len(study.tercile))))[0]
+    return _interval(float(value), drawn)
 
 
 def _distance(errors: np.ndarray, qualities: np.ndarray) -> float:
     """Of the last point from the line through all others."""
+    if np.isnan([errors, qualities]).any():
+        return float("nan")
     line_errors, line_qualities = (_between(values[:-1]) for values in (errors, qualities))
     reached = line_errors <= errors[-1]
     if not reached.any():  # more faithful than every constant: compare with the most faithful one
@@ -145,14 +168,3 @@ def _between(values: np.ndarray) -> np.ndarray:
     """Points on the line through `values`."""
     places = np.linspace(0, len(values) - 1, POINTS * (len(values) - 1) + 1)
     return np.interp(places, np.arange(len(values)), values)
-
-
-def difficulty_check(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Spearman correlation of the frozen model's error with the known severity, per task, mean over seeds."""
-    found: dict[str, list[float]] = {task: [] for task in TASKS}
-    for row in results:
-        if row["arm"] == "frozen":
-            for number, task in enumerate(TASKS):
-                rows = slice(number, None, len(TASKS))
-                found[task].append(spearman(row["test"]["rmse"][rows], row["test"]["severity"][rows]))
-    return {task: float(np.mean(values)) for task, values in found.items()}

@@ -1,92 +1,135 @@
-"""The weightings that are compared."""
+"""The weightings and rewards that are compared, and the studies they belong to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.toy.controllers import TargetTracking
-from iqareward.schedules import Schedule, Weighter, constant, cosine, gate, logistic_success, soft_gate
-from iqareward.schedules import softmax_batch as softmax
-from iqareward.weighting import AdaptiveWeighter, LossWeights
+from examples.small_restorer.tasks import TASKS
+from iqareward.schedules import Schedule, Weighter, constant
+from iqareward.weighting import AdaptiveWeighter, LossWeights, mix
 
-FIXED = (0.25, 0.5, 0.75, 0.9)
+FIXED = (0.25, 0.5, 0.75, 0.9, 0.95)
+FRONT = ("sft", *(f"fixed {share:g}" for share in FIXED), "rl")  # arms with the same share for all inputs
+UNTRAINED = ("degraded", "frozen", "one step")
+SFT = "sft, all compute"
+MOST_SFT = 4.0  # times the RL weight
+
+
+class Job(NamedTuple):
+    """One run: the model that it starts from, the reward, the weighting, and the seed."""
+
+    start: str
+    reward: str
+    arm: str
+    seed: int
 
 
 @dataclass
-class ByPassing:
-    """Feeds a formula of pass rates: 1 where an input's mean difficulty is below the model's before RL, else 0."""
+class Relative:
+    """Weights by an input's error relative to that of the start.
 
-    schedule: Schedule
-    threshold: float = float("nan")
+    Args:
+        formula: From ratios d / d0 `[B]` to weights; d0 is a quantile of the errors before RL.
+        quantile: Which one.
+    """
+
+    formula: Callable[[Tensor], LossWeights]
+    quantile: float = 0.5
+    scale: float = float("nan")
 
     signal: Literal["difficulty"] = field(default="difficulty", init=False, repr=False)
 
-    def __call__(self, difficulty: Tensor, **options: Any) -> LossWeights:
-        """The formula's weights."""
-        return self.schedule(pass_rate=(difficulty < self.threshold).float(), **options)
+    def __call__(
+        self, difficulty: Tensor, *, has_signal: Tensor | None = None, valid: Tensor | None = None, **options: Any
+    ) -> LossWeights:
+        """The formula's weights; SFT only where rewards have no spread or there is no difficulty."""
+        known = difficulty.isfinite()
+        rl, sft = self.formula(torch.where(known, difficulty / self.scale, 1.0))
+        rl = rl * known if has_signal is None else rl * known * has_signal
+        return LossWeights(rl, sft) if valid is None else LossWeights(rl * valid, sft * valid)
 
     def calibrate(self, difficulty: Tensor) -> None:
-        """The median before RL counts as passing."""
-        self.threshold = float(difficulty.nanmedian())
+        """Take the quantile of the difficulties before RL."""
+        self.scale = float(difficulty.float().nanquantile(self.quantile))
 
     def update(self, difficulty: Tensor) -> None:
-        """Count the step."""
-        self.schedule.update()
+        """Do nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Threshold and step."""
-        return {"threshold": self.threshold, "schedule": self.schedule.state_dict()}
+        """The scale."""
+        return {"scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.threshold = state["threshold"]
-        self.schedule.load_state_dict(state["schedule"])
+        self.scale = state["scale"]
 
 
-class AdvantageScaling(AdaptiveWeighter):
-    """The adaptive share multiplies the RL loss, mean one over the batch, beside SFT of constant weight one half."""
+def inverse_power(ratio: Tensor, *, power: float) -> LossWeights:
+    """RL 1, SFT half of the inverse power of the ratio."""
+    return LossWeights(torch.ones_like(ratio), (0.5 * ratio**-power).clamp(max=MOST_SFT))
 
-    def __call__(self, difficulty: Tensor, **options: Any) -> LossWeights:
-        """`rl = w / mean(w)`, `sft = 0.5`."""
-        rl = super().__call__(difficulty, **options).rl
-        return LossWeights((rl / rl.mean()).nan_to_num(nan=0.0), torch.full_like(rl, 0.5))
+
+def above(ratio: Tensor) -> LossWeights:
+    """RL above a ratio of 1, nothing below."""
+    return LossWeights((ratio > 1).float(), torch.zeros_like(ratio))
 
 
 @dataclass
-class InverseError(AdaptiveWeighter):
-    """RL with weight 1 everywhere, SFT with the weight 0.5 * d0 / d, d0 being the geometric mean before RL, at most 2.
+class LearningProgress:
+    """SFT for tasks whose error still falls, RL for those where it has stopped.
 
-    SFT : RL proportional to 1 / d is what maximises reward at a given mean RMSE (docs/explanation/weighting.md).
+    For each task it keeps a fast and a slow running mean of log(d / d before). The SFT share is how far the fast one is
+    below the slow one, in units of `unit`, clamped to [0, 1].
+
+    Args:
+        before: `[N]` error of each training input before RL.
+        unit: Fall of the logarithm that counts as full progress; the two means lie about 15 updates apart.
+        decays: Of the two means, per update.
     """
 
-    def __call__(self, difficulty: Tensor, **options: Any) -> LossWeights:
-        """The two weights; SFT alone where the rewards have no spread, as everywhere."""
-        rl = super().__call__(difficulty, **options).rl
-        sft = 0.5 * (self.state_dict()["anchor"][0] - difficulty.log()).exp()
-        return LossWeights(rl, sft.nan_to_num(nan=1.0).clamp(max=2.0))
+    before: Tensor
+    unit: float = 0.03
+    decays: tuple[float, float] = (0.8, 0.95)
+    ids: Callable[[int], list[int]] | None = None  # of an update: the trainer's order
+    step: int = 0
+    means: Tensor = field(default_factory=lambda: torch.zeros(2, len(TASKS)))
 
+    signal: Literal["difficulty"] = field(default="difficulty", init=False, repr=False)
 
-@dataclass(frozen=True)
-class Arm:
-    """A weighting, and what else differs.
+    def __call__(
+        self, difficulty: Tensor, *, has_signal: Tensor | None = None, valid: Tensor | None = None, **options: Any
+    ) -> LossWeights:
+        """`sft` is the progress of the row's task, `rl = 1 - sft`."""
+        tasks, _ = self._rows(difficulty)
+        fast, slow = self.means[:, tasks].to(difficulty.device)
+        return mix(1 - ((slow - fast) / self.unit).clamp(0, 1), has_signal=has_signal, valid=valid)
 
-    Attributes:
-        build: makes the weighter.
-        headroom: difficulty is the reward's distance to that of the ground truth.
-        reward: name in the reward study.
-        watched: the monitor looks on.
-        sampled: RL compares rollouts (DiffusionNFT) instead of following the reward's own gradient.
-    """
+    def update(self, difficulty: Tensor) -> None:
+        """Move both means of the tasks in this update."""
+        tasks, logs = self._rows(difficulty)
+        self.means = self.means.clone()
+        for task in tasks.unique().tolist():
+            new = logs[tasks == task].nanmean()
+            for row, decay in enumerate(self.decays):
+                self.means[row, task] = decay * self.means[row, task] + (1 - decay) * new
+        self.step += 1
 
-    build: Callable[[], Weighter]
-    headroom: bool = False
-    reward: str = "haarpsi"
-    watched: bool = False
-    sampled: bool = False
+    def _rows(self, difficulty: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.ids is not None, "the order of the trainer"
+        ids = torch.tensor(self.ids(self.step))
+        return ids % len(TASKS), (difficulty.detach().cpu() / self.before[ids]).log()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step and means."""
+        return {"step": self.step, "means": self.means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.step, self.means = state["step"], state["means"]
 
 
 def share(value: float) -> Schedule:
@@ -94,42 +137,37 @@ def share(value: float) -> Schedule:
     return Schedule(partial(constant, share=value))
 
 
-FOLLOWED = ("psnr", "haarpsi", "judge", "ensemble", "judge with floor")  # rewards with a gradient
-SAMPLED = ("piqe", "niqe", "judge", "haarpsi")  # the first two have none, the others are there to compare
-ALWAYS = ("frozen", "sft, all compute")  # they do without the loop
+WEIGHTERS: dict[str, Callable[[], Weighter]] = {
+    "sft": partial(share, 0.0),
+    "rl": partial(share, 1.0),
+    **{f"fixed {value:g}": partial(share, value) for value in FIXED},
+    "adaptive": AdaptiveWeighter,
+    "adaptive, convex": partial(AdaptiveWeighter, mode="convex"),
+    "reversed": partial(AdaptiveWeighter, direction="hard_to_sft"),
+    "worst 30 %": partial(Relative, above, 0.7),
+    "inverse error": partial(Relative, partial(inverse_power, power=1.0)),
+    "inverse square": partial(Relative, partial(inverse_power, power=2.0)),
+    "headroom": AdaptiveWeighter,  # its difficulty is another one, see run.py
+}  # and "learning progress", which is built from the errors before RL
 MAIN = (
-    *ALWAYS,
-    "sft",
-    *(f"fixed {value:g}" for value in FIXED),
-    "rl",
-    "adaptive",
-    "reversed",
-    "headroom",
-    "advantage scaling",
-    "inverse error",
-)
+    *UNTRAINED, SFT, "sft", "rl", "adaptive", "fixed 0.5", "fixed 0.9", "inverse square", "fixed 0.75", "fixed 0.25",
+    "fixed 0.95", "adaptive, convex", "reversed", "worst 30 %", "inverse error", "headroom", "learning progress",
+)  # fmt: skip
+EARLY = (
+    *UNTRAINED, SFT, "sft", "rl", "adaptive", "fixed 0.5", "fixed 0.9", "fixed 0.75", "fixed 0.25", "fixed 0.95",
+    "inverse square", "adaptive, convex", "reversed", "learning progress",
+)  # fmt: skip
+REWARDS = ("quick", "quick, floor", "stlpips", "quick, sampled", "psnr", "quick, gain", "stlpips, floor")
+REWARD_ARMS = ("rl", "adaptive", "fixed 0.5")
+REWARD_SEEDS = 3
 
 
-def arms(num_updates: int) -> dict[str, Arm]:
-    """All arms that train with the loop."""
-    decay = partial(cosine, peak=0.9, valley=0.1, warmup_steps=0, decay_steps=num_updates)
-    found = {"sft": Arm(partial(share, 0.0)), "rl": Arm(partial(share, 1.0))}
-    found |= {f"fixed {value:g}": Arm(partial(share, value)) for value in FIXED}
-    found |= {
-        "adaptive": Arm(AdaptiveWeighter),
-        "reversed": Arm(partial(AdaptiveWeighter, direction="hard_to_sft")),
-        "headroom": Arm(AdaptiveWeighter, headroom=True),
-        "advantage scaling": Arm(partial(AdvantageScaling, mode="convex")),
-        "inverse error": Arm(InverseError),
-        "adaptive, convex": Arm(partial(AdaptiveWeighter, mode="convex")),
-        "cosine": Arm(lambda: Schedule(decay)),
-        "gate": Arm(lambda: ByPassing(Schedule(partial(gate, threshold=0.5)))),
-        "gate, hard to RL": Arm(lambda: ByPassing(Schedule(partial(gate, threshold=0.5, direction="hard_to_rl")))),
-        "soft gate": Arm(lambda: ByPassing(Schedule(soft_gate))),
-        "logistic": Arm(lambda: ByPassing(Schedule(partial(logistic_success, sft=0.5)))),
-        "softmax": Arm(lambda: Schedule(partial(softmax, sft=0.5))),
-        "target tracking": Arm(partial(TargetTracking, centre=-3.0, target=0.75)),
-    }
-    options: dict[str, Any] = {"build": partial(share, 1.0), "watched": True}
-    found |= {f"reward: {name}": Arm(reward=name, **options) for name in FOLLOWED}
-    return found | {f"reward: {name}, sampled": Arm(reward=name, sampled=True, **options) for name in SAMPLED}
+def jobs(study: str, seeds: int) -> Iterator[Job]:
+    """All jobs of a study, so that a cut leaves whole seeds; what is not trained runs once."""
+    if study == "rewards":
+        for seed in range(min(seeds, REWARD_SEEDS)):
+            yield from (Job("converged", reward, arm, seed) for reward in REWARDS for arm in REWARD_ARMS)
+        return
+    start, arms = ("converged", MAIN) if study == "main" else ("early", EARLY)
+    for seed in range(seeds):
+        yield from (Job(start, "haarpsi", arm, seed) for arm in arms if arm not in UNTRAINED or seed == 0)

@@ -1,105 +1,215 @@
-"""Tables and figures from the results of the image experiment.
+"""Tables and figures of the experiment on photographs, each from a results file alone."""
 
-python -m benchmarks.restoration.report restoration-cpu                    # all: benchmarks/results, docs/assets
-python -m benchmarks.restoration.report restoration-cpu --table distances # one table, on the screen
-"""
-
-import argparse
-import datetime
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+import matplotlib
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 
-from benchmarks._harness import document, hardware, target
-from benchmarks.restoration import analysis, figures, tables
-from benchmarks.restoration.arms import MAIN
-from benchmarks.restoration.tables import Row
+from benchmarks._tables import table
+from benchmarks.restoration.analysis import Interval, Study, above_front, difference
+from benchmarks.restoration.arms import EARLY, FRONT, MAIN, REWARD_ARMS, REWARDS, SFT, UNTRAINED
+from benchmarks.restoration.world import SHOWN, unstrip
+from examples.demo.style import MUTED, RL, SERIES, STYLE
+from examples.demo.style import SFT as SFT_COLOUR
+from examples.small_restorer.tasks import TASKS
 
-ROOT = Path(__file__).parents[2]
-BASELINE = "sft, all compute"
-
-
-def contents(results: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[], list[Row]]]:
-    """What makes each table."""
-    table, photographs = (analysis.tabulate(results, place) for place in ("test", "photographs"))
-    main = tables.present(table, MAIN)
-    return {
-        "main": lambda: tables.weightings(table, main, BASELINE),
-        "against sft": lambda: tables.weightings(table, main, "sft"),
-        "against fixed 0.9": lambda: tables.weightings(table, main, "fixed 0.9"),
-        "distances": lambda: tables.distances(table),
-        "others": lambda: tables.weightings(table, tables.others(table), BASELINE),
-        "photographs": lambda: tables.weightings(photographs, main, BASELINE),
-        "rewards": lambda: tables.rewards(table, results),
-        "cost": lambda: tables.cost(results, [*main, *tables.others(table)]),
-        "absolute": lambda: absolute(table, main),
-    }
-
-
-def absolute(table: analysis.Table, names: Sequence[str]) -> list[Row]:
-    """Means over seeds and tasks: easy, middle and hard."""
-    rows = []
-    for arm in names:
-        cells = [means for (_, name), means in table.items() if name == arm]
-        row: Row = {"arm": arm, "seeds": len(cells)}
-        for measure in ("held_out", "haarpsi", "rmse", "ssim"):
-            values = np.mean([means[measure] for means in cells], (0, 1))
-            row[measure] = " / ".join(f"{value:.4f}" for value in values)
-        rows.append(row)
-    return rows
+Document = Mapping[str, Any]
+MARGIN = 1.0  # percent of RMSE on the easy tercile
+HARD, ALL = ("hard", "easy"), ("all", "all")  # where quality and error are measured
+HEADS = {
+    "haarpsi": "HaarPSI",
+    "stlpips": "ST-LPIPS",
+    "cvvdp": "cvvdp",
+    "psnr": "PSNR",
+    "rmse": "RMSE",
+    "ssim": "SSIM",
+    "quick": "quick",
+    "niqe": "NIQE",
+}
+COLOURS = {"easy": SERIES[2], "middle": SFT_COLOUR, "hard": SERIES[1]}
+DIGITS = {"psnr": 2, "cvvdp": 2, "niqe": 2}
 
 
-def plain(value: Any) -> Any:
-    """For JSON: intervals with names, figures rounded."""
-    if isinstance(value, analysis.Interval):
-        return {name: plain(part) for name, part in value._asdict().items()}
-    return round(value, 6) if isinstance(value, float) else value
+def study(document: Document, start: str, reward: str = "haarpsi") -> Study:
+    """The runs of a start."""
+    return Study(document["rows"], start, reward)
 
 
-def per_seed(table: analysis.Table) -> list[dict[str, Any]]:
-    """The means everything else is made of, `[tasks][terciles]`."""
-    return [
-        {"seed": seed, "arm": arm} | {name: values.round(6).tolist() for name, values in means.items()}
-        for (seed, arm), means in sorted(table.items())
+def ordered(found: Study) -> list[str]:
+    """The arms that have runs: what is not trained, the front, and the rest."""
+    names = dict.fromkeys([*UNTRAINED, SFT, *FRONT, *MAIN, *EARLY])
+    return [name for name in names if found.runs.get(name)]
+
+
+def cell(found: Interval, digits: int = 4) -> str:
+    """`+0.012 [+0.010, +0.014]`, bold if the interval excludes 0."""
+    text = f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"**{text}**" if found.sign else text
+
+
+def absolute(document: Document, start: str) -> str:
+    """Means of all arms over all test inputs."""
+    found = study(document, start)
+    names = ("haarpsi", "stlpips", "cvvdp", "psnr", "ssim", "quick", "niqe")
+    lines = [
+        [arm, "" if arm in UNTRAINED else str(len(found.runs[arm]))]
+        + [f"{found.mean(arm, name):.{DIGITS.get(name, 4)}f}" for name in names]
+        for arm in ordered(found)
     ]
+    return table(["arm", "seeds", *(HEADS[name] for name in names)], lines)
 
 
-def main() -> None:
-    """Write everything, or print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--table", help="print this one only")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/assets")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="where the runs were made")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # as in the runs, for the record of the hardware
-    results = analysis.load(options.folder)
-    made = contents(results)
-    if options.table:
-        print(tables.markdown(made[options.table]()))
-        return
-    rows = {name: build() for name, build in made.items()}
-    checks = [target(f"Spearman({t}, u)", value, 0.7) for t, value in analysis.difficulty_check(results).items()]
-    flat = [{"table": name} | {key: plain(row[key]) for key in row} for name, part in rows.items() for row in part]
-    record = document("restoration", flat, checks, ["diffusers", "accelerate", "scikit-image"], options.device)
-    record["per_seed"] = {place: per_seed(analysis.tabulate(results, place)) for place in ("test", "photographs")}
-    device = re.sub(r"[^a-z0-9]+", "-", hardware(options.device).split(",")[0].lower()).strip("-")
-    stem = f"restoration_{device}_{datetime.datetime.now(datetime.UTC).date().isoformat()}"
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"{stem}.json").write_text(json.dumps(record) + "\n")
-    head = f"{record['hardware']}, {record['date']}, commit {record['commit']}; see benchmarks/restoration/protocol.md"
-    parts = [f"## {name}\n\n{tables.markdown(part)}" for name, part in rows.items()]
-    checked = "\n".join(f"- {check['name']} = {check['value']}" for check in checks)
-    text = "\n\n".join([f"# The image experiment\n\n{head}", checked, *parts])
-    (options.results / f"{stem}.md").write_text(text + "\n")
-    figures.draw(options.folder, results, rows, options.figures)
+def weightings(document: Document, start: str) -> str:
+    """Every arm less SFT with all of the compute: the primary outcome and what goes with it."""
+    found, lines = study(document, start), []
+    for arm in ordered(found):
+        if arm in (SFT, "degraded"):
+            continue
+        hard = difference(found, arm, SFT, "stlpips", "hard")
+        easy = difference(found, arm, SFT, "rmse", "easy", relative=True)
+        met = hard.sign > 0 and easy.high <= MARGIN
+        lines.append([
+            arm, cell(hard), cell(easy, 2), "**yes**" if met else "no",
+            cell(difference(found, arm, SFT, "haarpsi", "hard")),
+            cell(difference(found, arm, SFT, "rmse", "hard", relative=True), 2),
+            cell(difference(found, arm, SFT, "psnr"), 2),
+        ])  # fmt: skip
+    head = ["arm", "ST-LPIPS, hard", "RMSE easy, %", "primary outcome", "HaarPSI, hard", "RMSE hard, %", "PSNR, all"]
+    return table(head, lines)
 
 
-if __name__ == "__main__":
-    main()
+def distances(document: Document, start: str) -> str:
+    """Every weighting that is no constant against the front of constants."""
+    found, lines = study(document, start), []
+    for arm in ordered(found):
+        if arm in (*UNTRAINED, *FRONT, SFT):
+            continue
+        hard, whole = (above_front(found, arm, "stlpips", where=where) for where in (HARD, ALL))
+        met = hard.sign > 0 and whole.sign >= 0
+        lines.append([
+            arm, cell(hard), cell(whole), "**yes**" if met else "no",
+            cell(above_front(found, arm, "haarpsi", where=HARD)), cell(above_front(found, arm, "haarpsi")),
+            cell(above_front(found, arm, "haarpsi", "psnr")),
+        ])  # fmt: skip
+    head = ["arm", "ST-LPIPS, hard", "ST-LPIPS, all", "rule met", "HaarPSI, hard", "HaarPSI, all"]
+    return table([*head, "HaarPSI, all, at equal PSNR"], lines)
+
+
+def rewards(document: Document) -> str:
+    """What every reward does to every measure, over all inputs, against the start."""
+    names, lines = ("haarpsi", "stlpips", "cvvdp", "psnr", "quick", "niqe"), []
+    for reward in ("haarpsi", *REWARDS):
+        found = study(document, "converged", reward)
+        for arm in (name for name in REWARD_ARMS if found.runs.get(name)):
+            changes = (cell(difference(found, arm, "frozen", name), DIGITS.get(name, 3)) for name in names)
+            lines.append([reward, arm, str(len(found.runs[arm])), *changes])
+    return table(["reward", "arm", "seeds", *(HEADS[name] for name in names)], lines, text_columns=2)
+
+
+def hand_over(document: Document, start: str) -> str:
+    """Weights, error and reward at the beginning and at the end of the runs: means over the seeds."""
+    found, lines = study(document, start), []
+    for arm in ordered(found):
+        histories = [run["history"] for run in found.runs[arm].values() if run["history"]]
+        if histories:
+            quarters = [
+                f"{np.mean([history[name][:5] for history in histories]):.{digits}f}, "
+                f"{np.mean([history[name][-5:] for history in histories]):.{digits}f}"
+                for name, digits in (("rl_share", 2), ("sft_share", 2), ("difficulty", 4), ("reward", 4))
+            ]
+            lines.append([arm, *quarters, f"{np.mean([run['seconds'] for run in found.runs[arm].values()]):.0f}"])
+    return table(["arm", "RL weight", "SFT weight", "error", "reward", "s of a run"], lines)
+
+
+def fronts(document: Document) -> Figure:
+    """Held-out quality and reward over error, on hard inputs and on all, for each start."""
+    starts = [start for start in ("converged", "early") if study(document, start).runs.get("rl")]
+    panels = [("stlpips", HARD), ("stlpips", ALL), ("haarpsi", ALL)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.9 * len(starts)), layout="constrained")
+        axes = figure.subplots(len(starts), len(panels), squeeze=False)
+        for row, start in zip(axes, starts, strict=True):
+            found = study(document, start)
+            names = [arm for arm in ordered(found) if arm not in ("degraded", "one step")]
+            for axis, (quality, (there, here)) in zip(row, panels, strict=True):
+                at = {arm: (found.mean(arm, "rmse", here), found.mean(arm, quality, there)) for arm in names}
+                line = [name for name in FRONT if name in at]
+                axis.plot(*np.array([at[name] for name in line]).T, "o-", color=MUTED, ms=4, lw=1.2, label="constant")
+                for name in line:
+                    axis.annotate(name.removeprefix("fixed "), at[name], (4, -9), textcoords="offset points", size=7)
+                for number, arm in enumerate(name for name in names if name not in FRONT):
+                    ours = arm == "adaptive"
+                    style = {"ms": 13, "color": RL} if ours else {"ms": 6, "color": f"C{number}"}
+                    axis.plot(*at[arm], "*" if ours else "sD^vPX<>hd"[number % 10], ls="", label=arm, **style)
+                axis.set(xlabel=f"RMSE, {here} inputs (left is better)", ylabel=f"{HEADS[quality]}, {there} inputs")
+                axis.set_title(f"{start} start: {HEADS[quality]}, {there} inputs")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
+    return figure
+
+
+def by_tercile(document: Document) -> Figure:
+    """Every arm less SFT with all of the compute, by tercile, with intervals."""
+    found = study(document, "converged")
+    names = [arm for arm in ordered(found) if arm not in (SFT, "degraded", "one step")][::-1]
+    panels = {"stlpips": "ST-LPIPS (held out)", "haarpsi": "HaarPSI (the reward)", "rmse": "RMSE, % (left is better)"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 0.33 * len(names) + 1.6), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
+        for axis, (measure, title) in zip(axes, panels.items(), strict=True):
+            axis.axvline(0, color=MUTED, lw=0.8)
+            for shift, (tercile, colour) in zip((0.25, 0, -0.25), COLOURS.items(), strict=True):
+                cells = [difference(found, arm, SFT, measure, tercile, relative=measure == "rmse") for arm in names]
+                # the mean of the middle half may lie outside of the interval of its resamples by rounding alone
+                reach = np.abs([[each.value - each.low, each.high - each.value] for each in cells]).T
+                places = np.arange(len(names)) + shift
+                centres = [each.value for each in cells]
+                axis.errorbar(
+                    centres, places, xerr=reach, fmt="o", ms=3.5, lw=1, color=colour, label=f"{tercile} inputs"
+                )
+            axis.set_title(title)
+        axes[0].set_yticks(range(len(names)), names)
+        figure.suptitle(f"Difference to `{SFT}`, 95 % intervals")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def over_time(document: Document) -> Figure:
+    """SFT weight, error and reward over the updates for each start."""
+    starts = [start for start in ("converged", "early") if study(document, start).runs.get("rl")]
+    names = ("sft", "rl", "adaptive", "adaptive, convex", "reversed", "inverse square", "learning progress")
+    titles = {"sft_share": "SFT weight", "difficulty": "RMSE of the rollouts", "reward": "reward of the rollouts"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 2.9 * len(starts)), layout="constrained")
+        axes = figure.subplots(len(starts), 3, squeeze=False)
+        for row, start in zip(axes, starts, strict=True):
+            found = study(document, start)
+            for axis, (key, title) in zip(row, titles.items(), strict=True):
+                for number, arm in enumerate(name for name in names if found.runs.get(name)):
+                    histories = [run["history"] for run in found.runs[arm].values()]
+                    style = {"lw": 2.4, "color": RL} if arm == "adaptive" else {"lw": 1.1, "color": f"C{number}"}
+                    curve = np.mean([history[key] for history in histories], 0)
+                    axis.plot(histories[0]["update"], curve, label=arm, **style)
+                axis.set_title(f"{start} start: {title}")
+                axis.set_xlabel("update")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
+    return figure
+
+
+def pictures(document: Document) -> Figure:
+    """One test input of each task: degraded, and restored by several arms of seed 0."""
+    found = study(document, "converged")
+    shown = [arm for arm in ("degraded", "frozen", "one step", SFT, "rl", "adaptive") if "strip" in found.runs[arm][0]]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 2.15 * len(shown) + 0.3), layout="constrained")
+        for axis, arm in zip(figure.subplots(len(shown), 1), shown, strict=True):
+            image = unstrip(found.runs[arm][0]["strip"])
+            axis.imshow(image, interpolation="nearest")
+            axis.set_yticks([])
+            axis.set_ylabel(arm.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+            side, count = image.height, image.width // image.height
+            tasks = [list(TASKS)[row % len(TASKS)] for row in SHOWN[:count]]
+            axis.set_xticks([side * (place + 0.5) for place in range(count)], tasks)
+            axis.xaxis.set_visible(arm == shown[-1])
+    return figure

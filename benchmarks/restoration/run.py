@@ -1,22 +1,21 @@
-"""One arm with one seed: train, restore the test inputs and the photographs, measure."""
+"""One run: train from a start with a reward and a weighting, restore the test inputs, measure."""
 
 import copy
-import json
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 
 import iqareward
 from benchmarks.restoration import world
-from benchmarks.restoration.arms import Arm, arms
-from benchmarks.restoration.judges import held_out_judge, trained_judge
-from benchmarks.restoration.rewards import mirrored_niqe, study
-from benchmarks.restoration.world import Job, Kept
+from benchmarks.restoration.arms import SFT, UNTRAINED, WEIGHTERS, Job, LearningProgress
+from benchmarks.restoration.world import Bench, Scale
+from iqareward import FidelityFloor, QualityGain
 from iqareward.difficulty import rmse
 from iqareward.diffusion import (
     DifficultyAdaptiveTrainer,
@@ -26,17 +25,18 @@ from iqareward.diffusion import (
     RolloutConfig,
     StoredPairs,
     TrainConfig,
-    Validation,
+    supervised,
 )
-from iqareward.monitor import HackingMonitor
 from iqareward.types import Reward
 
-RATE, AVERAGE = 3e-4, 0.9  # of RL: learning rate, and decay of the averaged weights that are judged
-SAMPLED_RATE, SAMPLED_GROUP = 5e-5, 6  # of RL that compares rollouts; a higher rate drowns in its noise
-OBJECTIVE = DiffusionNFT(clip=2.0)
-CONTINUED_RATE = 1e-3  # of SFT continued with all of the compute
-LOOKS = 8  # of the monitor in the reward study
-METRICS = ("ssim", "haarpsi", "gmsd", "piqe")
+EPOCHS = MINIBATCHES = 2
+AVERAGE = 0.98  # decay of the averaged weights per optimiser step
+SFT_BATCH = 16
+SAMPLED = DiffusionNFT(clip=2.0)
+SAMPLED_GROUP = 6
+FLOOR_INPUTS, BELOW_FLOOR = 120, 0.25  # training inputs that a floor is set on, and the share of them below it
+POINTS = 20  # of a history
+PICTURED = ("degraded", "frozen", "one step", SFT, "rl", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -53,96 +53,128 @@ class Headroom:
         return (self.reward(images, references=references) - best).clamp(max=0.0)
 
 
-def evaluations(scale: world.Scale, group: int, terms: int) -> int:
-    """Network evaluations of the policy per update; a backward pass counts as two."""
+def reward_named(name: str, bench: Bench, start: PixelPolicy) -> Reward:
+    """A reward of the study; a floor is the PSNR that the start misses on a quarter of the training inputs."""
+    kind, _, how = name.partition(", ")
+    gradient = how != "sampled"
+    if kind == "stlpips":
+        reward = bench.st_lpips(differentiable=gradient)
+    else:
+        reward = iqareward.load(kind, differentiable=gradient)
+    if how == "gain":
+        return QualityGain(reward, iqareward.load("haarpsi[0.35, 1]", differentiable=True))
+    if how == "floor":
+        pairs = world.training(bench.scale)
+        some = StoredPairs(pairs.degraded[:FLOOR_INPUTS], pairs.references[:FLOOR_INPUTS])
+        psnr = iqareward.load("psnr", differentiable=True)
+        floor = psnr(bench.restored(start, some), references=some.references).quantile(BELOW_FLOOR)
+        return FidelityFloor(reward, psnr, floor=float(floor), low=-1.0 if kind == "stlpips" else 0.0)
+    return reward
+
+
+def evaluations(scale: Scale, *, sampled: bool = False, steps: int = 4) -> int:
+    """Network evaluations of a run; a backward pass counts as two."""
+    group, terms = (SAMPLED_GROUP, SAMPLED.num_terms) if sampled else (scale.group, 1)
     rollouts = scale.inputs * group
-    return rollouts * scale.steps + terms * 3 * (rollouts + scale.inputs)
+    return scale.updates * (rollouts * steps + EPOCHS * 3 * (rollouts * terms + scale.inputs))
 
 
-@torch.no_grad()
-def measure(
-    policy: PixelPolicy, job: Job, kept: Kept, judges: dict[str, Reward]
-) -> tuple[dict[str, list[float]], Tensor]:
-    """Every measure of the restoration of each input, higher is better but for `rmse`; and the restorations."""
-    steps = 2 * job.scale.steps
-    validation = Validation(kept, {}, num_steps=steps, inputs_at_once=96)
-    images = validation.restore(policy, *validation.batches, seed=job.seed)
-    measures = judges | {name: iqareward.load(name) for name in METRICS} | {"niqe": mirrored_niqe(job)}
-    found = {name: judge(images, references=kept.references).tolist() for name, judge in measures.items()}
-    return found | {"rmse": rmse(images, kept.references).tolist(), "severity": kept.severity.tolist()}, images
+def run(job: Job, bench: Bench) -> dict[str, Any]:
+    """The result of a job."""
+    policy, pairs, began = bench.start(job.start), world.test(bench.scale), time.perf_counter()
+    history: dict[str, list[float]] = {}
+    if job.arm == SFT:
+        continue_sft(policy, bench, job.seed)
+    elif job.arm not in UNTRAINED:
+        history = train(job, policy, bench)
+    seconds = time.perf_counter() - began
+    steps = 1 if job.arm == "one step" else None
+    images = pairs.degraded if job.arm == "degraded" else bench.restored(policy, pairs, steps)
+    found: dict[str, Any] = {**job._asdict(), "seconds": round(seconds, 1), "history": history}
+    if job.arm in PICTURED and job.seed == 0 and job.reward == "haarpsi":
+        found["strip"] = world.strip(images)
+    return found | {"test": bench.measured(images, pairs)}
 
 
-def run(job: Job) -> dict[str, Any]:
-    """The result of a job, computed or read from its file."""
-    file = job.folder / "results" / f"{job.name}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    policy = world.restorer(job)
-    judges: dict[str, Reward] = {"judge": trained_judge(job, policy), "held_out": held_out_judge(job, policy)}
-    scale, arm = job.scale, arms(job.scale.rl_updates).get(job.arm)
-    group, terms = (SAMPLED_GROUP, OBJECTIVE.num_terms) if arm and arm.sampled else (scale.group, 1)
-    spent = 0 if job.arm == "frozen" else evaluations(scale, group, terms) * scale.rl_updates
-    history, start = [], (time.perf_counter(), time.process_time())
-    if arm is not None:
-        validation = watched_inputs(job, judges, arm) if arm.watched else None
-        history = train(job, policy, arm, validation, max(1, job.scale.rl_updates // LOOKS))
-    elif job.arm != "frozen":
-        world.continue_sft(policy, job, spent // (3 * scale.sft_batch), rate=CONTINUED_RATE, seed=job.seed + 1000)
-    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    found: dict[str, Any] = {"seed": job.seed, "arm": job.arm, "history": history, "evaluations": spent}
-    found |= {"seconds": seconds[0], "processor_seconds": seconds[1]}
-    found["test"], images = measure(policy, job, world.pairs(scale, world.TEST, job.seed), judges)
-    found["photographs"], _ = measure(policy, job, world.photographs(scale), judges)
-    if job.seed == 0:  # for the picture grids
-        (job.folder / "images").mkdir(parents=True, exist_ok=True)
-        save_file({"images": images.mul(255).round().byte()}, job.folder / "images" / f"{job.name}.safetensors")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found))
-    return found
-
-
-def train(
-    job: Job, policy: PixelPolicy, arm: Arm, validation: Validation | None, validate_every: int
-) -> list[dict[str, Any]]:
-    """Train `policy` and leave the averaged weights in it; the numbers of every update."""
-    scale = job.scale
-    reward = study(job, copy.deepcopy(policy))[arm.reward]()
-    options: dict[str, Any] = {"metric": Headroom(reward)} if arm.headroom else {}
-    trainer = DifficultyAdaptiveTrainer(
+def continue_sft(policy: PixelPolicy, bench: Bench, seed: int) -> None:
+    """SFT with the network evaluations of a run of RL."""
+    supervised(
         policy,
-        reward,
-        world.pairs(scale, world.TRAIN, job.seed),
-        output_dir=job.folder / "runs" / job.name,
-        weighter=arm.build(),
-        objective=OBJECTIVE if arm.sampled else DirectRewardGradient(reward, checkpointed=False),
-        rollout_config=RolloutConfig(group_size=SAMPLED_GROUP if arm.sampled else scale.group, num_steps=scale.steps),
-        train_config=TrainConfig(
-            learning_rate=SAMPLED_RATE if arm.sampled else RATE,
-            inputs_per_update=scale.inputs,
-            sft_scale="balanced",
-            ema_decay=AVERAGE,
-        ),
-        validation=validation,
-        accelerator=Accelerator(cpu=job.device == "cpu"),
+        world.training(bench.scale),
+        num_updates=max(1, evaluations(bench.scale) // (3 * SFT_BATCH)),
+        batch_size=SFT_BATCH,
+        learning_rate=bench.scale.sft_rate,
+        ema_decay=AVERAGE,
+        accelerator=bench.accelerator(),
+        seed=seed,
         show_progress=False,
-        seed=job.seed,
-        **options,
     )
-    updates = scale.rl_updates
-    history = trainer.train(updates, save_every=updates, validate_every=validate_every, resume=True)
+
+
+def train(job: Job, policy: PixelPolicy, bench: Bench) -> dict[str, list[float]]:
+    """Train `policy`, leave the averaged weights in it, and return the history."""
+    scale, pairs, sampled = bench.scale, world.training(bench.scale), job.reward.endswith("sampled")
+    reward = reward_named(job.reward, bench, copy.deepcopy(policy))
+    progress = job.arm == "learning progress"
+    weighter: Any = LearningProgress(errors(policy, bench)) if progress else WEIGHTERS[job.arm]()
+    options: dict[str, Any] = {"metric": Headroom(reward)} if job.arm == "headroom" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DifficultyAdaptiveTrainer(
+            policy,
+            reward,
+            pairs,
+            output_dir=folder,
+            weighter=weighter,
+            objective=SAMPLED if sampled else DirectRewardGradient(reward, checkpointed=False),
+            rollout_config=RolloutConfig(SAMPLED_GROUP if sampled else scale.group, num_steps=policy.num_steps),
+            train_config=TrainConfig(
+                learning_rate=scale.learning_rate,
+                inputs_per_update=scale.inputs,
+                minibatches=MINIBATCHES,
+                epochs=EPOCHS,
+                rows_at_once=None,
+                sft_scale="balanced",
+                ema_decay=AVERAGE,
+            ),
+            accelerator=bench.accelerator(),
+            show_progress=False,
+            seed=job.seed,
+            **options,
+        )
+        if progress:
+            weighter.ids = trainer.order.ids
+        history = trainer.train(scale.updates, save_every=scale.updates)[1:]
     assert trainer.learner.ema is not None, "AVERAGE > 0"
     trainer.learner.ema.copy_to(trainer.learner.weights)
-    kept = ("update", "reward", "difficulty", "rl_share", "sft_share", "has_signal", "alarms")
-    lines = [{name: value for name, value in line.items() if name in kept or "/" in name} for line in history]
-    return lines if arm.watched else lines[1:]
+    policy.model = trainer.accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
+    return shortened(history)
 
 
-def watched_inputs(job: Job, judges: dict[str, Reward], arm: Arm) -> Validation:
-    """Validation inputs under the eyes of the monitor; the trained judge is one of them where it is not the reward."""
-    inputs = world.pairs(job.scale, world.VALIDATION, job.seed)
-    first = StoredPairs(*(part[: job.scale.test_inputs // 3] for part in (inputs.degraded, inputs.references)))
-    named = {name: iqareward.load(name) for name in ("ssim", "gmsd")} | {"held_out": judges["held_out"]}
-    if arm.reward in ("psnr", "haarpsi", "piqe", "niqe"):  # the others are made of it
-        named["judge"] = judges["judge"]
-    options: dict[str, Any] = {"num_steps": 2 * job.scale.steps, "inputs_at_once": 96, "monitor": HackingMonitor(named)}
-    return Validation(first, named, **options)
+def errors(policy: PixelPolicy, bench: Bench) -> Tensor:
+    """RMSE `[N]` of the start on all training inputs."""
+    pairs = world.training(bench.scale)
+    return rmse(bench.restored(policy, pairs), pairs.references)
+
+
+def shortened(history: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Means over equal stretches of the updates."""
+    stretches = np.array_split(np.arange(len(history)), min(POINTS, len(history)))
+    names = ("update", "reward", "difficulty", "rl_share", "sft_share", "has_signal")
+    return {
+        name: [round(float(np.mean([history[place][name] for place in rows])), 4) for rows in stretches]
+        for name in names
+    }
+
+
+_bench: list[Bench] = []  # of a worker
+
+
+def prepare(scale: Scale, device: str, stlpips: str | None) -> None:
+    """Make a worker ready."""
+    torch.set_num_threads(1)  # small convolutions gain nothing from more
+    _bench[:] = [Bench(scale, device, stlpips)]
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Do a job in a worker."""
+    return run(job, _bench[0])

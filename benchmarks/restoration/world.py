@@ -1,155 +1,156 @@
-"""What every arm shares: sizes, data, the model, and its SFT checkpoint."""
+"""What every run shares: sizes, the inputs, the start, and what is measured."""
 
+import base64
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor
 
-from benchmarks._photographs import PHOTOGRAPHS, load_photograph
-from examples.small_restorer.network import SmallUNet
-from iqareward.diffusion import DDIM, Degradation, PixelPolicy, StoredPairs, supervised, synthetic_images
+import iqareward
+from examples.small_restorer import photographs, restorer
+from examples.small_restorer.tasks import TASKS, damaged
+from iqareward.difficulty import rmse
+from iqareward.diffusion import PixelPolicy, StoredPairs, Validation
 from iqareward.seeds import generator
+from iqareward.types import Reward
 
-TASKS = {
-    "super-resolution": Degradation(("resize",)),
-    "denoising": Degradation(("noise",)),
-    "deblurring": Degradation(("blur", "noise"), max_sigma=2.0, max_noise=12.0),
-}
-# Purposes of data sets, which share no scene; the seed of a run is added times 100.
-TRAIN, TEST, JUDGE, HELD_OUT_JUDGE, VALIDATION = 1, 2, 3, 4, 5
-PHOTOGRAPH_SIDE = 6  # the shorter side of a photograph, in crops
-SFT_RATE, SFT_AVERAGE = 2e-3, 0.99
+LOWEST_SEVERITY = 0.3
+TRAIN, TEST, SAMPLER = 1, 2, 3  # seeds of the inputs and of the sampler's noise in tests
+PICTURES = 24
+SHOWN = (1, 31, 62, 93, 119)  # test inputs on the figures, one of each task
+DIGITS = {"rmse": 5, "haarpsi": 4, "ssim": 4, "stlpips": 4, "cvvdp": 3, "quick": 4, "niqe": 2}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large an experiment is."""
+    """How large an experiment is.
+
+    Attributes:
+        name: Of the scale.
+        side: Pixels of a side of a training input.
+        test_side: Pixels of a side of a test input.
+        pictures: Number of Kodak pictures that are tested on.
+        train_inputs: Number of training inputs.
+        updates: Updates of a run.
+        inputs: Inputs per update.
+        group: Rollouts of an input.
+        learning_rate: Of AdamW.
+        sft_rate: Learning rate of SFT with all of the compute, which decays.
+    """
 
     name: str
-    size: int
-    width: int
-    depth: int
-    sft_updates: int
-    sft_batch: int
-    judge_updates: int
-    rl_updates: int
+    side: int
+    test_side: int
+    pictures: int
+    train_inputs: int
+    updates: int
     inputs: int
     group: int
-    steps: int
-    test_inputs: int
-    train_inputs: int
+    learning_rate: float = 1e-4
+    sft_rate: float = 1e-4
 
 
-QUICK = Scale("quick", 16, 8, 1, 4, 6, 3, 2, 6, 2, 3, 27, 72)
-CPU = Scale("cpu", 32, 16, 4, 3000, 32, 500, 60, 16, 2, 4, 288, 3072)
-GPU = Scale("gpu", 64, 64, 4, 8000, 96, 3000, 200, 48, 8, 6, 576, 50_000)
+QUICK = Scale("quick", 32, 96, 3, 40, 2, 4, 2)
+CPU = Scale("cpu", 64, 128, PICTURES, 2400, 80, 12, 2)
+GPU = Scale("gpu", 128, 256, PICTURES, 3200, 100, 32, 2)
 SCALES = {scale.name: scale for scale in (QUICK, CPU, GPU)}
 
 
-@dataclass(frozen=True)
-class Job:
-    """One arm with one seed: what a result belongs to."""
+@lru_cache
+def training(scale: Scale) -> StoredPairs:
+    """Windows of the training photographs; input i has task i modulo 5."""
+    crops, rng = photographs.training(), generator(TRAIN, scale.side)
+    places = torch.randint(crops.shape[-1] - scale.side + 1, (scale.train_inputs, 2), generator=rng).tolist()
+    which = torch.randint(len(crops), (scale.train_inputs,), generator=rng).tolist()
+    flips = torch.randint(2, (scale.train_inputs,), generator=rng).tolist()
+    windows = []
+    for crop, (top, left), flip in zip(which, places, flips, strict=True):
+        window = crops[crop, :, top : top + scale.side, left : left + scale.side]
+        windows.append(window.flip(2) if flip else window)
+    severity = LOWEST_SEVERITY + (1 - LOWEST_SEVERITY) * torch.rand(scale.train_inputs, generator=rng)
+    return damaged(torch.stack(windows), severity, seed=TRAIN)
+
+
+def severities(pictures: int) -> Tensor:
+    """`[pictures, tasks]` severities, spread evenly within each task, in another order for each."""
+    even, rng = torch.linspace(LOWEST_SEVERITY, 1, pictures), generator(TEST)
+    return torch.stack([even[torch.randperm(pictures, generator=rng)] for _ in TASKS], 1)
+
+
+@lru_cache
+def test(scale: Scale) -> StoredPairs:
+    """Centres of the Kodak pictures, each with every task: row 5 p + t is picture p with task t."""
+    pictures, margin = photographs.kodak()[: scale.pictures], (256 - scale.test_side) // 2
+    centres = pictures[..., margin : 256 - margin, margin : 256 - margin].repeat_interleave(len(TASKS), 0)
+    return damaged(centres, severities(scale.pictures).flatten(), seed=TEST)
+
+
+@dataclass
+class Bench:
+    """Loads starts and measures models on one device.
+
+    Args:
+        scale: The sizes.
+        device: "cpu" or "cuda".
+        stlpips: File with the weights of ST-LPIPS; that of the package stlpips_pytorch if not given.
+    """
 
     scale: Scale
-    seed: int
-    arm: str
-    folder: Path
     device: str = "cpu"
+    stlpips: str | None = None
+    measures: dict[str, Reward] = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """Also the name of its files."""
-        return f"{self.seed}-{self.arm}".translate(str.maketrans({" ": "_", ",": None, ":": None}))
+    def __post_init__(self) -> None:
+        names = [name for name in DIGITS if name not in ("rmse", "stlpips")]
+        self.measures = {name: iqareward.load(name) for name in names} | {"stlpips": self.st_lpips()}
 
-    @property
-    def shared(self) -> Path:
-        """Where everything lies that the arms of a seed share."""
-        return self.folder / "shared"
+    def st_lpips(self, **options: Any) -> Reward:
+        return iqareward.load("stlpips", weights=self.stlpips, **options)
 
+    def accelerator(self) -> Accelerator:
+        return Accelerator(cpu=self.device == "cpu", mixed_precision="bf16")
 
-@dataclass(frozen=True, eq=False)
-class Kept(StoredPairs):
-    """Pairs that are made once: N degraded images, their references and how damaged they are."""
+    def start(self, name: str) -> PixelPolicy:
+        """The restorer "converged" or "early", with its four steps."""
+        policy = restorer.load(name)
+        policy.model.to(device=self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return policy
 
-    severity: Tensor
+    @torch.no_grad()
+    def restored(self, policy: PixelPolicy, pairs: StoredPairs, steps: int | None = None) -> Tensor:
+        """Restorations `[N, 3, H, W]` on the CPU, always with the same noise."""
+        validation = Validation(pairs, {}, num_steps=steps, inputs_at_once=24)
+        with torch.autocast(self.device, torch.bfloat16):
+            return validation.restore(policy, *validation.batches, seed=SAMPLER).float()
 
-    @classmethod
-    def damaged(cls, references: Tensor, tasks: Sequence[Degradation], seed: int) -> "Kept":
-        """Each scene with a severity and noise of its own, the tasks in turns: row i has task i modulo their number."""
-        severity = torch.rand(len(references), generator=generator(seed, len(references)))
-        degraded = torch.empty_like(references)
-        for number, task in enumerate(tasks):
-            rows = list(range(number, len(references), len(tasks)))
-            degraded[rows] = task(references[rows], severity[rows], rows, seed=seed)
-        return cls(degraded, references, severity)
-
-
-@lru_cache(maxsize=8)
-def scenes(size: int, count: int, seed: int) -> Tensor:
-    """`[count, 3, size, size]` clean synthetic images."""
-    return synthetic_images(range(count), size=size, seed=seed)
-
-
-@lru_cache(maxsize=8)
-def pairs(scale: Scale, purpose: int, seed: int) -> Kept:
-    """A data set of its own for each purpose and seed, of all three tasks."""
-    count = {TRAIN: scale.train_inputs, TEST: scale.test_inputs}.get(purpose, scale.train_inputs // 4)
-    seed = 100 * seed + purpose
-    return Kept.damaged(scenes(scale.size, count, seed), list(TASKS.values()), seed)
+    @torch.no_grad()
+    def measured(self, images: Tensor, pairs: StoredPairs) -> dict[str, list[float]]:
+        """Every measure of each image, higher is better but for `rmse`."""
+        images, references = images.to(self.device), pairs.references.to(self.device)
+        found = {"rmse": rmse(images, references)}
+        for name, reward in self.measures.items():
+            parts = zip(images.split(24), references.split(24), strict=True)
+            found[name] = torch.cat([reward(some, references=own) for some, own in parts])
+        return {name: [round(value, DIGITS[name]) for value in values.tolist()] for name, values in found.items()}
 
 
-@lru_cache(maxsize=1)
-def photographs(scale: Scale) -> Kept:
-    """Crops of the photographs of scikit-image, degraded like the test images; the same for all seeds."""
-    pick, crops = generator(0, scale.size), []
-    each = scale.test_inputs // (3 * len(PHOTOGRAPHS))
-    for photograph in PHOTOGRAPHS:
-        picture = load_photograph(photograph, PHOTOGRAPH_SIDE * scale.size)
-        windows = picture.unfold(1, scale.size, scale.size).unfold(2, scale.size, scale.size).flatten(1, 2)
-        crops += [windows[:, place] for place in torch.randperm(windows.shape[1], generator=pick)[:each].tolist()]
-    crops = [crops[place] for place in torch.randperm(len(crops), generator=pick).tolist()]
-    return Kept.damaged(torch.stack(crops), list(TASKS.values()), 7)
+def strip(images: Tensor, rows: Sequence[int] = SHOWN) -> str:
+    """Some images side by side, as JPEG in base64, at most 128 pixels of each from its centre."""
+    shown = images[[row for row in rows if row < len(images)]]
+    cut = max(0, shown.shape[-1] - 128) // 2
+    centre = shown[..., cut : shown.shape[-2] - cut, cut : shown.shape[-1] - cut]
+    pixels = torch.cat(list(centre), 2).clamp(0, 1).mul(255).round().byte().movedim(0, -1).numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90, subsampling=0)
+    return base64.b64encode(file.getvalue()).decode()
 
 
-def untrained(scale: Scale, seed: int) -> PixelPolicy:
-    """The model with seeded random weights: at first it leaves the degraded image as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = SmallUNet(scale.width, scale.depth)
-    options: dict[str, Any] = {"prediction_type": "sample", "timestep_spacing": "trailing", "clip_sample": False}
-    scheduler: Any = DDIMScheduler(**options, rescale_betas_zero_snr=True)
-    return PixelPolicy(unet, DDIM(scheduler), residual=True)
-
-
-def restorer(job: Job) -> PixelPolicy:
-    """The model after SFT; trained once per seed, then read from its file."""
-    policy, file = untrained(job.scale, job.seed), job.shared / f"sft-{job.seed}.safetensors"
-    policy.model.to(job.device)
-    if not file.exists():
-        continue_sft(policy, job, job.scale.sft_updates, rate=SFT_RATE, seed=job.seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(policy.model.state_dict(), file)
-    policy.model.load_state_dict(load_file(file, device=job.device))
-    return policy
-
-
-def continue_sft(policy: PixelPolicy, job: Job, updates: int, *, rate: float, seed: int) -> list[float]:
-    """More SFT on the training data; the loss of every update."""
-    return supervised(
-        policy,
-        pairs(job.scale, TRAIN, job.seed),
-        num_updates=updates,
-        batch_size=job.scale.sft_batch,
-        learning_rate=rate,
-        ema_decay=SFT_AVERAGE,
-        accelerator=Accelerator(cpu=job.device == "cpu"),
-        seed=seed,
-        show_progress=False,
-    )
+def unstrip(text: str) -> Image.Image:
+    """The images of `strip`."""
+    return Image.open(io.BytesIO(base64.b64decode(text)))
