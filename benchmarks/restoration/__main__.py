@@ -58,7 +58,7 @@ def save(file: Path, rows: Sequence[dict[str, Any]], scale: world.Scale, device:
     """Write the results with one run per line."""
     theme = "restoration-gpu" if scale.name == "gpu" else "restoration"
     record = document(theme, [], [], ["diffusers", "accelerate"], torch.device(device))
-    record |= {"scale": vars(scale), "rows": []}
+    record = {name: value for name, value in record.items() if name != "rows"} | {"scale": vars(scale), "rows": []}
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as part:

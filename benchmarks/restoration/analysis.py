@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,6 @@ from examples.small_restorer.tasks import TASKS
 
 TERCILES = ("easy", "middle", "hard")
 DRAWS = 2_000  # resamples of seeds and pictures
-POINTS = 20  # of the front between two neighbouring shares
 
 
 class Interval(NamedTuple):
@@ -96,7 +96,7 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _interval(value: float, draws: np.ndarray) -> Interval:
-    low, high = np.nanquantile(draws, [0.025, 0.975])  # NaN: a draw without any picture of the tercile
+    low, high = np.nanquantile(draws, [0.025, 0.975])  # a draw without any picture of the tercile is NaN
     return Interval(value, float(low), float(high))
 
 
@@ -114,6 +114,7 @@ def difference(
     which, counts = _draws(len(seeds), len(mask))
     with np.errstate(invalid="ignore"):
         drawn = np.take_along_axis(cells(counts), which[:, :, None], 1).reshape(DRAWS, -1)
+    drawn[np.isnan(drawn).any(1)] = np.nan  # which sorting would hide
     value = interquartile_mean(cells(np.ones((1, len(mask)))).reshape(-1))
     return _interval(float(value), interquartile_mean(drawn))
 
@@ -157,14 +158,12 @@ def _distance(errors: np.ndarray, qualities: np.ndarray) -> float:
     """Of the last point from the line through all others."""
     if np.isnan([errors, qualities]).any():
         return float("nan")
-    line_errors, line_qualities = (_between(values[:-1]) for values in (errors, qualities))
-    reached = line_errors <= errors[-1]
-    if not reached.any():  # more faithful than every constant: compare with the most faithful one
-        reached = line_errors == line_errors.min()
-    return float(qualities[-1] - line_qualities[reached].max())
-
-
-def _between(values: np.ndarray) -> np.ndarray:
-    """Points on the line through `values`."""
-    places = np.linspace(0, len(values) - 1, POINTS * (len(values) - 1) + 1)
-    return np.interp(places, np.arange(len(values)), values)
+    *line_errors, error = errors
+    *line_qualities, quality = qualities
+    points = list(zip(line_errors, line_qualities, strict=True))
+    reached = [height for place, height in points if place <= error]
+    for (left, low), (right, high) in pairwise(points):
+        if min(left, right) < error < max(left, right):
+            reached.append(low + (high - low) * (error - left) / (right - left))
+    # more faithful than every constant: compare with the most faithful one
+    return float(quality - max(reached or [min(points)[1]]))

@@ -16,6 +16,7 @@ FIXED = (0.25, 0.5, 0.75, 0.9, 0.95)
 FRONT = ("sft", *(f"fixed {share:g}" for share in FIXED), "rl")  # arms with the same share for all inputs
 UNTRAINED = ("degraded", "frozen", "one step")
 SFT = "sft, all compute"
+PICTURED = (*UNTRAINED, SFT, "rl", "adaptive")  # with seed 0
 MOST_SFT = 4.0  # times the RL weight
 
 

@@ -200,10 +200,14 @@ def over_time(document: Document) -> Figure:
 def pictures(document: Document) -> Figure:
     """One test input of each task: degraded, and restored by several arms of seed 0."""
     found = study(document, "converged")
-    shown = [arm for arm in ("degraded", "frozen", "one step", SFT, "rl", "adaptive") if "strip" in found.runs[arm][0]]
+    shown = [
+        arm
+        for arm in ("degraded", "frozen", "one step", SFT, "rl", "adaptive")
+        if "strip" in found.runs.get(arm, {}).get(0, {})
+    ]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 2.15 * len(shown) + 0.3), layout="constrained")
-        for axis, arm in zip(figure.subplots(len(shown), 1), shown, strict=True):
+        for axis, arm in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
             image = unstrip(found.runs[arm][0]["strip"])
             axis.imshow(image, interpolation="nearest")
             axis.set_yticks([])

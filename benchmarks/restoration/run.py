@@ -13,7 +13,7 @@ from torch import Tensor
 
 import iqareward
 from benchmarks.restoration import world
-from benchmarks.restoration.arms import SFT, UNTRAINED, WEIGHTERS, Job, LearningProgress
+from benchmarks.restoration.arms import PICTURED, SFT, UNTRAINED, WEIGHTERS, Job, LearningProgress
 from benchmarks.restoration.world import Bench, Scale
 from iqareward import FidelityFloor, QualityGain
 from iqareward.difficulty import rmse
@@ -36,7 +36,6 @@ SAMPLED = DiffusionNFT(clip=2.0)
 SAMPLED_GROUP = 6
 FLOOR_INPUTS, BELOW_FLOOR = 120, 0.25  # training inputs that a floor is set on, and the share of them below it
 POINTS = 20  # of a history
-PICTURED = ("degraded", "frozen", "one step", SFT, "rl", "adaptive")
 
 
 @dataclass(frozen=True)

@@ -1,151 +1,217 @@
-"""The image experiment runs, every arm end to end and resumable, and its statistics are right."""
+"""The experiment on photographs runs, goes on after a kill, and its statistics are right."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.restoration import analysis, report, tables, world
-from benchmarks.restoration.__main__ import main, ordered
-from benchmarks.restoration.arms import MAIN, arms
-from benchmarks.restoration.judges import artefacts
-from benchmarks.restoration.rewards import mirrored
-from benchmarks.restoration.run import run
+from benchmarks.restoration import report, world
+from benchmarks.restoration.__main__ import load, main, save
+from benchmarks.restoration.analysis import Study, above_front, difference, interquartile_mean
+from benchmarks.restoration.arms import (
+    EARLY,
+    FRONT,
+    MAIN,
+    UNTRAINED,
+    WEIGHTERS,
+    LearningProgress,
+    Relative,
+    above,
+    inverse_power,
+    jobs,
+)  # fmt: skip
+from examples.small_restorer.tasks import TASKS
+from iqareward.schedules import check_signal
+
+ROOT = Path(__file__).parents[2]
+PICTURES, SEEDS = 24, 5
+SEVERITY = np.linspace(0.3, 1, PICTURES)[:, None] * np.linspace(0.5, 1.5, len(TASKS))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_quick_run_is_complete_resumes_and_is_reported(tmp_path, monkeypatch):
-    """Every arm has finite figures; a lost result is made again, the same; the report has every table and figure."""
-    folder = str(tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["restoration", "--quick", "--folder", folder])
-    main()
-    lost = tmp_path / "run/results/0-adaptive.json"
-    first = json.loads(lost.read_text())
-    lost.unlink()  # its checkpoint is still there
-    again = run(world.Job(world.QUICK, 0, "adaptive", tmp_path / "run"))
-    assert (again["test"], again["history"]) == (first["test"], first["history"])
-    results = analysis.load(tmp_path / "run")
-    assert {row["arm"] for row in results} == {*arms(1), *MAIN}
-    assert all(
-        np.isfinite(row[place][name]).all()
-        for row in results
-        for place in ("test", "photographs")
-        for name in row[place]
-    )
-    options = ("--results", str(tmp_path / "tables"), "--figures", str(tmp_path / "figures"))
-    monkeypatch.setattr(sys, "argv", ["report", folder, *options])
-    report.main()
-    assert len(list((tmp_path / "figures").glob("restoration_*.png"))) == 5
-    record = json.loads(next((tmp_path / "tables").glob("*.json")).read_text())
-    assert {"main", "distances", "rewards", "cost"} <= {row["table"] for row in record["rows"]}
+def rows_of(arms: dict[str, tuple[float, float] | Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]], noise=0.0):
+    """Runs whose RMSE is severity times, and whose quality is, what an arm says; `noise` differs from seed to seed."""
+    found = []
+    for arm, effect in arms.items():
+        for seed in range(1 if arm in UNTRAINED else SEEDS):
+            rng = np.random.default_rng([seed, 1])
+            error, quality = effect(SEVERITY) if callable(effect) else effect
+            shift = noise * rng.standard_normal() + seed  # alike for all arms of a seed: pairing takes it away
+            own = noise * np.random.default_rng([seed, len(arm), 2]).standard_normal(SEVERITY.shape)
+            test = {
+                "rmse": (SEVERITY * error).ravel().tolist(),
+                "stlpips": (quality + shift + own).ravel().tolist(),
+                "haarpsi": (quality + np.zeros_like(SEVERITY)).ravel().tolist(),
+            }
+            job = {"start": "converged", "reward": "haarpsi", "arm": arm, "seed": seed}
+            found.append({**job, "seconds": 1.0, "history": {}, "test": test})
+    return found
 
 
-def test_arms_differ_but_share_their_start(tmp_path):
-    """SFT alone and RL alone end in different models; both began at the frozen one."""
-    test = {arm: run(world.Job(world.QUICK, 0, arm, tmp_path))["test"] for arm in ("frozen", "sft", "rl")}
-    assert test["sft"]["rmse"] != test["rl"]["rmse"]
-    assert test["sft"]["severity"] == test["rl"]["severity"]
-    for arm in ("sft", "rl"):
-        np.testing.assert_allclose(test[arm]["rmse"], test["frozen"]["rmse"], rtol=0.2)
+def test_a_planted_effect_is_found_where_it_was_planted():
+    """A gain on hard inputs only, over seeds of very different levels, with noise; nothing on the others."""
+
+    def better(severity):
+        hard = severity.argsort(0).argsort(0) >= 2 * PICTURES // 3
+        return np.ones_like(severity), 0.1 * hard
+
+    study = Study(rows_of({"frozen": (1, 0), "rl": (1, 0), "adaptive": better}, noise=0.02))
+    hard = difference(study, "adaptive", "rl", "stlpips", "hard")
+    assert hard.low < 0.1 < hard.high
+    assert hard.value == pytest.approx(0.1, abs=0.02)
+    assert hard.sign == 1
+    for tercile in ("easy", "middle"):
+        assert difference(study, "adaptive", "rl", "stlpips", tercile).sign == 0
 
 
-def test_a_cut_leaves_whole_seeds():
-    """Main arms of five seeds first, seed by seed; then the rest; every job once."""
-    jobs = list(ordered(6))
-    assert [arm for _, arm in jobs[: 2 * len(MAIN)]] == [*MAIN, *MAIN]
-    assert {seed for seed, _ in jobs[: 5 * len(MAIN)]} == {0, 1, 2, 3, 4}
-    assert {arm for _, arm in jobs} == {*arms(1), *MAIN}
-    assert len(jobs) == len(set(jobs))
-
-
-def test_data_sets_share_no_scene_and_take_turns():
-    """Training and test differ; a row is damaged by its own task only."""
-    train, test = (world.pairs(world.QUICK, purpose, 0) for purpose in (world.TRAIN, world.TEST))
-    assert not (train.references[:, None] == test.references[None]).flatten(2).all(2).any()
-    for number, damage in enumerate(world.TASKS.values()):
-        rows = list(range(number, len(test), 3))
-        again = damage(test.references[rows], test.severity[rows], rows, seed=world.TEST)
-        torch.testing.assert_close(test.degraded[rows], again, rtol=0, atol=0)
-
-
-def test_mirrored_copies_have_no_seams_and_enough_pixels():
-    """96 pixels or more; the image itself is the first copy; neighbouring copies meet in equal pixels."""
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    copies = mirrored(image)
-    assert copies.shape == (1, 3, 96, 96)
-    assert copies[..., :32, :32].equal(image)
-    assert copies[..., 31].equal(copies[..., 32])
-    assert copies[..., 63, :].equal(copies[..., 64, :])
-
-
-def test_artefacts_grow_with_their_strength():
-    """The change to an image is larger where the strength is, kind by kind."""
-    images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) / 2 + 0.25
-    changed, strength = artefacts(images, ("grain", "grid"), seed=1)
-    size = (changed - images).abs().mean((1, 2, 3))
-    for kind in range(2):
-        ranks = [values[kind::2].argsort().argsort().float() for values in (size, strength)]
-        assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9
-
-
-def test_terciles_go_from_easy_to_hard():
-    """Nine inputs in three groups of three, by error."""
-    found = analysis.terciles([0.9, 0.1, 0.5, 0.2, 0.6, 0.8, 0.3, 0.4, 0.7])
-    assert [sorted(group.tolist()) for group in found] == [[1, 3, 6], [2, 4, 7], [0, 5, 8]]
-
-
-def test_interval_holds_the_mean_and_shrinks():
-    """Around the true mean; narrower with more seeds; none for one seed; an outlier moves it little."""
-    values = np.random.default_rng(0).normal(0.3, 0.1, (200, 3))
-    many, few = analysis.interval(values), analysis.interval(values[:8])
-    assert many.low < 0.3 < many.high
-    assert few.high - few.low > many.high - many.low
-    assert np.isnan(analysis.interval(values[:1]).low)
-    assert analysis.interval(np.vstack([values, [[99.0] * 3]])).value == pytest.approx(many.value, abs=0.01)
-
-
-def table_of(points):
-    """arm -> (RMSE, quality), the same in every tercile and task; four seeds of different levels."""
-    names = [name for name in analysis.MEASURES if name not in ("rmse", "held_out")]
-    return {
-        (seed, arm): dict.fromkeys(names, np.zeros((3, 3)))
-        | {"rmse": np.full((3, 3), error), "held_out": np.full((3, 3), quality + seed)}
-        for seed in range(4)
-        for arm, (error, quality) in points.items()
-    }
-
-
-def test_differences_are_paired_by_seed():
-    """A constant gain of 0.1 over very different seeds has an interval of no width, and all seeds agree."""
-    found = analysis.difference(table_of({"a": (1, 0.0), "b": (1, 0.1)}), "b", "a", "held_out", "hard")
-    assert found == pytest.approx((0.1, 0.1, 0.1, 4))
-    percent = analysis.difference(table_of({"a": (2, 0), "b": (3, 0)}), "b", "a", "rmse", "all", relative=True)
-    assert percent.value == pytest.approx(50)
+def test_differences_in_percent_and_terciles():
+    """Twice the error is 100 percent more in every tercile; terciles have eight pictures of each task, easy to hard."""
+    study = Study(rows_of({"frozen": (1, 0), "rl": (1, 0), "sft": (2, 0)}))
+    assert difference(study, "sft", "rl", "rmse", "hard", relative=True) == pytest.approx((100, 100, 100))
+    assert [int(study.mask(name).sum()) for name in ("easy", "middle", "hard", "all")] == [40, 40, 40, 120]
+    means = [study.mean("frozen", "rmse", name) for name in ("easy", "middle", "hard")]
+    assert means == sorted(means)
+    assert study.mean("rl", "psnr") == pytest.approx(float(-20 * np.log10(SEVERITY).mean()))
 
 
 def test_distance_from_the_front():
     """Zero on the line between two shares, the height above it elsewhere; the best share at most as wrong counts."""
-    front = dict(zip(analysis.FRONT, [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (6, 5)], strict=True))
+    front = dict(zip(FRONT, [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (6, 5), (7, 6)], strict=True))
     cases = {
-        "between": ((2.5, 1.5), 0.0),
-        "above": ((2.5, 1.9), 0.4),
-        "beyond": ((7, 4), -1.0),
-        "faithful": ((0.5, 1), 1.0),
+        "adaptive": ((2.5, 1.5), 0.0),  # between
+        "reversed": ((2.5, 1.9), 0.4),  # above
+        "inverse error": ((8, 5), -1.0),  # below the end
+        "inverse square": ((0.5, 1), 1.0),  # more faithful than every constant
     }
-    table = table_of(front | {name: point for name, (point, _) in cases.items()})
+    study = Study(rows_of({"frozen": (1, 0)} | front | {name: point for name, (point, _) in cases.items()}))
     for name, (_, expected) in cases.items():
-        for aggregate in (False, True):
-            found = analysis.above_front(table, name, "held_out", aggregate=aggregate)
-            assert found.value == pytest.approx(expected, abs=1e-9)
-            assert found.low == pytest.approx(found.high, abs=1e-9)
+        for where in (("all", "all"), ("hard", "easy")):
+            found = above_front(study, name, "stlpips", where=where)
+            assert found == pytest.approx((expected,) * 3, abs=1e-9)
+    assert above_front(study, "reversed", "haarpsi", "psnr").value > 0.3
 
 
-def test_primary_outcome_needs_both_halves():
-    """Better on hard inputs counts only within one percent of RMSE on easy ones."""
-    points = {"base": (1, 0), "rl": (1.005, 1), "adaptive": (1.02, 1), "reversed": (1, -1)}
-    rows = tables.weightings(table_of(points), tuple(points), "base")
-    primary = {row["arm"]: bool(row["primary"]) for row in rows}
-    assert primary == {"rl": True, "adaptive": False, "reversed": False}
+def test_interquartile_mean_ignores_outliers():
+    """Of eight values, the middle four count."""
+    assert interquartile_mean(np.array([-99.0, 0, 1, 2, 3, 4, 5, 1e9])) == 2.5
+
+
+def test_tables_name_every_arm_and_figures_are_drawn(tmp_path):
+    """From runs alone; an arm that has none is left out; a weighting above the front in both places meets the rule."""
+    arms = {"frozen": (1, 0.2), "sft, all compute": (1, 0.1)}
+    arms |= dict(zip(FRONT, [(1 + 0.1 * place, 0.1 * place) for place in range(len(FRONT))], strict=True))
+    rows = rows_of(arms | {"adaptive": (1.05, 0.5)})
+    for row in rows:
+        row["test"] |= dict.fromkeys(("cvvdp", "ssim", "quick", "niqe"), row["test"]["haarpsi"])
+        row["history"] = {name: [0.5] * 6 for name in ("update", "reward", "difficulty", "rl_share", "sft_share")}
+    rows[0]["strip"] = world.strip(torch.rand(120, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    document = {"rows": rows}
+    assert report.absolute(document, "converged").count("\n| ") == len({row["arm"] for row in rows})
+    assert "| **yes** |" in next(
+        line for line in report.distances(document, "converged").splitlines() if "adap" in line
+    )
+    assert "| adaptive |" in report.weightings(document, "converged")
+    assert "0.50, 0.50" in report.hand_over(document, "converged")
+    assert "| haarpsi | adaptive | 5 |" in report.rewards(document)
+    for draw in (report.fronts, report.by_tercile, report.over_time, report.pictures):
+        draw(document).savefig(tmp_path / "figure.png", dpi=30)
+
+
+def test_a_cut_leaves_whole_seeds():
+    """Every trained arm of a seed comes before the next seed; what is not trained comes once; no job twice."""
+    found = list(jobs("main", 5))
+    trained = len(MAIN) - len(UNTRAINED)
+    assert len(found) == len(set(found)) == len(UNTRAINED) + 5 * trained
+    assert [job.arm for job in found[: len(MAIN)]] == list(MAIN)
+    assert {job.seed for job in found[len(MAIN) : len(MAIN) + trained]} == {1}
+    assert {job.arm for job in jobs("early", 1)} == set(EARLY)
+    assert {job.seed for job in jobs("rewards", 5)} == {0, 1, 2}
+    assert {*MAIN, *EARLY} <= {*UNTRAINED, "sft, all compute", "learning progress", *WEIGHTERS}
+
+
+def test_inputs_have_their_task_and_the_same_picture_for_all_tasks():
+    """Row 5 p + t is picture p with task t; severities are spread evenly within each task; all pixels are used once."""
+    pairs = world.test(world.QUICK)
+    assert len(pairs) == 15
+    assert pairs.references[0].equal(pairs.references[4])
+    assert not pairs.references[4].equal(pairs.references[5])
+    values = world.severities(24)
+    torch.testing.assert_close(values.sort(0).values[:, 3], torch.linspace(0.3, 1, 24))
+    training = world.training(world.QUICK)
+    assert training.degraded.shape == (40, 3, 32, 32)
+    again = list(TASKS.values())[2](training.references[7:8], torch.tensor([0.5]), [7], seed=world.TRAIN)
+    assert again.shape == training.degraded[7:8].shape
+
+
+def test_weights_relative_to_the_start():
+    """Half SFT at the median, four times less at twice that error for the square; RL for the worst only."""
+    errors = torch.tensor([0.05, 0.1, 0.2, torch.nan])
+    square, worst = Relative(partial(inverse_power, power=2.0)), Relative(above, 0.7)
+    for weighter in (square, worst):
+        check_signal("test", weighter)
+        weighter.calibrate(errors)
+    weights = square(errors)
+    torch.testing.assert_close(weights.sft, torch.tensor([2.0, 0.5, 0.125, 0.5]))
+    assert weights.rl.tolist() == [1, 1, 1, 0]
+    assert worst(errors).rl.tolist() == [0, 0, 1, 0]
+    assert worst(errors).taking_part.tolist() == [False, False, True, False]
+
+
+def test_learning_progress_goes_to_the_task_whose_error_falls():
+    """SFT where errors fall by two percent per update, RL where they stay, and RL again once they have stopped."""
+    before, ids = torch.full((10,), 0.1), list(range(10))
+    weighter, error = LearningProgress(before, ids=lambda update: ids), before.clone()
+    for _ in range(20):
+        error[0::5] *= 0.98
+        weighter.update(error)
+    assert weighter(error).sft[0] > 0.9
+    torch.testing.assert_close(weighter(error).rl[1:5], torch.ones(4))
+    for _ in range(100):
+        weighter.update(error)
+    assert weighter(error).sft[0] < 0.1
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    """One run per line, in valid JSON; a file that does not exist has no runs."""
+    file = tmp_path / "results.json"
+    assert load(file) == []
+    rows = rows_of({"frozen": (1, 0), "rl": (1, 1)})
+    save(file, rows, world.QUICK, "cpu")
+    assert load(file) == rows
+    assert json.loads(file.read_text())["scale"]["name"] == "quick"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    """What was finished stays as it is, the rest is done, and every figure is finite; arms share their start."""
+    file, environment = tmp_path / "results.json", {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["--quick", "--study", "main", "--seeds", "1", "--workers", "1", "--results", str(file)]
+    options += ["--arms", "frozen", "rl", "learning progress"]
+    command = [sys.executable, "-m", "benchmarks.restoration", *options]
+    running = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not load(file) and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    before = load(file)
+    assert 1 <= len(before) < 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    main(options)
+    rows = load(file)
+    assert rows[: len(before)] == before
+    assert [row["arm"] for row in rows] == ["frozen", "rl", "learning progress"]
+    assert all(np.isfinite(values).all() for row in rows for values in row["test"].values())
+    frozen, rl = (row["test"]["rmse"] for row in rows[:2])
+    assert frozen != rl
+    np.testing.assert_allclose(frozen, rl, rtol=0.5)
