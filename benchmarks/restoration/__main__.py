@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the smallest scale")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stlpips", help="file with the weights of ST-LPIPS; default: that of stlpips_pytorch")
+    parser.add_argument("--commit", help="recorded with the results; default: what git says")
     parser.add_argument("--results", type=Path, help="default: the file of the scale in benchmarks/results")
     return parser.parse_args(arguments)
 
@@ -54,11 +55,14 @@ def load(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.exists() else []
 
 
-def save(file: Path, rows: Sequence[dict[str, Any]], scale: world.Scale, device: str) -> None:
+def save(
+    file: Path, rows: Sequence[dict[str, Any]], scale: world.Scale, device: str, commit: str | None = None
+) -> None:
     """Write the results with one run per line."""
     theme = "restoration-gpu" if scale.name == "gpu" else "restoration"
     record = document(theme, [], [], ["diffusers", "accelerate"], torch.device(device))
     record = {name: value for name, value in record.items() if name != "rows"} | {"scale": vars(scale), "rows": []}
+    record["commit"] = commit or record["commit"]
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as part:
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 break
             finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             rows += [future.result() for future in finished]
-            save(file, rows, scale, options.device)
+            save(file, rows, scale, options.device, options.commit)
             last = ", ".join(
                 f"{row['start']} {row['reward']} {row['arm']} {row['seed']}" for row in rows[-len(finished) :]
             )

@@ -58,7 +58,7 @@ class Scale:
 
 QUICK = Scale("quick", 32, 96, 3, 40, 2, 4, 2)
 CPU = Scale("cpu", 64, 128, PICTURES, 2400, 80, 12, 2)
-GPU = Scale("gpu", 128, 256, PICTURES, 3200, 100, 32, 2)
+GPU = Scale("gpu", 128, 256, PICTURES, 1600, 100, 16, 2)
 SCALES = {scale.name: scale for scale in (QUICK, CPU, GPU)}
 
 
