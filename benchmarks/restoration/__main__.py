@@ -47,7 +47,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stlpips", help="file with the weights of ST-LPIPS; default: that of stlpips_pytorch")
     parser.add_argument("--commit", help="recorded with the results; default: what git says")
     parser.add_argument("--results", type=Path, help="default: the file of the scale in benchmarks/results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.quick and options.results is None:
+        parser.error("--quick expected --results FILE, because its runs do not belong among the committed ones.")
+    return options
 
 
 def load(file: Path) -> list[dict[str, Any]]:
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing."""
     options, start, console = parse(arguments), time.monotonic(), Console(stderr=True)
     scale = world.QUICK if options.quick else world.SCALES[options.scale]
-    file = options.results or FOLDER / FILES[scale.name]
+    file = options.results or FOLDER / FILES[options.scale]
     rows = load(file)
     done = {Job(*(row[name] for name in Job._fields)) for row in rows}
     todo = [job for study in options.study or STUDIES for job in jobs(study, options.seeds) if job not in done]

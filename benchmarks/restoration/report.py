@@ -104,7 +104,9 @@ def rewards(document: Document) -> str:
         found = study(document, "converged", reward)
         for arm in (name for name in REWARD_ARMS if found.runs.get(name)):
             changes = (cell(difference(found, arm, "frozen", name), DIGITS.get(name, 3)) for name in names)
-            lines.append([reward, arm, str(len(found.runs[arm])), *changes])
+            stopped = sum("stopped" in run for run in found.runs[arm].values())
+            seeds = f"{len(found.runs[arm])}" + f", {stopped} stopped" * bool(stopped)
+            lines.append([reward, arm, seeds, *changes])
     return table(["reward", "arm", "seeds", *(HEADS[name] for name in names)], lines, text_columns=2)
 
 

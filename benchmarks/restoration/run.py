@@ -1,5 +1,6 @@
 """One run: train from a start with a reward and a weighting, restore the test inputs, measure."""
 
+import contextlib
 import copy
 import tempfile
 import time
@@ -18,13 +19,14 @@ from benchmarks.restoration.world import Bench, Scale
 from iqareward import FidelityFloor, QualityGain
 from iqareward.difficulty import rmse
 from iqareward.diffusion import (
+    ClippedPolicyGradient,
     DifficultyAdaptiveTrainer,
-    DiffusionNFT,
     DirectRewardGradient,
     PixelPolicy,
     RolloutConfig,
     StoredPairs,
     TrainConfig,
+    TrainingError,
     supervised,
 )
 from iqareward.types import Reward
@@ -32,8 +34,7 @@ from iqareward.types import Reward
 EPOCHS = MINIBATCHES = 2
 AVERAGE = 0.98  # decay of the averaged weights per optimiser step
 SFT_BATCH = 16
-SAMPLED = DiffusionNFT(clip=2.0)
-SAMPLED_GROUP = 6
+SAMPLED, SAMPLED_GROUP = ClippedPolicyGradient(clip=1e-3), 6  # of rewards that are not followed by their gradient
 FLOOR_INPUTS, BELOW_FLOOR = 120, 0.25  # training inputs that a floor is set on, and the share of them below it
 POINTS = 20  # of a history
 
@@ -71,17 +72,16 @@ def reward_named(name: str, bench: Bench, start: PixelPolicy) -> Reward:
     return reward
 
 
-def evaluations(scale: Scale, *, sampled: bool = False, steps: int = 4) -> int:
-    """Network evaluations of a run; a backward pass counts as two."""
-    group, terms = (SAMPLED_GROUP, SAMPLED.num_terms) if sampled else (scale.group, 1)
-    rollouts = scale.inputs * group
-    return scale.updates * (rollouts * steps + EPOCHS * 3 * (rollouts * terms + scale.inputs))
+def evaluations(scale: Scale, steps: int = 4) -> int:
+    """Network evaluations of a run that follows the reward's gradient; a backward pass counts as two."""
+    rollouts = scale.inputs * scale.group
+    return scale.updates * (rollouts * steps + EPOCHS * 3 * (rollouts + scale.inputs))
 
 
 def run(job: Job, bench: Bench) -> dict[str, Any]:
     """The result of a job."""
     policy, pairs, began = bench.start(job.start), world.test(bench.scale), time.perf_counter()
-    history: dict[str, list[float]] = {}
+    history: list[dict[str, Any]] = []
     if job.arm == SFT:
         continue_sft(policy, bench, job.seed)
     elif job.arm not in UNTRAINED:
@@ -89,7 +89,9 @@ def run(job: Job, bench: Bench) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     steps = 1 if job.arm == "one step" else None
     images = pairs.degraded if job.arm == "degraded" else bench.restored(policy, pairs, steps)
-    found: dict[str, Any] = {**job._asdict(), "seconds": round(seconds, 1), "history": history}
+    found: dict[str, Any] = {**job._asdict(), "seconds": round(seconds, 1), "history": shortened(history)}
+    if 0 < len(history) < bench.scale.updates:
+        found["stopped"] = len(history)
     if job.arm in PICTURED and job.seed == 0 and job.reward == "haarpsi":
         found["strip"] = world.strip(images)
     return found | {"test": bench.measured(images, pairs)}
@@ -110,8 +112,11 @@ def continue_sft(policy: PixelPolicy, bench: Bench, seed: int) -> None:
     )
 
 
-def train(job: Job, policy: PixelPolicy, bench: Bench) -> dict[str, list[float]]:
-    """Train `policy`, leave the averaged weights in it, and return the history."""
+def train(job: Job, policy: PixelPolicy, bench: Bench) -> list[dict[str, Any]]:
+    """Train `policy`, leave the averaged weights in it, and return the updates.
+
+    There are fewer of them where a reward is exploited until no gradient is finite any more.
+    """
     scale, pairs, sampled = bench.scale, world.training(bench.scale), job.reward.endswith("sampled")
     reward = reward_named(job.reward, bench, copy.deepcopy(policy))
     progress = job.arm == "learning progress"
@@ -142,11 +147,12 @@ def train(job: Job, policy: PixelPolicy, bench: Bench) -> dict[str, list[float]]
         )
         if progress:
             weighter.ids = trainer.order.ids
-        history = trainer.train(scale.updates, save_every=scale.updates)[1:]
+        with contextlib.suppress(TrainingError):
+            trainer.train(scale.updates, save_every=scale.updates)
     assert trainer.learner.ema is not None, "AVERAGE > 0"
     trainer.learner.ema.copy_to(trainer.learner.weights)
     policy.model = trainer.accelerator.unwrap_model(policy.model, keep_fp32_wrapper=False)
-    return shortened(history)
+    return trainer.history[1:]
 
 
 def errors(policy: PixelPolicy, bench: Bench) -> Tensor:
@@ -157,6 +163,8 @@ def errors(policy: PixelPolicy, bench: Bench) -> Tensor:
 
 def shortened(history: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Means over equal stretches of the updates."""
+    if not history:
+        return {}
     stretches = np.array_split(np.arange(len(history)), min(POINTS, len(history)))
     names = ("update", "reward", "difficulty", "rl_share", "sft_share", "has_signal")
     return {

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.restoration import report, world
-from benchmarks.restoration.__main__ import load, main, save
+from benchmarks.restoration.__main__ import FILES, load, main, save
 from benchmarks.restoration.analysis import Study, above_front, difference, interquartile_mean
 from benchmarks.restoration.arms import (
     EARLY,
@@ -215,3 +215,13 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     frozen, rl = (row["test"]["rmse"] for row in rows[:2])
     assert frozen != rl
     np.testing.assert_allclose(frozen, rl, rtol=0.5)
+
+
+@pytest.mark.slow
+def test_the_stage_for_a_gpu_runs_on_a_cpu(tmp_path):
+    """Its runs are in a file of their own beside the results of the stage."""
+    command = [sys.executable, "-W", "ignore", "benchmarks/gpu/run.py", "--module", "benchmarks.gpu.restoration"]
+    command += ["--tiny", "--out", str(tmp_path), "--seconds", "500"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    assert json.loads((tmp_path / "results.json").read_text())["restoration"]["runs"] == {"runs_before": 0, "runs": 2}
+    assert [row["arm"] for row in load(tmp_path / FILES["gpu"])] == ["frozen", "rl"]
