@@ -16,6 +16,7 @@ import iqareward
 from benchmarks.restoration import world
 from benchmarks.restoration.arms import PICTURED, SFT, UNTRAINED, WEIGHTERS, Job, LearningProgress
 from benchmarks.restoration.world import Bench, Scale
+from examples.small_restorer.restorer import STEPS
 from iqareward import FidelityFloor, QualityGain
 from iqareward.difficulty import rmse
 from iqareward.diffusion import (
@@ -72,7 +73,7 @@ def reward_named(name: str, bench: Bench, start: PixelPolicy) -> Reward:
     return reward
 
 
-def evaluations(scale: Scale, steps: int = 4) -> int:
+def evaluations(scale: Scale, steps: int = STEPS) -> int:
     """Network evaluations of a run that follows the reward's gradient; a backward pass counts as two."""
     rollouts = scale.inputs * scale.group
     return scale.updates * (rollouts * steps + EPOCHS * 3 * (rollouts + scale.inputs))

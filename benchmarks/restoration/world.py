@@ -39,7 +39,7 @@ class Scale:
         train_inputs: Number of training inputs.
         updates: Updates of a run.
         inputs: Inputs per update.
-        group: Rollouts of an input.
+        group: Rollouts of an input; the reward's gradient needs no more.
         learning_rate: Of AdamW.
         sft_rate: Learning rate of SFT with all of the compute, which decays.
     """
@@ -51,14 +51,14 @@ class Scale:
     train_inputs: int
     updates: int
     inputs: int
-    group: int
+    group: int = 1
     learning_rate: float = 3e-4
     sft_rate: float = 1e-4
 
 
-QUICK = Scale("quick", 32, 96, 3, 40, 2, 4, 2)
-CPU = Scale("cpu", 64, 128, PICTURES, 2400, 60, 12, 2)
-GPU = Scale("gpu", 128, 256, PICTURES, 1600, 60, 16, 2)
+QUICK = Scale("quick", 32, 96, 3, 40, 2, 4)
+CPU = Scale("cpu", 64, 128, PICTURES, 2400, 80, 12)
+GPU = Scale("gpu", 128, 256, PICTURES, 1600, 60, 24)
 SCALES = {scale.name: scale for scale in (QUICK, CPU, GPU)}
 
 
@@ -117,7 +117,7 @@ class Bench:
         return Accelerator(cpu=self.device == "cpu", mixed_precision="bf16")
 
     def start(self, name: str) -> PixelPolicy:
-        """The restorer "converged" or "early", with its four steps."""
+        """The restorer "converged" or "early", with its own sampler."""
         policy = restorer.load(name)
         policy.model.to(device=self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         return policy
