@@ -35,6 +35,7 @@ from iqareward.types import Reward
 EPOCHS = MINIBATCHES = 2
 AVERAGE = 0.98  # decay of the averaged weights per optimiser step
 SFT_BATCH = 16
+SFT_RATE = {"converged": 1e-4, "early": 3e-4}  # of SFT with all of the compute; it decays
 SAMPLED, SAMPLED_GROUP = ClippedPolicyGradient(clip=1e-3), 6  # of rewards that are not followed by their gradient
 FLOOR_INPUTS, BELOW_FLOOR = 120, 0.25  # training inputs that a floor is set on, and the share of them below it
 POINTS = 20  # of a history
@@ -84,7 +85,7 @@ def run(job: Job, bench: Bench) -> dict[str, Any]:
     policy, pairs, began = bench.start(job.start), world.test(bench.scale), time.perf_counter()
     history: list[dict[str, Any]] = []
     if job.arm == SFT:
-        continue_sft(policy, bench, job.seed)
+        continue_sft(policy, bench, job)
     elif job.arm not in UNTRAINED:
         history = train(job, policy, bench)
     seconds = time.perf_counter() - began
@@ -98,17 +99,17 @@ def run(job: Job, bench: Bench) -> dict[str, Any]:
     return found | {"test": bench.measured(images, pairs)}
 
 
-def continue_sft(policy: PixelPolicy, bench: Bench, seed: int) -> None:
+def continue_sft(policy: PixelPolicy, bench: Bench, job: Job) -> None:
     """SFT with the network evaluations of a run of RL."""
     supervised(
         policy,
         world.training(bench.scale),
         num_updates=max(1, evaluations(bench.scale) // (3 * SFT_BATCH)),
         batch_size=SFT_BATCH,
-        learning_rate=bench.scale.sft_rate,
+        learning_rate=SFT_RATE[job.start],
         ema_decay=AVERAGE,
         accelerator=bench.accelerator(),
-        seed=seed,
+        seed=job.seed,
         show_progress=False,
     )
 

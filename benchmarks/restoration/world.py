@@ -41,7 +41,6 @@ class Scale:
         inputs: Inputs per update.
         group: Rollouts of an input; the reward's gradient needs no more.
         learning_rate: Of AdamW.
-        sft_rate: Learning rate of SFT with all of the compute, which decays.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Scale:
     inputs: int
     group: int = 1
     learning_rate: float = 3e-4
-    sft_rate: float = 1e-4
 
 
 QUICK = Scale("quick", 32, 96, 3, 40, 2, 4)
