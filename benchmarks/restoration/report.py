@@ -90,10 +90,20 @@ def distances(document: Document, start: str) -> str:
         met = hard.sign > 0 and whole.sign >= 0
         lines.append([
             arm, cell(hard), cell(whole), "**yes**" if met else "no",
+            cell(above_front(found, arm, "cvvdp", where=HARD), 3), cell(above_front(found, arm, "cvvdp"), 3),
             cell(above_front(found, arm, "haarpsi", where=HARD)), cell(above_front(found, arm, "haarpsi")),
             cell(above_front(found, arm, "haarpsi", "psnr")),
         ])  # fmt: skip
-    head = ["arm", "ST-LPIPS, hard", "ST-LPIPS, all", "rule met", "HaarPSI, hard", "HaarPSI, all"]
+    head = [
+        "arm",
+        "ST-LPIPS, hard",
+        "ST-LPIPS, all",
+        "rule met",
+        "cvvdp, hard",
+        "cvvdp, all",
+        "HaarPSI, hard",
+        "HaarPSI, all",
+    ]
     return table([*head, "HaarPSI, all, at equal PSNR"], lines)
 
 
