@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from benchmarks import _tables as tables
 from benchmarks._harness import newest, newest_file
+from benchmarks.restoration import report as photographs
 from examples.demo.style import MUTED, RL, SERIES, STYLE
 from iqareward.rewards.catalog import CATALOG
 
@@ -101,11 +103,33 @@ def light_noise(file: Path, theme: str) -> None:
         axes.set_title(f"Noise raises the score of a clean photograph ({rows[0]['images']} of them)")
 
 
+def measured(theme: str) -> bool:
+    """Whether the experiment on photographs has runs; the newest result of its theme may be of the one before it."""
+    try:
+        return "scale" in newest(theme)
+    except FileNotFoundError:
+        return False
+
+
+def drawn(file: Path, theme: str, draw: Callable[[Any], Figure]) -> None:
+    """A figure that comes whole."""
+    metadata = {KEY: digest(theme), "Software": "iqareward benchmarks"}
+    draw(newest(theme)).savefig(file, dpi=110, metadata=metadata)
+
+
 FIGURES: dict[Path, tuple[str, Callable[[Path, str], None]]] = {
     ASSETS / "throughput.png": ("classical", throughput),
     ASSETS / "jpeg_order.png": ("jpeg-transport", jpeg_order),
     ASSETS / "light_noise.png": ("correlation", light_noise),
 }
+# the experiment on photographs: theme of its results, and the command
+PHOTOGRAPHS = {
+    "restoration": "python -m benchmarks.restoration",
+    "restoration-gpu": "python -m benchmarks.restoration --scale gpu --device cuda",
+}
+for theme in filter(measured, PHOTOGRAPHS):
+    for name, draw in photographs.FIGURES.items():
+        FIGURES[ASSETS / photographs.figure_file(theme, name)] = theme, partial(drawn, draw=draw)
 
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +169,9 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "gpu targets": ("gpu/qalign", tables.gpu_targets, GPU_RUN),
     "serving targets": ("serving", tables.targets, "python -m benchmarks.bench_serving"),
 }
+for theme, command in PHOTOGRAPHS.items():
+    for name, build in photographs.TABLES.items():
+        TABLES[f"{theme} {name}"] = theme, build, command
 
 
 def block(name: str) -> str:
@@ -154,6 +181,8 @@ def block(name: str) -> str:
         KeyError: a page asks for a table that does not exist.
     """
     theme, build, command = TABLES[name]
+    if theme in PHOTOGRAPHS and not measured(theme):
+        return f"\nNot run yet: `{command}`.\n\n"
     document = newest(theme)
     return f"\n{build(document)}\n\n{tables.caption(document, command)}\n\n"
 

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/run.py --module benchmarks.gpu.restoration --out OUT --commit COMMIT
 
+Where the package stlpips_pytorch is missing, STLPIPS_WEIGHTS names its file `alex_shift_tolerant.pth`.
 It goes on from the committed results and writes a file of the same name in OUT; copy that to benchmarks/results.
 """
 
@@ -33,8 +34,10 @@ def run(clock: Clock) -> None:
 
     def work() -> dict[str, Any]:
         minutes = max(clock.left() - LAST_RUN, 1) / 60
-        options = ["--device", "cuda", "--workers", str(os.cpu_count()), "--minutes", str(minutes)]
+        options = ["--device", "cuda", "--workers", str(max((os.cpu_count() or 2) - 1, 1)), "--minutes", str(minutes)]
         options = [*TINY, "--workers", "1"] if clock.tiny else options
+        if weights := os.environ.get("STLPIPS_WEIGHTS"):
+            options += ["--stlpips", weights]
         command = [sys.executable, "-m", "benchmarks.restoration", "--scale", "gpu", "--results", str(file), *options]
         before = len(load(file))
         run_command(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

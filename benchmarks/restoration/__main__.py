@@ -24,11 +24,10 @@ from rich.console import Console
 
 from benchmarks._harness import FOLDER, document, hardware
 from benchmarks.restoration import world
-from benchmarks.restoration.arms import Job, jobs
+from benchmarks.restoration.arms import SEEDS, STUDIES, Job, jobs
 from benchmarks.restoration.run import prepare, work
 from iqareward.atomic import atomic_write
 
-STUDIES = ("main", "early", "rewards")
 FILES = {"cpu": "restoration_amd-epyc_2026-11-27.json", "gpu": "restoration-gpu_h100_2026-11-27.json"}
 
 
@@ -38,7 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.restoration", description=__doc__, formatter_class=style)
     parser.add_argument("--study", choices=STUDIES, action="append", help="default: all")
     parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after so long")
     parser.add_argument("--scale", choices=FILES, default="cpu")

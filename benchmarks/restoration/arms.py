@@ -160,10 +160,11 @@ EARLY = (
 )  # fmt: skip
 REWARDS = ("quick", "quick, floor", "stlpips", "quick, sampled", "psnr", "quick, gain", "stlpips, floor")
 REWARD_ARMS = ("rl", "adaptive", "fixed 0.5")
-REWARD_SEEDS = 3
+SEEDS, REWARD_SEEDS = 5, 3
+STUDIES = ("main", "early", "rewards")  # in order of importance
 
 
-def jobs(study: str, seeds: int) -> Iterator[Job]:
+def jobs(study: str, seeds: int = SEEDS) -> Iterator[Job]:
     """All jobs of a study, so that a cut leaves whole seeds; what is not trained runs once."""
     if study == "rewards":
         for seed in range(min(seeds, REWARD_SEEDS)):

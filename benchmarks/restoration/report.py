@@ -1,6 +1,7 @@
 """Tables and figures of the experiment on photographs, each from a results file alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -9,7 +10,19 @@ from matplotlib.figure import Figure
 
 from benchmarks._tables import table
 from benchmarks.restoration.analysis import Interval, Study, above_front, difference
-from benchmarks.restoration.arms import EARLY, FRONT, MAIN, REWARD_ARMS, REWARDS, SFT, UNTRAINED
+from benchmarks.restoration.arms import (
+    EARLY,
+    FRONT,
+    MAIN,
+    PICTURED,
+    REWARD_ARMS,
+    REWARDS,
+    SFT,
+    STUDIES,
+    UNTRAINED,
+    Job,
+    jobs,
+)
 from benchmarks.restoration.world import SHOWN, unstrip
 from examples.demo.style import MUTED, RL, SERIES, STYLE
 from examples.demo.style import SFT as SFT_COLOUR
@@ -135,6 +148,33 @@ def hand_over(document: Document, start: str) -> str:
     return table(["arm", "RL weight", "SFT weight", "error", "reward", "s of a run"], lines)
 
 
+def progress(document: Document) -> str:
+    """How much of each study has been run, and which arms lack seeds."""
+    done, lines = {Job(*(row[name] for name in Job._fields)) for row in document["rows"]}, []
+    for name in STUDIES:
+        planned = list(jobs(name))
+        missing = [job for job in planned if job not in done]
+        arms = dict.fromkeys(job.arm if name != "rewards" else f"{job.reward}: {job.arm}" for job in missing)
+        lines.append([name, f"{len(planned) - len(missing)} of {len(planned)}", "; ".join(arms) or "nothing"])
+    return table(["study", "runs", "arms that lack seeds"], lines, text_columns=3)
+
+
+def figure_file(theme: str, name: str) -> str:
+    """The figures of the experiment before have the name of the theme itself."""
+    return f"{theme.replace('restoration', 'photographs')}_{name}.png"
+
+
+def images(document: Document) -> str:
+    """The figures, as a page shows them."""
+    theme, captions = document["theme"], {
+        "front": "Quality over error for all arms, with the front of constant shares",
+        "arms": "Every arm less SFT with all of the compute, by tercile",
+        "time": "SFT weight, error and reward over the updates",
+        "pictures": "Test inputs, degraded and restored by several arms",
+    }  # fmt: skip
+    return "\n\n".join(f"![{text}](../assets/{figure_file(theme, name)})" for name, text in captions.items())
+
+
 def fronts(document: Document) -> Figure:
     """Held-out quality and reward over error, on hard inputs and on all, for each start."""
     starts = [start for start in ("converged", "early") if study(document, start).runs.get("rl")]
@@ -151,12 +191,12 @@ def fronts(document: Document) -> Figure:
                 axis.plot(*np.array([at[name] for name in line]).T, "o-", color=MUTED, ms=4, lw=1.2, label="constant")
                 for name in line:
                     axis.annotate(name.removeprefix("fixed "), at[name], (4, -9), textcoords="offset points", size=7)
-                for number, arm in enumerate(name for name in names if name not in FRONT):
-                    ours = arm == "adaptive"
+                for arm in (name for name in names if name not in FRONT):
+                    ours, number = arm == "adaptive", MAIN.index(arm)  # of one colour from both starts
                     style = {"ms": 13, "color": RL} if ours else {"ms": 6, "color": f"C{number}"}
                     axis.plot(*at[arm], "*" if ours else "sD^vPX<>hd"[number % 10], ls="", label=arm, **style)
                 axis.set(xlabel=f"RMSE, {here} inputs (left is better)", ylabel=f"{HEADS[quality]}, {there} inputs")
-                axis.set_title(f"{start} start: {HEADS[quality]}, {there} inputs")
+                axis.set_title(f"{start}: {HEADS[quality]}, {there} inputs", size=9)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
     return figure
 
@@ -198,12 +238,14 @@ def over_time(document: Document) -> Figure:
         for row, start in zip(axes, starts, strict=True):
             found = study(document, start)
             for axis, (key, title) in zip(row, titles.items(), strict=True):
-                for number, arm in enumerate(name for name in names if found.runs.get(name)):
+                for arm in (name for name in names if found.runs.get(name)):
                     histories = [run["history"] for run in found.runs[arm].values()]
-                    style = {"lw": 2.4, "color": RL} if arm == "adaptive" else {"lw": 1.1, "color": f"C{number}"}
+                    style = (
+                        {"lw": 2.4, "color": RL} if arm == "adaptive" else {"lw": 1.1, "color": f"C{names.index(arm)}"}
+                    )
                     curve = np.mean([history[key] for history in histories], 0)
                     axis.plot(histories[0]["update"], curve, label=arm, **style)
-                axis.set_title(f"{start} start: {title}")
+                axis.set_title(f"{start}: {title}", size=9)
                 axis.set_xlabel("update")
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
     return figure
@@ -212,11 +254,7 @@ def over_time(document: Document) -> Figure:
 def pictures(document: Document) -> Figure:
     """One test input of each task: degraded, and restored by several arms of seed 0."""
     found = study(document, "converged")
-    shown = [
-        arm
-        for arm in ("degraded", "frozen", "one step", SFT, "rl", "adaptive")
-        if "strip" in found.runs.get(arm, {}).get(0, {})
-    ]
+    shown = [arm for arm in PICTURED if "strip" in found.runs.get(arm, {}).get(0, {})]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 2.15 * len(shown) + 0.3), layout="constrained")
         for axis, arm in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
@@ -229,3 +267,15 @@ def pictures(document: Document) -> Figure:
             axis.set_xticks([side * (place + 0.5) for place in range(count)], tasks)
             axis.xaxis.set_visible(arm == shown[-1])
     return figure
+
+
+FIGURES: dict[str, Callable[[Document], Figure]] = {
+    "front": fronts,
+    "arms": by_tercile,
+    "time": over_time,
+    "pictures": pictures,
+}
+TABLES: dict[str, Callable[[Document], str]] = {"progress": progress, "rewards": rewards, "figures": images}
+for start in ("converged", "early"):
+    for build in (absolute, weightings, distances, hand_over):
+        TABLES[f"{build.__name__.replace('_', ' ')} {start}"] = partial(build, start=start)

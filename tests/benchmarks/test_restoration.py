@@ -113,7 +113,7 @@ def test_tables_name_every_arm_and_figures_are_drawn(tmp_path):
         row["test"] |= dict.fromkeys(("cvvdp", "ssim", "quick", "niqe"), row["test"]["haarpsi"])
         row["history"] = {name: [0.5] * 6 for name in ("update", "reward", "difficulty", "rl_share", "sft_share")}
     rows[0]["strip"] = world.strip(torch.rand(120, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-    document = {"rows": rows}
+    document = {"rows": rows, "theme": "restoration"}
     assert report.absolute(document, "converged").count("\n| ") == len({row["arm"] for row in rows})
     assert "| **yes** |" in next(
         line for line in report.distances(document, "converged").splitlines() if "adap" in line
@@ -121,7 +121,9 @@ def test_tables_name_every_arm_and_figures_are_drawn(tmp_path):
     assert "| adaptive |" in report.weightings(document, "converged")
     assert "0.50, 0.50" in report.hand_over(document, "converged")
     assert "| haarpsi | adaptive | 5 |" in report.rewards(document)
-    for draw in (report.fronts, report.by_tercile, report.over_time, report.pictures):
+    assert "| rewards | 0 of 63 |" in report.progress(document)
+    for name, draw in report.FIGURES.items():
+        assert f"../assets/photographs_{name}.png" in report.images(document)
         draw(document).savefig(tmp_path / "figure.png", dpi=30)
 
 
