@@ -1,6 +1,7 @@
 """The figures of the report, and the picture of the README."""
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .experiment import AFTER, BEFORE, Run
-from .style import INK, LINE, PAPER, RL, SERIES, SFT, STYLE
+from .style import INK, LINE, MUTED, PAPER, RL, SERIES, SFT, STYLE
 
 TITLES = {
     "haarpsi": "HaarPSI", "psnr": "PSNR", "ssim": "SSIM", "cvvdp": "ColorVideoVDP", "stlpips": "ST-LPIPS",
@@ -19,6 +20,11 @@ TITLES = {
 GAP, HEADING, MARGIN = 8, 34, 12  # pixels in the picture
 PICTURE = (5, 18, 22)  # photographs, by their number less 1
 COLUMNS = ("degraded", BEFORE, AFTER, "ground truth")
+
+
+def spelled(reward: str) -> str:
+    """A reward, or a sum of several, with the usual spelling of their names."""
+    return re.sub(r"[a-z_]+", lambda found: TITLES.get(found[0], found[0]), reward)
 
 
 def pixels(image: Tensor) -> Image.Image:
@@ -82,9 +88,9 @@ def weights(axes: Any, results: Mapping[str, Any]) -> None:
 def reward(axes: Any, results: Mapping[str, Any]) -> None:
     """The reward in training and on the test photographs."""
     updates, looks = results["history"][1:], _looks(results)
-    _line(axes, updates, "reward", LINE, "training windows")
+    _line(axes, updates, "reward", MUTED, "training windows")
     _line(axes, looks, "validation/reward", RL, "test photographs", marker="o")
-    axes.set_ylabel(results["settings"]["reward"])
+    axes.set_ylabel(spelled(results["settings"]["reward"]))
     axes.legend(frameon=False, fontsize=8)
 
 

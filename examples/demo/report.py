@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from .experiment import AFTER, BEFORE, RESTORED, VERSIONS, Run
-from .figures import TITLES, charts, pixels
+from .figures import TITLES, charts, pixels, spelled
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SHOWN = 12  # photographs
-BETTER = {True: "better", False: "worse"}
 UNDER = ("haarpsi", "stlpips", "quick")  # scores under each image, where they are known
 
 
@@ -49,7 +48,7 @@ def render(run: Run) -> str:
         alarms=escape("; ".join(results["alarms"]) or "it raised no alarm"),
         held_out=", ".join(TITLES[name] for name in results["held_out"]),
         missing=escape("".join(f"{TITLES[name]} is missing: {why} " for name, why in results["missing"].items())),
-        reward=escape(settings["reward"]),
+        reward=escape(spelled(settings["reward"])),
         updates=settings["updates"],
         inputs=settings["inputs"],
         side=settings["window_side"],
@@ -69,7 +68,8 @@ def summary(results: Mapping[str, Any]) -> str:
     parts: dict[str, list[str]] = {"The reward": [], "Not trained on and better": [], "Not trained on and worse": []}
     for name in (*results["rewards"], "rmse"):
         gain = (after[name] - before[name]) * (-1 if name == "rmse" else 1)
-        part = "The reward" if name not in (*results["held_out"], "rmse") else f"Not trained on and {BETTER[gain > 0]}"
+        watched = name in (*results["held_out"], "rmse")
+        part = f"Not trained on and {'better' if gain > 0 else 'worse'}" if watched else "The reward"
         old, new = (number(scale(name) * found[name]) for found in (before, after))
         parts[part].append(f"{TITLES[name]} {old} → {new}")
     return " ".join(f"{part}: {', '.join(changes)}." for part, changes in parts.items() if changes)
