@@ -30,13 +30,13 @@ class Settings:
     """Size of the demo; the defaults take about five minutes on an idle core."""
 
     reward: str = "haarpsi"
-    updates: int = 150
+    updates: int = 200
     inputs: int = 16  # windows in an update
     windows: int = 2048  # of the training photographs
     window_side: int = 64
     photographs: int = 24  # to test on
     side: int = 256  # of these
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
     looks: int = 5  # validations after the first
     seed: int = 0
 

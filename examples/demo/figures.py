@@ -88,7 +88,7 @@ def weights(axes: Any, results: Mapping[str, Any]) -> None:
 def reward(axes: Any, results: Mapping[str, Any]) -> None:
     """The reward in training and on the test photographs."""
     updates, looks = results["history"][1:], _looks(results)
-    _line(axes, updates, "reward", MUTED, "training windows")
+    _line(axes, updates, "reward", MUTED, "training windows", linewidth=0.8)
     _line(axes, looks, "validation/reward", RL, "test photographs", marker="o")
     axes.set_ylabel(spelled(results["settings"]["reward"]))
     axes.legend(frameon=False, fontsize=8)
@@ -97,7 +97,7 @@ def reward(axes: Any, results: Mapping[str, Any]) -> None:
 def shares(axes: Any, results: Mapping[str, Any]) -> None:
     """The mean weights of the updates."""
     for name, colour in (("rl", RL), ("sft", SFT)):
-        _line(axes, results["history"][1:], f"{name}_share", colour, name.upper())
+        _line(axes, results["history"][1:], f"{name}_share", colour, name.upper(), linewidth=1.2)
     axes.set_ylim(-0.05, 1.1)
     axes.legend(frameon=False, fontsize=8)
 
@@ -105,7 +105,7 @@ def shares(axes: Any, results: Mapping[str, Any]) -> None:
 def difficulty(axes: Any, results: Mapping[str, Any]) -> None:
     """The mean error of the restored training windows."""
     records = [record | {"error": 255 * record["difficulty"]} for record in results["history"][1:]]
-    _line(axes, records, "error", INK, "")
+    _line(axes, records, "error", INK, "", linewidth=0.8)
     axes.set_ylabel("error in 1/255")
 
 
@@ -124,7 +124,16 @@ def _looks(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [record for record in results["history"] if "validation/reward" in record]
 
 
-def _line(axes: Any, records: list[dict[str, Any]], key: str, colour: str, label: str, **options: Any) -> None:
-    values = [record[key] for record in records]
-    axes.plot([record["update"] for record in records], values, color=colour, linewidth=2.2, label=label, **options)
+def _line(
+    axes: Any,
+    records: list[dict[str, Any]],
+    key: str,
+    colour: str,
+    label: str,
+    *,
+    linewidth: float = 2.2,
+    **options: Any,
+) -> None:
+    values, updates = [record[key] for record in records], [record["update"] for record in records]
+    axes.plot(updates, values, color=colour, label=label, linewidth=linewidth, **options)
     axes.set_xlabel("update")
