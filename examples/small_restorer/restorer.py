@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from examples.small_restorer.network import SmallUNet
-from iqareward.diffusion import PixelPolicy, ResShift
+from iqareward.diffusion import Noise, PixelPolicy, ResShift
 from iqareward.diffusion.conditions import Condition
 
 WEIGHTS = Path(__file__).with_name("weights")
 LEVELS, STEPS = 4, 3  # noise levels in training, and steps of the sampler, which leaves out the lowest level
-KAPPA = 0.2  # noise at the start, for pixels in [-1, 1]
-ERROR = 0.15  # typical error of a damaged photograph, for pixels in [-1, 1]
+KAPPA = 0.1  # noise at the start, for pixels in [-1, 1]
+ERROR = 0.1  # typical error of a damaged photograph, for pixels in [-1, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,13 @@ class SmallRestorer(PixelPolicy):
         signal, noise = self.process.coefficients(self.process.levels(times).to(latents))
         share = signal * ERROR**2 / ((signal * ERROR) ** 2 + noise**2)
         degraded = condition["latents"].to(latents)
-        change = super().predict(latents, times, condition)
+        change = super().predict(latents, times, condition).float()
         return change + degraded + share[:, None, None, None] * (latents - degraded)
+
+    def sft_loss(self, references: Tensor, condition: Condition, noise: Noise) -> Tensor:
+        """The mean absolute error; the squared one would nearly be that of the strongest noise alone."""
+        latents, times, clean = self.noised(self.encode(references, condition), condition, noise)
+        return (self.predict(latents, times, condition).float() - clean).abs().flatten(1).mean(1)
 
 
 def build(*, seed: int = 0) -> PixelPolicy:
