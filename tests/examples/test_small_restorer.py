@@ -14,7 +14,7 @@ import iqareward
 from examples.small_restorer import photographs
 from examples.small_restorer.restorer import WEIGHTS, build, load
 from examples.small_restorer.tasks import TASKS, InTurns, damaged
-from examples.small_restorer.train import Crops
+from examples.small_restorer.train import cut, turned
 from iqareward.diffusion import Batch, Noise, Validation
 
 SIDE = 128
@@ -97,37 +97,35 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_crops_go_on_where_they_were_cut_off(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that dies between two writes ends with the same bytes as one that does not."""
-    monkeypatch.setattr("examples.small_restorer.train.AT_ONCE", 4)
+def test_crops_are_the_same_for_any_number_of_workers(photos: Path) -> None:
+    """Each crop comes from its number alone: a photograph, a place and a kind of damage."""
     files = sorted(photos.iterdir())
-    whole = Crops.cut(files, 10, tmp_path / "whole", 5)
-    flushed = []
-
-    def dies(ids: object, *others: object, **options: object) -> torch.Tensor:
-        if len(flushed) == 2:
-            raise KeyboardInterrupt
-        flushed.append(ids)
-        return InTurns.__call__(InTurns(), ids, *others, **options)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr("examples.small_restorer.train.InTurns", lambda: dies)
-        with pytest.raises(KeyboardInterrupt):
-            Crops.cut(files, 10, tmp_path / "parts", 5)
-    parts = Crops.cut(files, 10, tmp_path / "parts", 5)
-    assert len(flushed) == 2
-    for name in ("degraded", "references"):
-        assert np.array_equal(getattr(parts, name), getattr(whole, name))
-        assert getattr(parts, name).any(axis=(1, 2, 3)).all()
+    one, three = cut(files, 10, 1, 5), cut(files, 10, 3, 5)
+    for alone, shared in zip(one, three, strict=True):
+        assert torch.equal(alone, shared)
+    assert one.references.shape == (10, 3, 128, 128)
+    assert (one.degraded != one.references).flatten(1).any(1).all()
 
 
 def test_training_from_photographs_to_weights(photos: Path, tmp_path: Path) -> None:
-    """The command writes weights that the restorer takes."""
-    output = tmp_path / "out" / "weights.safetensors"
-    command = [sys.executable, "-m", "examples.small_restorer.train", "--photos", str(photos), "--count", "16"]
-    command += ["--updates", "2", "--crops", str(tmp_path / "crops"), "--output", str(output)]
+    """The command writes two sets of weights that the restorer takes, the early one from before the other."""
+    command = [sys.executable, "-m", "examples.small_restorer.train", "--photos", str(photos), "--count", "8"]
+    command += ["--batch", "2", "--minutes", "0.1", "--output", str(tmp_path / "weights")]
     subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=Path(iqareward.__file__).parents[1])
-    network = build().model
-    network.load_state_dict({key: value.float() for key, value in load_file(output).items()})
     before = build().model.state_dict()
-    assert any(not torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    early, late = (load_file(tmp_path / "weights" / f"{name}.safetensors") for name in ("early", "converged"))
+    assert early.keys() == late.keys() == before.keys()
+    assert any(not torch.equal(value, before[key].half()) for key, value in late.items())
+    assert any(not torch.equal(value, early[key]) for key, value in late.items())
+
+
+def test_all_images_of_a_batch_turn_alike() -> None:
+    """Damaged and clean crops stay pairs, in each of the eight ways."""
+    images = torch.arange(16.0).view(1, 1, 4, 4)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(200):
+        first, second = turned(images, -images)
+        assert torch.equal(first, -second)
+        seen.add(tuple(first.flatten().tolist()))
+    assert len(seen) == 8
