@@ -51,7 +51,7 @@ class Scale:
     updates: int
     inputs: int
     group: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
 
 
 QUICK = Scale("quick", 32, 96, 3, 40, 2, 4)

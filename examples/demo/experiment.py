@@ -23,6 +23,7 @@ REWARDS = ("haarpsi", "psnr", "ssim", "cvvdp", "stlpips", "quick", "niqe")
 THIRDS = ("easy", "middle", "hard")
 SEVERITIES = (0.6, 0.9)  # of the damage to the test photographs, in turn
 TRAINED_SEVERITIES = (0.3, 1.0)
+AVERAGE = 0.98  # decay of the averaged weights, which restore
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def train(
                 inputs_per_update=settings.inputs,
                 rows_at_once=None,
                 sft_scale="balanced",
+                ema_decay=AVERAGE,
             ),
             validation=diffusion.Validation(unseen, held_out, monitor=monitor, inputs_at_once=4),
             accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
@@ -173,7 +175,8 @@ def train(
         )
         trainer.train(settings.updates, validate_every=max(1, settings.updates // settings.looks))
     trained = restorer.build()  # without the mixed precision that the accelerator has given the other one
-    trained.model.load_state_dict(policy.model.state_dict())
+    with trainer.learner.averaged():
+        trained.model.load_state_dict(policy.model.state_dict())
     return trained, trainer, monitor
 
 
