@@ -30,14 +30,14 @@ AVERAGE = 0.98  # decay of the averaged weights, which restore
 class Settings:
     """Size of the demo; the defaults take about five minutes on an idle core."""
 
-    reward: str = "haarpsi"
-    updates: int = 200
+    reward: str = "0.5*haarpsi + 0.5*cvvdp"
+    updates: int = 150
     inputs: int = 16  # windows in an update
     windows: int = 2048  # of the training photographs
     window_side: int = 64
     photographs: int = 24  # to test on
     side: int = 256  # of these
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     looks: int = 5  # validations after the first
     seed: int = 0
 
