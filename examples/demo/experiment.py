@@ -119,6 +119,7 @@ def run(settings: Settings, progress: Callable[[str], None]) -> Run:
         {
             "settings": asdict(settings),
             "steps": frozen.num_steps,
+            "weights": sum(weights.numel() for weights in frozen.model.parameters()),
             "rewards": list(rewards),
             "missing": missing,
             "held_out": list(held_out),

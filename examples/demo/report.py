@@ -33,6 +33,7 @@ def render(run: Run) -> str:
         count=len(results["photographs"]),
         num_shown=len(shown(results)),
         steps=results["steps"],
+        weights=f"{results['weights'] / 1e6:.1f}",
         severities=" and ".join(f"{each:g}" for each in severities),
         summary=escape(summary(results)),
         means=table(results["means"], measures),
