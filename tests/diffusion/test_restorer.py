@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from iqareward.diffusion import (
     DDIM,
+    IRSDE,
     Batch,
     FlowCPS,
     Noise,
     PixelPolicy,
+    ResShift,
     build_restorer,
     load_restorer,
     rollout,
@@ -159,8 +161,11 @@ def test_a_residual_answer_is_added_to_the_degraded_image():
 
 def test_only_models_of_the_sample_are_residual():
     """With noise or v as the answer it would mean nothing."""
-    with pytest.raises(ValueError, match="prediction_type='sample'"):
+    with pytest.raises(ValueError, match="prediction_type is 'sample', got 'epsilon'"):
         PixelPolicy(unet(), DDIM(diffusers.DDIMScheduler()), residual=True)
+    assert PixelPolicy(unet(), ResShift(), residual=True).residual
+    with pytest.raises(ValueError, match="got 'epsilon'"):
+        PixelPolicy(unet(), IRSDE(), residual=True)
 
 
 def test_a_pipeline_of_diffusers_is_loaded(tmp_path):
