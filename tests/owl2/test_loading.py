@@ -603,7 +603,8 @@ def test_damaged_files_raise_nothing_else(tmp_path, model, monkeypatch, case) ->
             state = load_owl2(source, **CPU).state_dict()
         except (ValueError, FileNotFoundError) as error:
             refused += 1
-            assert str(tmp_path) in str(error) or "hub" in str(error)
+            # a damaged path of the base may lead to the folder of another test beside this one
+            assert str(tmp_path.parent) in str(error) or "hub" in str(error)
         else:
             assert all(value.isfinite().all() for value in state.values())
     assert refused > count / 4

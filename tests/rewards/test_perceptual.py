@@ -122,6 +122,8 @@ def test_piq_on_traps(metric: str, kind: str) -> None:
         try:
             value = FUNCTION[metric](image[None], reference[None], reduction="none").clamp(max=1)[0]
         except torch.linalg.LinAlgError:  # IW-SSIM has no value on stripes
+            value = torch.tensor(float("nan"))
+        if value.isnan():  # some processors find no eigenvalues, others find NaN
             assert (metric, kind) == ("iwssim", "stripes")
             assert score.isnan()
             continue

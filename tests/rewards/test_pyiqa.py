@@ -307,7 +307,9 @@ def test_traps(metric: str, kind: str) -> None:
     reward = PyIQAReward(metric)
     together = reward(images, references=references)
     alone = [reward(images[i : i + 1], references=references[i : i + 1]) for i in range(3)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5, equal_nan=True)
+    # VIF divides sums of float32 logarithms: 1.001e-5 on an AMD EPYC, where a batch of one takes other kernels
+    batched = 2e-5 if metric == "vif" else 1e-5
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=batched, equal_nan=True)
     if metric in BEST:
         torch.testing.assert_close(together[2], torch.tensor(BEST[metric]), rtol=1e-6, atol=0)
     if metric in ("cw_ssim", "vif"):  # they have no value on some stripes, and VIF's own filters are float32

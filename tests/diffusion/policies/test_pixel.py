@@ -68,7 +68,7 @@ def test_a_residual_network_begins_with_the_degraded_image() -> None:
         condition = policy.condition(batch, noise)
         restored = policy.decode(rollout(policy, condition, noise, num_steps=2).sample, condition)
     assert_close(restored, batch.degraded, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="prediction_type='sample'"):
+    with pytest.raises(ValueError, match="prediction_type is 'sample'"):
         PixelPolicy(unet(), DDIM(diffusers.DDIMScheduler()), residual=True)
 
 
