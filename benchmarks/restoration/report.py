@@ -192,9 +192,12 @@ def fronts(document: Document) -> Figure:
                 for name in line:
                     axis.annotate(name.removeprefix("fixed "), at[name], (4, -9), textcoords="offset points", size=7)
                 for arm in (name for name in names if name not in FRONT):
-                    ours, number = arm == "adaptive", MAIN.index(arm)  # of one colour from both starts
+                    ours, number = (
+                        arm == "adaptive",
+                        MAIN.index(arm),
+                    )  # 10 colours and 11 markers, the same for both starts
                     style = {"ms": 13, "color": RL} if ours else {"ms": 6, "color": f"C{number}"}
-                    axis.plot(*at[arm], "*" if ours else "sD^vPX<>hd"[number % 10], ls="", label=arm, **style)
+                    axis.plot(*at[arm], "*" if ours else "sD^vPX<>hdp"[number % 11], ls="", label=arm, **style)
                 axis.set(xlabel=f"RMSE, {here} inputs (left is better)", ylabel=f"{HEADS[quality]}, {there} inputs")
                 axis.set_title(f"{start}: {HEADS[quality]}, {there} inputs", size=9)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)

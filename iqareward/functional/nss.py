@@ -12,7 +12,7 @@ from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps
 
 Border = Literal["replicate", "constant"]
-"""How an image is padded before it is filtered: with copies of its edge pixels, or with black."""
+"""How images are padded before filtering: by repeating their edge pixels, or with zeros."""
 
 _WINDOW_SIDE = 7
 _WINDOW_SIGMA = 7 / 6

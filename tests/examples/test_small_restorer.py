@@ -21,20 +21,20 @@ SIDE = 128
 
 
 @pytest.fixture(scope="module")
-def test_pairs() -> iqareward.diffusion.StoredPairs:
+def unseen_pairs() -> iqareward.diffusion.StoredPairs:
     """The middle of every Kodak crop, each with one of the five kinds of damage."""
     return damaged(photographs.kodak()[:, :, 64:192, 64:192], 0.7, seed=1)
 
 
-def test_it_restores_what_it_never_saw(test_pairs: iqareward.diffusion.StoredPairs) -> None:
+def test_it_restores_what_it_never_saw(unseen_pairs: iqareward.diffusion.StoredPairs) -> None:
     """In three steps and in one it is nearer to the truth than the damaged photographs, in error and to the eye."""
     policy = load()
     haarpsi = iqareward.load("haarpsi")
-    truth = test_pairs.references
-    before = {"error": iqareward.reference_distance(test_pairs.degraded, truth).mean()}
-    before["haarpsi"] = haarpsi(test_pairs.degraded, references=truth).mean()
+    truth = unseen_pairs.references
+    before = {"error": iqareward.reference_distance(unseen_pairs.degraded, truth).mean()}
+    before["haarpsi"] = haarpsi(unseen_pairs.degraded, references=truth).mean()
     for steps in (1, policy.num_steps):
-        validation = Validation(test_pairs, {}, num_steps=steps, inputs_at_once=24)
+        validation = Validation(unseen_pairs, {}, num_steps=steps, inputs_at_once=24)
         restored = validation.restore(policy, *validation.batches, seed=0)
         assert iqareward.reference_distance(restored, truth).mean() < 0.95 * before["error"]
         assert haarpsi(restored, references=truth).mean() > before["haarpsi"] + 0.01
@@ -51,10 +51,10 @@ def test_it_is_small_and_stored_in_half_precision() -> None:
         assert all(torch.equal(loaded[key], weight.float()) for key, weight in stored.items())
 
 
-def test_untrained_it_changes_nothing_in_one_step(test_pairs: iqareward.diffusion.StoredPairs) -> None:
+def test_untrained_it_changes_nothing_in_one_step(unseen_pairs: iqareward.diffusion.StoredPairs) -> None:
     """The network's answer is 0 at first: one step answers the damaged photograph, but for the sampler's noise."""
     policy, noise = build(), Noise((0, 1))
-    batch = Batch((0, 1), test_pairs.degraded[:2])
+    batch = Batch((0, 1), unseen_pairs.degraded[:2])
     condition = policy.condition(batch, noise)
     (step,) = policy.schedule(condition, 1)
     clean = policy.step(policy.start(condition, noise), step, condition, eta=0.0).clean
