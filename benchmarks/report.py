@@ -167,6 +167,7 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "gpu features": ("gpu/classical", tables.gpu_features, GPU_RUN),
     "gpu trainer": ("gpu/train", tables.gpu_trainer, GPU_RUN),
     "gpu targets": ("gpu/qalign", tables.gpu_targets, GPU_RUN),
+    "groups": ("restoration-groups", photographs.groups, "python -m benchmarks.restoration.groups"),
     "serving targets": ("serving", tables.targets, "python -m benchmarks.bench_serving"),
 }
 for theme, command in PHOTOGRAPHS.items():

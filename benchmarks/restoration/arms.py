@@ -155,12 +155,12 @@ MAIN = (
     "fixed 0.95", "adaptive, convex", "reversed", "worst 30 %", "inverse error", "headroom", "learning progress",
 )  # fmt: skip
 EARLY = (
-    *UNTRAINED, SFT, "sft", "rl", "adaptive", "fixed 0.5", "fixed 0.9", "fixed 0.75", "fixed 0.25", "fixed 0.95",
-    "inverse square", "adaptive, convex", "reversed", "learning progress",
+    *UNTRAINED, SFT, "sft", "rl", "adaptive", "fixed 0.5", "fixed 0.9", "fixed 0.75", "fixed 0.25", "learning progress",
 )  # fmt: skip
-REWARDS = ("quick", "quick, floor", "stlpips", "quick, sampled", "psnr", "quick, gain", "stlpips, floor")
+REWARDS = ("quick", "stlpips", "psnr", "quick, floor", "stlpips, floor", "haarpsi, floor", "quick, gain")
 REWARD_ARMS = ("rl", "adaptive", "fixed 0.5")
-SEEDS, REWARD_SEEDS = 5, 3
+SAMPLED_REWARDS = ("haarpsi, sampled", "haarpsi, patches", "quick, sampled")  # by comparing rollouts; arm rl only
+SEEDS, REWARD_SEEDS = 5, 2
 STUDIES = ("main", "early", "rewards")  # in order of importance
 
 
@@ -169,6 +169,7 @@ def jobs(study: str, seeds: int = SEEDS) -> Iterator[Job]:
     if study == "rewards":
         for seed in range(min(seeds, REWARD_SEEDS)):
             yield from (Job("converged", reward, arm, seed) for reward in REWARDS for arm in REWARD_ARMS)
+            yield from (Job("converged", reward, "rl", seed) for reward in SAMPLED_REWARDS)
         return
     start, arms = ("converged", MAIN) if study == "main" else ("early", EARLY)
     for seed in range(seeds):

@@ -17,6 +17,7 @@ from benchmarks.restoration.arms import (
     PICTURED,
     REWARD_ARMS,
     REWARDS,
+    SAMPLED_REWARDS,
     SFT,
     STUDIES,
     UNTRAINED,
@@ -123,7 +124,7 @@ def distances(document: Document, start: str) -> str:
 def rewards(document: Document) -> str:
     """What every reward does to every measure, over all inputs, against the start."""
     names, lines = ("haarpsi", "stlpips", "cvvdp", "psnr", "quick", "niqe"), []
-    for reward in ("haarpsi", *REWARDS):
+    for reward in ("haarpsi", *REWARDS, *SAMPLED_REWARDS):
         found = study(document, "converged", reward)
         for arm in (name for name in REWARD_ARMS if found.runs.get(name)):
             changes = (cell(difference(found, arm, "frozen", name), DIGITS.get(name, 3)) for name in names)
@@ -157,6 +158,17 @@ def progress(document: Document) -> str:
         arms = dict.fromkeys(job.arm if name != "rewards" else f"{job.reward}: {job.arm}" for job in missing)
         lines.append([name, f"{len(planned) - len(missing)} of {len(planned)}", "; ".join(arms) or "nothing"])
     return table(["study", "runs", "arms that lack seeds"], lines, text_columns=3)
+
+
+def groups(document: Document) -> str:
+    """Spread of HaarPSI within a group of rollouts by the size of a patch, and its share of what could be gained."""
+    lines = [
+        [row["sampler"], str(row["side"]), f"{row['score']:.3f}", f"{row['within']:.4f}", f"{row['between']:.3f}",
+         f"{row['best']:.4f}", f"{row['within'] / row['headroom']:.1%}"]
+        for row in document["rows"]
+    ]  # fmt: skip
+    head = ["noise of the sampler", "side, pixels", "HaarPSI", "std within a group", "std between inputs"]
+    return table([*head, "best of 8 less mean", "std / headroom"], lines)
 
 
 def figure_file(theme: str, name: str) -> str:

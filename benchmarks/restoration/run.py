@@ -37,7 +37,9 @@ AVERAGE = 0.98  # decay of the averaged weights per optimiser step
 SFT_BATCH = 16
 SFT_RATE = {"converged": 1e-4, "early": 3e-4}  # of SFT with all of the compute; it decays
 SAMPLED, SAMPLED_GROUP = ClippedPolicyGradient(clip=1e-3), 6  # of rewards that are not followed by their gradient
+SAMPLED_INPUTS = 1 / 3  # of the inputs of an update: groups cost more than a gradient
 FLOOR_INPUTS, BELOW_FLOOR = 120, 0.25  # training inputs that a floor is set on, and the share of them below it
+COMPARED = ("sampled", "patches")  # rewards by which rollouts are compared; of patches, within a quarter of an input
 POINTS = 20  # of a history
 
 
@@ -58,7 +60,7 @@ class Headroom:
 def reward_named(name: str, bench: Bench, start: PixelPolicy) -> Reward:
     """A reward of the study; a floor is the PSNR that the start misses on a quarter of the training inputs."""
     kind, _, how = name.partition(", ")
-    gradient = how != "sampled"
+    gradient = how not in COMPARED
     if kind == "stlpips":
         reward = bench.st_lpips(differentiable=gradient)
     else:
@@ -119,7 +121,12 @@ def train(job: Job, policy: PixelPolicy, bench: Bench) -> list[dict[str, Any]]:
 
     There are fewer of them where a reward is exploited until no gradient is finite any more.
     """
-    scale, pairs, sampled = bench.scale, world.training(bench.scale), job.reward.endswith("sampled")
+    scale, pairs, inputs = bench.scale, world.training(bench.scale), bench.scale.inputs
+    how = job.reward.partition(", ")[2]
+    if sampled := how in COMPARED:
+        inputs = round(inputs * SAMPLED_INPUTS)
+    if how == "patches":
+        pairs, inputs = world.quartered(pairs), 4 * inputs
     reward = reward_named(job.reward, bench, copy.deepcopy(policy))
     progress = job.arm == "learning progress"
     weighter: Any = LearningProgress(errors(policy, bench)) if progress else WEIGHTERS[job.arm]()
@@ -135,7 +142,7 @@ def train(job: Job, policy: PixelPolicy, bench: Bench) -> list[dict[str, Any]]:
             rollout_config=RolloutConfig(SAMPLED_GROUP if sampled else scale.group, num_steps=policy.num_steps),
             train_config=TrainConfig(
                 learning_rate=scale.learning_rate,
-                inputs_per_update=scale.inputs,
+                inputs_per_update=inputs,
                 minibatches=MINIBATCHES,
                 epochs=EPOCHS,
                 rows_at_once=None,

@@ -75,6 +75,17 @@ def training(scale: Scale) -> StoredPairs:
     return damaged(torch.stack(windows), severity, seed=TRAIN)
 
 
+def quarters(images: Tensor) -> Tensor:
+    """The four quarters `[4 N, C, H / 2, W / 2]` of each image, those of one image together."""
+    rows = [half.chunk(2, 3) for half in images.chunk(2, 2)]
+    return torch.stack([part for row in rows for part in row], 1).flatten(0, 1)
+
+
+def quartered(pairs: StoredPairs) -> StoredPairs:
+    """Every quarter of an input as an input of its own."""
+    return StoredPairs(quarters(pairs.degraded), quarters(pairs.references))
+
+
 def severities(pictures: int) -> Tensor:
     """`[pictures, tasks]` severities, spread evenly within each task, in another order for each."""
     even, rng = torch.linspace(LOWEST_SEVERITY, 1, pictures), generator(TEST)
