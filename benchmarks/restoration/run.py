@@ -124,7 +124,7 @@ def train(job: Job, policy: PixelPolicy, bench: Bench) -> list[dict[str, Any]]:
     scale, pairs, inputs = bench.scale, world.training(bench.scale), bench.scale.inputs
     how = job.reward.partition(", ")[2]
     if sampled := how in COMPARED:
-        inputs = round(inputs * SAMPLED_INPUTS)
+        inputs = max(MINIBATCHES, round(inputs * SAMPLED_INPUTS))
     if how == "patches":
         pairs, inputs = world.quartered(pairs), 4 * inputs
     reward = reward_named(job.reward, bench, copy.deepcopy(policy))
