@@ -121,6 +121,20 @@ def distances(document: Document, start: str) -> str:
     return table([*head, "HaarPSI, all, at equal PSNR"], lines)
 
 
+def constants(document: Document, start: str) -> str:
+    """The default weighting less each constant share: what choosing the share by hand would gain or lose."""
+    found, lines = study(document, start), []
+    for arm in (name for name in FRONT if found.seeds("adaptive", name)):
+        differ = partial(difference, found, "adaptive", arm)
+        lines.append([
+            arm, cell(differ("haarpsi", "hard")), cell(differ("haarpsi", "easy")), cell(differ("stlpips", "hard")),
+            cell(differ("stlpips", "easy")), cell(differ("rmse", "hard", relative=True), 2),
+            cell(differ("rmse", "easy", relative=True), 2), cell(differ("psnr"), 2),
+        ])  # fmt: skip
+    head = ["adaptive less", "HaarPSI, hard", "HaarPSI, easy", "ST-LPIPS, hard", "ST-LPIPS, easy"]
+    return table([*head, "RMSE hard, %", "RMSE easy, %", "PSNR, all"], lines)
+
+
 def rewards(document: Document) -> str:
     """What every reward does to every measure, over all inputs, against the start."""
     names, lines = ("haarpsi", "stlpips", "cvvdp", "psnr", "quick", "niqe"), []
@@ -292,5 +306,5 @@ FIGURES: dict[str, Callable[[Document], Figure]] = {
 }
 TABLES: dict[str, Callable[[Document], str]] = {"progress": progress, "rewards": rewards, "figures": images}
 for start in ("converged", "early"):
-    for build in (absolute, weightings, distances, hand_over):
+    for build in (absolute, weightings, distances, constants, hand_over):
         TABLES[f"{build.__name__.replace('_', ' ')} {start}"] = partial(build, start=start)

@@ -120,6 +120,7 @@ def test_tables_name_every_arm_and_figures_are_drawn(tmp_path):
         line for line in report.distances(document, "converged").splitlines() if "adap" in line
     )
     assert "| adaptive |" in report.weightings(document, "converged")
+    assert report.constants(document, "converged").count("| **+0.5000 [+0.5000, +0.5000]**") == 4  # less sft, which is 0
     assert "0.50, 0.50" in report.hand_over(document, "converged")
     assert "| haarpsi | adaptive | 5 |" in report.rewards(document)
     assert "| rewards | 0 of 48 |" in report.progress(document)
