@@ -1,12 +1,12 @@
 """Further rewards, and what is needed to write one, imported when they are first used."""
 
 from .catalog import CATALOG as CATALOG
-from .clip import CLIPIQAReward as CLIPIQAReward
-from .clip import CLIPScoreReward as CLIPScoreReward
-from .clip import HPSv2Reward as HPSv2Reward
-from .clip import LAIONAestheticReward as LAIONAestheticReward
-from .clip import PickScoreReward as PickScoreReward
-from .clip import RALIReward as RALIReward
+from .clip.rewards import CLIPIQAReward as CLIPIQAReward
+from .clip.rewards import CLIPScoreReward as CLIPScoreReward
+from .clip.rewards import HPSv2Reward as HPSv2Reward
+from .clip.rewards import LAIONAestheticReward as LAIONAestheticReward
+from .clip.rewards import PickScoreReward as PickScoreReward
+from .clip.rewards import RALIReward as RALIReward
 from .core import Combined as Combined
 from .core import ImageReward as ImageReward
 from .core import UnscoredWarning as UnscoredWarning

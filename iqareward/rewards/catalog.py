@@ -22,7 +22,7 @@ from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
 from iqareward.rewards.calibrations import calibrated, calibrations
-from iqareward.rewards.clip import CLIP_B16, CLIP_B32, CLIP_L14, HPSV2, PICKSCORE
+from iqareward.rewards.clip.checkpoints import CLIP_B16, CLIP_B32, CLIP_L14, HPSV2, PICKSCORE
 from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.metric import FullReference, NoReference
 from iqareward.rewards.options import checked, closing, kind_of, read_options, write_options
