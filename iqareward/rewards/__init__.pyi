@@ -18,6 +18,7 @@ from .perceptual import STLPIPSReward as STLPIPSReward
 from .quick import QuickReward as QuickReward
 from .rank import PairsInGroup as PairsInGroup
 from .rank import RankInGroup as RankInGroup
+from .vlm.hpsv3 import HPSv3Reward as HPSv3Reward
 from .vlm.presets import Q_INSIGHT as Q_INSIGHT
 from .vlm.presets import Q_REALIGN as Q_REALIGN
 from .vlm.presets import VISUALQUALITY_R1 as VISUALQUALITY_R1
@@ -26,4 +27,3 @@ from .vlm.presets import LevelPreset as LevelPreset
 from .vlm.presets import RatingPreset as RatingPreset
 from .vlm.presets import Ratings as Ratings
 from .vlm.presets import Sampling as Sampling
-from .vlm.rewards import HPSv3Reward as HPSv3Reward
