@@ -655,7 +655,7 @@ def clip_reward(name: str, device: str, **options: Any) -> Any:
 def _clip_network(name: str, device: torch.device) -> torch.nn.Module:
     import transformers
 
-    from iqareward.rewards.clip import Network
+    from iqareward.rewards.clip.network import Network
     from iqareward.rewards.owl2.preprocess import CLIP_MEAN, CLIP_STD
     from tests.rewards.clip_tiny import tokenizer
 

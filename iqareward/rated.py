@@ -12,7 +12,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from iqareward.optional import require
-from iqareward.rewards.catalog import PYIQA_PREFIX, published
+from iqareward.rewards.catalog import published
+from iqareward.rewards.specs import PYIQA_PREFIX
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 _NAMES = ("human", "group", "image", "reference")  # columns that are known by their names

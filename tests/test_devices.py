@@ -23,7 +23,8 @@ from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.rewards import DeQAReward
 from iqareward.rewards.perceptual import DISTSReward, LPIPSReward, STLPIPSReward
 from iqareward.rewards.quick import QuickReward
-from iqareward.rewards.vlm.rewards import HPSv3Reward, LevelReward, RatingReward
+from iqareward.rewards.vlm.hpsv3 import HPSv3Reward
+from iqareward.rewards.vlm.rewards import LevelReward, RatingReward
 from tests.diffusion import tiny as policies
 from tests.diffusion.train_tiny import trainer
 from tests.gpu import no_waits, on_devices

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from iqareward.images import ImageLike, drop_broken_gradients, to_images
 from iqareward.rewards.calls import COLUMNS, Call
-from iqareward.rewards.catalog import Spec, load
+from iqareward.rewards.catalog import load
 from iqareward.rewards.core import check_names
 from iqareward.rewards.loading import ImageDevice
+from iqareward.rewards.specs import Spec
 from iqareward.types import Groups, Images, Reward, Scores
 
 _LOGGER = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from iqareward._gradients import clamp
 from iqareward.adapters._core import Scorer
 from iqareward.images import ImageLike, to_images
 from iqareward.optional import require
-from iqareward.rewards.catalog import Spec
+from iqareward.rewards.specs import Spec
 from iqareward.seeds import generator
 from iqareward.types import Reward, Scores
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from iqareward.adapters._core import UNIT, OnNan, Scorer, ValueRange, apply_policy, check_on_nan, column
 from iqareward.images import to_images
-from iqareward.rewards.catalog import Spec, load, on_unit_scale
+from iqareward.rewards.catalog import load, on_unit_scale
+from iqareward.rewards.specs import Spec
 from iqareward.rewards.threads import ProcessLock
 from iqareward.types import Reward, Scores
 

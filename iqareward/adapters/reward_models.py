@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iqareward.adapters._core import OnNan, Scorer
 from iqareward.images import to_images
-from iqareward.rewards.catalog import Spec
+from iqareward.rewards.specs import Spec
 from iqareward.types import Reward, Scores
 
 __all__ = ["HPSv2Model", "HPSv3Model", "ImscoreModel", "alignprop_loss", "vader_loss"]

@@ -18,8 +18,8 @@ from iqareward.atomic import atomic_write
 from iqareward.groups import group_statistics
 from iqareward.images import ImageLike
 from iqareward.optional import require
-from iqareward.rewards.catalog import Spec
 from iqareward.rewards.core import refuse_groups
+from iqareward.rewards.specs import Spec
 from iqareward.schedules import Weighter, check_signal
 from iqareward.types import Reward, Scores
 from iqareward.weighting import LossWeights, weighted_advantages

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from iqareward.adapters._core import OnNan, Scorer
 from iqareward.rewards.batching import MicroBatched
-from iqareward.rewards.catalog import Spec, text_of
+from iqareward.rewards.catalog import text_of
+from iqareward.rewards.specs import Spec
 from iqareward.types import Images, Reward
 
 __all__ = ["compute_score"]

@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 from iqareward.diffusion import synthetic_images
 from iqareward.image_files import References, find_images
 from iqareward.images import to_images
-from iqareward.rewards.catalog import PYIQA_PREFIX, load
+from iqareward.rewards.catalog import load
+from iqareward.rewards.specs import PYIQA_PREFIX
 from iqareward.testing import MIN_IMAGES, Report, RewardContractError, check_reward, fact, raised
 from iqareward.types import Reward
 

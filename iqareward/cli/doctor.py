@@ -22,10 +22,11 @@ from rich.text import Text
 
 import iqareward
 from iqareward.cli.text import printable
-from iqareward.rewards.catalog import CATALOG, PYIQA_PREFIX, Entry, pyiqa_entries
-from iqareward.rewards.clip import HPSV2, HPSV2_FILE
+from iqareward.rewards.catalog import CATALOG, Entry, pyiqa_entries
+from iqareward.rewards.clip.checkpoints import HPSV2, HPSV2_FILE
 from iqareward.rewards.perceptual import BACKBONES, cached_file
 from iqareward.rewards.pyiqa import NEEDS_CUDA
+from iqareward.rewards.specs import PYIQA_PREFIX
 
 LEGEND = """
 here   yes; download: the first call fetches the weights;

@@ -1,12 +1,12 @@
 """Further rewards, and what is needed to write one, imported when they are first used."""
 
 from .catalog import CATALOG as CATALOG
-from .clip import CLIPIQAReward as CLIPIQAReward
-from .clip import CLIPScoreReward as CLIPScoreReward
-from .clip import HPSv2Reward as HPSv2Reward
-from .clip import LAIONAestheticReward as LAIONAestheticReward
-from .clip import PickScoreReward as PickScoreReward
-from .clip import RALIReward as RALIReward
+from .clip.rewards import CLIPIQAReward as CLIPIQAReward
+from .clip.rewards import CLIPScoreReward as CLIPScoreReward
+from .clip.rewards import HPSv2Reward as HPSv2Reward
+from .clip.rewards import LAIONAestheticReward as LAIONAestheticReward
+from .clip.rewards import PickScoreReward as PickScoreReward
+from .clip.rewards import RALIReward as RALIReward
 from .core import Combined as Combined
 from .core import ImageReward as ImageReward
 from .core import UnscoredWarning as UnscoredWarning
@@ -18,6 +18,7 @@ from .perceptual import STLPIPSReward as STLPIPSReward
 from .quick import QuickReward as QuickReward
 from .rank import PairsInGroup as PairsInGroup
 from .rank import RankInGroup as RankInGroup
+from .vlm.hpsv3 import HPSv3Reward as HPSv3Reward
 from .vlm.presets import Q_INSIGHT as Q_INSIGHT
 from .vlm.presets import Q_REALIGN as Q_REALIGN
 from .vlm.presets import VISUALQUALITY_R1 as VISUALQUALITY_R1
@@ -26,4 +27,3 @@ from .vlm.presets import LevelPreset as LevelPreset
 from .vlm.presets import RatingPreset as RatingPreset
 from .vlm.presets import Ratings as Ratings
 from .vlm.presets import Sampling as Sampling
-from .vlm.rewards import HPSv3Reward as HPSv3Reward

@@ -1,13 +1,11 @@
 """The table of all named rewards; `load` builds them and their weighted sums."""
 
-import difflib
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +20,12 @@ from iqareward.functional.niqe import MIN_SIDE as NIQE_MIN_SIDE
 from iqareward.functional.piqe import MIN_SIDE as PIQE_MIN_SIDE
 from iqareward.functional.ssim import WINDOW_SIZE as SSIM_MIN_SIDE
 from iqareward.rewards.calibrations import calibrated, calibrations
-from iqareward.rewards.clip import CLIP_B16, CLIP_B32, CLIP_L14, HPSV2, PICKSCORE
+from iqareward.rewards.clip.checkpoints import CLIP_B16, CLIP_B32, CLIP_L14, HPSV2, PICKSCORE
 from iqareward.rewards.combine import AffineMap, Calibrated, WeightedSum, exact
 from iqareward.rewards.metric import FullReference, NoReference
-from iqareward.rewards.options import checked, closing, kind_of, read_options, write_options
+from iqareward.rewards.options import checked, kind_of, write_options
 from iqareward.rewards.pyiqa import NO_GRADIENT, REFUSED, pyiqa_bounds, pyiqa_configs, pyiqa_facts
+from iqareward.rewards.specs import PYIQA_PREFIX, Spec, Term, sign_of, sum_of, terms_of, with_options
 from iqareward.rewards.vlm.presets import HPSV3_MODEL, Q_INSIGHT_MODEL, Q_REALIGN_MODELS, VISUALQUALITY_R1_MODEL
 from iqareward.types import Bounds, Reward
 
@@ -197,34 +196,7 @@ CATALOG: dict[str, Entry] = {
                     True, False, extra="perceptual"),
 }
 # fmt: on
-PYIQA_PREFIX = "pyiqa:"
 _REFUSED = {PYIQA_PREFIX + metric for metric in REFUSED}
-
-_NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
-_TERM = re.compile(
-    rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z](?:[^\s*\[\]()]*[^\s*\[\]()_-])?)"
-    rf"(?:\((?P<options>\d+)\))?"  # the place of the options in a list; see _masked
-    rf"(?:\[\s*(?:(?P<low>-?{_NUMBER})\s*,\s*(?P<high>-?{_NUMBER})|(?P<calibrated>calibrated))\s*\])?"
-)
-
-Spec: TypeAlias = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
-"""The description of a reward that `load` accepts: text, or a mapping or list such as those read from YAML and TOML."""
-
-
-class _Term(NamedTuple):
-    """A part of a sum, with the name in the catalogue that it means.
-
-    Attributes:
-        text: The part as text, without its sign.
-        range: The scores that become 0 and 1, or "calibrated" for the map that ships.
-        weight: None = not given.
-    """
-
-    name: str
-    text: str
-    options: Mapping[str, Any] = {}
-    range: tuple[float, float] | str | None = None
-    weight: float | None = None
 
 
 def load(
@@ -276,13 +248,13 @@ def load(
         ValueError: unknown reward 'nique'; did you mean niqe, piqe, brisque, pyiqa:unique? `iqareward list` shows all
         names, `iqareward list --pyiqa` those of pyiqa.
     """
-    terms = _terms(spec)
+    terms = terms_of(spec, CATALOG)
     if options and len(terms) > 1:
         raise ValueError(
             f"load got {', '.join(options)} for a sum of {len(terms)} rewards. Write options behind the name of the "
             f"one that they belong to: 'ssim + {terms[-1].name}{write_options(options)}'."
         )
-    terms[0] = _with_options(terms[0], options)
+    terms[0] = with_options(terms[0], options)
     rewards = [_build(term, device, differentiable) for term in terms]
     if len(terms) == 1 and terms[0].weight is None:
         return rewards[0]
@@ -315,7 +287,7 @@ def on_unit_scale(spec: Spec, reward: Reward, *, weight: float = 1.0) -> Reward:
     """
     if isinstance(reward, WeightedSum):
         return reward
-    return _on_one_scale(spec, [_terms(spec)[0]._replace(weight=weight)], [reward])[0]
+    return _on_one_scale(spec, [terms_of(spec, CATALOG)[0]._replace(weight=weight)], [reward])[0]
 
 
 def published(spec: Spec) -> tuple[float, float] | None:
@@ -332,7 +304,7 @@ def published(spec: Spec) -> tuple[float, float] | None:
         >>> published("niqe"), published("qalign"), published("0.7*haarpsi + 0.3*ssim")
         ((-1.0, 0.0), (4.0, 1.0), None)
     """
-    first, *others = _terms(spec)
+    first, *others = terms_of(spec, CATALOG)
     if others or first.weight is not None or first.range is not None:
         return None
     entry = _entry_of(first.name)
@@ -379,111 +351,10 @@ def text_of(spec: Spec) -> str:
         >>> text_of({"haarpsi": 0.7, "lpips": {"weight": 0.3, "range": [-1, 0], "net": "vgg"}})
         '0.7*haarpsi + 0.3*lpips(net=vgg)[-1, 0]'
     """
-    return spec if isinstance(spec, str) else _sum_of(_terms(spec))
+    return spec if isinstance(spec, str) else sum_of(terms_of(spec, CATALOG))
 
 
-def _terms(spec: Any) -> list[_Term]:
-    """The parts of a sum, of which one is a reward alone."""
-    if isinstance(spec, str):
-        return _parsed(spec)
-    if isinstance(spec, Mapping) and "name" in spec:
-        return [_named(spec)]
-    if isinstance(spec, Mapping) and spec:
-        return [_item(name, value) for name, value in spec.items()]
-    if isinstance(spec, Sequence) and spec and all(isinstance(each, str | Mapping) for each in spec):
-        return [term for each in spec for term in _terms(each)]
-    raise TypeError(
-        "load expected a name such as 'ssim', a sum such as '0.7*qalign + 0.3*ssim', a list of names, or a mapping of "
-        f"names to weights, got {type(spec).__name__}. A reward object needs no loading."
-    )
-
-
-def _item(name: Any, value: Any) -> _Term:
-    """A part from an item of a mapping: a weight, or options with `weight` and `range` among them."""
-    if isinstance(value, Mapping) and "name" not in value:
-        return _named({**value, "name": name})
-    if not _is_number(value):
-        raise TypeError(
-            "load expected a mapping of names to weights, got "
-            f"{value!r} for {name!r}. One reward is {{'name': {name!r}, ...}}, several of one name are a list of these."
-        )
-    return _named({"name": name, "weight": value})
-
-
-def _named(entry: Mapping[str, Any]) -> _Term:
-    """A part from a mapping with `name`, perhaps `weight` and `range`, and options."""
-    options = dict(entry)
-    name, weight, limits = options.pop("name"), options.pop("weight", None), options.pop("range", None)
-    terms = _parsed(name) if isinstance(name, str) else []
-    if len(terms) != 1 or terms[0].weight is not None:
-        raise ValueError(f"load expected the name of one reward for each weight, got {name!r} in {dict(entry)}.")
-    if weight is not None and not _is_number(weight):
-        raise TypeError(f"load expected a number as `weight` of {name!r}, got {weight!r}.")
-    term = _with_options(terms[0]._replace(weight=weight), options)
-    if limits is not None:
-        if limits != "calibrated":
-            if isinstance(limits, str) or not isinstance(limits, Sequence) or not all(map(_is_number, limits)):
-                raise ValueError(f"load expected `range` of {name!r} as [low, high] or 'calibrated', got {limits!r}.")
-            if term.range is not None or len(limits) != 2:
-                raise ValueError(f"load expected one `range` of two numbers for {name!r}, got {limits!r}.")
-            limits = (float(limits[0]), float(limits[1]))
-        term = term._replace(range=limits)
-    return term._replace(text=_written(term))
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) <= sys.float_info.max  # of YAML, which has integers that are no float
-    return isinstance(value, float)
-
-
-def _with_options(term: _Term, options: Mapping[str, Any]) -> _Term:
-    """The part with further options."""
-    if wrong := [key for key in options if not isinstance(key, str)]:
-        raise ValueError(f"load expected the names of the options of {term.text!r} as text, got {wrong}.")
-    if twice := sorted(term.options.keys() & options.keys()):
-        raise ValueError(f"load got {', '.join(twice)} of {term.text!r} twice: {write_options(options)[1:-1]}.")
-    if not options:
-        return term
-    term = term._replace(options={**term.options, **options})
-    return term._replace(text=_written(term))
-
-
-def _written(term: _Term) -> str:
-    """The part as text, without its sign."""
-    weight = "" if term.weight is None else f"{abs(term.weight)!r}*"
-    limits = term.range if isinstance(term.range, str | None) else ", ".join(map(exact, term.range))
-    return f"{weight}{term.name}{write_options(term.options)}{f'[{limits}]' if limits else ''}"
-
-
-def _sum_of(terms: Iterable[_Term], texts: Iterable[str] | None = None) -> str:
-    """The parts as one text, with their signs."""
-    texts = [term.text for term in terms] if texts is None else texts
-    signed = (f"{_sign(term)} {text}" for term, text in zip(terms, texts, strict=True))
-    return " ".join(signed).removeprefix("+ ")
-
-
-def _sign(term: _Term) -> str:
-    return "-" if term.weight is not None and term.weight < 0 else "+"
-
-
-def _parsed(spec: str) -> list[_Term]:
-    """The one way to read a text."""
-    masked, options = _masked(spec)
-    sign = "-" if masked.lstrip().startswith("-") else "+"
-    try:
-        readings = list(_readings(masked.lstrip().removeprefix("-"), _known_names(masked), options, sign))
-    except RecursionError:
-        raise ValueError(f"load expected fewer parts and brackets than in {spec[:60]!r}...") from None
-    if not readings:
-        raise _unreadable(spec, masked, options)
-    if len(readings) > 1:
-        forms = " or ".join(repr(_sum_of(reading)) for reading in readings)
-        raise ValueError(f"{spec!r} can be read as {forms}; put spaces around the operators.")
-    return readings[0]
-
-
-def _on_one_scale(spec: Spec, terms: list[_Term], rewards: list[Reward]) -> list[Reward]:
+def _on_one_scale(spec: Spec, terms: list[Term], rewards: list[Reward]) -> list[Reward]:
     """The parts of a sum, calibrated where their scores may leave [-1, 1]; without a calibration, the line to write."""
     scaled = [_scaled(reward) for reward in rewards]
     texts = [term.text if part else _ranged(term) for term, part in zip(terms, scaled, strict=True)]
@@ -492,7 +363,7 @@ def _on_one_scale(spec: Spec, terms: list[_Term], rewards: list[Reward]) -> list
     if wide:
         raise ValueError(
             f"{text_of(spec)!r} adds scores of different scales: {', '.join(wide)} may leave [-1, 1], and no "
-            f"calibration of {'it' if len(wide) == 1 else 'them'} ships. Write {_sum_of(terms, texts)!r}: the first "
+            f"calibration of {'it' if len(wide) == 1 else 'them'} ships. Write {sum_of(terms, texts)!r}: the first "
             f"score in brackets becomes 0, the second 1.{f' {_hint(distances)}' if distances else ''}"
         )
     if distances:
@@ -500,21 +371,21 @@ def _on_one_scale(spec: Spec, terms: list[_Term], rewards: list[Reward]) -> list
     return [part for part in scaled if part is not None]
 
 
-def _subtracted(terms: Iterable[_Term]) -> list[_Term]:
+def _subtracted(terms: Iterable[Term]) -> list[Term]:
     """Subtracted distances, whose rewards are their negatives already: people subtract them once more."""
     return [
         term
         for term in terms
-        if _sign(term) == "-" and term.range is None and not _entry_of(term.name).higher_is_better
+        if sign_of(term) == "-" and term.range is None and not _entry_of(term.name).higher_is_better
     ]
 
 
-def _hint(distances: Iterable[_Term]) -> str:
+def _hint(distances: Iterable[Term]) -> str:
     names = ", ".join(term.name for term in distances)
     return f"{names}: higher is better here already; did you mean + instead of -?"
 
 
-def _refused(spec: Spec, terms: Iterable[_Term], distances: Sequence[_Term]) -> ValueError:
+def _refused(spec: Spec, terms: Iterable[Term], distances: Sequence[Term]) -> ValueError:
     texts = [
         term.text if term not in distances
         else f"{term.text}[calibrated]" if term.name in calibrations()
@@ -522,7 +393,7 @@ def _refused(spec: Spec, terms: Iterable[_Term], distances: Sequence[_Term]) -> 
         for term in terms
     ]  # fmt: skip
     return ValueError(
-        f"{text_of(spec)!r} subtracts {_hint(distances)} To subtract it all the same, write {_sum_of(terms, texts)!r}."
+        f"{text_of(spec)!r} subtracts {_hint(distances)} To subtract it all the same, write {sum_of(terms, texts)!r}."
     )
 
 
@@ -534,12 +405,12 @@ def _scaled(reward: Reward) -> Reward | None:
     return calibrated(reward) if reward.name in calibrations() else None
 
 
-def _ranged(term: _Term) -> str:
+def _ranged(term: Term) -> str:
     usual = _entry_of(term.name).usual
     return f"{term.text}[{'low, high' if usual is None else ', '.join(map(exact, usual))}]"
 
 
-def _build(term: _Term, device: torch.device | str | None, differentiable: bool) -> Reward:
+def _build(term: Term, device: torch.device | str | None, differentiable: bool) -> Reward:
     entry = _entry_of(term.name)
     known, others = known_options(term.name)
     hints = {key: parameter.annotation for key, parameter in known.items()}
@@ -587,7 +458,7 @@ def options_of(name: str) -> Iterator[tuple[str, str, str]]:
         >>> next(options_of("SSIM"))
         ('batch_size=none', 'a whole number or none', 'images per call of the metric')
     """
-    name = _parsed(name)[0].name
+    name = terms_of(name, CATALOG)[0].name
     build: Any = _entry_of(name).build
     owners = (_class(build.args[0]),) if build.func is _public else build.args[:2]
     text = "\n".join(inspect.getdoc(owner) or "" for owner in owners)
@@ -597,83 +468,3 @@ def options_of(name: str) -> Iterator[tuple[str, str, str]]:
         default = False if key == "differentiable" else parameter.default
         written = key if default is parameter.empty else write_options({key: default})[1:-1]
         yield written, kind_of(parameter.annotation), sentence
-
-
-def _masked(spec: str) -> tuple[str, list[str]]:
-    """The text with numbers in place of the options in parentheses, which may hold anything, and these options."""
-    parts, options, rest = list[str](), list[str](), spec
-    while (start := rest.find("(")) >= 0:
-        end = closing(rest, start)
-        parts += rest[:start], f"({len(options)})"
-        options.append(rest[start + 1 : end - 1])
-        rest = rest[end:]
-    return "".join((*parts, rest)), options
-
-
-def _unmasked(text: str, options: Sequence[str]) -> str:
-    return re.sub(r"\((\d+)\)", lambda match: f"({options[int(match[1])]})", text)
-
-
-def _key(name: str) -> str:
-    """What counts in a name: neither case nor hyphens and underscores."""
-    return re.sub("[-_]", "", name).lower()
-
-
-def _known_names(spec: str) -> dict[str, str]:
-    """Key -> name, of the table and, if the spec names any, of pyiqa's metrics."""
-    theirs = [PYIQA_PREFIX + metric for metric in pyiqa_configs()] if PYIQA_PREFIX in spec.lower() else []
-    return {_key(name): name for name in (*CATALOG, *theirs)}
-
-
-def _known_term(text: str, names: Mapping[str, str], options: Sequence[str], sign: str = "+") -> _Term | None:
-    match = _TERM.fullmatch(text.strip())
-    name = match and names.get(_key(match["name"]))
-    if not match or not name:
-        return None
-    weight = None if match["weight"] is None and sign == "+" else float(f"{sign}{match['weight'] or 1}")
-    return _Term(
-        name,
-        _unmasked(match[0], options),
-        read_options(options[int(match["options"])]) if match["options"] else {},
-        (float(match["low"]), float(match["high"])) if match["low"] else match["calibrated"],
-        weight,
-    )
-
-
-def _readings(text: str, names: Mapping[str, str], options: Sequence[str], sign: str = "+") -> Iterator[list[_Term]]:
-    """Every way to read a sum of known names: + and - are operators or, within a word, may belong to a name."""
-    if term := _known_term(text, names, options, sign):
-        yield [term]
-    for operator in re.finditer("[+-]", text):
-        if term := _known_term(text[: operator.start()], names, options, sign):
-            yield from ([term, *rest] for rest in _readings(text[operator.end() :], names, options, operator[0]))
-
-
-def _unreadable(spec: str, masked: str, options: Sequence[str]) -> ValueError:
-    """The first part of a spec that is not known, and what may have been meant."""
-    names, rest = _known_names(masked), masked.strip()
-    while ends := [
-        found.end() for found in re.finditer("[+-]", rest) if _known_term(rest[: found.start()], names, options)
-    ]:
-        rest = rest[ends[-1] :].strip()
-    text = re.split(r"\s+[+-]\s+", rest)[0]
-    match = _TERM.fullmatch(text)
-    if match is None:
-        return ValueError(
-            f"{spec!r} is not a reward: expected a name or a sum such as '0.7*haarpsi + 0.3*psnr[10, 50]', could not "
-            f"read {_unmasked(text, options)!r}."
-        )
-    name = match["name"].partition("+")[0]
-    wanted = _key(name.removeprefix(PYIQA_PREFIX))
-    ours = {} if name.startswith(PYIQA_PREFIX) else {_key(known): known for known in CATALOG}
-    try:
-        theirs = {_key(metric): PYIQA_PREFIX + metric for metric in pyiqa_configs()}
-    except ImportError:  # then none of its names can be meant
-        theirs = {}
-    near = [known[key] for known in (ours, theirs) for key in difflib.get_close_matches(wanted, known)]
-    if wanted in theirs:
-        near = [theirs[wanted]]
-    hint = f"did you mean {', '.join(near[:4])}? " if near else ""
-    return ValueError(
-        f"unknown reward {name!r}; {hint}`iqareward list` shows all names, `iqareward list --pyiqa` those of pyiqa."
-    )

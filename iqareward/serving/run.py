@@ -15,7 +15,8 @@ from pydantic.dataclasses import dataclass
 from starlette.types import ASGIApp
 
 from iqareward.optional import require
-from iqareward.rewards.catalog import Spec, load, text_of
+from iqareward.rewards.catalog import load, text_of
+from iqareward.rewards.specs import Spec
 from iqareward.serving.app import build_app
 from iqareward.serving.backend import (
     MAX_MESSAGE_BYTES,

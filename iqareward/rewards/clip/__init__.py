@@ -1,0 +1,1 @@
+"""Rewards by the features of CLIP models."""
