@@ -121,18 +121,31 @@ def distances(document: Document, start: str) -> str:
     return table([*head, "HaarPSI, all, at equal PSNR"], lines)
 
 
+DIFFERENCES = (
+    "HaarPSI, hard", "HaarPSI, easy", "ST-LPIPS, hard", "ST-LPIPS, easy", "RMSE hard, %", "RMSE easy, %", "PSNR, all",
+)  # fmt: skip
+
+
+def differences(found: Study, arm: str, baseline: str) -> list[str]:
+    """The cells of `DIFFERENCES`: an arm less another one."""
+    differ = partial(difference, found, arm, baseline)
+    qualities = [cell(differ(name, where)) for name in ("haarpsi", "stlpips") for where in ("hard", "easy")]
+    errors = [cell(differ("rmse", where, relative=True), 2) for where in ("hard", "easy")]
+    return [*qualities, *errors, cell(differ("psnr"), 2)]
+
+
 def constants(document: Document, start: str) -> str:
     """The default weighting less each constant share: what choosing the share by hand would gain or lose."""
-    found, lines = study(document, start), []
-    for arm in (name for name in FRONT if found.seeds("adaptive", name)):
-        differ = partial(difference, found, "adaptive", arm)
-        lines.append([
-            arm, cell(differ("haarpsi", "hard")), cell(differ("haarpsi", "easy")), cell(differ("stlpips", "hard")),
-            cell(differ("stlpips", "easy")), cell(differ("rmse", "hard", relative=True), 2),
-            cell(differ("rmse", "easy", relative=True), 2), cell(differ("psnr"), 2),
-        ])  # fmt: skip
-    head = ["adaptive less", "HaarPSI, hard", "HaarPSI, easy", "ST-LPIPS, hard", "ST-LPIPS, easy"]
-    return table([*head, "RMSE hard, %", "RMSE easy, %", "PSNR, all"], lines)
+    found = study(document, start)
+    arms = [name for name in FRONT if found.seeds("adaptive", name)]
+    return table(["adaptive less", *DIFFERENCES], [[arm, *differences(found, "adaptive", arm)] for arm in arms])
+
+
+def gains(document: Document, start: str) -> str:
+    """Every arm less the start as it was."""
+    found = study(document, start)
+    arms = [arm for arm in ordered(found) if arm not in ("degraded", "frozen")]
+    return table(["arm", *DIFFERENCES], [[arm, *differences(found, arm, "frozen")] for arm in arms])
 
 
 def rewards(document: Document) -> str:
@@ -306,5 +319,5 @@ FIGURES: dict[str, Callable[[Document], Figure]] = {
 }
 TABLES: dict[str, Callable[[Document], str]] = {"progress": progress, "rewards": rewards, "figures": images}
 for start in ("converged", "early"):
-    for build in (absolute, weightings, distances, constants, hand_over):
+    for build in (absolute, gains, weightings, distances, constants, hand_over):
         TABLES[f"{build.__name__.replace('_', ' ')} {start}"] = partial(build, start=start)

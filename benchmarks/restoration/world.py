@@ -64,15 +64,11 @@ SCALES = {scale.name: scale for scale in (QUICK, CPU, GPU)}
 def training(scale: Scale) -> StoredPairs:
     """Windows of the training photographs; input i has task i modulo 5."""
     crops, rng = photographs.training(), generator(TRAIN, scale.side)
-    places = torch.randint(crops.shape[-1] - scale.side + 1, (scale.train_inputs, 2), generator=rng).tolist()
-    which = torch.randint(len(crops), (scale.train_inputs,), generator=rng).tolist()
-    flips = torch.randint(2, (scale.train_inputs,), generator=rng).tolist()
-    windows = []
-    for crop, (top, left), flip in zip(which, places, flips, strict=True):
-        window = crops[crop, :, top : top + scale.side, left : left + scale.side]
-        windows.append(window.flip(2) if flip else window)
-    severity = LOWEST_SEVERITY + (1 - LOWEST_SEVERITY) * torch.rand(scale.train_inputs, generator=rng)
-    return damaged(torch.stack(windows), severity, seed=TRAIN)
+    count = scale.train_inputs
+    corners = torch.randint(crops.shape[-1] - scale.side + 1, (count, 2), generator=rng)
+    rows, flips = (torch.randint(most, (count,), generator=rng) for most in (len(crops), 2))
+    severity = LOWEST_SEVERITY + (1 - LOWEST_SEVERITY) * torch.rand(count, generator=rng)
+    return damaged(photographs.windows(crops, rows, corners, scale.side, flips), severity, seed=TRAIN)
 
 
 def quarters(images: Tensor) -> Tensor:

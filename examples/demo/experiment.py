@@ -69,11 +69,10 @@ def training_pairs(settings: Settings) -> diffusion.StoredPairs:
     """Random windows of the training photographs, damaged by the five tasks in turn."""
     draw, crops, side = torch.Generator().manual_seed(settings.seed), photographs.training(), settings.window_side
     count, room = settings.windows, crops.shape[-1] - settings.window_side
-    chosen = torch.randint(len(crops), (count,), generator=draw).tolist()
-    corners = torch.randint(room + 1, (count, 2), generator=draw).tolist()
-    windows = [crops[row, :, top : top + side, left : left + side] for row, (top, left) in zip(chosen, corners)]
+    rows = torch.randint(len(crops), (count,), generator=draw)
+    corners = torch.randint(room + 1, (count, 2), generator=draw)
     severity = torch.empty(count).uniform_(*TRAINED_SEVERITIES, generator=draw)
-    return tasks.damaged(torch.stack(windows), severity, seed=settings.seed)
+    return tasks.damaged(photographs.windows(crops, rows, corners, side), severity, seed=settings.seed)
 
 
 def run(settings: Settings, progress: Callable[[str], None]) -> Run:

@@ -36,6 +36,26 @@ def kodak() -> Tensor:
     return _crops(*KODAK)
 
 
+def windows(crops: Tensor, rows: Tensor, corners: Tensor, side: int, flips: Tensor | None = None) -> Tensor:
+    """Square parts of crops.
+
+    Args:
+        crops: `[M, 3, H, W]`.
+        rows: `[N]` of which crop.
+        corners: `[N, 2]` top and left of each window.
+        side: Of a window, in pixels.
+        flips: `[N]` whether a window is mirrored; none if not given.
+
+    Returns:
+        `[N, 3, side, side]`.
+    """
+    places = torch.arange(side)
+    down, across = (corners[:, axis, None] + places for axis in (0, 1))
+    if flips is not None:
+        across = torch.where(flips.bool()[:, None], across.flip(1), across)
+    return crops[rows[:, None, None], :, down[:, :, None], across[:, None, :]].movedim(3, 1).contiguous()
+
+
 @lru_cache
 def _crops(file: str, side: int) -> Tensor:
     sheet = iqareward.to_images(Image.open(FOLDER / file))[0]

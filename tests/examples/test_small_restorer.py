@@ -129,3 +129,14 @@ def test_all_images_of_a_batch_turn_alike() -> None:
         assert torch.equal(first, -second)
         seen.add(tuple(first.flatten().tolist()))
     assert len(seen) == 8
+
+
+def test_windows_are_parts_of_their_crops():
+    """Each has the pixels of its crop from its corner on, mirrored where that is asked for."""
+    crops = torch.rand(3, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    rows, corners = torch.tensor([2, 0, 2]), torch.tensor([[5, 3], [0, 0], [1, 2]])
+    found = photographs.windows(crops, rows, corners, 4, torch.tensor([0, 0, 1]))
+    assert found[0].equal(crops[2, :, 5:, 3:])
+    assert found[1].equal(crops[0, :, :4, :4])
+    assert found[2].equal(crops[2, :, 1:5, 2:6].flip(2))
+    assert photographs.windows(crops, rows, corners, 4)[2].equal(crops[2, :, 1:5, 2:6])
