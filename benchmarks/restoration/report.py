@@ -298,12 +298,13 @@ def pictures(document: Document) -> Figure:
     found = study(document, "converged")
     shown = [arm for arm in PICTURED if "strip" in found.runs.get(arm, {}).get(0, {})]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.15 * len(shown) + 0.3), layout="constrained")
+        figure = Figure(figsize=(11, 2.15 * len(shown) + 0.3))
+        figure.subplots_adjust(left=0.1, right=0.995, top=0.995, bottom=0.03, hspace=0.05)
         for axis, arm in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
             image = unstrip(found.runs[arm][0]["strip"])
             axis.imshow(image, interpolation="nearest")
-            axis.set_yticks([])
-            axis.set_ylabel(arm.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+            axis.set_yticks([image.height / 2], [arm.replace(", ", ",\n")])
+            axis.tick_params(length=0)
             side, count = image.height, image.width // image.height
             tasks = [list(TASKS)[row % len(TASKS)] for row in SHOWN[:count]]
             axis.set_xticks([side * (place + 0.5) for place in range(count)], tasks)
