@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -101,9 +102,27 @@ def _interval(value: float, draws: np.ndarray) -> Interval:
 
 
 def difference(
-    study: Study, arm: str, baseline: str, measure: str, tercile: str = "all", *, relative: bool = False
+    study: Study,
+    arm: str,
+    baseline: str,
+    measure: str,
+    tercile: str = "all",
+    *,
+    relative: bool = False,
+    trimmed: bool = False,
 ) -> Interval:
-    """Arm less baseline, paired by seed and input: interquartile mean over seeds and tasks; `relative` in percent."""
+    """Arm less baseline, paired by seed and input.
+
+    Args:
+        study: The runs.
+        arm: Any arm.
+        baseline: Another one.
+        measure: Name of a measure.
+        tercile: Which inputs.
+        relative: In percent of the baseline.
+        trimmed: The interquartile mean over seeds and tasks instead of the mean. Where tasks differ more than seeds
+            it leaves out whole tasks.
+    """
     seeds, mask = study.seeds(arm, baseline), study.mask(tercile)
     ours, theirs = (study.values(name, measure, seeds) for name in (arm, baseline))
 
@@ -115,8 +134,26 @@ def difference(
     with np.errstate(invalid="ignore"):
         drawn = np.take_along_axis(cells(counts), which[:, :, None], 1).reshape(DRAWS, -1)
     drawn[np.isnan(drawn).any(1)] = np.nan  # which sorting would hide
-    value = interquartile_mean(cells(np.ones((1, len(mask)))).reshape(-1))
-    return _interval(float(value), interquartile_mean(drawn))
+    centre = interquartile_mean if trimmed else partial(np.mean, axis=-1)
+    value = centre(cells(np.ones((1, len(mask)))).reshape(-1))
+    return _interval(float(value), centre(drawn))
+
+
+def task_difference(
+    study: Study, arm: str, baseline: str, measure: str, task: str, *, relative: bool = False
+) -> Interval:
+    """Arm less baseline on all inputs of one task, paired by seed and picture: the mean; `relative` in percent."""
+    column = list(TASKS).index(task)
+    seeds = study.seeds(arm, baseline)
+    ours, theirs = (study.values(name, measure, seeds)[:, :, column] for name in (arm, baseline))
+    which, counts = _draws(len(seeds), ours.shape[1])
+
+    def change(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return 100 * (own / other - 1) if relative else own - other
+
+    per_seed = change(*(values @ counts.T / ours.shape[1] for values in (ours, theirs)))  # [seeds, draws]
+    drawn = np.take_along_axis(per_seed.T, which, 1).mean(1)
+    return _interval(float(change(ours.mean(1), theirs.mean(1)).mean()), drawn)
 
 
 def above_front(

@@ -160,8 +160,9 @@ EARLY = (
 REWARDS = ("quick", "stlpips", "psnr", "quick, floor", "stlpips, floor", "haarpsi, floor", "quick, gain")
 REWARD_ARMS = ("rl", "adaptive", "fixed 0.5")
 SAMPLED_REWARDS = ("haarpsi, sampled", "haarpsi, patches", "quick, sampled")  # by comparing rollouts; arm rl only
-SEEDS, REWARD_SEEDS = 5, 2
-STUDIES = ("main", "early", "rewards")  # in order of importance
+ONE_STEP = ("fixed 0.5, one step", "adaptive, one step", "rl, one step")  # trained as without, tested in one step
+SEEDS, ONE_STEP_SEEDS, REWARD_SEEDS = 5, 3, 2
+STUDIES = ("main", "early", "one step", "rewards")  # in order of importance
 
 
 def jobs(study: str, seeds: int = SEEDS) -> Iterator[Job]:
@@ -170,6 +171,10 @@ def jobs(study: str, seeds: int = SEEDS) -> Iterator[Job]:
         for seed in range(min(seeds, REWARD_SEEDS)):
             yield from (Job("converged", reward, arm, seed) for reward in REWARDS for arm in REWARD_ARMS)
             yield from (Job("converged", reward, "rl", seed) for reward in SAMPLED_REWARDS)
+        return
+    if study == "one step":
+        for seed in range(min(seeds, ONE_STEP_SEEDS)):
+            yield from (Job("converged", "haarpsi", arm, seed) for arm in ONE_STEP)
         return
     start, arms = ("converged", MAIN) if study == "main" else ("early", EARLY)
     for seed in range(seeds):

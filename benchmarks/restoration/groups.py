@@ -23,7 +23,7 @@ from iqareward.types import Reward
 
 GROUP = 8
 INPUTS = 60  # the first twelve pictures with each task
-SAMPLERS = {"its own": (1.0, 1.0), "noise at the start only": (1.0, 0.0), "twice the noise": (2.0, 1.0)}
+SAMPLERS = {"its own": (1.0, 1.0), "noise at the start only": (1.0, 0.0), "twice the noise at every level": (2.0, 1.0)}
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ SAMPLED, SAMPLED_GROUP = ClippedPolicyGradient(clip=1e-3), 6  # of rewards that 
 SAMPLED_INPUTS = 1 / 3  # of the inputs of an update: groups cost more than a gradient
 FLOOR_INPUTS, BELOW_FLOOR = 120, 0.25  # training inputs that a floor is set on, and the share of them below it
 COMPARED = ("sampled", "patches")  # rewards by which rollouts are compared; of patches, within a quarter of an input
+GRADIENT_STEPS = 2  # that the reward's gradient goes through: the last one has too little noise to count
 POINTS = 20  # of a history
 
 
@@ -76,10 +77,10 @@ def reward_named(name: str, bench: Bench, start: PixelPolicy) -> Reward:
     return reward
 
 
-def evaluations(scale: Scale, steps: int = STEPS) -> int:
+def evaluations(scale: Scale) -> int:
     """Network evaluations of a run that follows the reward's gradient; a backward pass counts as two."""
     rollouts = scale.inputs * scale.group
-    return scale.updates * (rollouts * steps + EPOCHS * 3 * (rollouts + scale.inputs))
+    return scale.updates * (rollouts * STEPS + EPOCHS * 3 * (GRADIENT_STEPS * rollouts + scale.inputs))
 
 
 def run(job: Job, bench: Bench) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def run(job: Job, bench: Bench) -> dict[str, Any]:
     elif job.arm not in UNTRAINED:
         history = train(job, policy, bench)
     seconds = time.perf_counter() - began
-    steps = 1 if job.arm == "one step" else None
+    steps = 1 if job.arm.endswith("one step") else None
     images = pairs.degraded if job.arm == "degraded" else bench.restored(policy, pairs, steps)
     found: dict[str, Any] = {**job._asdict(), "seconds": round(seconds, 1), "history": shortened(history)}
     if 0 < len(history) < bench.scale.updates:
@@ -129,7 +130,9 @@ def train(job: Job, policy: PixelPolicy, bench: Bench) -> list[dict[str, Any]]:
         pairs, inputs = world.quartered(pairs), 4 * inputs
     reward = reward_named(job.reward, bench, copy.deepcopy(policy))
     progress = job.arm == "learning progress"
-    weighter: Any = LearningProgress(errors(policy, bench)) if progress else WEIGHTERS[job.arm]()
+    weighter: Any = (
+        LearningProgress(errors(policy, bench)) if progress else WEIGHTERS[job.arm.removesuffix(", one step")]()
+    )
     options: dict[str, Any] = {"metric": Headroom(reward)} if job.arm == "headroom" else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = DifficultyAdaptiveTrainer(

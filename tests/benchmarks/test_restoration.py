@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 import iqareward
 from benchmarks.restoration import groups, report, world
 from benchmarks.restoration.__main__ import FILES, load, main, save
-from benchmarks.restoration.analysis import Study, above_front, difference, interquartile_mean
+from benchmarks.restoration.analysis import Study, above_front, difference, interquartile_mean, task_difference
 from benchmarks.restoration.arms import (
     EARLY,
     FRONT,
@@ -30,7 +32,9 @@ from benchmarks.restoration.arms import (
     inverse_power,
     jobs,
 )  # fmt: skip
+from benchmarks.restoration.run import GRADIENT_STEPS
 from examples.small_restorer.tasks import TASKS
+from iqareward.diffusion import DifficultyAdaptiveTrainer, DirectRewardGradient, RolloutConfig, TrainConfig
 from iqareward.schedules import check_signal
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +87,49 @@ def test_differences_in_percent_and_terciles():
     assert study.mean("rl", "psnr") == pytest.approx(float(-20 * np.log10(SEVERITY).mean()))
 
 
+def test_a_change_in_one_task_counts_unless_it_is_trimmed():
+    """One of five tasks falls by .5, the others rise by .1: the mean is -.02, the middle half sees the rise alone."""
+
+    def uneven(severity):
+        return np.ones_like(severity), np.where(np.arange(len(TASKS)) == 4, -0.5, 0.1) + np.zeros_like(severity)
+
+    study = Study(rows_of({"frozen": (1, 0), "rl": (1, 0), "sft": uneven}))
+    assert difference(study, "sft", "rl", "haarpsi") == pytest.approx((-0.02,) * 3)
+    assert difference(study, "sft", "rl", "haarpsi", trimmed=True).value == pytest.approx(0.1)
+    for place, task in enumerate(TASKS):
+        expected = -0.5 if place == 4 else 0.1
+        assert task_difference(study, "sft", "rl", "haarpsi", task) == pytest.approx((expected,) * 3)
+    doubled = Study(rows_of({"frozen": (1, 0), "rl": (1, 0), "sft": (2, 0)}))
+    assert task_difference(doubled, "sft", "frozen", "rmse", "jpeg", relative=True) == pytest.approx((100,) * 3)
+
+
+def test_equal_compute_counts_what_the_gradient_goes_through():
+    """The network is called with gradient as often in the last steps of the sampler as `evaluations` says."""
+    bench = world.Bench.__new__(world.Bench)
+    bench.scale, bench.device = world.QUICK, "cpu"
+    policy, pairs = bench.start("converged"), world.training(world.QUICK)
+    calls = []
+    policy.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    objective = DirectRewardGradient(iqareward.load("haarpsi", differentiable=True), checkpointed=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DifficultyAdaptiveTrainer(
+            policy,
+            objective.reward,
+            pairs,
+            output_dir=folder,
+            weighter=WEIGHTERS["rl"](),
+            objective=objective,
+            rollout_config=RolloutConfig(1, num_steps=policy.num_steps),
+            train_config=TrainConfig(inputs_per_update=4, minibatches=1, epochs=1, rows_at_once=None),
+            accelerator=Accelerator(cpu=True),
+            show_progress=False,
+        )
+        trainer.train(1)
+    rollouts, learning = calls.count(False), calls.count(True)
+    assert learning == GRADIENT_STEPS + 1  # and once for the SFT loss
+    assert rollouts % policy.num_steps == 0
+
+
 def test_distance_from_the_front():
     """Zero on the line between two shares, the height above it elsewhere; the best share at most as wrong counts."""
     front = dict(zip(FRONT, [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (6, 5), (7, 6)], strict=True))
@@ -120,7 +167,9 @@ def test_tables_name_every_arm_and_figures_are_drawn(tmp_path):
         line for line in report.distances(document, "converged").splitlines() if "adap" in line
     )
     assert "| adaptive |" in report.weightings(document, "converged")
-    assert report.constants(document, "converged").count("| **+0.5000 [+0.5000, +0.5000]**") == 4  # less sft, which is 0
+    assert (
+        report.constants(document, "converged").count("| **+0.5000 [+0.5000, +0.5000]**") == 4
+    )  # less sft, which is 0
     assert "0.50, 0.50" in report.hand_over(document, "converged")
     assert "| haarpsi | adaptive | 5 |" in report.rewards(document)
     assert "| rewards | 0 of 48 |" in report.progress(document)
@@ -138,6 +187,7 @@ def test_a_cut_leaves_whole_seeds():
     assert {job.seed for job in found[len(MAIN) : len(MAIN) + trained]} == {1}
     assert {job.arm for job in jobs("early", 1)} == set(EARLY)
     assert {job.seed for job in jobs("rewards", 5)} == {0, 1}
+    assert {job.arm.removesuffix(", one step") for job in jobs("one step", 5)} == {"fixed 0.5", "adaptive", "rl"}
     assert {*MAIN, *EARLY} <= {*UNTRAINED, "sft, all compute", "learning progress", *WEIGHTERS}
 
 
