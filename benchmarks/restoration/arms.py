@@ -169,8 +169,9 @@ def jobs(study: str, seeds: int = SEEDS) -> Iterator[Job]:
     """All jobs of a study, so that a cut leaves whole seeds; what is not trained runs once."""
     if study == "rewards":
         for seed in range(min(seeds, REWARD_SEEDS)):
-            yield from (Job("converged", reward, arm, seed) for reward in REWARDS for arm in REWARD_ARMS)
-            yield from (Job("converged", reward, "rl", seed) for reward in SAMPLED_REWARDS)
+            for arm in REWARD_ARMS:
+                rewards = (*REWARDS, *SAMPLED_REWARDS) if arm == "rl" else REWARDS
+                yield from (Job("converged", reward, arm, seed) for reward in rewards)
         return
     if study == "one step":
         for seed in range(min(seeds, ONE_STEP_SEEDS)):
