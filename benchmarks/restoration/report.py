@@ -80,7 +80,7 @@ def weightings(document: Document, start: str) -> str:
     """Every arm less SFT with all of the compute: the primary outcome and what goes with it."""
     found, lines = study(document, start), []
     for arm in ordered(found):
-        if arm in (SFT, "degraded"):
+        if arm in (SFT, "degraded") or not found.seeds(arm, SFT):
             continue
         met = []
         for trimmed in (True, False):
@@ -271,7 +271,7 @@ def fronts(document: Document) -> Figure:
 def by_tercile(document: Document) -> Figure:
     """Every arm less SFT with all of the compute, by tercile, with intervals."""
     found = study(document, "converged")
-    names = [arm for arm in ordered(found) if arm not in (SFT, "degraded", "one step")][::-1]
+    names = [arm for arm in ordered(found) if arm not in (SFT, "degraded", "one step") and found.seeds(arm, SFT)][::-1]
     panels = {"stlpips": "ST-LPIPS (held out)", "haarpsi": "HaarPSI (the reward)", "rmse": "RMSE, % (left is better)"}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 0.33 * len(names) + 1.6), layout="constrained")
