@@ -160,9 +160,32 @@ EARLY = (
 REWARDS = ("quick", "stlpips", "psnr", "quick, floor", "stlpips, floor", "haarpsi, floor", "quick, gain")
 REWARD_ARMS = ("rl", "adaptive", "fixed 0.5")
 SAMPLED_REWARDS = ("haarpsi, sampled", "haarpsi, patches", "quick, sampled")  # by comparing rollouts; arm rl only
-ONE_STEP = ("fixed 0.5, one step", "adaptive, one step", "rl, one step")  # trained as without, tested in one step
-SEEDS, ONE_STEP_SEEDS, REWARD_SEEDS = 5, 3, 2
-STUDIES = ("main", "early", "one step", "rewards")  # in order of importance
+SEEDS, VARIANT_SEEDS, REWARD_SEEDS = 5, 3, 2
+STUDIES = ("main", "early", "variants", "rewards")  # in order of importance
+
+
+class Variant(NamedTuple):
+    """An arm with another sampler in the test, or another learning rate.
+
+    Attributes:
+        arm: Whose weights are used.
+        steps: Of the sampler in the test; its own if not given.
+        rate: Factor of the learning rate.
+    """
+
+    arm: str
+    steps: int | None = None
+    rate: float = 1.0
+
+
+VARIANTS = {
+    "one step": Variant("frozen", steps=1),
+    "fixed 0.5, one step": Variant("fixed 0.5", steps=1),
+    "adaptive, one step": Variant("adaptive", steps=1),
+    "rl, one step": Variant("rl", steps=1),
+    "rl, a third of the rate": Variant("rl", rate=1 / 3),
+    "rl, a tenth of the rate": Variant("rl", rate=0.1),
+}
 
 
 def jobs(study: str, seeds: int = SEEDS) -> Iterator[Job]:
@@ -173,9 +196,9 @@ def jobs(study: str, seeds: int = SEEDS) -> Iterator[Job]:
                 rewards = (*REWARDS, *SAMPLED_REWARDS) if arm == "rl" else REWARDS
                 yield from (Job("converged", reward, arm, seed) for reward in rewards)
         return
-    if study == "one step":
-        for seed in range(min(seeds, ONE_STEP_SEEDS)):
-            yield from (Job("converged", "haarpsi", arm, seed) for arm in ONE_STEP)
+    if study == "variants":
+        for seed in range(min(seeds, VARIANT_SEEDS)):
+            yield from (Job("converged", "haarpsi", arm, seed) for arm in VARIANTS if arm not in UNTRAINED)
         return
     start, arms = ("converged", MAIN) if study == "main" else ("early", EARLY)
     for seed in range(seeds):

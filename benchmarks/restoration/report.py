@@ -14,7 +14,6 @@ from benchmarks.restoration.arms import (
     EARLY,
     FRONT,
     MAIN,
-    ONE_STEP,
     PICTURED,
     REWARD_ARMS,
     REWARDS,
@@ -22,6 +21,7 @@ from benchmarks.restoration.arms import (
     SFT,
     STUDIES,
     UNTRAINED,
+    VARIANTS,
     Job,
     jobs,
 )
@@ -98,11 +98,13 @@ def weightings(document: Document, start: str) -> str:
     return table([*head, "RMSE hard, %", "PSNR, all"], lines)
 
 
-def sampler(document: Document) -> str:
-    """Arms that were tested in one step, less the start in one step."""
-    found = study(document, "converged")
-    arms = [arm for arm in ONE_STEP if found.runs.get(arm)]
-    lines = [[arm, str(len(found.runs[arm])), *differences(found, arm, "one step")] for arm in arms]
+def variants(document: Document) -> str:
+    """Variants of arms, less the start with the same sampler."""
+    found, lines = study(document, "converged"), []
+    for arm, variant in VARIANTS.items():
+        if arm not in UNTRAINED and found.runs.get(arm):
+            baseline = "one step" if variant.steps == 1 else "frozen"
+            lines.append([arm, str(len(found.runs[arm])), *differences(found, arm, baseline)])
     return table(["arm", "seeds", *DIFFERENCES], lines)
 
 
@@ -346,7 +348,7 @@ FIGURES: dict[str, Callable[[Document], Figure]] = {
 TABLES: dict[str, Callable[[Document], str]] = {
     "progress": progress,
     "rewards": rewards,
-    "one step": sampler,
+    "variants": variants,
     "figures": images,
 }
 for start in ("converged", "early"):

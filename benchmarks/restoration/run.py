@@ -14,7 +14,16 @@ from torch import Tensor
 
 import iqareward
 from benchmarks.restoration import world
-from benchmarks.restoration.arms import PICTURED, SFT, UNTRAINED, WEIGHTERS, Job, LearningProgress
+from benchmarks.restoration.arms import (
+    PICTURED,
+    SFT,
+    UNTRAINED,
+    VARIANTS,
+    WEIGHTERS,
+    Job,
+    LearningProgress,
+    Variant,
+)  # fmt: skip
 from benchmarks.restoration.world import Bench, Scale
 from examples.small_restorer.restorer import STEPS
 from iqareward import FidelityFloor, QualityGain
@@ -92,7 +101,7 @@ def run(job: Job, bench: Bench) -> dict[str, Any]:
     elif job.arm not in UNTRAINED:
         history = train(job, policy, bench)
     seconds = time.perf_counter() - began
-    steps = 1 if job.arm.endswith("one step") else None
+    steps = VARIANTS.get(job.arm, Variant(job.arm)).steps
     images = pairs.degraded if job.arm == "degraded" else bench.restored(policy, pairs, steps)
     found: dict[str, Any] = {**job._asdict(), "seconds": round(seconds, 1), "history": shortened(history)}
     if 0 < len(history) < bench.scale.updates:
@@ -129,11 +138,10 @@ def train(job: Job, policy: PixelPolicy, bench: Bench) -> list[dict[str, Any]]:
     if how == "patches":
         pairs, inputs = world.quartered(pairs), 4 * inputs
     reward = reward_named(job.reward, bench, copy.deepcopy(policy))
-    progress = job.arm == "learning progress"
-    weighter: Any = (
-        LearningProgress(errors(policy, bench)) if progress else WEIGHTERS[job.arm.removesuffix(", one step")]()
-    )
-    options: dict[str, Any] = {"metric": Headroom(reward)} if job.arm == "headroom" else {}
+    arm, _, rate = VARIANTS.get(job.arm, Variant(job.arm))
+    progress = arm == "learning progress"
+    weighter: Any = LearningProgress(errors(policy, bench)) if progress else WEIGHTERS[arm]()
+    options: dict[str, Any] = {"metric": Headroom(reward)} if arm == "headroom" else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = DifficultyAdaptiveTrainer(
             policy,
@@ -144,7 +152,7 @@ def train(job: Job, policy: PixelPolicy, bench: Bench) -> list[dict[str, Any]]:
             objective=SAMPLED if sampled else DirectRewardGradient(reward, checkpointed=False),
             rollout_config=RolloutConfig(SAMPLED_GROUP if sampled else scale.group, num_steps=policy.num_steps),
             train_config=TrainConfig(
-                learning_rate=scale.learning_rate,
+                learning_rate=rate * scale.learning_rate,
                 inputs_per_update=inputs,
                 minibatches=MINIBATCHES,
                 epochs=EPOCHS,

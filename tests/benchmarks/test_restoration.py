@@ -25,6 +25,7 @@ from benchmarks.restoration.arms import (
     FRONT,
     MAIN,
     UNTRAINED,
+    VARIANTS,
     WEIGHTERS,
     LearningProgress,
     Relative,
@@ -187,7 +188,7 @@ def test_a_cut_leaves_whole_seeds():
     assert {job.seed for job in found[len(MAIN) : len(MAIN) + trained]} == {1}
     assert {job.arm for job in jobs("early", 1)} == set(EARLY)
     assert {job.seed for job in jobs("rewards", 5)} == {0, 1}
-    assert {job.arm.removesuffix(", one step") for job in jobs("one step", 5)} == {"fixed 0.5", "adaptive", "rl"}
+    assert {VARIANTS[job.arm].arm for job in jobs("variants", 5)} == {"fixed 0.5", "adaptive", "rl"}
     assert {*MAIN, *EARLY} <= {*UNTRAINED, "sft, all compute", "learning progress", *WEIGHTERS}
 
 
