@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import multiprocessing.connection
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,8 +199,17 @@ def shortened(history: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 _bench: list[Bench] = []  # of a worker
 
 
+def end_with_parent() -> None:
+    """End this process when its parent ends, however it ends; a pool's workers would go on and wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker of a pool"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def prepare(scale: Scale, device: str, stlpips: str | None) -> None:
     """Make a worker ready."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # small convolutions gain nothing from more
     _bench[:] = [Bench(scale, device, stlpips)]
 

@@ -1,5 +1,6 @@
 """The experiment on photographs runs, goes on after a kill, and its statistics are right."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -268,6 +270,24 @@ def test_results_come_back_as_they_were_written(tmp_path):
     assert json.loads(file.read_text())["scale"]["name"] == "quick"
 
 
+def wait_until_gone(group: int) -> None:
+    """Until nothing of a process group runs; fails after a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not any(is_running(process, group) for process in psutil.process_iter()):
+            return
+        time.sleep(0.1)
+    pytest.fail("the workers of a killed run are still there")
+
+
+def is_running(process: psutil.Process, group: int) -> bool:
+    """Whether a process is of the group, and not only waiting to be collected."""
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return False
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     """What was finished stays as it is, the rest is done, and every figure is finite; arms share their start."""
@@ -280,9 +300,12 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         deadline = time.monotonic() + 300
         while not load(file) and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-    finally:
-        os.killpg(running.pid, signal.SIGKILL)
+        running.kill()
         running.wait()
+        wait_until_gone(running.pid)  # its workers, too
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
     before = load(file)
     assert 1 <= len(before) < 3
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
