@@ -1,8 +1,9 @@
 """`iqareward train` on a few small pictures: what it writes, that a killed run goes on, what it says of mistakes."""
 
+import contextlib
 import io
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import re
 import subprocess
 import sys
@@ -163,6 +164,8 @@ def test_killed_during_sft_it_can_begin_anew(folder: Path) -> None:
     """Nothing is in the way of a run with other settings, and its history of SFT is its own."""
     file = settings()
     file.write_text(file.read_text().replace("sft.updates = 3", "sft.updates = 100000"))
+    with contextlib.chdir(Path(__file__).parents[1]):  # where its server finds these tests, not a package of that name
+        multiprocessing.forkserver.ensure_running()
     process = multiprocessing.get_context("forkserver").Process(target=run_command, args=(str(file),))
     process.start()
     kill_when(5, Path("run/history-sft.jsonl"), process)
