@@ -110,6 +110,7 @@ def difference(
     *,
     relative: bool = False,
     trimmed: bool = False,
+    task: str | None = None,
 ) -> Interval:
     """Arm less baseline, paired by seed and input.
 
@@ -122,13 +123,15 @@ def difference(
         relative: In percent of the baseline.
         trimmed: The interquartile mean over seeds and tasks instead of the mean. Where tasks differ more than seeds
             it leaves out whole tasks.
+        task: This one alone; all if not given.
     """
     seeds, mask = study.seeds(arm, baseline), study.mask(tercile)
+    column = slice(None) if task is None else [list(TASKS).index(task)]
     ours, theirs = (study.values(name, measure, seeds) for name in (arm, baseline))
 
     def cells(counts: np.ndarray) -> np.ndarray:
         own, other = _cells(ours, mask, counts), _cells(theirs, mask, counts)
-        return 100 * (own / other - 1) if relative else own - other
+        return (100 * (own / other - 1) if relative else own - other)[..., column]
 
     which, counts = _draws(len(seeds), len(mask))
     with np.errstate(invalid="ignore"):
@@ -137,23 +140,6 @@ def difference(
     centre = interquartile_mean if trimmed else partial(np.mean, axis=-1)
     value = centre(cells(np.ones((1, len(mask)))).reshape(-1))
     return _interval(float(value), centre(drawn))
-
-
-def task_difference(
-    study: Study, arm: str, baseline: str, measure: str, task: str, *, relative: bool = False
-) -> Interval:
-    """Arm less baseline on all inputs of one task, paired by seed and picture: the mean; `relative` in percent."""
-    column = list(TASKS).index(task)
-    seeds = study.seeds(arm, baseline)
-    ours, theirs = (study.values(name, measure, seeds)[:, :, column] for name in (arm, baseline))
-    which, counts = _draws(len(seeds), ours.shape[1])
-
-    def change(own: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return 100 * (own / other - 1) if relative else own - other
-
-    per_seed = change(*(values @ counts.T / ours.shape[1] for values in (ours, theirs)))  # [seeds, draws]
-    drawn = np.take_along_axis(per_seed.T, which, 1).mean(1)
-    return _interval(float(change(ours.mean(1), theirs.mean(1)).mean()), drawn)
 
 
 def above_front(

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks._tables import table
-from benchmarks.restoration.analysis import Interval, Study, above_front, difference, task_difference
+from benchmarks.restoration.analysis import Interval, Study, above_front, difference
 from benchmarks.restoration.arms import (
     EARLY,
     FRONT,
@@ -115,7 +115,7 @@ def tasks(document: Document, start: str) -> str:
         for measure, digits in (("haarpsi", 3), ("stlpips", 3), ("rmse", 1)):
             relative = measure == "rmse"
             cells = [
-                cell(task_difference(found, arm, "frozen", measure, task, relative=relative), digits) for task in TASKS
+                cell(difference(found, arm, "frozen", measure, relative=relative, task=task), digits) for task in TASKS
             ]
             lines.append([arm, HEADS[measure] + ", %" * relative, *cells])
     return table(["arm", "measure", *TASKS], lines, text_columns=2)

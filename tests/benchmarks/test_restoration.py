@@ -21,7 +21,7 @@ from accelerate import Accelerator
 import iqareward
 from benchmarks.restoration import groups, report, world
 from benchmarks.restoration.__main__ import FILES, load, main, save
-from benchmarks.restoration.analysis import Study, above_front, difference, interquartile_mean, task_difference
+from benchmarks.restoration.analysis import Study, above_front, difference, interquartile_mean
 from benchmarks.restoration.arms import (
     EARLY,
     FRONT,
@@ -101,9 +101,9 @@ def test_a_change_in_one_task_counts_unless_it_is_trimmed():
     assert difference(study, "sft", "rl", "haarpsi", trimmed=True).value == pytest.approx(0.1)
     for place, task in enumerate(TASKS):
         expected = -0.5 if place == 4 else 0.1
-        assert task_difference(study, "sft", "rl", "haarpsi", task) == pytest.approx((expected,) * 3)
+        assert difference(study, "sft", "rl", "haarpsi", task=task) == pytest.approx((expected,) * 3)
     doubled = Study(rows_of({"frozen": (1, 0), "rl": (1, 0), "sft": (2, 0)}))
-    assert task_difference(doubled, "sft", "frozen", "rmse", "jpeg", relative=True) == pytest.approx((100,) * 3)
+    assert difference(doubled, "sft", "frozen", "rmse", relative=True, task="jpeg") == pytest.approx((100,) * 3)
 
 
 def test_equal_compute_counts_what_the_gradient_goes_through():
