@@ -56,6 +56,7 @@ class Format(StrEnum):
     table = "table"
     csv = "csv"
     json = "json"
+    parquet = "parquet"
 
 
 class TableFormat(StrEnum):
@@ -141,15 +142,22 @@ def _lines(lines: Iterable[str]) -> None:
         typer.echo(f"{line[: width - 3]}..." if cut else line)
 
 
+_ON_RAY = "Data sets (parquet files, WebDataset archives, Hugging Face folders, URLs), on Ray"
+
+
 @app.command()
 def score(
-    paths: Annotated[list[str], typer.Argument(help="Image files, folders (searched recursively) or globs.")],
+    paths: Annotated[
+        list[str], typer.Argument(help="Image files, folders (searched recursively), globs, or data sets.")
+    ],
     reward: RewardNames,
     reference: Reference = None,
     output_format: Annotated[
         Format | None, typer.Option("--format", help="Output format; default: table, or that of --output.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write to this .csv or .jsonl file; run again to resume.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Write to this .csv or .jsonl file, or folder of parquet; run again to resume.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output instead of resuming.")] = False,
     summary: Annotated[
         Path | None, typer.Option(help="Also write mean, std and count to this .csv or .json file.")
@@ -159,18 +167,48 @@ def score(
     ] = False,
     device: Device = "cpu",
     batch_size: BatchSize = 8,
+    images: Annotated[
+        str, typer.Option(help="Column (or suffix in an archive) of images.", rich_help_panel=_ON_RAY)
+    ] = "image;jpg;jpeg;png;webp",
+    references: Annotated[str | None, typer.Option(help="The same of references.", rich_help_panel=_ON_RAY)] = None,
+    inputs: Annotated[str | None, typer.Option(help="The same of degraded images.", rich_help_panel=_ON_RAY)] = None,
+    prompts: Annotated[str | None, typer.Option(help="The same of texts.", rich_help_panel=_ON_RAY)] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to copy into the results; default: all flat ones.", rich_help_panel=_ON_RAY),
+    ] = None,
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a process.", rich_help_panel=_ON_RAY)] = 0.0,
+    num_cpus: Annotated[float, typer.Option(min=0, help="CPUs of a process.", rich_help_panel=_ON_RAY)] = 1.0,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: all that fit.", rich_help_panel=_ON_RAY)
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, such as auto; default: this machine.", rich_help_panel=_ON_RAY)
+    ] = None,
 ) -> None:
-    """Score image files. Higher is better for every reward.
+    """Score image files or data sets. Higher is better for every reward.
 
     Exit codes: 0 = every image has every score; 1 = some scores are missing (the reasons are printed); 2 = the
     command failed.
     """
     from iqareward.cli.score import Job, run
+    from iqareward.cli.score_dataset import is_meant, run_dataset
 
-    job = Job(paths, reward, reference, output_format, output, overwrite, summary, published, device, batch_size)
     try:
-        with _usage_errors():
-            complete = run(job, _messages)
+        with _usage_errors(RuntimeError):
+            if is_meant(paths, output_format):
+                job = {"images": images, "references": references, "inputs": inputs, "prompts": prompts, "keep": keep}
+                job |= {"num_gpus": num_gpus, "num_cpus": num_cpus, "actors": actors, "batch_size": batch_size}
+                job |= {"address": address, "overwrite": overwrite}
+                unused = {"--reference": reference, "--summary": summary, "--published": published}
+                unused |= {"--device": device != "cpu"}
+                complete = run_dataset(paths, reward, output, job, unused, _messages)
+            else:
+                file = None if output is None else Path(output)
+                job = Job(
+                    paths, reward, reference, output_format, file, overwrite, summary, published, device, batch_size
+                )
+                complete = run(job, _messages)
     except KeyboardInterrupt as stop:
         again = "the same command without --overwrite" if overwrite else "the same command"
         say(_messages, f"Stopped; {again} resumes." if output else "Stopped.")

@@ -133,11 +133,13 @@ def _is_of_the_device(error: Exception) -> bool:
 
 
 def _has_needs(reward: Reward, sample: Decoded) -> bool:
-    return sample.image is not None and not (
-        (reward.needs_references and sample.reference is None)
-        or (reward.needs_inputs and sample.input is None)
-        or (reward.needs_prompts and sample.prompt is None)
-    )
+    found = {"references": sample.reference, "inputs": sample.input, "prompts": sample.prompt}
+    return sample.image is not None and not any(needs(reward, name) and found[name] is None for name in found)
+
+
+def needs(reward: Reward, column: str) -> bool:
+    """Whether a reward needs `references`, `inputs`, `prompts`, `ids` or `tasks`; it may lack the later ones."""
+    return bool(getattr(reward, f"needs_{column}", False))
 
 
 def _why_unscored(reward: Reward, sample: Decoded) -> str:
@@ -147,14 +149,14 @@ def _why_unscored(reward: Reward, sample: Decoded) -> str:
 
 
 def _call(reward: Reward, batch: Sequence[Decoded]) -> list[float]:
-    def column(name: str, needed: bool) -> Any:
-        return [getattr(sample, name) for sample in batch] if needed else None
+    def column(name: str, wanted: bool) -> Any:
+        return [getattr(sample, name) for sample in batch] if wanted else None
 
     return reward(
         column("image", True),
-        references=column("reference", reward.needs_references),
-        inputs=column("input", reward.needs_inputs),
-        prompts=column("prompt", reward.needs_prompts),
+        references=column("reference", needs(reward, "references")),
+        inputs=column("input", needs(reward, "inputs")),
+        prompts=column("prompt", needs(reward, "prompts")),
     ).tolist()
 
 
