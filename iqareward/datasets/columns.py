@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -148,7 +149,7 @@ class ScoreColumns:
         >>> images = [np.full((32, 32, 3), value, dtype=np.uint8) for value in (0, 64)] + [b"damaged"]
         >>> scored = ScoreColumns("psnr", references="clean")({"image": images, "clean": [images[0]] * 3})
         >>> scored["psnr"].round(1).tolist(), scored["problem"][2]
-        ([80.0, 12.0, nan], 'not read: it is empty, damaged, or of a kind that is not read')
+        ([100.0, 12.0, nan], 'not read: it is empty, damaged, or of a kind that is not read')
     """
 
     def __init__(
@@ -164,12 +165,19 @@ class ScoreColumns:
         batch_size: int = 32,
     ) -> None:
         self.columns = Columns(images, references, inputs, prompts)
+        self._made_from = rewards
         self.rewards = load_rewards(rewards, device)
         self.columns.check(list(self.rewards.values()))
         self.keep = tuple(keep)
         if both := {*self.keep} & {*self.rewards, PROBLEM}:
             raise ValueError(f"keep={sorted(both)} are columns of results. Rename them in the data set first.")
         self.device, self.batch_size = device, batch_size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # names stay names, so that Hugging Face's cache knows the function again after rewards have loaded weights
+        columns = {role: getattr(self.columns, role) for role in ("images", "references", "inputs", "prompts")}
+        options = {"keep": self.keep, "device": self.device, "batch_size": self.batch_size}
+        return partial(ScoreColumns, self._made_from, **columns, **options), ()
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Score a batch.
@@ -178,8 +186,8 @@ class ScoreColumns:
             batch: columns of equal length.
 
         Returns:
-            A column of float32 scores for each reward, higher is better, NaN = not scored; `problem`, the reason for
-            each missing score or None; and the columns to keep.
+            A column of float32 scores for each reward, higher is better, NaN = not scored; `problem`, the reasons for
+            missing scores; and the columns to keep.
 
         Raises:
             ValueError: the batch lacks a column.
@@ -193,5 +201,5 @@ class ScoreColumns:
         results = [each for part in scorer.score(self.columns.samples(batch)) for each in part]
         table = np.array([scores for scores, _ in results], dtype=np.float32).reshape(len(results), len(self.rewards))
         scored = {name: table[:, place] for place, name in enumerate(self.rewards)}
-        problems = np.array([problem or None for _, problem in results], dtype=object)
+        problems = np.array([problem for _, problem in results], dtype=object)
         return {name: batch[name] for name in self.keep} | scored | {PROBLEM: problems}

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 import iqareward
 from iqareward.atomic import atomic_write, remove_parts
 from iqareward.datasets.columns import IMAGE_COLUMNS, PROBLEM, Columns, load_rewards
-from iqareward.datasets.samples import Sample, SampleScorer, Scored
+from iqareward.datasets.samples import Sample, SampleScorer, Scored, is_of_the_device
 from iqareward.datasets.shards import Shard, filesystem, find_shards, is_local
 from iqareward.optional import require
 from iqareward.types import Reward
@@ -138,7 +138,8 @@ def score_dataset(
     """Score a data set on Ray, here or on a cluster, into a folder of parquet files; run it again to resume.
 
     The results have the columns `shard` (the file of the data set), `row` (the row there), the columns to keep, one
-    per reward (null = not scored) and `problem` (why). A row is written once, whatever dies meanwhile.
+    per reward (null = not scored) and `problem` (why scores are missing, else empty). A row is written once, whatever
+    dies meanwhile.
 
     Args:
         data: paths, globs or URLs of parquet files, WebDataset archives (.tar, .tar.gz), folders of these or of
@@ -435,6 +436,8 @@ class _ShardScorer:
         try:
             content, facts = self._patiently(shard)
         except Exception as error:  # of the store, the data or a reward: the job goes on with other shards
+            if is_of_the_device(error):
+                os._exit(1)  # no other shard could be scored in this process; Ray starts another
             return Facts(error=f"{type(error).__name__}: {error}")
         fs, folder = filesystem(self._work.output)
         try:
@@ -493,7 +496,7 @@ def _parquet(
         table[name] = pa.array([None if math.isnan(score) else score for score in found], pa.float32())
         valid = [score for score in found if not math.isnan(score)]
         facts.scores[name] = (len(valid), math.fsum(valid), math.fsum(score * score for score in valid))
-    table[PROBLEM] = pa.array([problem or None for problem in problems], pa.string())
+    table[PROBLEM] = pa.array(problems, pa.string())
     result = pa.table(table).replace_schema_metadata({_FACTS: json.dumps(asdict(facts))})
     stream = io.BytesIO()
     pq.write_table(result, stream, compression="zstd")

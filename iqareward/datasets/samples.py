@@ -97,7 +97,7 @@ class SampleScorer:
             with collect_reasons():
                 values = _call(reward, batch)
         except Exception as error:
-            if _is_of_the_device(error) or (len(batch) == 1 and not self._has_scored[column]):
+            if is_of_the_device(error) or (len(batch) == 1 and not self._has_scored[column]):
                 raise
             return self._one_by_one(column, batch, error)
         self._has_scored[column] |= not all(map(math.isnan, values))
@@ -118,7 +118,7 @@ class SampleScorer:
                     (value,) = _call(self.rewards[column], [sample])
                 found.append((value, "; ".join(reasons)))
             except Exception as own:
-                if _is_of_the_device(own):
+                if is_of_the_device(own):
                     raise
                 found.append((math.nan, f"{name} raised {type(own).__name__}: {own}"))
         if all(" raised " in problem for _, problem in found):
@@ -127,7 +127,7 @@ class SampleScorer:
         return found
 
 
-def _is_of_the_device(error: Exception) -> bool:
+def is_of_the_device(error: Exception) -> bool:
     """Whether a device cannot be used any more by this process."""
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
 

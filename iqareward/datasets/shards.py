@@ -89,7 +89,7 @@ def filesystem(path: str) -> tuple[Any, str]:
 
 
 def is_dataset(path: str) -> bool:
-    """Whether a path can only be meant as a data set: a URL, a parquet file, an archive, or a saved one of Hugging Face."""
+    """Whether a path is a URL, a parquet file, an archive, or what Hugging Face's `save_to_disk` wrote."""
     return (
         "://" in path or path.lower().endswith((*_PARQUET, *_TAR)) or any(Path(path, name).exists() for name in _SAVED)
     )
@@ -373,34 +373,48 @@ def _read_tar(shard: Shard, columns: Columns, keep: Sequence[str] | None, types:
 
 def _tar_samples(file: IO[bytes], wanted: set[str], seen: set[str]) -> Iterator[tuple[str, dict[str, bytes], str]]:
     """WebDataset's samples: neighbours with the same name up to the first dot. `seen` gets the rests of the names."""
-    current, content, problem = None, dict[str, bytes](), ""
+    current, content, problem, end = None, dict[str, bytes](), "", None
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            vars(archive)["members"] = []  # a list of everything so far
-            folder, _, base = member.name.rpartition("/")
-            stem, dot, suffix = base.partition(".")
-            if not (member.isfile() and stem and dot):
-                continue
-            key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
-            if key != current:
-                if current is not None:
-                    yield current, content, problem
-                current, content, problem = key, {}, ""
-            seen.add(suffix)
-            if suffix not in wanted:
-                continue
-            if suffix in content:
-                problem = f"not read: there are two files {key}.{suffix}"
-            elif member.size > _MOST_BYTES:
-                problem = f"not read: {base} has {member.size} bytes, more than {_MOST_BYTES}"
-            else:
-                file.seek(member.offset_data)
-                content[suffix] = file.read(member.size)
-                if len(content[suffix]) != member.size:
-                    raise tarfile.ReadError("unexpected end of data")
-        if current is not None:
-            yield current, content, problem
-        _check_end(file, archive.offset)
+        while True:
+            try:
+                member = archive.next()
+                if member is None:
+                    _check_end(file, archive.offset)
+                    break
+                vars(archive)["members"] = []  # a list of everything so far
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                if not (member.isfile() and stem and dot):
+                    continue
+                key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+                if key != current:
+                    if current is not None:
+                        yield current, content, problem
+                    current, content, problem = key, {}, ""
+                seen.add(suffix)
+                if suffix not in wanted:
+                    continue
+                if suffix in content:
+                    problem = f"not read: there are two files {key}.{suffix}"
+                elif member.size > _MOST_BYTES:
+                    problem = f"not read: {base} has {member.size} bytes, more than {_MOST_BYTES}"
+                else:
+                    content[suffix] = _content(file, member)
+            except _parse_errors() as error:
+                end = error
+                break
+    if current is not None:
+        yield current, content, problem
+    if end is not None:  # after the sample before the damage
+        raise end
+
+
+def _content(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    if len(content) != member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return content
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
