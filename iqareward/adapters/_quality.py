@@ -53,7 +53,7 @@ class Quality:
             )
         if num_images < 0:
             raise ValueError(f"{who} expected num_images >= 0, got {num_images}.")
-        sources = dict.fromkeys(("references", "inputs", "prompts"), True)
+        sources: dict[str, Any] = {"references": True, "inputs": True, "prompts": True}
         self.scorers = {
             name: Scorer(reward, who=who, sources=sources, on_nan="nan", policies=("nan",))
             for name, reward in rewards.items()

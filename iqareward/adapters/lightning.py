@@ -1,5 +1,6 @@
 """Scores of a validation set in a run of Lightning."""
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from iqareward.types import Reward
 
 __all__ = ["quality_callback"]  # its class, QualityCallback, is made on access
 
+_HOME = "https://lightning.ai (pip install lightning)"
 _COLUMNS = {"images", "references", "inputs", "prompts"}
 
 
@@ -66,8 +68,7 @@ def quality_callback(
 
 
 def _callback_class() -> Any:
-    home = "https://lightning.ai (pip install lightning)"
-    return _made_of(framework("lightning.pytorch", who="quality_callback", home=home))
+    return _made_of(framework("lightning.pytorch", who="quality_callback", home=_HOME))
 
 
 @cache
@@ -136,16 +137,15 @@ def _made_of(lightning: ModuleType) -> type:
 
 
 def _loaders(trainer: Any) -> list[Any]:
-    from lightning.pytorch.utilities.combined_loader import CombinedLoader
+    combined = framework("lightning.pytorch.utilities.combined_loader", who="quality_callback", home=_HOME)
+    return combined.CombinedLoader(trainer.val_dataloaders, "sequential").flattened
 
-    return CombinedLoader(trainer.val_dataloaders, "sequential").flattened
 
-
-def _num_samples(loader: Any) -> float:
+def _num_samples(loader: Any) -> int:
     """The samples of this process that are no repetitions, which come last."""
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
-        return torch.inf
+        return sys.maxsize
     # sample i of this process is sample `i * replicas + rank` of the data, followed by repetitions of the first
     return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # pyright: ignore[reportArgumentType]
 
