@@ -102,8 +102,8 @@ class Scorer:
         device = converted[0].device
         return Call(
             converted,
-            self.images(references, device) if self.reward.needs_references else None,
-            self.images(inputs, device) if getattr(self.reward, "needs_inputs", False) else None,
+            self._needed("references", references, device),
+            self._needed("inputs", inputs, device),
             prompts,
             numbered(ids) if getattr(self.reward, "needs_ids", False) else None,
             tasks if getattr(self.reward, "needs_tasks", False) else None,
@@ -115,6 +115,11 @@ class Scorer:
         if isinstance(converted, Tensor):
             return drop_broken_gradients(converted)
         return [drop_broken_gradients(image) for image in converted]
+
+    def _needed(self, name: str, images: ImageLike | None, device: torch.device) -> Images | None:
+        """A column of images if the reward needs it; the reward itself says that it is missing."""
+        needed = images is not None and getattr(self.reward, f"needs_{name}", False)
+        return self.images(images, device) if needed else None
 
     def columns(self, metadata: Any, **fields: Any) -> dict[str, Any]:
         """The columns of one call by name, each from where its source says; see `column`.

@@ -29,7 +29,7 @@ from iqareward.types import Reward
 
 COLUMNS = 8  # images on a grid
 MIN_SIDE, MAX_SIDE = 256, 512  # pixels of the longer side of an image on a grid
-GAP, CAPTION = 12, 28  # pixels between images, and for the text below one
+GAP, CAPTION, LINE = 12, 28, 21  # pixels between images, for the text below one, and for each further line of it
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Validation:
         """What all later grids show as well, in 8 bits because every checkpoint has it."""
         found: dict[str, list[float]] = {"degraded": [], "references": []}
         for batch, image in zip(self._shown(), images):
-            enlarged = _in_size_of(batch.degraded, image)
+            enlarged = in_size_of(batch.degraded, image)
             found["degraded"].append(float(_training_reward(rewards, weights, enlarged, batch)[0]))
             if batch.references is not None:
                 found["references"].append(float(_training_reward(rewards, weights, batch.references, batch)[0]))
@@ -216,7 +216,7 @@ class Validation:
             for image, score, batch, last in zip(shown, found[label], inputs, images, strict=True):
                 text = f"reward {score:z.4g}"
                 if batch.references is not None:
-                    decibels = psnr(_in_size_of(image[None], last), batch.references)
+                    decibels = psnr(in_size_of(image[None], last), batch.references)
                     text = f"PSNR {float(decibels):.2f} dB   {text}"
                 captions[label].append(text)
         if all(batch.references is not None for batch in inputs):
@@ -277,8 +277,10 @@ def image_grid(
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + math.ceil(max(ruler.multiline_textbbox((0, 0), label, font=font)[2] for label in rows)) + GAP
     texts = [text for row in captions.values() for text in row[:columns]]
-    cell = GAP + max([width, *(math.ceil(ruler.textlength(text, font=small)) for text in texts)])
-    line = GAP + height + (CAPTION if texts else 0)
+    wide = [math.ceil(ruler.multiline_textbbox((0, 0), text, font=small)[2]) for text in texts]
+    cell = GAP + max([width, *wide])
+    below = CAPTION + LINE * max((text.count("\n") for text in texts), default=0) if texts else 0
+    line = GAP + height + below
     size = left + cell * max(map(len, drawn.values())), line * len(drawn) + GAP
     grid = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(grid)
@@ -288,7 +290,8 @@ def image_grid(
         for column, image in enumerate(images):
             grid.paste(image, (left + column * cell, top))
         for column, text in enumerate(captions.get(label, ())[:columns]):
-            pen.text((left + column * cell, top + height + CAPTION / 2), text, fill="black", font=small, anchor="lm")
+            middle = (left + column * cell, top + height + below / 2)
+            pen.multiline_text(middle, text, fill="black", font=small, anchor="lm")
     return grid
 
 
@@ -296,7 +299,7 @@ def _in_8_bits(images: Tensor) -> Tensor:
     return images.float().nan_to_num(0.0).clamp(0, 1).mul(255).round().byte()
 
 
-def _in_size_of(images: Tensor, like: Tensor) -> Tensor:
+def in_size_of(images: Tensor, like: Tensor) -> Tensor:
     """Images `[B, 3, h, w]` enlarged to the size of `like` `[3, H, W]`, as a user without a model would."""
     if images.shape[-2:] == like.shape[-2:]:
         return images
@@ -337,6 +340,11 @@ def save_grid(grid: Image.Image, path: Path, trackers: Sequence[Any], *, step: i
     """Write a grid as a PNG, and give it to those trackers of accelerate that take images, as "samples"."""
     with atomic_write(path) as file:
         grid.save(file, format="PNG")
+    log_grid(grid, trackers, step=step)
+
+
+def log_grid(grid: Image.Image, trackers: Sequence[Any], *, step: int) -> None:
+    """Give a grid to those trackers of accelerate that take images, as "samples"."""
     pixels = np.asarray(grid)
     for tracker in trackers:
         if not hasattr(tracker, "log_images"):

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, final
 import pydantic
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import iqareward
 from iqareward.serving.backend import ServedFacts, Service, answer
+from iqareward.serving.page import page
 from iqareward.serving.requests import (
     MemoryBudget,
     Reservation,
@@ -34,7 +35,7 @@ from iqareward.serving.wire import CONTENT_TYPE, AnswerBody, ErrorBody, Limits, 
 
 T = TypeVar("T")
 
-_OPEN_PATHS = ("/healthz",)  # load balancers have no token
+_OPEN_PATHS = ("/", "/healthz")  # a page without secrets, where a token can be typed; load balancers have no token
 PAUSE = 0.002  # seconds between two answers to requests that are refused or score nothing
 _DESCRIPTION = (
     "Image-quality rewards over HTTP. Scores are higher for better images; null means not scored. Every error is "
@@ -123,6 +124,15 @@ def _add_status_routes(api: FastAPI, service: Service, settings: Settings) -> No
         states = await service.health()
         healthy = all(state in ("ok", "asleep") for state in states.values())
         return JSONResponse({"status": "ok" if healthy else "degraded", "rewards": states}, 200 if healthy else 503)
+
+    @api.get(
+        "/",
+        summary="A page to drop images on",
+        response_class=HTMLResponse,
+        responses=_errors(429),
+    )
+    async def root() -> Response:
+        return page()
 
     @api.get(
         "/metrics",
