@@ -364,6 +364,7 @@ def _read_tar(shard: Shard, columns: Columns, keep: Sequence[str] | None, types:
                 row += 1
     except _parse_errors() as error:
         yield from _lost(range(row, row + 1), _damage(fs, name, error))
+        return
     if row and not has_images:
         raise ValueError(
             f"{shard.path}: expected images named {columns.images}, got files named {', '.join(sorted(seen))}. "

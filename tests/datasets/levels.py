@@ -18,7 +18,7 @@ from torch import Tensor
 
 from iqareward.types import Images
 
-SIDE = 8
+SIDE = 32
 
 
 class Level:

@@ -69,7 +69,7 @@ def test_what_a_sample_lacks():
     """References, inputs and prompts reach the rewards that need them; a sample without has no score of those only."""
     rewards = [iqareward.load("psnr"), Level()]
     whole, bare = Sample(png(10), png(20)), Sample(png(11), problem="references: none here")
-    other = Sample(png(12), png(12, size=16))
+    other = Sample(png(12), png(12, size=64))
     found = score([whole, bare, other, Sample(None), Sample(b"no image")], rewards)
     psnr = rewards[0](*(torch.full((1, 3, SIDE, SIDE), level / 255) for level in (10, 20)))
     torch.testing.assert_close(torch.tensor(found[0].scores[0]), psnr[0], **EXACT)
@@ -78,7 +78,7 @@ def test_what_a_sample_lacks():
     assert [problem for _, problem in found] == [
         "",
         "references: none here",
-        "not compared: it is 8x8, its reference 16x16",
+        "not compared: it is 32x32, its reference 64x64",
         "not read: there is no image",
         "not read: it is empty, damaged, or of a kind that is not read",
     ]
