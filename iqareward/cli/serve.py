@@ -45,7 +45,6 @@ def run(job: Job, messages: Console) -> None:
         deploy,
         load_rewards,
         local_ray,
-        node_addresses,
         wait_for_stop,
     )
     from iqareward.serving.wire import Limits, first_error
@@ -86,8 +85,7 @@ def run(job: Job, messages: Console) -> None:
             start_timeout=job.start_timeout,
             tell=partial(say, messages),
         )
-        addresses = [address] if job.address is None else node_addresses(address)
-        say(messages, f"{', '.join(job.rewards)}: {' '.join(f'http://{place}' for place in addresses)}")
+        say(messages, f"{', '.join(job.rewards)}: http://{address}")
         if job.address is None:
             wait_for_stop()
 

@@ -279,28 +279,18 @@ def deploy(
     _wait_for_processes(part_names(rewards), deployment, start_timeout, tell)
 
 
-def node_addresses(address: Address) -> list[Address]:
-    """Where the nodes of the cluster can be reached, if its proxies listen at this address."""
-    ray = require("ray", extra="serve", purpose="the reward server")
-    if address.host not in ("0.0.0.0", "::"):
-        return [address]
-    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    return [replace(address, host=host) for host in sorted(hosts)]
-
-
 def _check_proxies(wanted: Mapping[str, Any]) -> None:
     """A ValueError if Ray Serve was started earlier with other options, which it keeps until it is shut down."""
     context = require("ray.serve.context", extra="serve", purpose="the reward server")
     has = context._get_global_client().http_config
-    patience = has.request_timeout_s
-    if (has.host, has.port) == (wanted["host"], wanted["port"]) and str(has.location) != "Disabled":
-        if not patience or patience >= wanted["request_timeout_s"]:
-            return
+    listens = has.location != "Disabled" and (has.host, has.port) == (wanted["host"], wanted["port"])
+    if listens and (not has.request_timeout_s or has.request_timeout_s >= wanted["request_timeout_s"]):
+        return
     raise ValueError(
-        f"Ray Serve runs on this cluster already: it listens at {has.host}:{has.port} ({has.location}) and ends requests "
-        f"after {patience} seconds. Expected {wanted['host']}:{wanted['port']} (EveryNode) and at least "
-        f"{wanted['request_timeout_s']:g} seconds. Pass the same --host and --port and a --deadline of "
-        f"{_PROXY_GRACE:g} seconds less, or end it with `serve shutdown` first."
+        f"Ray Serve runs on this cluster already. Its proxies ({has.location}) listen at {has.host}:{has.port} and end "
+        f"requests after {has.request_timeout_s} seconds; expected {wanted['host']}:{wanted['port']} and at least "
+        f"{wanted['request_timeout_s']:g} seconds. Pass the same --host and --port and a --deadline that is "
+        f"{_PROXY_GRACE:g} seconds shorter, or end Ray Serve with `serve shutdown` first."
     )
 
 
@@ -317,8 +307,8 @@ def _wait_for_processes(
         missing = _missing(parts, found.deployments, deployment) if waited > _SILENT_SECONDS else ""
         if waited > start_timeout:
             raise RuntimeError(
-                f"not all processes have started after {start_timeout:g} seconds: {missing}. They stay deployed and will "
-                "start when they can; `serve shutdown` ends them."
+                f"not all processes have started after {start_timeout:g} seconds: {missing}. They stay deployed and "
+                "will start when they can; `serve shutdown` ends them."
             )
         if missing != told and tell is not None:
             tell(missing)
