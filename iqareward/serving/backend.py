@@ -235,7 +235,7 @@ async def deployment_health(app_name: str, deployments: Mapping[str, str]) -> di
         states[reward] = "asleep" if reward in asleep else "ok"
         if not running:
             # not Ray's message: it may hold a traceback, and anyone may ask
-            states[reward] = f"no process is running: {known[name].status if name in known else 'NOT_DEPLOYED'}"
+            states[reward] = f"no process is running: {known[name].status.value if name in known else 'not deployed'}"
     return states
 
 
