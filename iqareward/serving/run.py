@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -167,7 +167,9 @@ def part_names(rewards: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in rewards:
         part = f"reward-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40]}"
-        found[name] = f"{part}-{len(found)}" if part in found.values() else part
+        while part in found.values():
+            part += "-"
+        found[name] = part
     return found
 
 
@@ -257,14 +259,15 @@ def deploy(
         ValueError: one machine, and it has no room for a process of each reward; or Ray Serve runs already, and listens
             elsewhere.
     """
+    ray = require("ray", extra="serve", purpose="the reward server")
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     address = None
     if everywhere:
         http = {"host": host, "port": port, "request_timeout_s": settings.deadline + _PROXY_GRACE}
-        serve.start(proxy_location="EveryNode", http_options=http)
+        with suppress(ray.exceptions.RayActorError):  # a proxy that started too slowly: Ray Serve starts another one
+            serve.start(proxy_location="EveryNode", http_options=http)
         _check_proxies(http)
     else:
-        ray = require("ray", extra="serve", purpose="the reward server")
         available = ray.cluster_resources()
         deployment = replace(deployment, max_replicas=most_replicas(len(rewards), deployment, available))
         fronts = deployment.front_replicas
@@ -300,11 +303,15 @@ def _wait_for_processes(
     """Return when the application runs; a RuntimeError if it fails, or has not started in time."""
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     started, told = time.monotonic(), ""
-    while (found := serve.status().applications[APP_NAME]).status != "RUNNING":
+    while True:
+        status = serve.status()
+        found, proxies = status.applications[APP_NAME], status.proxies.values()
+        if found.status == "RUNNING" and (not proxies or "HEALTHY" in proxies):
+            return
         if found.status == "DEPLOY_FAILED":
             raise RuntimeError(f"the rewards could not be started: {found.message}")
         waited = time.monotonic() - started
-        missing = _missing(parts, found.deployments, deployment) if waited > _SILENT_SECONDS else ""
+        missing = _missing(parts, found.deployments, deployment) if waited > min(_SILENT_SECONDS, start_timeout) else ""
         if waited > start_timeout:
             raise RuntimeError(
                 f"not all processes have started after {start_timeout:g} seconds: {missing}. They stay deployed and "
