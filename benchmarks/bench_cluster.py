@@ -143,7 +143,7 @@ def running(reward: str = "double") -> int:
     return part.replica_states.get("RUNNING", 0)
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 120.0) -> float:
+def wait_until(reached: Callable[[], bool], seconds: float = 300.0) -> float:
     """Seconds until it is so; a TimeoutError if it never is."""
     start = time.monotonic()
     while not reached():
@@ -178,7 +178,7 @@ class Load:
         """Answers so far, right or not."""
         return sum(count for name, count in self.outcomes.items() if name != "sent")
 
-    def wait_for(self, more: int, seconds: float = 120.0) -> float:
+    def wait_for(self, more: int, seconds: float = 300.0) -> float:
         """Wait for so many more answers; the seconds that took."""
         goal = self.answered + more
         return wait_until(lambda: self.answered >= goal, seconds)

@@ -68,7 +68,7 @@ def test_the_command(nodes):
     assert done.returncode == 0, done.stderr
     assert f"ssim: {nodes.url}\n" in done.stderr
     assert scores_are_local(nodes.url)
-    full = serve_ssim(nodes, *port, "--replicas", "1", "--num-cpus", "3", "--start-timeout", "7")
+    full = serve_ssim(nodes, *port, "--replicas", "1", "--num-cpus", "3", "--start-timeout", "15")
     assert full.returncode == 2
     said = " ".join(full.stderr.split())
     assert "1 of ssim" in said
