@@ -252,7 +252,7 @@ def our_server(judge: Reward, processes: int) -> Iterator[tuple[str, Any]]:
     deployment = Deployment(replicas=processes, max_batch=BATCH)
     with local_ray(num_cpus=processes, object_store_memory=500 * 2**20, log_to_driver=False):
         deploy({"judge": judge}, deployment, Settings(deadline=600), host="127.0.0.1", port=port, everywhere=False)
-        yield f"http://127.0.0.1:{port}", serve.get_deployment_handle("reward-0-judge", APP_NAME)
+        yield f"http://127.0.0.1:{port}", serve.get_deployment_handle("reward-judge", APP_NAME)
 
 
 @contextmanager

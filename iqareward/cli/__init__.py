@@ -534,6 +534,9 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, help="Maximum number of images in a request.")] = 1024,
     deadline: Annotated[float, typer.Option(min=0.1, help="Time limit of a request in seconds.")] = 120,
     jpeg: Annotated[str, typer.Option(help="Accept JPEG files: never or always.")] = "never",
+    start_timeout: Annotated[
+        float, typer.Option(min=1, help="Maximum time to wait for all processes to start, in seconds.")
+    ] = 1800,
     token_env: Annotated[
         str,
         typer.Option(
@@ -546,7 +549,7 @@ def serve(
 
     job = Job(
         rewards, host, port, address, replicas, num_gpus, num_cpus, max_batch, max_wait_ms, max_body_mib, max_images,
-        deadline, jpeg, token_env,
+        deadline, jpeg, start_timeout, token_env,
     )  # fmt: skip
     with _usage_errors(RuntimeError):
         run(job, _messages)

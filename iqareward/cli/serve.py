@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from rich.console import Console
@@ -26,6 +27,7 @@ class Job(NamedTuple):
     max_images: int
     deadline: float
     jpeg: str
+    start_timeout: float
     token_env: str
 
 
@@ -37,7 +39,14 @@ def run(job: Job, messages: Console) -> None:
     from iqareward.serving.client import token_in
     from iqareward.serving.listener import Address
     from iqareward.serving.requests import Settings
-    from iqareward.serving.run import Deployment, cluster_ray, deploy, load_rewards, local_ray, wait_for_stop
+    from iqareward.serving.run import (
+        Deployment,
+        cluster_ray,
+        deploy,
+        load_rewards,
+        local_ray,
+        wait_for_stop,
+    )
     from iqareward.serving.wire import Limits, first_error
 
     secured = token_in(job.token_env) is not None
@@ -66,7 +75,16 @@ def run(job: Job, messages: Console) -> None:
     for warning in _warnings(job, str(address), secured):
         say(messages, warning, label="warning:", style="yellow")
     with local_ray() if job.address is None else cluster_ray(job.address):
-        deploy(rewards, deployment, settings, host=job.host, port=job.port, everywhere=job.address is not None)
+        deploy(
+            rewards,
+            deployment,
+            settings,
+            host=job.host,
+            port=job.port,
+            everywhere=job.address is not None,
+            start_timeout=job.start_timeout,
+            tell=partial(say, messages),
+        )
         say(messages, f"{', '.join(job.rewards)}: http://{address}")
         if job.address is None:
             wait_for_stop()

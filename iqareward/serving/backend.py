@@ -234,7 +234,8 @@ async def deployment_health(app_name: str, deployments: Mapping[str, str]) -> di
         running = known[name].replica_states.get("RUNNING", 0) if name in known else 0
         states[reward] = "asleep" if reward in asleep else "ok"
         if not running:
-            states[reward] = f"no process is running: {known[name].message if name in known else ''}"
+            # not Ray's message: it may hold a traceback, and anyone may ask
+            states[reward] = f"no process is running: {known[name].status.value if name in known else 'not deployed'}"
     return states
 
 

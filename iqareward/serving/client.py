@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import random
+import socket
 import threading
 import warnings
 import weakref
@@ -14,6 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, final
 from urllib.parse import quote
+from urllib.request import getproxies
 
 import pydantic
 import tenacity
@@ -44,6 +46,7 @@ TOKEN_VARIABLE = "IQAREWARD_TOKEN"
 _MAX_REQUEST_BYTES = 64 * 2**20  # of images; a server takes 256 MiB unless it is told otherwise
 _MAX_ANSWER_BYTES = 64 * 2**20
 _CONNECT_SECONDS = 5.0
+_GONE_SECONDS = 30  # without a sign of life from its machine, a connection counts as lost
 _REST_SECONDS = 5.0  # a server that could not be reached is not asked first for this long
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_RETRY_AFTER = 0.2, 5.0, 60.0  # seconds between attempts
 _MISCONFIGURED = {401, 403, 404, 409}  # a wrong token or name, a reward that sleeps: no policy turns that into NaN
@@ -85,10 +88,16 @@ class _Connections:
         with LOADING:
             self.httpx2: Any = require("httpx2", extra="serve", purpose="RemoteReward")
         token = token_in(token_variable)
+        limits = self.httpx2.Limits(max_connections=None, max_keepalive_connections=max_in_flight)
+        # a transport of our own would make httpx ignore the proxies of the environment
+        transport = (
+            None if getproxies() else self.httpx2.AsyncHTTPTransport(limits=limits, socket_options=_signs_of_life())
+        )
         self.http = self.httpx2.AsyncClient(
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
             timeout=self.httpx2.Timeout(None, connect=_CONNECT_SECONDS),  # the deadline bounds the rest
-            limits=self.httpx2.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
+            limits=limits,
+            transport=transport,
         )
         self.urls, self.slots = urls, asyncio.Semaphore(max_in_flight)
         self.down_until = [0.0] * len(urls)
@@ -138,6 +147,20 @@ class _Connections:
         if status in (429, 502, 503) or (status == 500 and error.code == "http_500"):
             raise _Lost(error, _retry_after(response.headers.get("retry-after", "")))
         raise error
+
+
+def _signs_of_life() -> list[tuple[int, int, int]]:
+    """Options of a socket by which the kernel notices that the other machine is gone, which closes no connection."""
+    third = _GONE_SECONDS // 3
+    options = {
+        "TCP_KEEPIDLE": third,  # seconds before the first question whether it is there
+        "TCP_KEEPINTVL": third,
+        "TCP_KEEPCNT": 2,
+        "TCP_USER_TIMEOUT": 1000 * _GONE_SECONDS,  # for what was sent and is not acknowledged
+    }
+    # not every system has all of them
+    known = [(getattr(socket, name), value) for name, value in options.items() if hasattr(socket, name)]
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *((socket.IPPROTO_TCP, name, value) for name, value in known)]
 
 
 def _serve(loop: asyncio.AbstractEventLoop, http: Any) -> None:

@@ -4,8 +4,9 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -44,6 +45,8 @@ _QUIET = {"enable_access_log": False}  # a line for every image; /metrics counts
 _BUILD_ATTEMPTS = 2  # of a process; weights that cannot be loaded twice are not there
 _CORES_PER_FRONT, _MOST_FRONTS = 8, 8
 _PROXY_GRACE = 10.0  # seconds by which Ray's proxy outwaits our own deadline, whose answer says more
+START_TIMEOUT = 1800.0  # seconds for all processes to start; 16 GB of weights may have to be downloaded first
+_SILENT_SECONDS = 5.0  # before it is told what is waited for
 
 # For the processes of a Ray of our own, where the variables are not set.
 _ENVIRONMENT = {
@@ -134,8 +137,7 @@ def application(
         )
     if settings.token is not None:
         raise ValueError("application expected the token in an environment variable: Deployment(token_env=...).")
-    slugs = [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] for name in rewards]
-    names = {name: f"reward-{index}-{slug}" for index, (name, slug) in enumerate(zip(rewards, slugs, strict=True))}
+    names = part_names(rewards)
     parts = [_part(serve, names[name], reward, deployment) for name, reward in rewards.items()]
     facts = {name: facts_of(reward) for name, reward in rewards.items()}
 
@@ -155,8 +157,20 @@ def application(
         **options,
         **_scaling(deployment.front_replicas, target=64, most=_MOST_FRONTS),
         max_ongoing_requests=settings.max_inflight_requests,
+        max_surge_percent=100,  # in an update new ones start before the old ones stop: they need no room of their own
     )
     return ingress.bind(*parts)
+
+
+def part_names(rewards: Iterable[str]) -> dict[str, str]:
+    """The deployment of each reward: the same in every version of the application, so that Ray Serve updates it."""
+    found: dict[str, str] = {}
+    for name in rewards:
+        part = f"reward-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')[:40]}"
+        while part in found.values():
+            part += "-"
+        found[name] = part
+    return found
 
 
 def _part(serve: Any, name: str, reward: Reward, deployment: Deployment) -> Any:
@@ -224,23 +238,36 @@ def front(
 
 
 def deploy(
-    rewards: Mapping[str, Reward], deployment: Deployment, settings: Settings, *, host: str, port: int, everywhere: bool
+    rewards: Mapping[str, Reward],
+    deployment: Deployment,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    everywhere: bool,
+    start_timeout: float = START_TIMEOUT,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Put the rewards on the Ray cluster that this process is connected to; returns when all of them can be scored.
 
-    If `everywhere`, Ray's proxies listen on every node; otherwise our own processes do, on this machine only.
+    If `everywhere`, Ray's proxies listen on every node; otherwise our own processes do, on this machine only. `tell`
+    is called with what is waited for, when that takes long and whenever it changes.
 
     Raises:
-        RuntimeError: a reward cannot be built, for example because its weights are missing.
-        ValueError: one machine, and it has no room for a process of each reward.
+        RuntimeError: a reward cannot be built, for example because its weights are missing; or not all processes have
+            started after `start_timeout` seconds.
+        ValueError: one machine, and it has no room for a process of each reward; or Ray Serve runs already, and listens
+            elsewhere.
     """
+    ray = require("ray", extra="serve", purpose="the reward server")
     serve = require("ray.serve", extra="serve", purpose="the reward server")
     address = None
     if everywhere:
         http = {"host": host, "port": port, "request_timeout_s": settings.deadline + _PROXY_GRACE}
-        serve.start(proxy_location="EveryNode", http_options=http)
+        with suppress(ray.exceptions.RayActorError):  # a proxy that started too slowly: Ray Serve starts another one
+            serve.start(proxy_location="EveryNode", http_options=http)
+        _check_proxies(http)
     else:
-        ray = require("ray", extra="serve", purpose="the reward server")
         available = ray.cluster_resources()
         deployment = replace(deployment, max_replicas=most_replicas(len(rewards), deployment, available))
         fronts = deployment.front_replicas
@@ -250,7 +277,77 @@ def deploy(
         serve.start(proxy_location="Disabled")
     wake_all()
     built = application(rewards, deployment, settings, address=address)
-    serve.run(built, name=APP_NAME, route_prefix="/" if address is None else None)
+    target = serve.RunTarget(target=built, name=APP_NAME, route_prefix="/" if address is None else None)
+    serve.run_many([target], wait_for_applications_running=False)
+    _wait_for_processes(part_names(rewards), deployment, start_timeout, tell)
+
+
+def _check_proxies(wanted: Mapping[str, Any]) -> None:
+    """A ValueError if Ray Serve was started earlier with other options, which it keeps until it is shut down."""
+    context = require("ray.serve.context", extra="serve", purpose="the reward server")
+    has = context._get_global_client().http_config
+    listens = has.location != "Disabled" and (has.host, has.port) == (wanted["host"], wanted["port"])
+    if listens and (not has.request_timeout_s or has.request_timeout_s >= wanted["request_timeout_s"]):
+        return
+    raise ValueError(
+        f"Ray Serve runs on this cluster already. Its proxies ({has.location}) listen at {has.host}:{has.port} and end "
+        f"requests after {has.request_timeout_s} seconds; expected {wanted['host']}:{wanted['port']} and at least "
+        f"{wanted['request_timeout_s']:g} seconds. Pass the same --host and --port and a --deadline that is "
+        f"{_PROXY_GRACE:g} seconds shorter, or end Ray Serve with `serve shutdown` first."
+    )
+
+
+def _wait_for_processes(
+    parts: Mapping[str, str], deployment: Deployment, start_timeout: float, tell: Callable[[str], None] | None
+) -> None:
+    """Return when the application runs; a RuntimeError if it fails, or has not started in time."""
+    serve = require("ray.serve", extra="serve", purpose="the reward server")
+    started, told = time.monotonic(), ""
+    while True:
+        status = serve.status()
+        found, proxies = status.applications[APP_NAME], status.proxies.values()
+        if found.status == "RUNNING" and (not proxies or "HEALTHY" in proxies):
+            return
+        if found.status == "DEPLOY_FAILED":
+            raise RuntimeError(f"the rewards could not be started: {found.message}")
+        waited = time.monotonic() - started
+        missing = _missing(parts, found.deployments, deployment) if waited > min(_SILENT_SECONDS, start_timeout) else ""
+        if waited > start_timeout:
+            raise RuntimeError(
+                f"not all processes have started after {start_timeout:g} seconds: {missing}. They stay deployed and "
+                "will start when they can; `serve shutdown` ends them."
+            )
+        if missing != told and tell is not None:
+            tell(missing)
+        told = missing
+        time.sleep(0.2)
+
+
+def _missing(parts: Mapping[str, str], deployments: Mapping[str, Any], deployment: Deployment) -> str:
+    """Which processes do not run yet, what each of them takes, and what the cluster has."""
+    ray = require("ray", extra="serve", purpose="the reward server")
+    lacking = []
+    for reward, part in parts.items():
+        states = deployments[part].replica_states if part in deployments else {}
+        starting = sum(count for state, count in states.items() if state not in ("RUNNING", "STOPPING"))
+        if starting or not states:
+            lacking.append(f"{starting} of {reward} ({states.get('RUNNING', 0)} running)")
+    if not lacking:
+        return "waiting for the HTTP processes"
+    takes = {"GPU": deployment.num_gpus, "CPU": deployment.num_cpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    free = ray.available_resources()
+    takes = {kind: share for kind, share in takes.items() if share}
+    large_enough = sum(all(node.get(kind, 0) >= share for kind, share in takes.items()) for node in nodes)
+    return (
+        f"waiting for processes that load or have no room: {', '.join(lacking)}. Each takes {_amounts(takes)} of one "
+        f"node; {large_enough} of {len(nodes)} nodes have as much, and "
+        f"{_amounts({kind: free.get(kind, 0.0) for kind in takes})} are free in the cluster"
+    )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items()) or "nothing"
 
 
 def most_replicas(num_rewards: int, deployment: Deployment, available: Mapping[str, float]) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -161,3 +162,14 @@ def test_read_only_shared_memory():
     assert isinstance(rows, ScoredRows)
     assert rows.components == {}
     assert torch.equal(torch.from_numpy(rows.scores), iqareward.load("piqe")(images))
+
+
+def test_health_shows_no_traceback(monkeypatch):
+    """Anyone may ask for it, and Ray's message holds paths and code."""
+    unhealthy = ray.serve.schema.DeploymentStatus.UNHEALTHY
+    part = SimpleNamespace(status=unhealthy, replica_states={}, message="Traceback: /private/path")
+    found = SimpleNamespace(applications={"server": SimpleNamespace(deployments={"part": part})})
+    monkeypatch.setattr(ray.serve, "status", lambda: found)
+    monkeypatch.setattr(backend, "is_asleep", lambda deployment: False)
+    health = asyncio.run(backend.deployment_health("server", {"broken": "part", "missing": "other"}))
+    assert health == {"broken": "no process is running: UNHEALTHY", "missing": "no process is running: not deployed"}

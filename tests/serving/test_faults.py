@@ -265,7 +265,7 @@ def test_every_process_sleeps(server):
 
 def running() -> int:
     """How many processes of `moody` run, as Ray Serve sees it."""
-    details = ray.serve.status().applications["iqareward"].deployments["reward-1-moody"]
+    details = ray.serve.status().applications["iqareward"].deployments["reward-moody"]
     return details.replica_states.get("RUNNING", 0)
 
 

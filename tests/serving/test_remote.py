@@ -3,7 +3,9 @@
 import asyncio
 import json
 import multiprocessing
+import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -457,3 +459,29 @@ def test_a_lost_request_is_reported_as_such() -> None:
     ):
         assert reward(flat(0.1, 0.2)).isnan().all()
     assert len(caught) == 1
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has these options")
+def test_connections_notice_a_machine_that_is_gone() -> None:
+    """One that loses its power closes no connection: the kernel is told to ask, and to give up within 30 seconds."""
+    with Double([Brightness()]) as double, remote(double.url) as reward:
+        reward(flat(0.5))
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                connection = socket.socket(fileno=os.dup(int(name)))
+            except OSError:  # not a socket
+                continue
+            with connection:
+                try:
+                    peer = connection.getpeername()
+                except OSError:  # not connected
+                    continue
+                if isinstance(peer, tuple) and peer[1] == int(double.url.rpartition(":")[2]):
+                    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+                    found.append([connection.getsockopt(socket.IPPROTO_TCP, option) for option in options])
+                    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert found
+    for idle, interval, count, silent in found:
+        assert idle + interval * count <= 30
+        assert silent <= 30_000

@@ -154,7 +154,7 @@ def test_the_application_of_a_config_file():
         "settings": {"deadline": 5.0, "limits": {"max_images": 10}},
     })  # fmt: skip
     names = {part._bound_deployment.name for part in built._bound_deployment.init_args}
-    assert names == {"reward-0-piqe", "reward-1-ssim"}
+    assert names == {"reward-piqe", "reward-ssim"}
     assert {part._bound_deployment.num_replicas for part in built._bound_deployment.init_args} == {2}
     rewards = ["piqe", {"name": "ssim", "color": "y"}, {"ssim": 0.7, "psnr": {"weight": 0.3, "range": [10, 50]}}]
     assert list(load_rewards(rewards, 0)) == ["piqe", "ssim(color=y)", "0.7*ssim + 0.3*psnr[10, 50]"]
@@ -205,7 +205,7 @@ def test_the_manifest_of_the_documentation():
     module, _, function = served["import_path"].partition(":")
     assert getattr(importlib.import_module(module), function) is from_config
     built = from_config(served["args"])
-    assert [part._bound_deployment.name for part in built._bound_deployment.init_args] == ["reward-0-qalign"]
+    assert [part._bound_deployment.name for part in built._bound_deployment.init_args] == ["reward-qalign"]
 
 
 def test_a_front_without_its_token_does_not_start(monkeypatch):
