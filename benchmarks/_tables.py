@@ -267,6 +267,42 @@ def classical_busy(document: Document) -> str:
     return table(("metric", "library", *(f"threads: {number}" for number in numbers)), cells, text_columns=2)
 
 
+def datasets(document: Document) -> str:
+    """Ray Data against plain loops."""
+    cells = [
+        (f"{row['side']}², " + " + ".join(f"`{name}`" for name in row["rewards"]), number(row["loop"]["rate"]),
+         number(row["ray"]["rate"]), f"{row['ratio']:.0%}",
+         number(row["ray"]["startup"]), number(row["loop"]["startup"]))
+        for row in document["rows"]
+    ]  # fmt: skip
+    header = ("JPEG files", "loop, images/s", "`score_dataset`", "ratio", "first shard after, s", "loop: start, s")
+    return table(header, cells)
+
+
+def datasets_cost(document: Document) -> str:
+    """What numbers of images would take, predicted from measured rates."""
+    gpu = newest("gpu/qalign")
+    rates = [
+        (f"{' + '.join(row['rewards'])}, {row['side']}², one core", row["ray"]["rate"] / row["processes"])
+        for row in document["rows"]
+    ]
+    for mode in ("eager, images on the host", "`compiled=True`"):
+        if row := finding(gpu, QALIGN[mode], 32):
+            rates.append((f"qalign, {mode}, one {gpu['hardware'].split()[1]} (in process)", row["images_per_s"]))
+    cells = [
+        (name, number(rate), *(f"{_time(n / rate)}; {_time(n / rate / 64)}" for n in (1e6, 1e8, 1e9)))
+        for name, rate in rates
+    ]
+    return table(("reward", "images/s", "10⁶ images: on one; on 64", "10⁸", "10⁹"), cells)
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("y", 365 * 86400), ("d", 86400), ("h", 3600)):
+        if seconds >= length:
+            return f"{number(seconds / length, 2)} {unit}"
+    return f"{number(seconds / 60, 2)} min"
+
+
 def gpu_qalign(document: Document) -> str:
     """Every mode and batch size of Q-Align."""
     found = [

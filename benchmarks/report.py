@@ -161,6 +161,8 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "batching": ("batching", tables.batching, "python -m benchmarks.bench_batching"),
     "serving": ("serving", tables.serving, "python -m benchmarks.bench_serving"),
     "requests": ("requests", tables.requests, "python -m benchmarks.bench_requests"),
+    "datasets": ("datasets", tables.datasets, "python -m benchmarks.bench_datasets"),
+    "datasets cost": ("datasets", tables.datasets_cost, "python -m benchmarks.bench_datasets"),
     "gpu qalign": ("gpu/qalign", tables.gpu_qalign, GPU_RUN),
     "gpu vlm": ("gpu/vlm", tables.gpu_vlm, GPU_RUN),
     "gpu classical": ("gpu/classical", tables.gpu_classical, GPU_RUN),
