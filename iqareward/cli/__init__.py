@@ -201,9 +201,13 @@ def score(
                 job |= {"num_gpus": num_gpus, "num_cpus": num_cpus, "actors": actors, "batch_size": batch_size}
                 job |= {"address": address, "overwrite": overwrite}
                 unused = {"--reference": reference, "--summary": summary, "--published": published}
-                unused |= {"--device": device != "cpu"}
+                unused |= {"--device": device != "cpu", "--format": output_format not in (None, Format.parquet)}
                 complete = run_dataset(paths, reward, output, job, unused, _messages)
             else:
+                own = {"--references": references, "--inputs": inputs, "--prompts": prompts, "--keep": keep}
+                own |= {"--num-gpus": num_gpus, "--actors": actors, "--address": address}
+                if given := [name for name, value in own.items() if value]:
+                    raise ValueError(f"{', '.join(given)}: for data sets only. Of a folder --format parquet makes one.")
                 file = None if output is None else Path(output)
                 job = Job(
                     paths, reward, reference, output_format, file, overwrite, summary, published, device, batch_size

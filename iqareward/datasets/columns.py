@@ -88,6 +88,8 @@ class Columns:
             reference, given = (found[role][row] if role in found else None for role in ("references", "inputs"))
             prompt = found["prompts"][row] if "prompts" in found else None
             problem = [f"{role}: none here" for role in found if found[role][row] is None and role != "images"]
+            if prompt is not None and _text(prompt) is None:
+                problem.append(f"prompts: expected one text, got {type(prompt).__name__}")
             yield Sample(
                 _source(image, folder), _source(reference, folder), _source(given, folder), _text(prompt),
                 "; ".join(problem),
@@ -106,7 +108,10 @@ def _source(value: Any, folder: Path | None) -> Source | None:
 
 
 def _text(value: Any) -> str | None:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else None if value is None else str(value)
+    """A prompt; None if it is missing, as pandas writes it too."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else None
 
 
 def load_rewards(rewards: str | Reward | Sequence[str | Reward], device: str) -> dict[str, Reward]:
@@ -134,7 +139,7 @@ class ScoreColumns:
     Args:
         rewards: names or sums of the catalogue, or rewards; one or several, which share the decoding of the images.
         images: column of images: encoded files, Hugging Face's `{"bytes", "path"}`, paths, PIL images, or arrays
-            `[H, W, C]`. Names with `;` between them are tried in this order.
+            `[H, W, C]` (floats in [0, 1]). Names with `;` between them are tried in this order.
         references: column of references; None = there is none.
         inputs: column of the degraded images; None = there is none.
         prompts: column of texts; None = there is none.

@@ -8,10 +8,11 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from filelock import FileLock, Timeout
 import iqareward
 from iqareward.atomic import atomic_write, remove_parts
 from iqareward.datasets.columns import IMAGE_COLUMNS, PROBLEM, Columns, load_rewards
+from iqareward.datasets.reading import Kept, read
 from iqareward.datasets.samples import Sample, SampleScorer, Scored, is_of_the_device
-from iqareward.datasets.shards import Shard, filesystem, find_shards, is_local
+from iqareward.datasets.shards import Shard, find_shards
+from iqareward.datasets.stores import filesystem, is_local, patiently, url
 from iqareward.optional import require
 from iqareward.types import Reward
 
@@ -180,11 +183,10 @@ def score_dataset(
     columns.check(list(loaded.values()))
     if both := {*loaded} & {_SHARD, _ROW}:
         raise ValueError(f"{sorted(both)} are columns of the results. Give the reward another name.")
-    shards = find_shards(data, columns)
-    work = _Work(
-        str(output).rstrip("/"), loaded, columns, None if keep is None else list(keep), batch_size, num_gpus, num_cpus
-    )
-    with _prepared(work, _names_of(data), shards, overwrite) as known:
+    place = url(*filesystem(str(output).rstrip("/")))
+    shards = find_shards(data, place)
+    work = _Work(place, loaded, columns, None if keep is None else list(keep), batch_size, num_gpus, num_cpus)
+    with _prepared(work, shards, overwrite) as known:
         total, failed = Facts(), dict[str, str]()
         for facts in known.values():
             total.add(facts)
@@ -224,11 +226,6 @@ def _label(shard: Shard) -> str:
     return f"{shard.path} [{shard.start}:{shard.stop}]" if shard.stop else shard.path
 
 
-def _names_of(data: Any) -> list[str]:
-    items: Iterable[Any] = data if isinstance(data, (list, tuple)) else [data]  # pyright: ignore
-    return [str(each) if isinstance(each, (str, Path)) else "a data set in memory" for each in items]
-
-
 @dataclass(frozen=True)
 class _Work:
     """What every process needs to know."""
@@ -252,7 +249,7 @@ class _Work:
 
 
 @contextmanager
-def _prepared(work: _Work, inputs: list[str], shards: Sequence[Shard], overwrite: bool) -> Generator[dict[str, Facts]]:
+def _prepared(work: _Work, shards: Sequence[Shard], overwrite: bool) -> Generator[dict[str, Facts]]:
     """The shards that are scored already, in a folder that nobody else writes to within the block.
 
     Raises:
@@ -269,19 +266,18 @@ def _prepared(work: _Work, inputs: list[str], shards: Sequence[Shard], overwrite
             except Timeout as error:
                 raise ValueError(f"another run writes to {work.output}. Wait for its end.") from error
             remove_parts(Path(folder))
-        else:
-            fs.makedirs(folder, exist_ok=True)
         fs.invalidate_cache()
-        present = {name for path in fs.ls(folder, detail=False) if _PART.fullmatch(name := path.rpartition("/")[2])}
+        paths = fs.ls(folder, detail=False) if fs.exists(folder) else []  # stores have no empty folders
+        present = {name for path in paths if _PART.fullmatch(name := path.rpartition("/")[2])}
         manifest = f"{folder}/{_MANIFEST}"
         if overwrite:
             stale = present
         else:
-            inputs = _agree(work, json.loads(fs.cat_file(manifest)) if fs.exists(manifest) else None, inputs, present)
+            _agree(work, fs.cat_file(manifest) if fs.exists(manifest) else None, shards, present)
             stale = present - {f"{shard.name}.parquet" for shard in shards}  # of files that have changed
         for name in stale:
             fs.rm_file(f"{folder}/{name}")
-        _write(fs, manifest, json.dumps(work.manifest() | {"inputs": inputs}, indent=1).encode())
+        _write(fs, manifest, json.dumps(work.manifest(), indent=1).encode())
         with ThreadPoolExecutor(_LISTERS) as pool:
             paths = [f"{folder}/{name}" for name in sorted(present - stale)]
             found = list(pool.map(lambda path: _facts_of(fs, path), paths))
@@ -292,34 +288,41 @@ def _prepared(work: _Work, inputs: list[str], shards: Sequence[Shard], overwrite
         }
 
 
-def _agree(work: _Work, before: dict[str, Any] | None, inputs: list[str], present: set[str]) -> list[str]:
-    """The inputs of this run, if it may go on with the results of those before it."""
-    if before is None:
-        if present:
-            raise ValueError(f"{work.output} has parquet files of another program. Choose another folder.")
-        return inputs
-    for key, mine in work.manifest().items():
-        if before[key] != mine:
+def _agree(work: _Work, manifest: bytes | None, shards: Sequence[Shard], present: set[str]) -> None:
+    """Refuse to go on with the results of another job."""
+    otherwise = "Choose another folder, or overwrite them."
+    before: Any = None
+    if manifest is not None:
+        try:
+            before = json.loads(manifest)
+        except ValueError:
             raise ValueError(
-                f"{work.output} has results with {key} {before[key]}, now it would be {mine}. Choose another "
-                "folder, or overwrite them."
+                f"{work.output}/{_MANIFEST} is damaged, so its results are not known. {otherwise}"
+            ) from None
+    if not isinstance(before, dict):
+        if present:
+            raise ValueError(f"{work.output} has parquet files of another program. {otherwise}")
+        return
+    for key, mine in work.manifest().items():
+        if before.get(key) != mine:  # pyright: ignore
+            raise ValueError(
+                f"{work.output} has results with {key} {before.get(key)}, now it would be {mine}. {otherwise}"  # pyright: ignore
             )
-    if missing := [path for path in before["inputs"] if path not in inputs]:
+    places = {shard.place for shard in shards}
+    if unknown := [name for name in present if name.partition("-")[0] not in places]:
         raise ValueError(
-            f"{work.output} has results of {', '.join(missing)}, which is not named now. Name it too, or choose "
-            "another folder."
+            f"{work.output} has {len(unknown)} results of data that is not named now, or is gone. Name it too, or: "
+            f"{otherwise}"
         )
-    return inputs
 
 
 def _facts_of(fs: Any, path: str) -> Facts | None:
-    """What a result says of itself; None if it was cut short."""
+    """What a result says of itself; None if it cannot be read, so that it is made again."""
     pq = require("pyarrow.parquet", extra="data", purpose="score_dataset")
-    pyarrow = require("pyarrow", extra="data", purpose="score_dataset")
     try:
         with fs.open(path, "rb") as file:
             return Facts(**json.loads(pq.ParquetFile(file).schema_arrow.metadata[_FACTS]))
-    except (pyarrow.ArrowInvalid, KeyError, TypeError):
+    except Exception:  # whatever a store or a parser raises
         return None
 
 
@@ -420,6 +423,7 @@ class _ShardScorer:
             device="cuda" if work.num_gpus else "cpu",
             batch_size=work.batch_size,
             decoders=max(2, math.ceil(work.num_cpus)),
+            stops_if_store_fails=True,
         )
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -434,63 +438,52 @@ class _ShardScorer:
             return Facts(error=f"{_MOST_STARTS} processes died while they scored it; Ray's log says why")
         shard = self._shards[place]
         try:
-            content, facts = self._patiently(shard)
+            content, facts = patiently(partial(self._scored, shard))
         except Exception as error:  # of the store, the data or a reward: the job goes on with other shards
             if is_of_the_device(error):
                 os._exit(1)  # no other shard could be scored in this process; Ray starts another
             return Facts(error=f"{type(error).__name__}: {error}")
         fs, folder = filesystem(self._work.output)
         try:
+            fs.makedirs(folder, exist_ok=True)
             _write(fs, f"{folder}/{shard.name}.parquet", content)
         except Exception as error:  # a full disk, or a store without permission
             return Facts(error=f"its results cannot be written: {error}", is_fatal=True)
         return facts
 
-    def _patiently(self, shard: Shard) -> tuple[bytes, Facts]:
-        """The result of a shard; a store that fails is asked again."""
-        for attempt in range(1, _ATTEMPTS):
-            try:
-                return self._scored(shard)
-            except FileNotFoundError:
-                raise
-            except OSError:
-                time.sleep(2.0**attempt)
-        return self._scored(shard)
-
     def _scored(self, shard: Shard) -> tuple[bytes, Facts]:
         """The result of a shard as a parquet file."""
-        rows, keys, types = list[int](), list[dict[str, Any]](), dict[str, Any]()
+        rows, kept = list[int](), Kept()
 
         def samples() -> Iterator[Sample]:
-            for row, key, sample in shard.read(self._work.columns, self._work.keep, types):
+            for row, sample in read(shard, self._work.columns, self._work.keep, kept):
                 rows.append(row)
-                keys.append(key)
                 yield sample
 
         results = [each for batch in self._scorer.score(samples()) for each in batch]
-        return _parquet(self._work, shard, types, rows, keys, results)
+        return _parquet(self._work, shard, rows, kept.columns(), results)
 
 
 def _parquet(
     work: _Work,
     shard: Shard,
-    types: Mapping[str, Any],
     rows: list[int],
-    keys: list[dict[str, Any]],
+    kept: Mapping[str, Any],
     results: list[Scored],
 ) -> tuple[bytes, Facts]:
     pa = require("pyarrow", extra="data", purpose="score_dataset")
     pq = require("pyarrow.parquet", extra="data", purpose="score_dataset")
     own = [_SHARD, _ROW, *work.rewards, PROBLEM]
-    if both := [name for name in types if name in own]:
+    if both := [name for name in kept if name in own]:
         raise ValueError(f"{shard.path} has columns named {both} like the results. Name the ones to keep: keep=[...]")
     problems = [problem for _, problem in results]
+    path = shard.path.encode("utf-8", "backslashreplace").decode()  # names of files may be no text
     facts = Facts(len(rows), sum(map(bool, problems)), example=next(filter(None, problems), ""))
     table = {
-        _SHARD: pa.array([shard.path] * len(rows), pa.string()).dictionary_encode(),
+        _SHARD: pa.array([path] * len(rows), pa.string()).dictionary_encode(),
         _ROW: pa.array(rows, pa.int64()),
     }
-    table |= {name: pa.array([key.get(name) for key in keys], kind) for name, kind in types.items()}
+    table |= kept
     for place, name in enumerate(work.rewards):
         found = [values[place] for values, _ in results]
         table[name] = pa.array([None if math.isnan(score) else score for score in found], pa.float32())

@@ -1,5 +1,6 @@
 """Decode images and score them in batches; the next batch is decoded while one is scored."""
 
+import errno
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from iqareward.types import Reward
 BATCH_BYTES = 512 * 2**20  # of decoded images; the next batch takes as much again while one is scored
 DECODERS = 4  # threads; decoding releases the interpreter lock
 _BYTES_PER_PIXEL = 12  # float32 RGB
+_OF_THE_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL)
 _IMAGES = ("image", "reference", "input")
 
 Source: TypeAlias = Any
@@ -61,11 +63,21 @@ class SampleScorer:
         device: where images are scored.
         batch_size: maximum number of images in a batch; a batch also holds at most 512 MiB of pixels as float32.
         decoders: number of threads that decode.
+        stops_if_store_fails: whether a disk or network that fails is an error, instead of an image that is not read.
     """
 
-    def __init__(self, rewards: Sequence[Reward], *, device: str, batch_size: int, decoders: int = DECODERS) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        *,
+        device: str,
+        batch_size: int,
+        decoders: int = DECODERS,
+        stops_if_store_fails: bool = False,
+    ) -> None:
         self.rewards = list(rewards)
         self._device, self._batch_size, self._decoders = device, batch_size, decoders
+        self._stops_if_store_fails = stops_if_store_fails
         self._has_scored = [False] * len(self.rewards)
 
     def score(self, samples: Iterable[Sample]) -> Iterator[list[Scored]]:
@@ -74,7 +86,8 @@ class SampleScorer:
         Raises:
             Exception: whatever a reward raised, unless it scores other images: then the image has no score.
         """
-        for batch in read_ahead(samples, device=self._device, batch_size=self._batch_size, decoders=self._decoders):
+        options: dict[str, Any] = {"device": self._device, "batch_size": self._batch_size, "decoders": self._decoders}
+        for batch in read_ahead(samples, **options, stops_if_store_fails=self._stops_if_store_fails):
             yield self._score(batch)
 
     def _score(self, batch: Sequence[Decoded]) -> list[Scored]:
@@ -94,37 +107,47 @@ class SampleScorer:
         """The score of each sample, or the reason why it has none."""
         reward = self.rewards[column]
         try:
-            with collect_reasons():
-                values = _call(reward, batch)
+            found = _scores(reward, batch)
         except Exception as error:
-            if is_of_the_device(error) or (len(batch) == 1 and not self._has_scored[column]):
+            if is_of_the_device(error):
                 raise
-            return self._one_by_one(column, batch, error)
-        self._has_scored[column] |= not all(map(math.isnan, values))
-        return [
-            (value, _why_unscored(reward, sample) if math.isnan(value) else "")
-            for value, sample in zip(values, batch, strict=True)
-        ]
-
-    def _one_by_one(self, column: int, batch: Sequence[Decoded], error: Exception) -> list[tuple[float, str]]:
-        """Find the images on which a reward raises; if that is each of several, the fault is not theirs."""
-        name = self.rewards[column].name
-        if len(batch) == 1:
-            return [(math.nan, f"{name} raised {type(error).__name__}: {error}")]
-        found: list[tuple[float, str]] = []
-        for sample in batch:
-            try:
-                with collect_reasons() as reasons:
-                    (value,) = _call(self.rewards[column], [sample])
-                found.append((value, "; ".join(reasons)))
-            except Exception as own:
-                if is_of_the_device(own):
-                    raise
-                found.append((math.nan, f"{name} raised {type(own).__name__}: {own}"))
-        if all(" raised " in problem for _, problem in found):
-            raise error
-        self._has_scored[column] = True
+            found = (
+                [_score_or_error(reward, sample) for sample in batch] if len(batch) > 1 else [_failed(reward, error)]
+            )
+            if all(math.isnan(value) for value, _ in found) and not self._has_scored[column]:
+                raise  # nothing says that it is the images' fault
+        self._has_scored[column] |= not all(math.isnan(value) for value, _ in found)
         return found
+
+
+def _scores(reward: Reward, batch: Sequence[Decoded]) -> list[tuple[float, str]]:
+    with collect_reasons():
+        values = _call(reward, batch)
+    return [
+        (value, "") if math.isfinite(value) else (math.nan, _why_unscored(reward, sample, value))
+        for value, sample in zip(values, batch, strict=True)
+    ]
+
+
+def _score_or_error(reward: Reward, sample: Decoded) -> tuple[float, str]:
+    try:
+        return _scores(reward, [sample])[0]
+    except Exception as error:
+        if is_of_the_device(error):
+            raise
+        return _failed(reward, error)
+
+
+def _failed(reward: Reward, error: Exception) -> tuple[float, str]:
+    return math.nan, f"{reward.name} raised {type(error).__name__}: {error}"
+
+
+def _why_unscored(reward: Reward, sample: Decoded, value: float) -> str:
+    if math.isinf(value):
+        return f"{reward.name}: its score is infinite"
+    with collect_reasons() as reasons:  # alone, each part of a sum says what it misses
+        _call(reward, [sample])
+    return "; ".join(reasons) or f"{reward.name}: it has no value for this image"
 
 
 def is_of_the_device(error: Exception) -> bool:
@@ -140,12 +163,6 @@ def _has_needs(reward: Reward, sample: Decoded) -> bool:
 def needs(reward: Reward, column: str) -> bool:
     """Whether a reward needs `references`, `inputs`, `prompts`, `ids` or `tasks`; it may lack the later ones."""
     return bool(getattr(reward, f"needs_{column}", False))
-
-
-def _why_unscored(reward: Reward, sample: Decoded) -> str:
-    with collect_reasons() as reasons:  # alone, each part of a sum says what it misses
-        _call(reward, [sample])
-    return "; ".join(reasons) or f"{reward.name}: it has no value for this image"
 
 
 def _call(reward: Reward, batch: Sequence[Decoded]) -> list[float]:
@@ -167,6 +184,7 @@ def read_ahead(
     batch_size: int,
     batch_bytes: int = BATCH_BYTES,
     decoders: int = DECODERS,
+    stops_if_store_fails: bool = False,
 ) -> Iterator[list[Decoded]]:
     """Batches of decoded samples.
 
@@ -176,7 +194,7 @@ def read_ahead(
     with ThreadPoolExecutor(decoders) as pool:
 
         def start() -> list[Future[Decoded]]:
-            return [pool.submit(_decode, sample, device) for sample in next(batches, [])]
+            return [pool.submit(_decode, sample, device, stops_if_store_fails) for sample in next(batches, [])]
 
         pending = start()
         while pending:
@@ -212,12 +230,14 @@ def _decoded_bytes(source: Source | None) -> int:
     return 4 * int(np.prod(source.shape)) if isinstance(source, (np.ndarray, Tensor)) else 0
 
 
-def _decode(sample: Sample, device: str) -> Decoded:
+def _decode(sample: Sample, device: str, stops_if_store_fails: bool) -> Decoded:
     """The pixels of a sample, or as many as can be read and the reason why others cannot."""
     image = reference = given = None
     try:
         image = _pixels(sample.image, device)
     except (ValueError, TypeError) as error:
+        if stops_if_store_fails:
+            _raise_if_of_the_store(error)
         return Decoded(None, None, None, sample.prompt, f"not read: {_reason(error)}")
     problem = sample.problem
     if image is None:
@@ -229,8 +249,17 @@ def _decode(sample: Sample, device: str) -> Decoded:
             raise ValueError("it is {}, its reference {}".format(*sizes))
         given = _pixels(sample.input, device)
     except (ValueError, TypeError) as error:
+        if stops_if_store_fails:
+            _raise_if_of_the_store(error)
         return Decoded(image, None, None, sample.prompt, f"not compared: {error}")
     return Decoded(image, reference, given, sample.prompt, problem)
+
+
+def _raise_if_of_the_store(error: Exception) -> None:
+    """Raise what the system said, unless it is about the file itself."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _OF_THE_FILE:
+        raise cause
 
 
 def _reason(error: Exception) -> object:
@@ -241,4 +270,6 @@ def _pixels(source: Source | None, device: str) -> Tensor | None:
     """`[3, H, W]` in [0, 1]."""
     if source is None:
         return None
+    if isinstance(source, (list, tuple)) or getattr(source, "ndim", 3) > 3:
+        raise ValueError("expected one image, got several. Make a row of each")
     return to_images(read_image(source) if isinstance(source, bytes) else source, value_range=(0, 1), device=device)[0]

@@ -74,6 +74,16 @@ def test_references_and_prompts():
     assert scored["problem"].tolist() == ["", "references: none here"]
 
 
+def test_values_that_are_not_one_image_or_one_text():
+    """A list of either is a row with a reason, and never the score of its first."""
+    pixels = np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8)
+    scored = ScoreColumns(Level())({"image": [pixels, [png(1), png(2)], png(3)]})
+    np.testing.assert_array_equal(scored["level"], [np.nan, np.nan, 3])
+    batch = {"image": [png(3)] * 3, "text": [["a", "b"], float("nan"), "a red house"]}
+    problems = ScoreColumns(Level(), prompts="text")(batch)["problem"]
+    assert problems.tolist() == ["prompts: expected one text, got list", "prompts: expected one text, got float", ""]
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [

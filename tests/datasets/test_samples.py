@@ -1,5 +1,7 @@
 """Samples of any origin are scored in order, and an image that a reward cannot take does not stop the others."""
 
+import builtins
+import errno
 import math
 
 import numpy as np
@@ -56,6 +58,48 @@ def test_a_refused_image_in_a_batch_of_its_own():
     """Once a reward has scored others, a single image that it refuses is at fault."""
     found = score([Sample(png(level)) for level in (1, 2, 3)], [Picky(2)], batch_size=1)
     assert [math.isnan(scores[0]) for scores, _ in found] == [False, True, False]
+
+
+def test_a_whole_batch_that_a_reward_refuses():
+    """It is the images' fault if the reward has scored others."""
+    found = score([Sample(png(level)) for level in range(12)], [Picky(4, 5, 6, 7)])
+    assert [math.isnan(scores[0]) for scores, _ in found] == [False] * 4 + [True] * 4 + [False] * 4
+
+
+class Infinite(Level):
+    """Scores that no mean survives."""
+
+    def __call__(self, images, references=None, prompts=None, **ignored):
+        return super().__call__(images).log()  # -inf for black
+
+
+def test_infinite_scores():
+    """They are no scores."""
+    found = score([Sample(png(level)) for level in (0, 1)], [Infinite()])
+    assert math.isnan(found[0].scores[0])
+    assert found[0].problem == "level: its score is infinite"
+    assert found[1].scores == [0.0]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_disk_that_fails(tmp_path, monkeypatch, fails):
+    """Where asked for, what the system says is an error and no image without a score; a missing file is one."""
+    (tmp_path / "a.png").write_bytes(png(1))
+    real = open
+
+    def stale(file, *arguments, **options):
+        if str(file).endswith("a.png"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(file, *arguments, **options)
+
+    if fails:
+        monkeypatch.setattr(builtins, "open", stale)
+        assert "Stale" in score([Sample(tmp_path / "a.png")], [Level()])[0].problem
+        with pytest.raises(OSError, match="Stale file handle"):
+            score([Sample(tmp_path / "a.png")], [Level()], stops_if_store_fails=True)
+    else:
+        found = score([Sample(tmp_path / "b.png")], [Level()], stops_if_store_fails=True)
+        assert found[0].problem == "not read: No such file or directory"
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

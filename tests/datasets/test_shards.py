@@ -1,6 +1,9 @@
 """Every row of every kind of data set is read once, and what is damaged is a row with the reason."""
 
 import gzip
+import io
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,10 @@ import pytest
 
 from iqareward.datasets import shards as module
 from iqareward.datasets.columns import Columns
+from iqareward.datasets.reading import Kept
+from iqareward.datasets.reading import read as read_shard
 from iqareward.datasets.shards import find_shards
+from iqareward.datasets.stores import filesystem
 from tests.datasets.levels import folder, parquet, png, tar
 
 IMAGE = Columns()
@@ -18,11 +24,16 @@ IMAGE = Columns()
 
 def read(data, columns=IMAGE, keep=None):
     """All rows: (file, row, keys, whether there is an image, problem)."""
-    return [
-        (Path(shard.path).name, row, keys, sample.image is not None, sample.problem)
-        for shard in find_shards(data, columns)
-        for row, keys, sample in shard.read(columns, keep, {})
-    ]
+    found = []
+    for shard in find_shards(data):
+        kept = Kept()
+        rows = list(read_shard(shard, columns, keep, kept))
+        values = {name: column.to_pylist() for name, column in kept.columns().items()}
+        assert all(len(column) == len(rows) for column in values.values())
+        for place, (row, sample) in enumerate(rows):
+            keys = {name: column[place] for name, column in values.items()}
+            found.append((Path(shard.path).name, row, keys, sample.image is not None, sample.problem))
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +44,7 @@ def small_shards(monkeypatch):
 def test_parquet_is_cut_at_row_groups(tmp_path):
     """Shards have whole row groups; rows count through the file; flat columns are kept and no content of images."""
     parquet(tmp_path / "a.parquet", range(50), group=8, text=[f"text {i}" for i in range(50)])
-    found = find_shards(tmp_path, IMAGE)
+    found = find_shards(tmp_path)
     assert [(shard.start, shard.stop, shard.rows) for shard in found] == [(0, 2, 16), (2, 4, 16), (4, 7, 18)]
     assert len({shard.name for shard in found}) == 3
     rows = read(tmp_path)
@@ -45,10 +56,13 @@ def test_parquet_is_cut_at_row_groups(tmp_path):
 def test_the_types_of_keys_stay(tmp_path):
     """An unsigned byte does not become a float."""
     path = parquet(tmp_path / "a.parquet", range(3), when=pa.array([1, 2, None], pa.timestamp("ms")))
-    types = {}
-    (shard,) = find_shards(path, IMAGE)
-    list(shard.read(IMAGE, None, types))
-    assert types == {"id": pa.uint8(), "when": pa.timestamp("ms")}
+    kept = Kept()
+    (shard,) = find_shards(path)
+    list(read_shard(shard, IMAGE, None, kept))
+    assert {name: column.type for name, column in kept.columns().items()} == {
+        "id": pa.uint8(),
+        "when": pa.timestamp("ms"),
+    }
 
 
 @pytest.mark.parametrize("part", ["footer", "middle", "cut"])
@@ -69,21 +83,31 @@ def test_damaged_parquet(tmp_path, part):
     assert all(problem.startswith("not read: the file is damaged here") for *_, ok, problem in rows if not ok)
 
 
-def test_a_store_that_fails_is_not_damage(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar"])
+@pytest.mark.parametrize("failures", [1, 2, 1000])
+def test_a_store_that_fails_is_not_damage(tmp_path, monkeypatch, name, failures):
     """Bytes that do not arrive are an error, which is tried again, and no rows without scores."""
-    path = parquet(tmp_path / "a.parquet", range(20))
-    (shard,) = find_shards(path, IMAGE)
-    fs, _ = module.filesystem(str(path))
+    path = parquet(tmp_path / name, range(20)) if name == "a.parquet" else tar(tmp_path / name, samples())
+    (shard,) = find_shards(path)
+    fs, _ = filesystem(str(path))
     real = type(fs)._open
+    left = [failures]
+
+    def refuse(*_):
+        raise OSError("connection reset")
 
     def failing(self, *arguments, **options):
         file = real(self, *arguments, **options)
-        monkeypatch.setattr(file, "read", lambda *_: (_ for _ in ()).throw(OSError("connection reset")), raising=False)
+        if left[0]:
+            left[0] -= 1
+            monkeypatch.setattr(
+                file, "read", lambda *_: (_ for _ in ()).throw(OSError("connection reset")), raising=False
+            )
         return file
 
     monkeypatch.setattr(type(fs), "_open", failing)
     with pytest.raises(OSError, match="connection reset"):
-        list(shard.read(IMAGE, None, {}))
+        list(read_shard(shard, IMAGE, None, Kept()))
 
 
 def samples(count=12):
@@ -126,6 +150,19 @@ def test_a_damaged_header_and_joined_archives(tmp_path):
     assert "damaged here" in read(tmp_path / "cut.tar.gz")[-1][4]
 
 
+def test_links_in_an_archive(tmp_path):
+    """tar stores the second name of a file as a link, which is a row with a reason."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, "a.png", 0 if kind == tarfile.LNKTYPE else len(png(1))
+            archive.addfile(member, io.BytesIO(png(1)) if member.size else None)
+    assert [(ok, problem) for *_, ok, problem in read(tmp_path / "a.tar")] == [
+        (True, ""),
+        (False, "not read: b.png is no plain file in the archive, but a link or the like"),
+    ]
+
+
 def test_odd_samples_of_archives(tmp_path):
     """A file twice, and a sample without an image, are rows; an archive without any image is an error."""
     path = tar(tmp_path / "a.tar", [("a.png", png(1)), ("a.png", png(2)), ("b.txt", b"text"), ("c.png", png(3))])
@@ -143,9 +180,9 @@ def test_a_folder_of_images(tmp_path):
     folder(tmp_path / "images", range(25))
     rows = read(tmp_path / "images")
     assert [Path(keys["path"]).name for _, _, keys, *_ in rows] == [f"{i:03}.png" for i in range(25)]
-    before = [shard.name for shard in find_shards(tmp_path / "images", IMAGE)]
+    before = [shard.name for shard in find_shards(tmp_path / "images")]
     (tmp_path / "images" / "024.png").write_bytes(png(1, size=48))
-    after = [shard.name for shard in find_shards(tmp_path / "images", IMAGE)]
+    after = [shard.name for shard in find_shards(tmp_path / "images")]
     assert before[0] == after[0]
     assert before[1].partition("-")[0] == after[1].partition("-")[0]
     assert before[1] != after[1]
@@ -161,7 +198,7 @@ def test_hugging_face_data_sets(tmp_path):
     for source in (made, tmp_path / "saved", datasets.DatasetDict(train=made)):
         assert [keys["id"] for _, _, keys, *_ in read(source)] == order
     with pytest.raises(TypeError, match="streaming data set"):
-        find_shards(made.to_iterable_dataset(), IMAGE)
+        find_shards(made.to_iterable_dataset())
 
 
 def test_urls(tmp_path):
@@ -186,14 +223,38 @@ def test_folders_that_say_nothing(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        find_shards(tmp_path, IMAGE)
+        find_shards(tmp_path)
+
+
+def test_links_and_results_of_our_own(tmp_path):
+    """Links are followed, each folder once; results in the data set, and hidden folders, are not read."""
+    folder(tmp_path / "elsewhere", range(3))
+    (tmp_path / "data" / ".cache").mkdir(parents=True)
+    (tmp_path / "data" / "out").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / ".cache" / "x.png").write_bytes(png(1))
+    parquet(tmp_path / "data" / "out" / "part.parquet", range(3))
+    (shard,) = find_shards(tmp_path / "data", str(tmp_path / "data" / "out"))
+    assert [Path(file).name for file in shard.files] == ["000.png", "001.png", "002.png"]
+    before = shard.name
+    (tmp_path / "elsewhere" / "001.png").write_bytes(png(7, size=48))
+    (shard,) = find_shards(tmp_path / "data", str(tmp_path / "data" / "out"))
+    assert shard.name != before
+
+
+def test_names_that_are_no_text(tmp_path):
+    """They get escapes, and cost no other row its score."""
+    folder(tmp_path / "images", range(2))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/\xff.png")).write_bytes(png(2))
+    assert [Path(keys["path"]).name for _, _, keys, *_ in read(tmp_path / "images")][-1] == "\\udcff.png"
 
 
 def test_a_path_named_twice(tmp_path):
     """Its rows would be doubled."""
     path = parquet(tmp_path / "a.parquet", range(5))
     with pytest.raises(ValueError, match="named twice"):
-        find_shards([path, str(path)], IMAGE)
+        find_shards([path, str(path)])
 
 
 def test_a_column_that_is_missing(tmp_path):
