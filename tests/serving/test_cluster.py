@@ -87,7 +87,11 @@ def test_the_manifest(nodes):
     served["args"]["rewards"] = ["ssim"]
     served["args"]["deployment"] |= {"num_gpus": 0, "num_cpus": 0.25}
     config["http_options"]["port"] = nodes.port
-    with httpx2.Client(base_url=f"http://127.0.0.1:{nodes.dashboard}", timeout=120) as dashboard:
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    # a local Ray of an earlier test has turned on Ray's own tokens for this process, and with it for its clusters
+    headers = get_auth_headers_if_auth_enabled({})
+    with httpx2.Client(base_url=f"http://127.0.0.1:{nodes.dashboard}", timeout=120, headers=headers) as dashboard:
         answer = dashboard.put("/api/serve/applications/", json=config)
         assert answer.status_code == 200, answer.text
 
