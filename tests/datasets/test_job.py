@@ -205,7 +205,7 @@ def test_data_that_changes(cluster, tmp_path):
     assert (report.shards, report.resumed, report.rows) == (4, 1, 35)
     rows = pyarrow.dataset.dataset(output, format="parquet").to_table().to_pylist()
     assert sorted(row["level"] for row in rows if row["shard"] == str(one)) == list(range(50, 75))
-    with pytest.raises(ValueError, match="1 results of data that is not named now"):
+    with pytest.raises(ValueError, match="3 results of data that is not named now"):
         score_dataset([two], Level(), output)
     with pytest.raises(ValueError, match=r"rewards \['level'\], now"):
         score_dataset([one, two], Level(name="other"), output)
