@@ -64,8 +64,9 @@ def test_every_binary_file_has_a_licence(built: Path) -> None:
     assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in contents)} == set()
 
 
-def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) -> None:
+def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed beside its dependencies, outside the checkout, it imports from there, lists, loads data and scores."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # may name the checkout
     venv.create(tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
     (wheel,) = built.glob("*.whl")
