@@ -14,7 +14,8 @@ from torch import Tensor
 import iqareward
 
 # helper modules keep their assertions under `python -O`; pytest rewrites only the tests themselves unasked
-pytest.register_assert_rewrite(*(f"tests.{path.stem}" for path in Path(__file__).parent.iterdir()))
+HELPERS = [path.stem for path in Path(__file__).parent.iterdir() if path.stem != "conftest"]
+pytest.register_assert_rewrite(*(f"tests.{stem}" for stem in HELPERS))
 
 # how fast an example is found and tried says how busy the machine is
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,6 +7,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,21 @@ def test_sdist_can_be_tested(built: Path) -> None:
     assert {"benchmarks/bench_classical.py", "examples/demo/report.html"} <= names
 
 
-def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) -> None:
+def test_every_binary_file_has_a_licence(built: Path) -> None:
+    """Each binary file of the sources has a line on the page of licences, and each line has a file."""
+    page = (ROOT / "docs" / "reference" / "shipped-files.md").read_text()
+    patterns = set(re.findall(r"^\| `([^`]+)` \|", page, re.M))
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        contents = {name.partition("/")[2]: archive.extractfile(name) for name in archive.getnames()}
+        binary = {name for name, file in contents.items() if file is not None and b"\0" in file.read()}
+    assert {name for name in binary if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
+    assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in contents)} == set()
+
+
+def test_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed beside its dependencies, outside the checkout, it imports from there, lists, loads data and scores."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # may name the checkout
     venv.create(tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
     (wheel,) = built.glob("*.whl")

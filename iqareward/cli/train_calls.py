@@ -149,7 +149,7 @@ class Reader:
         if not callable(function):
             raise ValueError(f"key `{key}` expected a class or a function, got {options['name']}, which is neither.")
         options = {name: value for name, value in options.items() if name != "name"}
-        return partial(function, **self.options(function, options, key, given=given, extra=extra))
+        return extended(function, **self.options(function, options, key, given=given, extra=extra))
 
     def options(
         self,
@@ -200,6 +200,16 @@ class Reader:
             table: Any = value
             return made(partial(hint, **self.options(hint, table, key)), key)
         return _checked(value, hint, key)
+
+
+def extended(function: Callable[..., Any], **options: Any) -> partial[Any]:
+    """`partial(function, **options)` whose `func` is no `partial` itself.
+
+    functools merges the two as well, but not once anything has read the `__dict__` of the inner one.
+    """
+    if isinstance(function, partial):
+        return partial(function.func, *function.args, **(function.keywords | options))
+    return partial(function, **options)
 
 
 def made(call: partial[Any], key: str) -> Any:

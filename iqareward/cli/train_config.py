@@ -13,7 +13,7 @@ import torch
 import iqareward
 from iqareward import rewards, schedules
 from iqareward.advantages import RewardMemory
-from iqareward.cli.train_calls import IN_FILE, Reader, made, object_of
+from iqareward.cli.train_calls import IN_FILE, Reader, extended, made, object_of
 from iqareward.cli.train_policies import POLICIES, PRESETS
 from iqareward.difficulty import rmse
 from iqareward.diffusion import (
@@ -177,7 +177,7 @@ def make_data(call: partial[Pairs], key: str, *, seed: int) -> Pairs:
 def _seeded(call: partial[Any], seed: int) -> partial[Any]:
     """The call with the seed of the run, if it takes one and the file gives no other."""
     if "seed" in inspect.signature(call.func).parameters and "seed" not in call.keywords:
-        return partial(call, seed=seed)
+        return extended(call, seed=seed)
     return call
 
 

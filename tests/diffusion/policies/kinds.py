@@ -253,6 +253,7 @@ def _flux_kontext(policy, batch, condition, start, noises):
 def _qwen_edit(policy, batch, condition, start, noises):
     pipeline, negative = flow.qwen_edit(), condition["negative"]
     processor = pipeline.image_processor
+    ones = torch.ones(negative["prompt"].shape[:2], dtype=torch.long)  # diffusers before 0.38 wants a mask
     # The pipeline would make every picture as large as 1024x1024.
     with patch.object(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (16, 16, None)):
         return pipeline(
@@ -263,7 +264,7 @@ def _qwen_edit(policy, batch, condition, start, noises):
             prompt_embeds=condition["prompts"]["prompt"],
             prompt_embeds_mask=condition["prompts"]["mask"],
             negative_prompt_embeds=negative["prompt"],
-            negative_prompt_embeds_mask=negative["mask"],
+            negative_prompt_embeds_mask=ones if negative["mask"] is None else negative["mask"],
             height=16,
             width=16,
             output_type="pt",
