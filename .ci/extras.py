@@ -74,6 +74,18 @@ import ray.serve
 from iqareward import RemoteReward, ServedVLMReward
 import iqareward.serving.run
 """,
+    "metrics": f"""{IMAGES}
+from iqareward.adapters.torchmetrics import RewardMetric
+metric = RewardMetric(iqareward.load("ssim"))
+metric.update(noisy, references=images)
+assert metric.compute().isfinite()
+""",
+    "data": """
+import numpy as np, pyarrow.parquet, ray.data
+from iqareward.datasets import ScoreColumns, score_dataset
+scored = ScoreColumns("psnr", references="clean")({"image": [np.zeros((8, 8, 3), np.uint8)] * 2, "clean": [None] * 2})
+assert list(scored) == ["psnr", "problem"]
+""",
 }
 
 
