@@ -7,13 +7,15 @@ import warnings
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 
 from iqareward.diffusion.checkpoint import load_state, trained_weights
 from tests.diffusion.processes import SHARDED, UPDATES, all_cases, cases, killed, resumed, run_of, sft_of
 from tests.tolerances import EXACT
 
 pytestmark = pytest.mark.slow
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # gradients are summed in another order; every case moves weights by 1e-3 or more
+CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # gradients are summed in another order; every case moves weights by 1e-3 or more
+FIGURES = {"rel": 1e-3, "abs": 1e-4}  # a policy loss is what is left of advantages that cancel
 ADAMW = {"rtol": 1e-3, "atol": 1e-4}  # where a gradient is near 0, its sign is rounding, and a step is 1e-3
 KINDS = {"whole": False, "FSDP": True}
 
@@ -64,11 +66,11 @@ def test_two_processes_end_where_one_does(name, kind, one, two):
     before, expected, lines = one(name)
     tolerance = ADAMW if name == "adamw" else CLOSE
     moved = max((expected[key] - weight).abs().max() for key, weight in before.items())
-    assert moved > 20 * tolerance["atol"], "nothing was learned, so that nothing is compared"
+    assert moved > 10 * tolerance["atol"], "nothing was learned, so that nothing is compared"
     torch.testing.assert_close(weights, expected, **tolerance)
     for line, wanted in zip(history, lines, strict=True):
         assert line == {
-            key: value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True)
+            key: value if isinstance(value, str) else pytest.approx(value, **FIGURES, nan_ok=True)
             for key, value in wanted.items()
         }
 
@@ -102,7 +104,7 @@ def after_kills(tmp_path_factory):
     folders = {sharded: tmp_path_factory.mktemp("killed") for sharded in KINDS.values()}
     begun = {sharded: started(killed, folder, sharded) for sharded, folder in folders.items()}
     for ranks in begun.values():
-        with pytest.raises(mp.ProcessException):
+        with pytest.raises(ProcessException):
             while not ranks.join(300):
                 pass
         assert ranks.processes[1].exitcode == -9
