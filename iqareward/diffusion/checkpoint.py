@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from iqareward.atomic import PART, atomic_write, remove_parts, write_text
+from iqareward.diffusion.sharding import local, reshard, share_of, whole
 from iqareward.types import Reward
 
+_WRAPPED = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 CHECKPOINT = "checkpoint.pt"  # in the folder of a run
 # A checkpoint is what torch.save writes, followed by this word and the SHA-256 of all before it. torch.load reads past
 # both, so that other programs can open the file.
@@ -25,13 +28,16 @@ MARK, DIGEST_BYTES = b"iqareward sha256", 32
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that train, by name, on the CPU; only the adapters of a LoRA model."""
-    return {name: weight.detach().cpu().clone() for name, weight in _training(model).items()}
+    """The weights that train, by name, on the CPU; only the adapters of a LoRA model.
+
+    Of a sharded model they are whole, and every process must call this.
+    """
+    return {name: whole(weight.detach()).cpu().clone() for name, weight in training_weights(model).items()}
 
 
 def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Restore weights of `trained_weights`; a ValueError if names or shapes differ, and then nothing is loaded."""
-    own = _training(model)
+    own = training_weights(model)
     shapes, saved = ({name: list(weight.shape) for name, weight in part.items()} for part in (own, weights))
     differing = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
     if differing:
@@ -43,13 +49,15 @@ def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Non
         )
     with torch.no_grad():
         for name, weight in own.items():
-            weight.copy_(weights[name])
+            local(weight).copy_(share_of(weights[name], weight))
 
 
-def _training(model: nn.Module) -> dict[str, Tensor]:
-    # named as in the network itself, not as in what torch.compile makes of it or of a part
-    named = model.named_parameters()
-    return {name.replace("_orig_mod.", ""): weight for name, weight in named if weight.requires_grad}
+def training_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that train, by name, as they are; of a sharded model, the shares of this process."""
+    reshard(model)
+    # named as in the network itself, not as in what torch.compile or recomputed activations make of it or of a part
+    named = ((_WRAPPED.sub("", name), weight) for name, weight in model.named_parameters())
+    return {name: weight for name, weight in named if weight.requires_grad}
 
 
 def previous(path: Path) -> Path:

@@ -1,7 +1,8 @@
 """Finite or stop: what a run does about NaN and infinity."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -29,6 +30,24 @@ def require_finite(what: str, values: Any) -> None:
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise TrainingError(f"{what} is not finite in `{bad[0]}`{more}.")
+
+
+@contextmanager
+def agreed(accelerator: Any) -> Generator[None]:
+    """Raise a TrainingError of this context in all processes, so that none waits for one that has stopped."""
+    error = None
+    try:
+        yield
+    except TrainingError as found:
+        error = found
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        messages = gather_object([] if error is None else [str(error)])
+        if messages and error is None:
+            error = TrainingError(messages[0])
+    if error is not None:
+        raise error
 
 
 def require_usable_weights(weights: Sequence[Tensor], *, update: int, norm: float, learning_rate: float) -> None:

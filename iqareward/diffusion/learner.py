@@ -4,18 +4,19 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from iqareward.diffusion.checkpoint import load_trained_weights, trained_weights
+from iqareward.diffusion.checkpoint import load_trained_weights, training_weights
 from iqareward.diffusion.conditions import select
 from iqareward.diffusion.finite import TrainingError, is_count, require_options
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.objectives import Objective
 from iqareward.diffusion.policies.core import Policy, Versions, evaluating
 from iqareward.diffusion.rollouts import Experience
+from iqareward.diffusion.sharding import in_step, local, share_of, sharded_like
 from iqareward.diffusion.updates import MakeOptimizer, MakeSchedule, Updates, adamw, supervising
 from iqareward.seeds import sub_seed
 from iqareward.weighting import GradientBalance, LossWeights, gradient_norm
@@ -111,6 +112,21 @@ class _Part:
         return [slice(start, min(start + size, stop)) for start in range(first, stop, size)]
 
 
+class _Pass(NamedTuple):
+    """A pass forward and back: rows of a part, the term of the objective, and what each row's loss is multiplied by."""
+
+    part: _Part
+    rows: slice
+    term: int
+    share: float
+
+
+def _weights_of(weights: LossWeights, rows: slice, first: int, counts: bool) -> LossWeights:
+    """The weights of some rows, which are numbered from `first`; 0 if their pass does not count."""
+    own = weights.rows(slice(rows.start - first, rows.stop - first))
+    return own if counts else LossWeights(torch.zeros_like(own.rl), torch.zeros_like(own.sft))
+
+
 class Learner:
     """Takes the optimiser steps of an update."""
 
@@ -119,10 +135,20 @@ class Learner:
         make = config.optimizer or adamw(config.learning_rate, config.weight_decay)
         self.updates = Updates(policy, accelerator, make, config.lr_schedule, max_grad_norm=config.max_grad_norm)
         self.weights = self.updates.weights
+        if self.updates.sharded and config.sft_scale == "balanced":
+            raise ValueError(
+                "The trainer expected, with FSDP, a number as sft_scale, got 'balanced', which measures gradients of "
+                "whole weights. Measure the scale once without FSDP, or set one."
+            )
         compared = config.kl_beta > 0 or objective.needs_reference
         self.versions = Versions(policy, reference=compared, old=objective.keeps_old)
         self.balance = GradientBalance() if config.sft_scale == "balanced" else None
-        self.ema = averaged_weights(self.weights, config.ema_decay) if config.ema_decay else None
+        self.ema = averaged_weights(self._shares, config.ema_decay) if config.ema_decay else None
+
+    @property
+    def _shares(self) -> list[Tensor]:
+        """What this process has of the weights: all of them, if the model is not sharded."""
+        return shares_of(self.weights)
 
     def learn(
         self, experiences: Sequence[Experience], weights: LossWeights, *, update: int, seed: int
@@ -164,8 +190,13 @@ class Learner:
         # Over all processes, divided by their number because gradients are averaged: an input counts alike everywhere.
         everyones: Any = self.accelerator.reduce(taking_part.sum().float(), "mean")
         count = everyones.clamp(min=1 / self.accelerator.num_processes)
-        rl = self._reinforce(parts, count, seed, measure)
-        sft = self._supervise(parts, count, seed, measure)
+        rl_passes, sft_passes = self._rl_passes(parts), self._sft_passes(parts)
+        if self.updates.sharded:
+            rl_steps, sft_steps = in_step([rl_passes, sft_passes], ["RL", "SFT"], self.accelerator)
+        else:
+            rl_steps, sft_steps = ([(each, True) for each in kind] for kind in (rl_passes, sft_passes))
+        rl = self._reinforce(rl_steps, count, seed, measure)
+        sft = self._supervise(sft_steps, count, seed, measure)
         if self.balance is not None and measure:
             # a process may have measured none, for instance because its inputs have no ground truth
             nothing = torch.zeros(2, device=count.device)
@@ -183,72 +214,79 @@ class Learner:
         record: dict[str, Any] = dict(zip(names, sums, strict=True)) | {"count": total}
         record |= {"grad_norm": norm, "skipped": float(not step.moved), "problem": ""}
         if step.moved and self.ema is not None:
-            self.ema.step(self.weights)
+            self.ema.step(self._shares)
         elif step.failed:
             record["problem"] = f"skipped, because the {self._cause([*rl.watched, *sft.watched], parts)} is not finite"
         return record
 
-    def _reinforce(self, parts: Sequence[_Part], count: Tensor, seed: int, measure: bool) -> "_Figures":
-        """Add the gradient of the RL loss, piece by piece and term by term."""
-        found = _Figures.none(count.device)
+    def _rl_passes(self, parts: Sequence[_Part]) -> list[_Pass]:
+        """The rollouts and terms of each pass of the RL loss."""
+        passes: list[_Pass] = []
+        for part in parts:
+            size, at_once = part.experience.group_size, self.options.rows_at_once
+            terms = list(self.objective.terms(part.experience))
+            if not terms:
+                raise TrainingError(
+                    f"{type(self.objective).__name__} has nothing to learn from: no step of the rollouts is "
+                    "stochastic. Raise `eta` of RolloutConfig, widen its window, or take another objective."
+                )
+            if at_once is not None and self.objective.whole_groups:
+                at_once = max(at_once // size, 1) * size
+            rows = part.pieces(part.inputs.start * size, part.inputs.stop * size, at_once)
+            passes += [_Pass(part, piece, term, 1 / (size * len(terms))) for piece in rows for term in terms]
+        return passes
+
+    def _sft_passes(self, parts: Sequence[_Part]) -> list[_Pass]:
+        """The inputs of each pass of the SFT loss: those that have a ground truth."""
+        return [
+            _Pass(part, piece, 0, 1.0)
+            for part in parts
+            if part.experience.batch.references is not None
+            for piece in part.pieces(part.inputs.start, part.inputs.stop, self.options.rows_at_once)
+        ]
+
+    def _reinforce(self, passes: Sequence[tuple[_Pass, bool]], count: Tensor, seed: int, measure: bool) -> "_Figures":
+        """Add the gradient of the RL loss, pass by pass."""
+        found, rollouts, last = _Figures.none(count.device), None, None
         with evaluating(self.policy):
-            for part in parts:
-                experience, size = part.experience, part.experience.group_size
-                terms = list(self.objective.terms(experience))
-                if not terms:
-                    raise TrainingError(
-                        f"{type(self.objective).__name__} has nothing to learn from: no step of the rollouts is "
-                        "stochastic. Raise `eta` of RolloutConfig, widen its window, or take another objective."
-                    )
-                at_once = self.options.rows_at_once
-                if at_once is not None and self.objective.whole_groups:
-                    at_once = max(at_once // size, 1) * size
-                rows = part.pieces(part.inputs.start * size, part.inputs.stop * size, at_once)
+            for (part, piece, term, share), counts in passes:
+                size = part.experience.group_size
+                if rollouts is None or last != (id(part), piece):
+                    rollouts, last = part.experience.rollouts(piece, seed=sub_seed(seed, OBJECTIVE)), (id(part), piece)
                 per_row = LossWeights(*(each.repeat_interleave(size) for each in part.weights))
-                first = part.inputs.start * size
-                for piece in rows:
-                    own = per_row.rows(slice(piece.start - first, piece.stop - first))
-                    rollouts = experience.rollouts(piece, seed=sub_seed(seed, OBJECTIVE))
-                    for term in terms:
-                        rl = self.objective(
-                            self.policy, rollouts, term, versions=self.versions, kl=self.options.kl_beta > 0
-                        )
-                        if measure and found.norm is None:
-                            found.norm = gradient_norm(rl.loss.mean(), self.weights)
-                        loss = own.rl * torch.where(own.rl > 0, rl.loss, 0.0)
-                        loss = loss + self.options.kl_beta * torch.where(own.taking_part, rl.kl, 0.0)
-                        share = 1 / (size * len(terms))
-                        self.updates.backward(loss.sum() * share / count)
-                        counted = own.taking_part
-                        found.add(rl.loss, counted, share)
-                        found.kl = found.kl + torch.where(counted, rl.kl.detach(), 0.0).sum() * share
-                        if rl.ratio is not None:
-                            off = (rl.ratio.detach() - 1).abs()
-                            found.ratio = found.ratio + torch.where(counted, off, 0.0).sum() * share
-                        found.watch(rl.loss, rollouts.batch.ids)
+                own = _weights_of(per_row, piece, part.inputs.start * size, counts)
+                rl = self.objective(self.policy, rollouts, term, versions=self.versions, kl=self.options.kl_beta > 0)
+                if measure and found.norm is None:
+                    found.norm = gradient_norm(rl.loss.mean(), self.weights)
+                loss = own.rl * torch.where(own.rl > 0, rl.loss, 0.0)
+                loss = loss + self.options.kl_beta * torch.where(own.taking_part, rl.kl, 0.0)
+                self.updates.backward(loss.sum() * share / count)
+                counted = own.taking_part
+                found.add(rl.loss, counted, share)
+                found.kl = found.kl + torch.where(counted, rl.kl.detach(), 0.0).sum() * share
+                if rl.ratio is not None:
+                    off = (rl.ratio.detach() - 1).abs()
+                    found.ratio = found.ratio + torch.where(counted, off, 0.0).sum() * share
+                found.watch(rl.loss, rollouts.batch.ids)
         return found
 
-    def _supervise(self, parts: Sequence[_Part], count: Tensor, seed: int, measure: bool) -> "_Figures":
-        """Add the gradient of the SFT loss of the inputs that have a ground truth."""
+    def _supervise(self, passes: Sequence[tuple[_Pass, bool]], count: Tensor, seed: int, measure: bool) -> "_Figures":
+        """Add the gradient of the SFT loss, pass by pass."""
         found, scale = _Figures.none(count.device), self._sft_scale
-        for part in parts:
-            experience = part.experience
-            if experience.batch.references is None:
-                continue
-            for piece in part.pieces(part.inputs.start, part.inputs.stop, self.options.rows_at_once):
-                own = part.weights.rows(slice(piece.start - part.inputs.start, piece.stop - part.inputs.start))
-                batch = experience.batch.select(piece)
-                noise = Noise(batch.ids, seed=sub_seed(seed, SFT), device=count.device)
-                assert batch.references is not None, "selected from a batch that has them"
-                # Seeded by the inputs, so that dropout does not depend on how processes share them.
-                with supervising(self.policy, seed, DROPOUT, *batch.ids):
-                    losses = self.policy.sft_loss(batch.references, select(experience.condition, piece), noise)
-                if measure and found.norm is None:
-                    found.norm = gradient_norm(losses.mean(), self.weights)
-                loss = scale * own.sft * torch.where(own.sft > 0, losses, 0.0)
-                self.updates.backward(loss.sum() / count)
-                found.add(losses, own.taking_part, 1.0)
-                found.watch(losses, batch.ids)
+        for (part, piece, _, _), counts in passes:
+            own = _weights_of(part.weights, piece, part.inputs.start, counts)
+            batch = part.experience.batch.select(piece)
+            noise = Noise(batch.ids, seed=sub_seed(seed, SFT), device=count.device)
+            assert batch.references is not None, "selected from a batch that has them"
+            # Seeded by the inputs, so that dropout does not depend on how processes share them.
+            with supervising(self.policy, seed, DROPOUT, *batch.ids):
+                losses = self.policy.sft_loss(batch.references, select(part.experience.condition, piece), noise)
+            if measure and found.norm is None:
+                found.norm = gradient_norm(losses.mean(), self.weights)
+            loss = scale * own.sft * torch.where(own.sft > 0, losses, 0.0)
+            self.updates.backward(loss.sum() / count)
+            found.add(losses, own.taking_part, 1.0)
+            found.watch(losses, batch.ids)
         return found
 
     @property
@@ -275,8 +313,7 @@ class Learner:
 
     def named_weights(self) -> dict[str, Tensor]:
         """The weights that train, by name, as they are."""
-        named = self.policy.model.named_parameters()
-        return {name: weight.detach() for name, weight in named if weight.requires_grad}
+        return {name: weight.detach() for name, weight in training_weights(self.policy.model).items()}
 
     @contextmanager
     def averaged(self) -> Generator[None]:
@@ -284,21 +321,25 @@ class Learner:
         if self.ema is None:
             yield
             return
-        self.ema.store(self.weights)
-        self.ema.copy_to(self.weights)
+        self.ema.store(self._shares)
+        self.ema.copy_to(self._shares)
         try:
             yield
         finally:
-            self.ema.restore(self.weights)
+            self.ema.restore(self._shares)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on; of a sharded model, in shares."""
+        ema = None if self.ema is None else self.ema.state_dict()
+        if ema is not None:
+            pairs = zip(ema["shadow_params"], self.weights, strict=True)
+            ema = ema | {"shadow_params": [sharded_like(share, weight) for share, weight in pairs]}
         return {
-            "model": trained_weights(self.policy.model),
+            "model": {name: weight.to("cpu", copy=True) for name, weight in self.named_weights().items()},
             "updates": self.updates.state_dict(),
             "versions": self.versions.state_dict(),
             "balance": None if self.balance is None else self.balance.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": ema,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -309,12 +350,15 @@ class Learner:
         if self.options.optimizer is None and self.options.lr_schedule is None:
             for group in self.updates.optimizer.param_groups:
                 group["lr"], group["weight_decay"] = self.options.learning_rate, self.options.weight_decay
-        for name, own in (("balance", self.balance), ("ema", self.ema)):
-            if own is not None and state[name] is not None:
-                own.load_state_dict(state[name])
+        if self.balance is not None and state["balance"] is not None:
+            self.balance.load_state_dict(state["balance"])
         if self.ema is not None:
             if state["ema"] is None:
-                self.ema = averaged_weights(self.weights, self.options.ema_decay)
+                self.ema = averaged_weights(self._shares, self.options.ema_decay)
+            else:
+                pairs = zip(state["ema"]["shadow_params"], self.weights, strict=True)
+                shares = [share_of(value, weight) for value, weight in pairs]
+                self.ema.load_state_dict(state["ema"] | {"shadow_params": shares})
             self.ema.decay = self.options.ema_decay
             self.ema.to(self.accelerator.device)
         if self.balance is not None and self.balance.rl_norm is not None and self.balance.sft_norm is not None:
@@ -357,6 +401,11 @@ def _minibatch(experiences: Sequence[Experience], weights: LossWeights, place: i
             found.append(_Part(experience, slice(low, high), weights.rows(slice(before + low, before + high))))
         before += len(experience)
     return found
+
+
+def shares_of(weights: Sequence[Tensor]) -> list[Tensor]:
+    """What this process has of weights, as `averaged_weights` takes it, which only copies what needs no gradient."""
+    return [local(weight).requires_grad_() for weight in weights]
 
 
 def averaged_weights(weights: Sequence[Tensor], decay: float, **options: Any) -> Any:

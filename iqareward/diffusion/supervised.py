@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from iqareward.diffusion.batches import read_ahead
+from iqareward.diffusion.batches import Batch, read_ahead
 from iqareward.diffusion.checkpoint import append_line
 from iqareward.diffusion.finite import TrainingError
-from iqareward.diffusion.learner import averaged_weights
+from iqareward.diffusion.learner import averaged_weights, shares_of
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.pairs import InputOrder, Pairs
 from iqareward.diffusion.policies.core import Policy
 from iqareward.diffusion.progress import progress_bar
+from iqareward.diffusion.sharding import in_step
 from iqareward.diffusion.updates import MakeOptimizer, Updates, adamw, supervising
 from iqareward.seeds import sub_seed
 
@@ -92,7 +93,7 @@ def supervised(
 
     make = optimizer or adamw(learning_rate, weight_decay)
     updates = Updates(policy, accelerator, make, cosine, max_grad_norm=max_grad_norm)
-    average = averaged_weights(updates.weights, ema_decay, use_ema_warmup=True) if ema_decay else None
+    average = averaged_weights(shares_of(updates.weights), ema_decay, use_ema_warmup=True) if ema_decay else None
     losses: list[float] = []
     failures, why = 0, ""
     if history_file is not None and accelerator.is_main_process:
@@ -101,28 +102,27 @@ def supervised(
     with progress_bar("SFT", num_updates, shown=show_progress and accelerator.is_main_process) as advance:
         for update, batches in enumerate(reader):
             ids = [input_id for batch in batches for input_id in batch.ids]
-            usable = torch.stack([batch.usable.sum() for batch in batches]).sum().float()
+            # a process may have no input, if there are fewer than processes
+            usable = torch.tensor([0.0, *(batch.usable.sum() for batch in batches)], device=device).sum()
             mean: Any = accelerator.reduce(usable, "mean")  # of the processes, whose gradients are averaged
             count = mean.clamp(min=1 / world)
             total = torch.zeros((), device=device)
-            for batch in batches:
-                if batch.references is None:
-                    raise ValueError(f"supervised expected a ground truth for each input, got none for {batch.ids}.")
-                size = rows_at_once or len(batch)
-                for start in range(0, len(batch), size):
-                    part = batch.select(slice(start, start + size))
-                    noise = Noise(part.ids, seed=sub_seed(seed, NOISE, update), device=device)
-                    with supervising(policy, seed, DROPOUT, update, *part.ids):
-                        with torch.no_grad():
-                            condition = policy.condition(part, noise.of(0))
-                        losses_of = policy.sft_loss(part.references, condition, noise)  # pyright: ignore[reportArgumentType]
-                    loss = torch.where(part.usable, losses_of, 0.0).sum() / count
-                    updates.backward(loss)
-                    total = total + loss.detach().float()
+            passes = [(part, True) for batch in batches for part in _passes(batch, rows_at_once)]
+            if updates.sharded:
+                (passes,) = in_step([[part for part, _ in passes]], ["SFT"], accelerator)
+            for part, counts in passes:
+                noise = Noise(part.ids, seed=sub_seed(seed, NOISE, update), device=device)
+                with supervising(policy, seed, DROPOUT, update, *part.ids):
+                    with torch.no_grad():
+                        condition = policy.condition(part, noise.of(0))
+                    losses_of = policy.sft_loss(part.references, condition, noise)  # pyright: ignore[reportArgumentType]
+                loss = torch.where(part.usable & counts, losses_of, 0.0).sum() / count
+                updates.backward(loss)
+                total = total + loss.detach().float()
             (mean_loss,), norm, step = updates.step(total.view(1) / world, update=update + 1)
             failures = failures + 1 if step.failed else 0
             if step.moved and average is not None:
-                average.step(updates.weights)
+                average.step(shares_of(updates.weights))
             elif step.failed:
                 everyone = sorted(gather_object(ids))
                 why = f"the gradient over inputs {everyone} is not finite"
@@ -142,5 +142,13 @@ def supervised(
             f"useless. Look at those inputs, and lower learning_rate, which is {learning_rate:g}."
         )
     if average is not None:
-        average.copy_to(updates.weights)
+        average.copy_to(shares_of(updates.weights))
     return losses
+
+
+def _passes(batch: Batch, rows_at_once: int | None) -> list[Batch]:
+    """The batch in parts of at most `rows_at_once` inputs."""
+    if batch.references is None:
+        raise ValueError(f"supervised expected a ground truth for each input, got none for {batch.ids}.")
+    size = rows_at_once or len(batch)
+    return [batch.select(slice(start, start + size)) for start in range(0, len(batch), size)]

@@ -27,7 +27,7 @@ from iqareward.diffusion.checkpoint import (
     save_state,
     trained_weights,
 )
-from iqareward.diffusion.finite import TrainingError, finite_mean, require_finite
+from iqareward.diffusion.finite import TrainingError, agreed, finite_mean, require_finite
 from iqareward.diffusion.learner import Learner, TrainConfig
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.objectives import ClippedPolicyGradient, Objective
@@ -43,6 +43,7 @@ from iqareward.diffusion.rollouts import (
     reference_distances,
     scored_alone,
 )
+from iqareward.diffusion.sharding import unsharded, whole
 from iqareward.diffusion.validation import Validation, save_grid
 from iqareward.groups import finite_or_nan
 from iqareward.rewards.batching import Overlapped
@@ -238,7 +239,7 @@ class DifficultyAdaptiveTrainer:
                 the checkpoint to resume from; `history` has the updates so far.
         """
         with exclusive(self.output_dir, self.accelerator):
-            begun = latest(self.checkpoint)
+            begun = self._begun()
             if begun is not None and not resume:
                 raise ValueError(
                     f"{self.output_dir} holds a run: {begun.name}. Go on with resume=True, or choose another folder."
@@ -320,7 +321,7 @@ class DifficultyAdaptiveTrainer:
         for batch in batches(self.pairs, ids, self.accelerator.device):
             if batch.references is None:
                 continue
-            with evaluating(self.policy):
+            with evaluating(self.policy), unsharded(self.policy.model):
                 condition = self.policy.condition(batch, self._noise(batch, CALIBRATION))
                 reached = self.policy.reconstruct(batch.references, condition).float().clamp(0, 1)
             for name, reward in self.rewards.items():
@@ -409,7 +410,8 @@ class DifficultyAdaptiveTrainer:
     def experiences(self, read: Sequence[Batch], update: int, purpose: int) -> list[Experience]:
         """Inputs restored by this process, scored and compared with each other; one experience per size."""
         seed = sub_seed(self.seed, purpose, update)
-        with evaluating(self.policy), self.learner.versions.sampling():
+        # in this order: weights are exchanged while they are sharded
+        with evaluating(self.policy), self.learner.versions.sampling(), unsharded(self.policy.model):
             sampled = [
                 collect(
                     self.policy,
@@ -435,19 +437,22 @@ class DifficultyAdaptiveTrainer:
         if self.validation is None:
             return {}
         with self.learner.averaged():
-            require_finite(f"The model after update {self.updates}", self.learner.named_weights())
+            with agreed(self.accelerator):
+                require_finite(f"The model after update {self.updates}", self.learner.named_weights())
             seed = sub_seed(self.seed, VALIDATION)
-            found = self.validation(
-                self.policy, self.rewards, self.reward_weights, seed=seed, rank=self.rank, world=self.world
-            )
+            with unsharded(self.policy.model):
+                found = self.validation(
+                    self.policy, self.rewards, self.reward_weights, seed=seed, rank=self.rank, world=self.world
+                )
+            best = trained_weights(self.policy.model) if found["best"] else None
             if self.accelerator.is_main_process:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 grid = self.validation.grid(found["images"], found["scores"]["reward"], update=self.updates)
                 file, step = self.output_dir / f"samples-{self.updates:06d}.png", self.sft_updates + self.updates
                 save_grid(grid, file, self.accelerator.trackers, step=step)
-                if found["best"]:
+                if best is not None:
                     with atomic_write(self.output_dir / "best.safetensors") as file:
-                        file.write(safetensors.torch.save(trained_weights(self.policy.model)))
+                        file.write(safetensors.torch.save(best))
         record = {f"validation/{name}": finite_mean(scores) for name, scores in found["scores"].items()}
         return record | {"alarms": "; ".join(found["alarms"])}
 
@@ -488,7 +493,9 @@ class DifficultyAdaptiveTrainer:
         A TrainingError, and nothing written, if a weight, an average or the state of the optimiser is not finite.
         """
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
-        require_finite(f"The state after update {self.updates}", {"learner": state["learner"]})
+        with agreed(self.accelerator):
+            require_finite(f"The state after update {self.updates}", {"learner": state["learner"]})
+        state["learner"] = whole(state["learner"], keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             state |= {"updates": self.updates, "history": self.history, "settings": self.settings}
             save_state(self.checkpoint, state)
@@ -506,7 +513,7 @@ class DifficultyAdaptiveTrainer:
         Raises:
             ValueError: The checkpoint is damaged, or of other settings or another model; the trainer stays as it was.
         """
-        file = latest(self.checkpoint)
+        file = self._begun()
         if file is None:
             return False
         state = load_state(file)
@@ -541,6 +548,19 @@ class DifficultyAdaptiveTrainer:
         if "weighter" in anew:
             self.calibrate()
         return True
+
+    def _begun(self) -> Path | None:
+        """The newest checkpoint; a ValueError in all processes if they do not see the same files."""
+        from accelerate.utils import gather_object
+
+        found = latest(self.checkpoint)
+        seen = gather_object([None if found is None else found.name])
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"DifficultyAdaptiveTrainer expected the same files in {self.output_dir} for all processes, got "
+                f"{seen} as the newest checkpoint. Choose an output_dir on a file system that all machines share."
+            )
+        return found
 
     def _parts(self) -> dict[str, Any]:
         """Everything that has a state."""

@@ -1,22 +1,24 @@
 """Steps of the optimiser over all processes: averaged gradients, finite or not taken at all."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from iqareward.diffusion.finite import OptimizerStep, require_usable_weights, step_if_finite
+from iqareward.diffusion.checkpoint import training_weights
+from iqareward.diffusion.finite import OptimizerStep, agreed, require_usable_weights, step_if_finite
 from iqareward.diffusion.policies.core import Policy
+from iqareward.diffusion.sharding import is_sharded, local, share_of, sharded_like
 from iqareward.seeds import sub_seed
 
 MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], Any]
 
 _BUCKET = 1 << 25  # elements of gradients that are averaged together
-# They shard the weights, so that checkpoints of named weights and exchanged copies of them would be of shards.
-_REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+_REFUSED = ("DEEPSPEED", "MEGATRON_LM", "XLA")  # they own the optimiser, or passes and checkpoints
 
 
 def adamw(learning_rate: float, weight_decay: float) -> MakeOptimizer:
@@ -39,7 +41,8 @@ class Updates:
     """Moves the weights of a policy's model; gradients are averaged over the processes after the last backward pass.
 
     There is no wrapper of `DistributedDataParallel`: weights that a loss does not reach, such as adapters in the last
-    block of a transformer, count as zero, and processes may take different numbers of backward passes.
+    block of a transformer, count as zero, and processes may take different numbers of backward passes. A model that
+    FSDP2 shards, by accelerate's plugin or by `fully_shard` before, averages its gradients in each pass.
 
     Args:
         policy: Moved to the accelerator's device with all its parts; its model gets autocast.
@@ -49,7 +52,7 @@ class Updates:
         max_grad_norm: Longer gradients are shortened to this.
 
     Raises:
-        ValueError: No weight of the model trains, or the accelerator shards the model.
+        ValueError: No weight of the model trains, or the accelerator divides the model in a way that cannot be saved.
     """
 
     def __init__(
@@ -64,11 +67,14 @@ class Updates:
         kind = str(accelerator.distributed_type).rpartition(".")[2]
         if kind in _REFUSED:
             raise ValueError(
-                f"The trainer expected processes with whole copies of the model, got {kind}, whose checkpoints it "
-                "cannot write. Use `accelerate launch --multi_gpu`, with LoRA, bf16 or an 8-bit optimiser for memory."
+                f"The trainer expected processes with whole copies of the model, or FSDP2, got {kind}, whose "
+                "checkpoints it cannot write. Use `accelerate launch --multi_gpu`, or `--use_fsdp --fsdp_version 2`."
             )
+        by_plugin = kind == "FSDP"
+        if by_plugin:
+            _check_plugin(accelerator)
         policy.to(accelerator.device)
-        self.weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+        self.weights = _trained(policy.model)
         if not self.weights:
             raise ValueError(
                 f"The trainer expected {type(policy).__name__}.model with weights that require a gradient, got none. "
@@ -77,15 +83,23 @@ class Updates:
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self._share_first_weights(policy.model)
         optimizer = make_optimizer(self.weights)
-        policy.model = accelerator.prepare_model(policy.model, evaluation_mode=True)
+        if by_plugin:
+            policy.model, self.optimizer = accelerator.prepare(policy.model, optimizer)
+            self.weights = _trained(policy.model)
+        else:
+            policy.model = accelerator.prepare_model(policy.model, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.sharded = is_sharded(policy.model)
+        if self.sharded and accelerator.scaler is not None:
+            raise ValueError("The trainer expected bf16 or float32 with FSDP, got fp16. Use mixed_precision='bf16'.")
         self.schedule = None if make_schedule is None else make_schedule(optimizer)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     def _share_first_weights(self, model: nn.Module) -> None:
-        """Give every process the weights of the first."""
+        """Give every process the weights of the first; a sharded model has one set of them already."""
         if self.accelerator.num_processes > 1:
             for tensor in (*self.weights, *model.buffers()):
-                torch.distributed.broadcast(tensor.detach(), 0)
+                if not isinstance(tensor, DTensor):
+                    torch.distributed.broadcast(tensor.detach(), 0)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part of the loss."""
@@ -111,6 +125,7 @@ class Updates:
         # not `accelerator.clip_grad_norm_`, which unscales for every optimiser that the accelerator has made
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         norm = torch.as_tensor(norm, device=figures.device).float().view(1)
         summed: Any = self.accelerator.reduce(torch.cat([figures.float(), norm]), "sum")
         *totals, norm = summed.tolist()
@@ -120,7 +135,9 @@ class Updates:
         if step.moved:
             if self.schedule is not None:
                 self.schedule.step()
-            require_usable_weights(self.weights, update=update, norm=norm, learning_rate=rate)
+            shares = [local(weight) for weight in self.weights]
+            with agreed(self.accelerator) if self.sharded else nullcontext():
+                require_usable_weights(shares, update=update, norm=norm, learning_rate=rate)
         return totals, norm, step
 
     def _average_gradients(self) -> None:
@@ -131,6 +148,8 @@ class Updates:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for weight in self.weights:
+            if isinstance(weight, DTensor):
+                continue  # averaged in the backward passes
             by_dtype.setdefault(weight.dtype, []).append(weight.grad)  # pyright: ignore[reportArgumentType]
         for gradients in by_dtype.values():
             for bucket in _buckets(gradients):
@@ -138,8 +157,34 @@ class Updates:
                 for gradient, mean in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
                     gradient.copy_(mean.view_as(gradient))
 
+    def _sharded(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimiser with its whole tensors divided as the weights are."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
+        def share(value: Any, weight: Tensor) -> Any:
+            matches = isinstance(value, Tensor) and value.shape == weight.shape
+            return sharded_like(share_of(value, weight), weight) if matches else value
+
+        own = {
+            place: {name: share(value, weights[place]) for name, value in values.items()}
+            for place, values in state["state"].items()
+        }
+        return state | {"state": own}
+
+    def _check_state(self) -> None:
+        """Raise a ValueError if the optimiser keeps something of a sharded weight that is not sharded with it."""
+        for weight, values in self.optimizer.state.items():
+            for name, value in values.items():
+                alone = isinstance(value, Tensor) and value.numel() > 1 and not isinstance(value, DTensor)
+                if alone and isinstance(weight, DTensor):
+                    raise ValueError(
+                        f"The trainer expected, with FSDP, an optimiser whose state is sharded as its weights are, got "
+                        f"a plain tensor {list(value.shape)} as {name!r}. Use torch's AdamW, or train without FSDP."
+                    )
+
     def state_dict(self) -> dict[str, Any]:
         """The state of optimiser, schedule and scaler."""
+        self._check_state()
         scaler = self.accelerator.scaler
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -149,10 +194,25 @@ class Updates:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._sharded(state["optimizer"]) if self.sharded else state["optimizer"])
         for name, own in (("schedule", self.schedule), ("scaler", self.accelerator.scaler)):
             if own is not None and state[name] is not None:
                 own.load_state_dict(state[name])
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return list(training_weights(model).values())
+
+
+def _check_plugin(accelerator: Any) -> None:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"The trainer expected FSDP of version 2, got {plugin.fsdp_version}, whose flattened weights cannot be "
+            "exchanged. Use `--fsdp_version 2`, or FullyShardedDataParallelPlugin(fsdp_version=2)."
+        )
+    if plugin.cpu_offload:
+        raise ValueError("The trainer expected FSDP without cpu_offload, got it. Train LoRA adapters to save memory.")
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Generator[list[Tensor]]:

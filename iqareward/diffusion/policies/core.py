@@ -12,6 +12,7 @@ from iqareward.diffusion.batches import Batch
 from iqareward.diffusion.conditions import Condition, concatenated
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.processes import NoiseProcess, Step, Transition
+from iqareward.diffusion.sharding import is_sharded, local, reshard, share_of, sharded_like
 
 
 class Policy(Protocol):
@@ -315,9 +316,10 @@ class Versions:
     def _copy(self, values: Sequence[Tensor] | None = None) -> list[Tensor]:
         own = self._weights()
         pairs = zip(own, own if values is None else values, strict=True)
-        return [value.detach().to(weight, copy=True) for weight, value in pairs]
+        return [share_of(value, weight).to(local(weight), copy=True) for weight, value in pairs]
 
     def _weights(self) -> list[Tensor]:
+        reshard(self.policy.model)
         return [weight for weight in self.policy.model.parameters() if weight.requires_grad]
 
     @contextmanager
@@ -350,12 +352,16 @@ class Versions:
         """Move the old weights to `decay * old + (1 - decay) * now`."""
         if self._old is not None:
             for old, now in zip(self._old, self._weights(), strict=True):
-                old.lerp_(now.detach().to(old.dtype), 1 - decay)
+                old.lerp_(local(now).to(old.dtype), 1 - decay)
 
     @contextmanager
     def _swapped(self, others: list[Tensor]) -> Generator[None]:
-        # The storages change places, nothing is copied: graphs that were recorded before keep their tensors.
         weights = self._weights()
+        if is_sharded(self.policy.model):
+            with self._copied(weights, others):
+                yield
+            return
+        # The storages change places, nothing is copied: graphs that were recorded before keep their tensors.
         own = [weight.data for weight in weights]
         for weight, other in zip(weights, others, strict=True):
             weight.data = other
@@ -365,9 +371,25 @@ class Versions:
             for weight, data in zip(weights, own, strict=True):
                 weight.data = data
 
+    @contextmanager
+    def _copied(self, weights: Sequence[Tensor], others: Sequence[Tensor]) -> Generator[None]:
+        # FSDP gathers from storages of its own, whatever the parameters point to
+        shares = [local(weight) for weight in weights]
+        own = [share.clone() for share in shares]
+        torch._foreach_copy_(shares, list(others))
+        try:
+            yield
+        finally:
+            reshard(self.policy.model)  # what a pass has gathered is of the others
+            torch._foreach_copy_(shares, own)
+
     def state_dict(self) -> dict[str, Any]:
         """The weights that are kept."""
-        return {"reference": self._reference, "old": self._old}
+        pairs = {"reference": self._reference, "old": self._old}
+        return {
+            name: kept and [sharded_like(share, weight) for share, weight in zip(kept, self._weights(), strict=True)]
+            for name, kept in pairs.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict()` was taken; without old weights there, those of now become old."""
