@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from iqareward.diffusion.checkpoint import training_weights
 from iqareward.diffusion.finite import OptimizerStep, agreed, require_usable_weights, step_if_finite
 from iqareward.diffusion.policies.core import Policy
-from iqareward.diffusion.sharding import is_sharded, local, share_of, sharded_like
+from iqareward.diffusion.sharding import is_sharded, local, sharded_like, share_of
 from iqareward.seeds import sub_seed
 
 MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
