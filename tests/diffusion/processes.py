@@ -135,11 +135,13 @@ def sft_of(batch_size, *, sharded=False):
     return trained_weights(policy.model), losses
 
 
-def use_plugin():
-    """Shard by accelerate's plugin, which accelerate itself leaves out on CPUs."""
+def with_plugin():
+    """An accelerator with the FSDP plugin, which accelerate itself leaves out on CPUs."""
+    accelerator = Accelerator(cpu=True)
     wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["DownBlock2D"]}
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **wrap)
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    return accelerator
 
 
 def join(rank: int, environment: dict[str, str]) -> None:
@@ -166,8 +168,7 @@ def all_cases(rank: int, folder: Path, environment: dict[str, str], sharded: tup
                 torch.save((weights, losses), folder / f"sft of {batch_size} {kind}.pt")
     with pytest.raises(ValueError, match="with FSDP, a number as sft_scale"):
         run_of("adamw", folder / "balanced", sharded=True, train_config=config(sft_scale="balanced"))
-    use_plugin()
-    run = run_of("clipped", folder / "plugin")
+    run = run_of("clipped", folder / "plugin", accelerator=with_plugin())
     run.train(UPDATES, save_every=2, validate_every=2)
     weights = trained_weights(run.policy.model)
     if rank == 0:
