@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import iqareward
 from benchmarks._harness import document, finish
@@ -45,10 +45,9 @@ PARTS = {
     "compare": "rewards and ids",
     "calibrate": "the weighter's sums, before training",
     "_sums": "the weighter's sums, before training",
-    "_step": "passes and counts of the learner",
-    "step": "figures and the norm",
-    "backward": "passes and counts of the learner",
+    "updates.step": "figures and the norm",
     "_figures": "figures and the norm",
+    "_step": "passes and counts of the learner",
     "save": "checkpoint",
     "train": "start and end",
 }
@@ -85,8 +84,10 @@ class Counter(TorchDispatchMode):
     def _part() -> str:
         frame: Any = sys._getframe(2)
         while frame is not None:
-            if "iqareward" in frame.f_code.co_filename and frame.f_code.co_name in PARTS:
-                return PARTS[frame.f_code.co_name]
+            file, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+            found = PARTS.get(name) or PARTS.get(f"{file.stem}.{name}")
+            if found and "iqareward" in file.parts:
+                return found
             frame = frame.f_back
         return "other"
 

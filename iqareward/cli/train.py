@@ -195,7 +195,7 @@ def _accelerator(config: RunConfig) -> Any:
     """Devices and trackers.
 
     Raises:
-        ValueError: An unknown tracker.
+        ValueError: An unknown tracker, or FSDP.
         ImportError: Accelerate or the package of a tracker is missing.
     """
     accelerate: Any = require("accelerate", extra="diffusers", purpose="iqareward train")
@@ -207,7 +207,13 @@ def _accelerator(config: RunConfig) -> Any:
             raise ValueError(f"key `trackers` expected names out of {sorted(LOGGER_TYPE_TO_CLASS)}, got {tracker!r}.")
         if tracker not in available:  # accelerate would leave it out without a word
             raise ImportError(f"key `trackers` names {tracker}, which is not installed. Run: pip install {tracker}")
-    return accelerate.Accelerator(log_with=list(config.trackers) or None, project_dir=config.output / "logs")
+    accelerator = accelerate.Accelerator(log_with=list(config.trackers) or None, project_dir=config.output / "logs")
+    if str(accelerator.distributed_type).endswith("FSDP"):
+        raise ValueError(
+            "iqareward train expected processes with whole copies of the model, got FSDP, whose model it cannot write "
+            "as a folder. Launch it with --multi_gpu, or use DifficultyAdaptiveTrainer in Python."
+        )
+    return accelerator
 
 
 def _begun(output: Path) -> str:

@@ -16,7 +16,7 @@ from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.objectives import Objective
 from iqareward.diffusion.policies.core import Policy, Versions, evaluating
 from iqareward.diffusion.rollouts import Experience
-from iqareward.diffusion.sharding import in_step, local, share_of, sharded_like
+from iqareward.diffusion.sharding import in_step, local, sharded_like, share_of
 from iqareward.diffusion.updates import MakeOptimizer, MakeSchedule, Updates, adamw, supervising
 from iqareward.seeds import sub_seed
 from iqareward.weighting import GradientBalance, LossWeights, gradient_norm

@@ -47,7 +47,8 @@ def whole(value: Any, *, keep: bool = True) -> Any:
     them needs memory for the whole model.
     """
     if isinstance(value, DTensor):
-        full = value.detach().full_tensor()
+        with torch.no_grad():
+            full = value.full_tensor()
         return full.cpu() if keep else None
     if type(value) is dict:
         return {key: whole(item, keep=keep) for key, item in value.items()}

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from iqareward.diffusion.checkpoint import training_weights
 from iqareward.diffusion.finite import OptimizerStep, agreed, require_usable_weights, step_if_finite
 from iqareward.diffusion.policies.core import Policy
-from iqareward.diffusion.sharding import is_sharded, local, share_of, sharded_like
+from iqareward.diffusion.sharding import is_sharded, local, sharded_like, share_of
 from iqareward.seeds import sub_seed
 
 MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
@@ -211,7 +212,7 @@ def _check_plugin(accelerator: Any) -> None:
             f"The trainer expected FSDP of version 2, got {plugin.fsdp_version}, whose flattened weights cannot be "
             "exchanged. Use `--fsdp_version 2`, or FullyShardedDataParallelPlugin(fsdp_version=2)."
         )
-    if plugin.cpu_offload:
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("The trainer expected FSDP without cpu_offload, got it. Train LoRA adapters to save memory.")
 
 

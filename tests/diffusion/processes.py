@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import fully_shard
 
 from iqareward.diffusion import (
@@ -132,6 +135,15 @@ def sft_of(batch_size, *, sharded=False):
     return trained_weights(policy.model), losses
 
 
+def with_plugin():
+    """An accelerator with the FSDP plugin, which accelerate itself leaves out on CPUs."""
+    accelerator = Accelerator(cpu=True)
+    wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["DownBlock2D"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **wrap)
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    return accelerator
+
+
 def join(rank: int, environment: dict[str, str]) -> None:
     """Become one of the processes."""
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -154,6 +166,13 @@ def all_cases(rank: int, folder: Path, environment: dict[str, str], sharded: tup
             weights, losses = sft_of(batch_size, sharded=kind)
             if rank == 0:
                 torch.save((weights, losses), folder / f"sft of {batch_size} {kind}.pt")
+    with pytest.raises(ValueError, match="with FSDP, a number as sft_scale"):
+        run_of("adamw", folder / "balanced", sharded=True, train_config=config(sft_scale="balanced"))
+    run = run_of("clipped", folder / "plugin", accelerator=with_plugin())
+    run.train(UPDATES, save_every=2, validate_every=2)
+    weights = trained_weights(run.policy.model)
+    if rank == 0:
+        torch.save((weights, run.learner.updates.sharded), folder / "plugin.pt")
     Accelerator(cpu=True).end_training()
 
 

@@ -31,13 +31,17 @@ def started(target, *arguments):
     return mp.start_processes(target, (folder, shared, *more), nprocs=2, join=False, start_method="forkserver")
 
 
+def wait_for(ranks):
+    """Until all have ended; the error of one of them."""
+    while not ranks.join(300):
+        pass
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    ranks = started(all_cases, folder, tuple(KINDS.values()))
-    while not ranks.join(300):
-        pass
+    wait_for(started(all_cases, folder, tuple(KINDS.values())))
     return folder
 
 
@@ -75,6 +79,13 @@ def test_two_processes_end_where_one_does(name, kind, one, two):
         }
 
 
+def test_the_plugin_of_accelerate_does_the_same(one, two):
+    """It shards the model and hands the optimiser the shares."""
+    weights, sharded = torch.load(two / "plugin.pt")
+    assert sharded
+    torch.testing.assert_close(weights, one("clipped")[1], **CLOSE)
+
+
 def test_a_reward_that_scores_some_inputs_only_is_among_the_cases(one):
     """The case of NaN scores has updates with scores and without."""
     scored = [line["scored"] for line in one("nan")[2][1:]]
@@ -105,8 +116,7 @@ def after_kills(tmp_path_factory):
     begun = {sharded: started(killed, folder, sharded) for sharded, folder in folders.items()}
     for ranks in begun.values():
         with pytest.raises(ProcessException):
-            while not ranks.join(300):
-                pass
+            wait_for(ranks)
         assert ranks.processes[1].exitcode == -9
     return folders
 
@@ -117,9 +127,7 @@ def gone_on(after_kills, tmp_path_factory):
     folders = {kind: tmp_path_factory.mktemp("resumed") / "run" for kind in KINDS.values()}
     for kind, folder in folders.items():
         shutil.copytree(after_kills[kind], folder)
-    ranks = started(resumed, folders)
-    while not ranks.join(300):
-        pass
+    wait_for(started(resumed, folders))
     return folders
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from iqareward.diffusion import DDIM, PixelPolicy, TrainConfig
 from iqareward.diffusion.checkpoint import load_state, trained_weights
@@ -76,8 +77,17 @@ def test_a_learning_rate_schedule_resumes(tmp_path):
         torch.testing.assert_close(weight, expected[name], **EXACT)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_sharded_models_are_refused(kind):
+@pytest.mark.parametrize(("version", "offload", "said"), [(1, None, "version 2, got 1"), (2, CPUOffloadPolicy(), "cpu_offload")])
+def test_fsdp_that_cannot_be_saved_is_refused(version, offload, said):
+    """Its first version, whose weights are flattened, and weights that wait in CPU memory."""
+    plugin = SimpleNamespace(fsdp_version=version, cpu_offload=offload)
+    accelerator = SimpleNamespace(distributed_type="DistributedType.FSDP", state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=said):
+        Updates(pixel_policy(), accelerator, torch.optim.SGD, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
+def test_other_ways_to_divide_a_model_are_refused(kind):
     """By name, before anything is moved or wrapped."""
     accelerator = SimpleNamespace(distributed_type=f"DistributedType.{kind}")
     with pytest.raises(ValueError, match=kind):

@@ -209,6 +209,13 @@ def test_without_an_older_one_a_damaged_checkpoint_says_to_start_anew(tmp_path):
         trainer(tmp_path).train(1, resume=True)
 
 
+def test_processes_that_see_other_files_stop(begun, monkeypatch):
+    """All of them, instead of some that go on and some that start anew, as on machines without a shared folder."""
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda found: [*found, None])
+    with pytest.raises(ValueError, match=r"same files.*\['checkpoint.pt', None\].*all machines share"):
+        trainer(begun).train(3, resume=True)
+
+
 def test_a_finished_run_stays_as_it_is(begun):
     """Resumed with no more updates it writes no checkpoint and returns its history."""
     before = (begun / "checkpoint.pt").read_bytes()

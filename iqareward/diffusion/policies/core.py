@@ -12,7 +12,7 @@ from iqareward.diffusion.batches import Batch
 from iqareward.diffusion.conditions import Condition, concatenated
 from iqareward.diffusion.noise import Noise
 from iqareward.diffusion.processes import NoiseProcess, Step, Transition
-from iqareward.diffusion.sharding import is_sharded, local, reshard, share_of, sharded_like
+from iqareward.diffusion.sharding import is_sharded, local, reshard, sharded_like, share_of
 
 
 class Policy(Protocol):
@@ -376,12 +376,14 @@ class Versions:
         # FSDP gathers from storages of its own, whatever the parameters point to
         shares = [local(weight) for weight in weights]
         own = [share.clone() for share in shares]
-        torch._foreach_copy_(shares, list(others))
+        for share, other in zip(shares, others, strict=True):
+            share.copy_(other)
         try:
             yield
         finally:
             reshard(self.policy.model)  # what a pass has gathered is of the others
-            torch._foreach_copy_(shares, own)
+            for share, before in zip(shares, own, strict=True):
+                share.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that are kept."""
