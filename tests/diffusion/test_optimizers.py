@@ -77,7 +77,9 @@ def test_a_learning_rate_schedule_resumes(tmp_path):
         torch.testing.assert_close(weight, expected[name], **EXACT)
 
 
-@pytest.mark.parametrize(("version", "offload", "said"), [(1, None, "version 2, got 1"), (2, CPUOffloadPolicy(), "cpu_offload")])
+@pytest.mark.parametrize(
+    ("version", "offload", "said"), [(1, None, "version 2, got 1"), (2, CPUOffloadPolicy(), "cpu_offload")]
+)
 def test_fsdp_that_cannot_be_saved_is_refused(version, offload, said):
     """Its first version, whose weights are flattened, and weights that wait in CPU memory."""
     plugin = SimpleNamespace(fsdp_version=version, cpu_offload=offload)
