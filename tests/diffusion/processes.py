@@ -168,6 +168,10 @@ def all_cases(rank: int, folder: Path, environment: dict[str, str], sharded: tup
                 torch.save((weights, losses), folder / f"sft of {batch_size} {kind}.pt")
     with pytest.raises(ValueError, match="with FSDP, a number as sft_scale"):
         run_of("adamw", folder / "balanced", sharded=True, train_config=config(sft_scale="balanced"))
+    run = run_of("adamw", folder / "state", sharded=True)
+    run.learner.updates.optimizer.state[run.learner.weights[0]]["whole"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="state is sharded as its weights are"):
+        run.save()
     run = run_of("clipped", folder / "plugin", accelerator=with_plugin())
     run.train(UPDATES, save_every=2, validate_every=2)
     weights = trained_weights(run.policy.model)
