@@ -47,7 +47,7 @@ def run_dataset(
         def tell(progress: Progress) -> None:
             nonlocal last
             rate = progress.rows / max(progress.seconds, 1e-9)
-            text = f"{progress.rows:,} images ({rate:,.0f}/s, {progress.incomplete:,} incomplete); shards"
+            text = f"{progress.rows:,} images ({rate:,.{0 if rate >= 10 else 1}f}/s, {progress.incomplete:,} incomplete); shards"
             bar.update(task, description=text, completed=progress.done, total=progress.shards)
             if not messages.is_terminal and time.monotonic() - last > _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
@@ -62,7 +62,7 @@ def run_dataset(
         for name, count in report.scored.items()
     ]
     show(messages, columns, ())
-    resumed = f" {report.resumed:,} shards had been scored before." if report.resumed else ""
+    resumed = f" Scored before: {report.resumed:,} of {report.shards:,} shards." if report.resumed else ""
     say(messages, f"{report.rows - report.incomplete:,} of {report.rows:,} images have every score.{resumed}")
     if report.incomplete:
         say(messages, f"The column `problem` says why not, for example: {report.example}")

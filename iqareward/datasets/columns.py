@@ -9,6 +9,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from PIL import Image
 
 from iqareward.datasets.samples import DECODERS, Sample, SampleScorer, Source, needs
 from iqareward.rewards.catalog import load
@@ -44,7 +45,9 @@ class Columns:
         for name in ("references", "inputs", "prompts"):
             needy = [reward.name for reward in rewards if needs(reward, name)]
             if needy and getattr(self, name) is None:
-                raise ValueError(f"{', '.join(needy)} needs {name}: name the column that has them, {name}=...")
+                raise ValueError(
+                    f"{', '.join(needy)} needs {name}: name the column that has them, {name}=... (--{name} NAME)."
+                )
         if grouped := [reward.name for reward in rewards if needs(reward, "ids") or needs(reward, "tasks")]:
             raise ValueError(f"{', '.join(grouped)} compares rollouts or tasks, which rows of a data set are not.")
 
@@ -197,6 +200,8 @@ class ScoreColumns:
         Raises:
             ValueError: the batch lacks a column.
         """
+        if any(isinstance(batch.get(name), (bytes, str, Mapping, Image.Image)) for name in self.columns.names):
+            raise TypeError("ScoreColumns expected batches of rows, got one row. Pass batched=True to `map`.")
         if os.getpid() != _IMPORTED_IN:
             # `map(num_proc=...)` forks: the threads of torch's pool are missing there, and a call would wait for them
             torch.set_num_threads(1)

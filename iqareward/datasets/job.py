@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -192,7 +192,7 @@ def score_dataset(
             total.add(facts)
         todo = [shard for shard in shards if shard.name not in known]
         rows, started = total.rows, time.monotonic()
-        with _connected(address):
+        with _connected(address) if todo else nullcontext():
             for place, facts in _run(work, todo, actors):
                 if facts.is_fatal:
                     raise OSError(f"{todo[place].path}: {facts.error}")

@@ -105,6 +105,12 @@ def test_a_missing_column():
         ScoreColumns("niqe", images="photo")({"image": [png(1)], "id": [1]})
 
 
+def test_rows_instead_of_batches():
+    """Without `batched=True`, the bytes of one image would be taken for a batch of numbers."""
+    with pytest.raises(TypeError, match="batched=True"):
+        ScoreColumns(Level())({"image": png(1)})
+
+
 def test_processes_agree_on_the_fingerprint():
     """Hugging Face's cache finds the scores again in another process: the pickle is the same before and after use."""
     scorer = ScoreColumns(["niqe", "quick"])
