@@ -47,7 +47,8 @@ def run_dataset(
         def tell(progress: Progress) -> None:
             nonlocal last
             rate = progress.rows / max(progress.seconds, 1e-9)
-            text = f"{progress.rows:,} images ({rate:,.{0 if rate >= 10 else 1}f}/s, {progress.incomplete:,} incomplete); shards"
+            digits = 0 if rate >= 10 else 1
+            text = f"{progress.rows:,} images ({rate:,.{digits}f}/s, {progress.incomplete:,} incomplete); shards"
             bar.update(task, description=text, completed=progress.done, total=progress.shards)
             if not messages.is_terminal and time.monotonic() - last > _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
