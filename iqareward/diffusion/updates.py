@@ -87,13 +87,15 @@ class Updates:
         if by_plugin:
             policy.model, self.optimizer = accelerator.prepare(policy.model, optimizer)
             self.weights = _trained(policy.model)
+            self.schedule = None if make_schedule is None else make_schedule(optimizer)
         else:
             policy.model = accelerator.prepare_model(policy.model, evaluation_mode=True)
+            # before accelerate's scaler replaces the optimiser's step, which the schedule looks at
+            self.schedule = None if make_schedule is None else make_schedule(optimizer)
             self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.sharded = is_sharded(policy.model)
         if self.sharded and accelerator.scaler is not None:
             raise ValueError("The trainer expected bf16 or float32 with FSDP, got fp16. Use mixed_precision='bf16'.")
-        self.schedule = None if make_schedule is None else make_schedule(optimizer)
 
     def _share_first_weights(self, model: nn.Module) -> None:
         """Give every process the weights of the first; a sharded model has one set of them already."""
