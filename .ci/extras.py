@@ -67,7 +67,7 @@ FeedForwardPolicy.from_checkpoint("swinir.safetensors")
     "trl": """
 from trl import GRPOTrainer
 from iqareward.adapters.trl import TRLReward
-TRLReward("ssim", images="image")
+TRLReward("piqe", images="image")
 """,
     "serve": """
 import ray.serve

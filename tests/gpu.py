@@ -8,6 +8,7 @@ import pytest
 import torch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+fake_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of a fake GPU are for machines without one")
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 """The test runs on the CPU everywhere, so that it does not rot, and on a GPU where there is one."""
 

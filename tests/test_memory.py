@@ -33,13 +33,12 @@ from iqareward.rewards.perceptual import BACKBONES, DISTSReward, LPIPSReward, ST
 from iqareward.rewards.quick import QuickReward
 from iqareward.weighting import LossWeights
 from tests.diffusion.tiny import pixel_policy, seeded
+from tests.gpu import fake_gpu
 from tests.owl2 import owl2_tiny
 from tests.rewards.quick_weights import quick_weights
 from tests.tolerances import EXACT, NETWORK_BATCH
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="constants of a fake GPU would stay in caches for the real one"
-)
+pytestmark = fake_gpu  # whose constants would stay in caches for a real one
 BUDGET = 4 * 2**30
 
 

@@ -33,12 +33,13 @@ from iqareward.rewards.metric import FullReference
 from iqareward.rewards.owl2.preprocess import preprocess
 from tests.diffusion import tiny
 from tests.diffusion.train_tiny import trainer
+from tests.gpu import fake_gpu
 from tests.test_devices import FOREIGN, FORMULAS, NO_GRADIENT, OTHERS, VLMS, build
 
 __all__ = ["build"]  # the fixture
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU"),
+    fake_gpu,
     # fake scores are what the meter says they are
     pytest.mark.filterwarnings("ignore::iqareward.rewards.core.UnscoredWarning"),
 ]

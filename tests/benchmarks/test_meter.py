@@ -9,8 +9,9 @@ from torch import nn
 
 from benchmarks import meter as module
 from benchmarks.meter import Meter, run_backward
+from tests.gpu import fake_gpu
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+pytestmark = fake_gpu
 SIDE = 64
 
 

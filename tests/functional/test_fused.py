@@ -19,7 +19,7 @@ from iqareward.functional.color import luma
 from iqareward.functional.filters import blur_valid, gaussian_taps, halve
 from iqareward.functional.statistics import STATISTICS
 from iqareward.rewards.core import RANGE_SLACK, sanitize
-from tests.gpu import no_waits
+from tests.gpu import fake_gpu, no_waits
 from tests.tolerances import EXACT, FORMULA_FP32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -274,7 +274,8 @@ def test_rewards(name, plainly):
     torch.testing.assert_close(found, expected, equal_nan=True, **FORMULA_FP32)
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+@fake_gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes no fake tensors")
 @pytest.mark.parametrize(
     ("name", "launches", "trips"),
     [("psnr", 16, 25), ("ssim", 27, 70), ("ms_ssim", 82, 84), ("gmsd", 45, 58), ("haarpsi", 90, 140)],

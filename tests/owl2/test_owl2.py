@@ -14,6 +14,7 @@ from iqareward.rewards.owl2.checkpoints import read_config
 from iqareward.rewards.owl2.network import Layout, Owl2, Owl2Config
 from iqareward.rewards.owl2.preprocess import LEVEL_IDS, PROMPTS, preprocess
 from iqareward.rewards.owl2.rewards import QAlignReward
+from tests.gpu import fake_gpu
 from tests.owl2.owl2_tiny import SMALL, TINY, golden, reference_images, seeded_model
 from tests.tolerances import NETWORK_BATCH
 
@@ -156,7 +157,7 @@ def test_gradient_equals_finite_differences() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+@fake_gpu
 @pytest.mark.parametrize(("stack", "kernels"), [("layers", 29), ("vision_layers", 11), ("abstractor_layers", 20)])
 def test_launches_of_a_layer(stack, kernels) -> None:
     """What one layer more launches on a GPU, where a single image is bound by launches."""

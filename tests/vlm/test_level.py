@@ -18,6 +18,7 @@ from iqareward.rewards.vlm.network import Network
 from iqareward.rewards.vlm.presets import Q_REALIGN, ZERO_SHOT_LEVELS
 from iqareward.rewards.vlm.rewards import LevelReward, QReAlignReward, zero_shot_level_reward
 from iqareward.testing import check_reward
+from tests.gpu import fake_gpu
 from tests.tolerances import EXACT, FORMULA_FP32, HALF_NETWORK, NETWORK_BATCH
 from tests.vlm import tiny
 
@@ -139,7 +140,7 @@ def test_loads_from_a_folder_and_recomputes_layers(tmp_path, family) -> None:
     assert len(pickle.dumps(loaded)) < 5000
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+@fake_gpu
 @pytest.mark.parametrize(("family", "saved"), [("qwen2_5_vl", 5 * 9), ("qwen3_vl", 5 * 9), ("internvl", 5 * 5)])
 def test_loaded_models_have_fused_norms(tmp_path, family, saved) -> None:
     """One kernel in place of six, and close in bfloat16; a model that is given stays as it is."""

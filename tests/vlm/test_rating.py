@@ -25,6 +25,7 @@ from iqareward.rewards.vlm.rewards import (
     VisualQualityR1Reward,
 )
 from iqareward.testing import check_reward
+from tests.gpu import fake_gpu
 from tests.tolerances import EXACT, FORMULA_FP32, NETWORK_BATCH
 from tests.vlm import tiny
 
@@ -174,7 +175,7 @@ def test_mixed_sizes_and_threads() -> None:
                 torch.testing.assert_close(scores, alone, **NETWORK_BATCH)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the meter is for machines without a GPU")
+@fake_gpu
 @pytest.mark.parametrize("kind", ["level", "rating"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_warm_calls_do_not_wait_for_the_device(family, kind) -> None:
