@@ -161,12 +161,12 @@ def objectives_of(kind: str) -> list[str]:
 
 
 def trains(kind: str, objective: str, folder: Path) -> bool:
-    """Whether two updates have finite gradients that are not zero, losses that differ, and weights that move."""
+    """Whether two updates have finite gradients that are not zero, SFT losses that differ, and weights that move."""
     run = trainer(kind, folder, objective=OBJECTIVES[objective]())
     before = weights_of(run)
     _, *records = run.train(2)
     norms = torch.tensor([record["grad_norm"] for record in records])
-    moved = all(len({record[name] for record in records}) == 2 for name in ("rl_loss", "sft_loss"))
+    moved = len({record["sft_loss"] for record in records}) == 2  # rl_loss may be 0 up to rounding, the mean advantage
     finite = bool((norms > 0).all() and norms.isfinite().all()) and not any(record["skipped"] for record in records)
     return finite and moved and difference(before, weights_of(run)) > 0
 
