@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from iqareward.datasets.samples import DECODERS, Sample, SampleScorer, Source, needs
+from iqareward.datasets.samples import Sample, SampleScorer, Source, needs
 from iqareward.rewards.catalog import load
 from iqareward.types import Reward
 
@@ -205,9 +205,7 @@ class ScoreColumns:
         if os.getpid() != _IMPORTED_IN:
             # `map(num_proc=...)` forks: the threads of torch's pool are missing there, and a call would wait for them
             torch.set_num_threads(1)
-        scorer = SampleScorer(
-            list(self.rewards.values()), device=self.device, batch_size=self.batch_size, decoders=DECODERS
-        )
+        scorer = SampleScorer(list(self.rewards.values()), device=self.device, batch_size=self.batch_size)
         results = [each for part in scorer.score(self.columns.samples(batch)) for each in part]
         table = np.array([scores for scores, _ in results], dtype=np.float32).reshape(len(results), len(self.rewards))
         scored = {name: table[:, place] for place, name in enumerate(self.rewards)}
