@@ -31,6 +31,14 @@ multiprocessing.set_forkserver_preload(
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 
+def pytest_configure() -> None:
+    """One thread: small operations spend more time waking threads than computing, many times more on a busy machine.
+
+    It holds from here on, because convolutions round as they did in their first call, which may be at an import.
+    """
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests go first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -41,12 +49,6 @@ def pytest_collection_finish() -> None:
     """Spare each garbage collection the modules and tests there are by now: a million objects, a second each time."""
     gc.freeze()
     atexit.register(gc.unfreeze)  # some packages look at the end whether all of theirs is gone
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Small operations spend more time waking threads than computing, and on a busy machine many times more."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

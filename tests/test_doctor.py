@@ -201,8 +201,9 @@ def test_list_of_pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["pyiqa:musiq"] == ["[pyiqa]", "-", "grad", "0..100", "-"]
     assert rows["pyiqa:lpips-vgg+"] == ["[pyiqa]", "refs", "grad", "-1..0", "negated"]
     monkeypatch.undo()
-    row = json.loads(CliRunner().invoke(app, ["list", "--pyiqa", "--json"]).stdout)["pyiqa:musiq"]
-    assert row["licence"] == "PolyForm Noncommercial"
+    rows = json.loads(CliRunner().invoke(app, ["list", "--pyiqa", "--json"]).stdout)
+    assert rows["pyiqa:musiq"]["licence"] == "PolyForm Noncommercial"
+    assert (rows["pyiqa:musiq"]["state"], rows["pyiqa:vif"]["state"]) == ("note", "ok")  # its cache is its own
 
 
 def test_list_on_a_terminal_is_cut_at_its_width() -> None:

@@ -25,7 +25,7 @@ from iqareward.cli.text import printable
 from iqareward.rewards.catalog import CATALOG, Entry, pyiqa_entries
 from iqareward.rewards.clip.checkpoints import HPSV2, HPSV2_FILE
 from iqareward.rewards.perceptual import BACKBONES, cached_file
-from iqareward.rewards.pyiqa import NEEDS_CUDA
+from iqareward.rewards.pyiqa import NEEDS_CUDA, NO_WEIGHTS
 from iqareward.rewards.specs import PYIQA_PREFIX
 
 LEGEND = """
@@ -176,6 +176,8 @@ def _rewards(entries: Mapping[str, Entry], packages: Sequence[Finding]) -> Itera
             yield Finding("rewards", name, "missing", f"{lack.name} is {lack.state}", lack.fix)
         elif name.removeprefix(PYIQA_PREFIX) in NEEDS_CUDA and not torch.cuda.is_available():
             yield Finding("rewards", name, "missing", "needs CUDA")
+        elif entry.weights == "pyiqa" and name.removeprefix(PYIQA_PREFIX) not in NO_WEIGHTS:
+            yield Finding("rewards", name, "note", "pyiqa downloads weights at the first call, if it has not yet")
         elif fetch := _fetch_weights(entry.weights):
             yield Finding("rewards", name, "note", "weights are downloaded at the first call", fetch)
         else:

@@ -116,18 +116,18 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
         if accelerator.is_main_process:
             say(messages, text)
 
-    data = _data(config, accelerator, tell)
-    device = accelerator.device
-    rewards, held_out = (
-        {name: make_on(device, call, f"{key}.{name}") for name, call in calls.items()}
-        for key, calls in (("reward", config.reward), ("validation.rewards", config.validation.rewards))
-    )
-    quality = None if config.input_quality is None else make_on(device, config.input_quality, "input_quality")
-    named = {f"reward.{name}": each for name, each in rewards.items()}
-    named |= {f"validation.rewards.{name}": each for name, each in held_out.items()}
-    check_rewards(named, data)
     with _folder(config.output, accelerator):
         _open_output(config, file, accelerator, resume=resume)
+        data = _data(config, accelerator, tell)
+        device = accelerator.device
+        rewards, held_out = (
+            {name: make_on(device, call, f"{key}.{name}") for name, call in calls.items()}
+            for key, calls in (("reward", config.reward), ("validation.rewards", config.validation.rewards))
+        )
+        quality = None if config.input_quality is None else make_on(device, config.input_quality, "input_quality")
+        named = {f"reward.{name}": each for name, each in rewards.items()}
+        named |= {f"validation.rewards.{name}": each for name, each in held_out.items()}
+        check_rewards(named, data)
         tell(
             f"{len(data.train)} inputs to train on, {len(data.held_out)} held out; everything goes to {config.output}/"
         )

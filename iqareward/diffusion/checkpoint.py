@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -198,7 +199,10 @@ def exclusive(folder: Path, accelerator: Any) -> Generator[None]:
             ours = [False]
     broadcast_object_list(ours)
     if not ours[0]:
-        raise ValueError(f"{folder} is in use by another run. Wait for its end, or choose another folder.")
+        raise ValueError(
+            f"{folder} is in use by another run. Wait for its end, or choose another folder. "
+            f"`fuser {shlex.quote(str(folder / LOCK))}` shows the number of its process."
+        )
     try:
         if accelerator.is_main_process:
             remove_parts(folder)

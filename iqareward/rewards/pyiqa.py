@@ -51,6 +51,10 @@ NO_GRADIENT = {
 # They fail without a face, also on any image that could serve as a test: each of their failures is the image's own.
 _NEEDS_FACE = frozenset({"topiq_nr-face", "topiq_nr_swin-face", "topiq_nr-face-v1"})
 NEEDS_CUDA = frozenset({"maclip"})
+NO_WEIGHTS = frozenset({
+    "ssim", "ssimc", "ms_ssim", "cw_ssim", "psnr", "psnry", "fsim", "vsi", "vif", "gmsd", "nlpd", "mad", "piqe",
+    "entropy",
+})  # fmt: skip
 _ONE_IMAGE_PER_CALL = _NEEDS_FACE | NEEDS_CUDA | {"qalign", "qalign_8bit", "qalign_4bit", "compare2score"}
 # On a reference of one colour CW-SSIM answers 1,000,000, VIF 0 even for identical images, VSI 1 for black on white.
 _FLAT_REFERENCE_UNDEFINED = frozenset({"cw_ssim", "vif", "vsi"})

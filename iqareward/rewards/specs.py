@@ -199,8 +199,12 @@ def _readings(text: str, names: Mapping[str, str], options: Sequence[str], sign:
 def _unreadable(spec: str, masked: str, options: Sequence[str], names: Collection[str]) -> ValueError:
     """The first part of a spec that is not known, and what may have been meant."""
     known_names, rest = _known_names(masked, names), masked.strip()
+    # a hyphen of a misspelt "pyiqa:musiq-koniq" is no minus, though there is a "pyiqa:musiq"
+    theirs = re.compile(rf"(?:{_NUMBER}\s*\*\s*)?{PYIQA_PREFIX}", re.IGNORECASE)
     while ends := [
-        found.end() for found in re.finditer("[+-]", rest) if _known_term(rest[: found.start()], known_names, options)
+        found.end()
+        for found in re.finditer(r"\s[+-]\s" if theirs.match(rest) else "[+-]", rest)
+        if _known_term(rest[: found.start()], known_names, options)
     ]:
         rest = rest[ends[-1] :].strip()
     text = re.split(r"\s+[+-]\s+", rest)[0]
@@ -214,12 +218,12 @@ def _unreadable(spec: str, masked: str, options: Sequence[str], names: Collectio
     wanted = _key(name.removeprefix(PYIQA_PREFIX))
     ours = {} if name.startswith(PYIQA_PREFIX) else {_key(known): known for known in names}
     try:
-        theirs = {_key(metric): PYIQA_PREFIX + metric for metric in pyiqa_configs()}
+        metrics = {_key(metric): PYIQA_PREFIX + metric for metric in pyiqa_configs()}
     except ImportError:  # then none of its names can be meant
-        theirs = {}
-    near = [known[key] for known in (ours, theirs) for key in difflib.get_close_matches(wanted, known)]
-    if wanted in theirs:
-        near = [theirs[wanted]]
+        metrics = {}
+    near = [known[key] for known in (ours, metrics) for key in difflib.get_close_matches(wanted, known)]
+    if wanted in metrics:
+        near = [metrics[wanted]]
     hint = f"did you mean {', '.join(near[:4])}? " if near else ""
     return ValueError(
         f"unknown reward {name!r}; {hint}`iqareward list` shows all names, `iqareward list --pyiqa` those of pyiqa."

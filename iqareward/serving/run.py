@@ -46,6 +46,7 @@ _BUILD_ATTEMPTS = 2  # of a process; weights that cannot be loaded twice are not
 _CORES_PER_FRONT, _MOST_FRONTS = 8, 8
 _PROXY_GRACE = 10.0  # seconds by which Ray's proxy outwaits our own deadline, whose answer says more
 START_TIMEOUT = 1800.0  # seconds for all processes to start; 16 GB of weights may have to be downloaded first
+_UNPLACED = "to be scheduled"  # Ray Serve says so of processes that have found no node for half a minute
 _SILENT_SECONDS = 5.0  # before it is told what is waited for
 
 # For the processes of a Ray of our own, where the variables are not set.
@@ -339,8 +340,12 @@ def _missing(parts: Mapping[str, str], deployments: Mapping[str, Any], deploymen
     free = ray.available_resources()
     takes = {kind: share for kind, share in takes.items() if share}
     large_enough = sum(all(node.get(kind, 0) >= share for kind, share in takes.items()) for node in nodes)
+    if large_enough and all(free.get(kind, 0) >= share for kind, share in takes.items()):
+        return f"loading: {', '.join(lacking)}"
+    unplaced = any(_UNPLACED in deployments[part].message for part in parts.values() if part in deployments)
+    doing = "waiting for room" if unplaced or not large_enough else "loading, or waiting for room"
     return (
-        f"waiting for processes that load or have no room: {', '.join(lacking)}. Each takes {_amounts(takes)} of one "
+        f"{doing}: {', '.join(lacking)}. Each takes {_amounts(takes)} of one "
         f"node; {large_enough} of {len(nodes)} nodes have as much, and "
         f"{_amounts({kind: free.get(kind, 0.0) for kind in takes})} are free in the cluster"
     )

@@ -279,7 +279,8 @@ def first_error(error: pydantic.ValidationError) -> str:
     """The place and the reason of the first thing that does not fit a model."""
     found = error.errors(include_url=False)[0]
     place = ".".join(map(str, found["loc"]))
-    return f"{place or 'document'}: {found['msg']}, got {found['input']!r:.80}"
+    got = "" if found["type"] == "missing" else f", got {found['input']!r:.80}"
+    return f"{place or 'document'}: {found['msg']}{got}"
 
 
 def _metadata(text: object) -> _Metadata:

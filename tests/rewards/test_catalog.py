@@ -244,6 +244,14 @@ def test_sums_with_names_that_hold_operators(spec: str, names: list[str]) -> Non
     assert [part.name for part in reward.parts] == [f"{name}[0, 1]" for name in names]
 
 
+@pytest.mark.parametrize("spec", ["pyiqa:musiq-koniq", "0.5*ssim + 0.5*pyiqa:musiq-koniq[0, 1]"])
+def test_a_hyphen_of_an_unknown_name_is_no_minus(spec: str) -> None:
+    """There is a `pyiqa:musiq`; nobody who writes `pyiqa:musiq-koniq` wants to subtract a koniq from it."""
+    pytest.importorskip("pyiqa")
+    with pytest.raises(ValueError, match=r"unknown reward 'pyiqa:musiq-koniq'; did you mean .*pyiqa:musiq"):
+        load(spec)
+
+
 def test_a_sum_that_can_be_read_in_two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a name contains an operator between two other names, spaces are asked for, and then decide."""
     monkeypatch.setitem(CATALOG, "ssim-haarpsi", CATALOG["gmsd"])
