@@ -279,6 +279,30 @@ def datasets(document: Document) -> str:
     return table(header, cells)
 
 
+def cluster_failures(document: Document) -> str:
+    """What clients got while something was done to a cluster of two nodes."""
+    cells = [
+        (row["scenario"], *(str(row[key]) for key in ("sent", "lost", "wrong")), number(row["longest_wait_s"]))
+        for row in document["failures"]
+        if "sent" in row
+    ]
+    return table(("event", "images sent", "lost", "wrong", "longest wait, s"), cells)
+
+
+def cluster_rates(document: Document) -> str:
+    """Images per second of one process and of one on each of two nodes."""
+    cells = [
+        (f"{row['reward'].replace('double, ', 'waits ')}, {row['side']}²", str(row["processes"]), str(row["fronts"]),
+         number(row["images_per_s"]), "" if row["of_ideal"] is None else f"{row['of_ideal']:.0%}",
+         number(row["client_cpu_ms_per_image"]))
+        for row in document["rows"]
+    ]  # fmt: skip
+    return table(
+        ("reward, side", "processes", "fronts", "images/s", "of the ideal", "client's CPU, ms per image"),
+        cells,
+    )
+
+
 def datasets_cost(document: Document) -> str:
     """What numbers of images would take, predicted from measured rates."""
     gpu = newest("gpu/qalign")

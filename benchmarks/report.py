@@ -163,6 +163,8 @@ TABLES: dict[str, tuple[str, Build, str]] = {
     "requests": ("requests", tables.requests, "python -m benchmarks.bench_requests"),
     "datasets": ("datasets", tables.datasets, "python -m benchmarks.bench_datasets"),
     "datasets cost": ("datasets", tables.datasets_cost, "python -m benchmarks.bench_datasets"),
+    "cluster failures": ("cluster", tables.cluster_failures, "python -m benchmarks.bench_cluster"),
+    "cluster rates": ("cluster", tables.cluster_rates, "python -m benchmarks.bench_cluster"),
     "gpu qalign": ("gpu/qalign", tables.gpu_qalign, GPU_RUN),
     "gpu vlm": ("gpu/vlm", tables.gpu_vlm, GPU_RUN),
     "gpu classical": ("gpu/classical", tables.gpu_classical, GPU_RUN),
