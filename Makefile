@@ -48,7 +48,7 @@ clean:
 # The stamps are remade when what they depend on changes; an interrupted installation leaves none.
 $(VENV)/.pip: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(CONSTRAINTS) pip
 	touch $@
 
 $(VENV)/.demo: pyproject.toml $(CONSTRAINTS) $(VENV)/.pip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from iqareward.rewards.calls import COLUMNS
 from iqareward.rewards.core import UnscoredWarning, collect_reasons, why_unscored
-from iqareward.types import Images, Reward
+from iqareward.types import Images, Reward, needs
 
 MIN_IMAGES = 3
 _MEMBERS = ("name", "needs_references", "needs_prompts", "differentiable", "bounds", "__call__")
@@ -239,18 +239,18 @@ class _Case:
     def columns(self, images: Images) -> dict[str, Any]:
         """Prompts, and if the reward needs them: grey images of half the size as inputs, one id, one task."""
         columns: dict[str, Any] = {"prompts": [""] * len(images)}
-        if getattr(self.reward, "needs_inputs", False):
+        if needs(self.reward, "inputs"):
             columns["inputs"] = [torch.full_like(image[:, ::2, ::2].detach(), 0.5) for image in images]
         if self.in_groups:
             columns["ids"] = [0] * len(images)
-        if getattr(self.reward, "needs_tasks", False):
+        if needs(self.reward, "tasks"):
             columns["tasks"] = [self.task] * len(images)
         return columns
 
     @property
     def in_groups(self) -> bool:
         """Whether scores depend on the group."""
-        return getattr(self.reward, "needs_ids", False)
+        return needs(self.reward, "ids")
 
     def rows(self, rows: list[int] | slice) -> tuple[Tensor, Tensor | None]:
         """Some of the images and their references."""
@@ -448,7 +448,7 @@ def _isolation(case: _Case) -> None:
 def _missing_columns(case: _Case) -> str | None:
     """refuses a call that lacks a column it needs"""
     given: dict[str, Any] = {"references": case.references, **case.columns(case.images)}
-    needed = [name for name in COLUMNS if getattr(case.reward, f"needs_{name}", False)]
+    needed = [name for name in COLUMNS if needs(case.reward, name)]
     for missing in needed:
         try:
             case.reward(case.images, **{name: column for name, column in given.items() if name != missing})

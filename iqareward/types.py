@@ -65,3 +65,8 @@ class Reward(Protocol):
     ) -> Scores:
         """Score each image; `[B]` float32, higher is better, NaN where an image could not be scored."""
         ...
+
+
+def needs(reward: Any, column: str) -> bool:
+    """Whether a reward needs a column, such as `inputs`; it may lack the fact, which is False then."""
+    return bool(getattr(reward, f"needs_{column}", False))

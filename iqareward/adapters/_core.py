@@ -15,7 +15,7 @@ from iqareward.rewards.catalog import load
 from iqareward.rewards.core import check_names
 from iqareward.rewards.loading import ImageDevice
 from iqareward.rewards.specs import Spec
-from iqareward.types import Groups, Images, Reward, Scores
+from iqareward.types import Groups, Images, Reward, Scores, needs
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ class Scorer:
             self._needed("references", references, device),
             self._needed("inputs", inputs, device),
             prompts,
-            numbered(ids) if getattr(self.reward, "needs_ids", False) else None,
-            tasks if getattr(self.reward, "needs_tasks", False) else None,
+            numbered(ids) if needs(self.reward, "ids") else None,
+            tasks if needs(self.reward, "tasks") else None,
         )
 
     def images(self, images: ImageLike, device: torch.device | None = None) -> Images:
@@ -118,7 +118,7 @@ class Scorer:
 
     def _needed(self, name: str, images: ImageLike | None, device: torch.device) -> Images | None:
         """A column of images if the reward needs it; the reward itself says that it is missing."""
-        needed = images is not None and getattr(self.reward, f"needs_{name}", False)
+        needed = images is not None and needs(self.reward, name)
         return self.images(images, device) if needed else None
 
     def columns(self, metadata: Any, **fields: Any) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Scorer:
         return {
             name: column(source, metadata, who=self.who, **fields)
             for name, source in self.sources.items()
-            if name not in ("ids", "tasks") or getattr(self.reward, f"needs_{name}", False)
+            if name not in ("ids", "tasks") or needs(self.reward, name)
         }
 
     def with_policy(self, scores: Scores) -> Scores:
@@ -139,7 +139,7 @@ class Scorer:
     def _check_reward(self, differentiable: bool) -> None:
         for name in COLUMNS:
             source = self.sources.get(name, True if name == "prompts" else None)
-            if getattr(self.reward, f"needs_{name}", False) and source is None:
+            if needs(self.reward, name) and source is None:
                 asks = name in self.sources and name != "ids"  # their source is the adapter's own
                 hint = f"Say where they come from with {name}=..., or choose" if asks else "Choose"
                 why = ", because its calls need not hold all rollouts of an input" if name == "ids" else ""

@@ -21,7 +21,7 @@ from iqareward.optional import require
 from iqareward.rewards.core import refuse_groups
 from iqareward.rewards.specs import Spec
 from iqareward.schedules import Weighter, check_signal
-from iqareward.types import Reward, Scores
+from iqareward.types import Reward, Scores, needs
 from iqareward.weighting import LossWeights, weighted_advantages
 
 __all__ = ["AsyncTRLReward", "Decode", "TRLReward", "adaptive_trainer", "tool_images"]
@@ -81,7 +81,7 @@ class TRLReward:
         name: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if group_size is None and getattr(reward, "needs_ids", False):
+        if group_size is None and needs(reward, "ids"):
             raise ValueError(
                 f"TRLReward expected `group_size` for a reward that compares the completions of a prompt, got "
                 f"{getattr(reward, 'name', reward)!r} without it. Pass group_size=num_generations."

@@ -14,7 +14,7 @@ from iqareward.diffusion.progress import progress_bar
 from iqareward.diffusion.rollouts import scored
 from iqareward.rewards.core import UnscoredWarning
 from iqareward.seeds import generator
-from iqareward.types import Reward
+from iqareward.types import Reward, needs
 
 
 class Data(NamedTuple):
@@ -88,7 +88,7 @@ def check_rewards(rewards: Mapping[str, Reward], data: Data) -> None:
     batch = batches(data.train, [0])[0].repeat(2)  # some rewards compare rollouts
     images = batch.degraded if batch.references is None else batch.references
     for key, reward in rewards.items():
-        if batch.references is None and getattr(reward, "needs_references", False):
+        if batch.references is None and needs(reward, "references"):
             raise ValueError(
                 f"`{key}`: {reward.name} compares with ground truth, which `data` does not have. Choose a no-reference "
                 "reward, or QualityGain."

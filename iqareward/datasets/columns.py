@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from iqareward.datasets.samples import Sample, SampleScorer, Source, needs
+from iqareward.datasets.samples import Sample, SampleScorer, Source
 from iqareward.rewards.catalog import load
-from iqareward.types import Reward
+from iqareward.types import Reward, needs
 
 IMAGE_COLUMNS = "image;jpg;jpeg;png;webp"
 PROBLEM = "problem"

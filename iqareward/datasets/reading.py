@@ -1,5 +1,6 @@
 """Read the samples of a shard, and the columns to keep; what is damaged is a row with the reason."""
 
+import itertools
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,12 +82,13 @@ def _read_parquet(shard: Shard, columns: Columns, keep: Sequence[str] | None, ke
             table = open_parquet(file)
             if shard.rows is None:
                 raise OSError(f"{shard.path}: its end could not be read when it was listed, and can now.")
-            groups = [table.metadata.row_group(group).num_rows for group in range(table.metadata.num_row_groups)]
+            counts = (table.metadata.row_group(group).num_rows for group in range(shard.stop))
+            starts = [0, *itertools.accumulate(counts)]
             types = _kept_types(table.schema_arrow, keep)
             kept.expect(types)
             columns.check_names(table.schema_arrow.names)
             for group in range(shard.start, shard.stop):
-                rows = range(sum(groups[:group]), sum(groups[: group + 1]))
+                rows = range(starts[group], starts[group + 1])
                 yield from _read_group(shard, table, rows, group, columns, list(types), kept)
     except parse_errors() as error:
         if shard.rows is not None:

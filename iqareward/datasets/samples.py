@@ -15,7 +15,7 @@ from torch import Tensor
 from iqareward.image_files import UnreadableImageError, open_image, read_image
 from iqareward.images import to_images
 from iqareward.rewards.core import collect_reasons
-from iqareward.types import Reward
+from iqareward.types import Reward, needs
 
 BATCH_BYTES = 512 * 2**20  # of decoded images; the next batch takes as much again while one is scored
 DECODERS = 4  # threads; decoding releases the interpreter lock
@@ -158,11 +158,6 @@ def is_of_the_device(error: Exception) -> bool:
 def _has_needs(reward: Reward, sample: Decoded) -> bool:
     found = {"references": sample.reference, "inputs": sample.input, "prompts": sample.prompt}
     return sample.image is not None and not any(needs(reward, name) and found[name] is None for name in found)
-
-
-def needs(reward: Reward, column: str) -> bool:
-    """Whether a reward needs `references`, `inputs`, `prompts`, `ids` or `tasks`; it may lack the later ones."""
-    return bool(getattr(reward, f"needs_{column}", False))
 
 
 def _call(reward: Reward, batch: Sequence[Decoded]) -> list[float]:

@@ -21,7 +21,7 @@ from iqareward.groups import finite_or_nan, gather_rows
 from iqareward.rewards.batching import Overlapped
 from iqareward.rewards.core import refuse_groups
 from iqareward.rewards.rank import RankInGroup
-from iqareward.types import Reward
+from iqareward.types import Reward, needs
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def columns_for(reward: Callable[..., Any], batch: Batch) -> dict[str, Any]:
         parameters = inspect.signature(called).parameters.values()
         every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         taken = set(columns) if every else {parameter.name for parameter in parameters}
-    if isinstance(reward, Reward) and not getattr(reward, "needs_inputs", False):
+    if isinstance(reward, Reward) and not needs(reward, "inputs"):
         taken -= {"inputs"}  # they would be moved, hashed or sent for nothing
     return {name: value for name, value in columns.items() if name in taken}
 
@@ -326,7 +326,7 @@ def scored_alone(reward: Callable[..., Any], images: Tensor, batch: Batch) -> Te
     Of a `RankInGroup` they are those of the reward inside; any other reward that compares rollouts gives NaN.
     """
     reward = reward.reward if isinstance(reward, RankInGroup) else reward
-    if getattr(reward, "needs_ids", False):
+    if needs(reward, "ids"):
         return torch.full((images.shape[0],), torch.nan, device=images.device)
     return scored(reward, images, batch)()
 

@@ -49,7 +49,7 @@ from iqareward.groups import finite_or_nan
 from iqareward.rewards.batching import Overlapped
 from iqareward.schedules import Weighter, check_signal
 from iqareward.seeds import sub_seed
-from iqareward.types import Reward
+from iqareward.types import Reward, needs
 from iqareward.weighting import AdaptiveWeighter, LossWeights
 
 # Purposes of random numbers, so that no two share any.
@@ -167,7 +167,7 @@ class DifficultyAdaptiveTrainer:
                     "DifficultyAdaptiveTrainer expected, with overlap=True, a reward with `name`, `bounds` and the "
                     f"other attributes of `Reward`, got {type(each).__name__}. Wrap it in FullReference or NoReference."
                 )
-            if getattr(each, "needs_ids", False) and self.rollout_config.group_size < 2:
+            if needs(each, "ids") and self.rollout_config.group_size < 2:
                 raise ValueError(
                     f"DifficultyAdaptiveTrainer expected a group_size of at least 2 for {each.name}, which compares "
                     "the rollouts of an input, got 1."

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqareward.types import Groups, Images, Reward, Scores
+from iqareward.types import Groups, Images, Reward, Scores, needs
 
 # columns that hold no images but one label for each
 _LABELS = {"prompts": "prompt", "ids": "id", "tasks": "task"}
 # what a reward may need beside images, its attribute that says so, and the explanation in errors
 _NEEDS = (
-    ("references", "needs_references", "`references` (it is a full-reference reward)"),
-    ("inputs", "needs_inputs", "`inputs`, the degraded images"),
-    ("prompts", "needs_prompts", "`prompts`, one per image"),
-    ("ids", "needs_ids", "`ids`, one integer per image, the same for all rollouts of an input"),
-    ("tasks", "needs_tasks", "`tasks`, one per image"),
+    ("references", "`references` (it is a full-reference reward)"),
+    ("inputs", "`inputs`, the degraded images"),
+    ("prompts", "`prompts`, one per image"),
+    ("ids", "`ids`, one integer per image, the same for all rollouts of an input"),
+    ("tasks", "`tasks`, one per image"),
 )
-COLUMNS = tuple(name for name, *_ in _NEEDS)
+COLUMNS = tuple(name for name, _ in _NEEDS)
 
 
 class Bucket(NamedTuple):
@@ -247,8 +247,8 @@ class Call:
             ValueError: A column that it needs is missing.
         """
         unneeded: dict[str, None] = {}
-        for (name, fact, what), column in zip(_NEEDS, self._columns()[1:], strict=True):
-            if getattr(reward, fact, False):
+        for (name, what), column in zip(_NEEDS, self._columns()[1:], strict=True):
+            if needs(reward, name):
                 if column is None:
                     raise ValueError(f"{reward.name} expected {what}, got None. Pass {name}=...")
             elif column is not None and name != "prompts":

@@ -23,7 +23,7 @@ from iqareward.functional._chunks import rows_at_once
 from iqareward.functional._fused import clean
 from iqareward.rewards.calls import COLUMNS, Bucket, Call, shape_buckets
 from iqareward.rewards.loading import LazyModel, as_current
-from iqareward.types import Bounds, Groups, Images, Reward, Scores
+from iqareward.types import Bounds, Groups, Images, Reward, Scores, needs
 
 # Decoders overshoot [0, 1] a little, and such images are clamped. Images that leave it by more than this were never
 # in [0, 1] (a forgotten [-1, 1] or [0, 255]); they are not scored, because a clamped one would get a plausible wrong
@@ -158,7 +158,7 @@ class BaseReward(ABC):
     def _take_facts(self, rewards: Sequence[Reward]) -> None:
         """Need what any of the rewards needs, and be differentiable if all are."""
         for name in COLUMNS:
-            setattr(self, f"needs_{name}", any(getattr(reward, f"needs_{name}", False) for reward in rewards))
+            setattr(self, f"needs_{name}", any(needs(reward, name) for reward in rewards))
         self.differentiable = all(reward.differentiable for reward in rewards)
 
 
@@ -436,7 +436,7 @@ def numbers(who: str, **options: Any) -> tuple[float, ...]:
 
 def refuse_groups(who: str, reward: Any) -> None:
     """Refuse a reward that compares the rollouts of an input, for a caller that does not keep them together."""
-    if getattr(reward, "needs_ids", False):
+    if needs(reward, "ids"):
         raise ValueError(
             f"{who} expected a reward that scores each image on its own, got {reward.name}, which compares the "
             "rollouts of an input with each other and must see them together. Give it the reward inside; wrappers go "

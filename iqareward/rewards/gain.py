@@ -11,7 +11,7 @@ from iqareward._gradients import clamp
 from iqareward.rewards.calls import Call
 from iqareward.rewards.combine import exact
 from iqareward.rewards.core import Combined, Wrapper, check_names, numbers, refuse_groups, reward_mode, sanitize
-from iqareward.types import Images, Reward, Scores
+from iqareward.types import Images, Reward, Scores, needs
 
 # Below this fidelity the gate falls to 0 in a straight line. The published power rises from 0 with infinite slope and,
 # with a poor input, to 0.7 at once: an image of something else would gain almost as much as a faithful one.
@@ -43,7 +43,7 @@ class InputFidelity(Wrapper):
 
     def __init__(self, fidelity: Reward, *, name: str | None = None) -> None:
         super().__init__(fidelity)
-        if not fidelity.needs_references or getattr(fidelity, "needs_inputs", False):
+        if not fidelity.needs_references or needs(fidelity, "inputs"):
             raise ValueError(
                 "InputFidelity expected a full-reference reward that sees images and references only, such as "
                 f"load('haarpsi'), got {fidelity.name}."
@@ -109,7 +109,7 @@ class QualityGain(Combined):
         check_names("QualityGain", [quality, fidelity])
         for reward in (quality, fidelity):
             refuse_groups("QualityGain", reward)
-        if quality.needs_references or getattr(quality, "needs_inputs", False):
+        if quality.needs_references or needs(quality, "inputs"):
             raise ValueError(
                 f"QualityGain expected `quality` as a reward that sees the images only, got {quality.name}. A "
                 "full-reference reward is the second argument, `fidelity`."

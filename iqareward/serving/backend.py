@@ -16,7 +16,7 @@ from iqareward.serving.client import together
 from iqareward.serving.replica import Columns, Failed, Scored, pack
 from iqareward.serving.requests import ByteSemaphore, ServiceError
 from iqareward.serving.wire import RemoteFacts, ScoreAnswer, ScoreRequest
-from iqareward.types import Reward
+from iqareward.types import Reward, needs
 
 # Of images, references and inputs in one call of a process, and in all calls of a request that are under way: a call is
 # copied three times between Ray and gRPC.
@@ -95,7 +95,7 @@ async def answer(service: Service, request: ScoreRequest) -> ScoreAnswer:
 def _checked(service: Service, name: str, request: ScoreRequest) -> Served:
     served = service.find(name)
     for column in ("references", "inputs", "prompts"):
-        if getattr(served.facts, f"needs_{column}") and getattr(request, column) is None:
+        if needs(served.facts, column) and getattr(request, column) is None:
             raise ServiceError(422, f"missing_{column}", f"{name} needs {column}; send `{column}`, one per image.")
     return served
 
@@ -103,7 +103,7 @@ def _checked(service: Service, name: str, request: ScoreRequest) -> Served:
 async def _score(served: Served, request: ScoreRequest, under_way: ByteSemaphore) -> Scored:
     """One reward's scores of all images, in order; what it does not look at is not sent to it."""
     columns = {
-        column: getattr(request, column) if getattr(served.facts, f"needs_{column}") else None
+        column: getattr(request, column) if needs(served.facts, column) else None
         for column in ("references", "inputs", "prompts")
     }
     pieces = list(Call(request.images, **columns).pieces(served.max_images, _MAX_CALL_BYTES))

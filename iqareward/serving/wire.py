@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from iqareward.types import Bounds, Images, Reward, Scores
+from iqareward.types import Bounds, Images, Reward, Scores, needs
 
 CONTENT_TYPE = "application/x-safetensors"
 COLUMNS = ("images", "references", "inputs")
@@ -114,13 +114,13 @@ class RemoteFacts:
     @classmethod
     def of(cls, reward: Reward) -> "RemoteFacts":
         """The facts of a reward in this process; a ValueError if it needs what cannot be sent."""
-        if unsent := [name for name in ("ids", "tasks") if getattr(reward, f"needs_{name}", False)]:
+        if unsent := [name for name in ("ids", "tasks") if needs(reward, name)]:
             raise ValueError(
                 f"A server cannot score {reward.name}, which needs {' and '.join(map(repr, unsent))}: requests hold "
                 "images, references, inputs and prompts. Serve the rewards inside it, and build it in the client "
                 "around each RemoteReward."
             )
-        needs_inputs = getattr(reward, "needs_inputs", False)
+        needs_inputs = needs(reward, "inputs")
         return cls(reward.needs_references, reward.needs_prompts, reward.bounds, needs_inputs)
 
 
