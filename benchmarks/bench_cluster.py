@@ -103,7 +103,8 @@ def two_nodes(dashboard_port: int | None = None) -> Iterator[Any]:
     dashboard = {"include_dashboard": dashboard_port is not None, "dashboard_port": dashboard_port}
     # Ray's own niceness of 15 would leave the server what other processes of the machine do not want
     with patch.dict(os.environ, {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}):
-        cluster = Cluster(initialize_head=True, head_node_args=NODE | dashboard)
+        # its handlers at exit hold clients that crash a forked process of Python 3.13, which drops them
+        cluster = Cluster(initialize_head=True, head_node_args=NODE | dashboard, shutdown_at_exit=False)
         try:
             cluster.add_node(**NODE)
             ray.init(address=cluster.address, log_to_driver=False)

@@ -1,7 +1,12 @@
 """Import optional packages where they are used, with an error that says how to install them."""
 
 import importlib
+import logging
 from types import ModuleType
+from typing import Any
+
+# Who warns, as diffusers imports what it needs for quantised models, of packages that are not used here.
+_WARNING = ("bitsandbytes.backends.cpu.ops", "diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree")
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
@@ -29,3 +34,17 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
                 f'Run: pip install {missing}   (or: pip install "iqareward[{extra}]")'
             ) from error
         raise ImportError(f'{purpose} needs `{module}`. Run: pip install "iqareward[{extra}]"') from error
+
+
+def require_diffusers(purpose: str) -> Any:
+    """The package `diffusers`, with its models imported without the warnings of packages for quantised ones."""
+    loggers = [logging.getLogger(name) for name in _WARNING]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        require("diffusers.models.unets.unet_2d", extra="diffusers", purpose=purpose)
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+    return importlib.import_module("diffusers")

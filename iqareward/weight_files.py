@@ -70,8 +70,8 @@ def checkpoint_folder(
             return Path(snapshot_download(repository, revision=revision, **options)) / start
         except OSError as error:
             raise OSError(
-                f"the weights of {source} are not all in the hub's cache and could not be downloaded ({error}). "
-                f"Run `{command}` where there is a network, or pass the folder that holds them."
+                f"the weights of {source} are not all in the hub's cache and could not be downloaded. Run `{command}` "
+                f"where there is a network, or pass the folder that holds them. The hub's client says: {error}"
             ) from error
 
     if only is not None:

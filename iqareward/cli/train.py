@@ -1,7 +1,6 @@
 """Train a policy on images: SFT if it starts from scratch, then difficulty-adaptive RL."""
 
 import inspect
-import logging
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,7 +45,7 @@ from iqareward.diffusion.checkpoint import (
     trained_weights,
 )
 from iqareward.monitor import HackingMonitor
-from iqareward.optional import require
+from iqareward.optional import require, require_diffusers
 from iqareward.types import Reward
 
 EXAMPLE = Path(__file__).with_name("train.toml")
@@ -86,12 +85,6 @@ _LESS_MEMORY = (
     "lower sft.rows_at_once or data.size and start again."
 )
 _SHOWN = 10  # files that are left out and named
-# Who warns, as diffusers imports what it needs for quantised models, of packages that are not used here.
-_IMPORT_WARNINGS = (
-    "bitsandbytes.backends.cpu.ops",
-    "diffusers.quantizers.torchao.torchao_quantizer",
-    "torch.utils._pytree",
-)
 
 
 def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
@@ -110,7 +103,7 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
     config = read_config(file)
     resume = resume or config.resume
     accelerator = _accelerator(config)
-    _import_diffusers()
+    require_diffusers("iqareward train")
 
     def tell(text: str) -> None:
         if accelerator.is_main_process:
@@ -157,19 +150,6 @@ def run(file: Path, messages: Console, *, resume: bool = False) -> Path:
         trainer.train(config.updates, save_every=config.save_every, validate_every=every, resume=resume)
         accelerator.end_training()
         return _finish(trainer, policy, config, tell)
-
-
-def _import_diffusers() -> None:
-    """Import the model class of diffusers without the warnings of packages for quantised models."""
-    loggers = [logging.getLogger(name) for name in _IMPORT_WARNINGS]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        require("diffusers.models.unets.unet_2d", extra="diffusers", purpose="iqareward train")
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
 
 
 def _data(config: RunConfig, accelerator: Any, tell: Callable[[str], None]) -> Data:

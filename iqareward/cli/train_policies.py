@@ -30,7 +30,7 @@ from iqareward.diffusion import (
 )
 from iqareward.diffusion.checkpoint import trained_weights
 from iqareward.diffusion.finite import require_finite
-from iqareward.optional import require
+from iqareward.optional import require_diffusers
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -71,7 +71,7 @@ class Controlled(Pretrained):
 
 def _loaded(kind: str, source: str, dtype: Dtype, **parts: Any) -> Any:
     """A pipeline or a network of diffusers."""
-    diffusers: Any = require("diffusers", extra="diffusers", purpose="iqareward train")
+    diffusers = require_diffusers("iqareward train")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # its other name is not in older versions
         return getattr(diffusers, kind).from_pretrained(source, torch_dtype=getattr(torch, dtype), **parts)

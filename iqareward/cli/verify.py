@@ -204,7 +204,7 @@ def _picture(address: str) -> Images:
         try:  # to a file beside it, which is renamed when all of it is there
             torch.hub.download_url_to_file(address, str(file), hash_prefix=start or None, progress=False)
         except (OSError, RuntimeError) as error:  # the latter where the contents are not the published ones
-            raise OSError(f"{address} could not be downloaded ({error}). Put it at {file}.") from error
+            raise OSError(f"{address} could not be downloaded. Put it at {file}. The reason: {error}") from error
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if not found.startswith(start):
         raise ValueError(f"{file} expected the picture at {address}, of SHA-256 {start}..., got {found}. Delete it.")

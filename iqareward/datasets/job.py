@@ -7,7 +7,6 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -368,7 +367,7 @@ def _run(work: _Work, shards: Sequence[Shard], actors: int | None) -> Iterator[t
     try:
         most = min(actors or _room(ray.cluster_resources(), work.num_cpus, work.num_gpus), len(shards))
         places = data.from_items(list(range(len(shards))), override_num_blocks=min(len(shards), _MOST_BLOCKS))
-        starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Starts).remote()
+        starts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_starts_counter()).remote()
         done = places.map_batches(
             _ShardScorer,
             fn_constructor_args=(work, ray.put(list(shards)), starts),
@@ -385,15 +384,21 @@ def _run(work: _Work, shards: Sequence[Shard], actors: int | None) -> Iterator[t
         context.enable_progress_bars, context.print_on_execution_start = before
 
 
-class _Starts:
-    """How often each shard was begun: Ray repeats without end what kills its process."""
+def _starts_counter() -> type:
+    """An actor for how often each shard was begun: Ray repeats without end what kills its process.
 
-    def __init__(self) -> None:
-        self._counts = Counter[int]()
+    A class of a function is sent whole, so that its process need not import this module, and with it PyTorch.
+    """
 
-    def count(self, place: int) -> int:
-        self._counts[place] += 1
-        return self._counts[place]
+    class Starts:
+        def __init__(self) -> None:
+            self._counts: dict[int, int] = {}
+
+        def count(self, place: int) -> int:
+            self._counts[place] = self._counts.get(place, 0) + 1
+            return self._counts[place]
+
+    return Starts
 
 
 def _room(resources: Mapping[str, float], num_cpus: float, num_gpus: float) -> int:

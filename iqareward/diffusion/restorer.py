@@ -13,10 +13,10 @@ from iqareward.atomic import atomic_folder
 from iqareward.diffusion.finite import is_count, require_finite
 from iqareward.diffusion.policies.pixel import PixelPolicy
 from iqareward.diffusion.processes import DDIM
-from iqareward.optional import require
+from iqareward.optional import require_diffusers
 from iqareward.weight_files import WeightFile, check_values, listed
 
-EXTRA, PURPOSE = "diffusers", "a pixel restorer"
+PURPOSE = "a pixel restorer"
 SETTINGS = "restorer.json"  # what diffusers has no place for
 CONFIG, WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -41,7 +41,7 @@ def build_restorer(channels: Sequence[int], *, layers: int = 1, scale: int = 1, 
         >>> policy.residual, policy.model.config.in_channels
         (True, 6)
     """
-    diffusers: Any = require("diffusers", extra=EXTRA, purpose=PURPOSE)
+    diffusers = require_diffusers(PURPOSE)
     blocks = len(channels)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -110,7 +110,7 @@ def load_restorer(folder: Path | str) -> PixelPolicy:
         ...     load_restorer(f"{folder}/model").residual
         True
     """
-    diffusers: Any = require("diffusers", extra=EXTRA, purpose=PURPOSE)
+    diffusers = require_diffusers(PURPOSE)
     folder = Path(folder)
     for part in (CONFIG, WEIGHTS, SCHEDULER):
         if not (folder / part).is_file():

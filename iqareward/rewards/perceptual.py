@@ -559,8 +559,8 @@ def _backbone_weights(net: str, path: str | Path | None, *, purpose: str) -> Wei
     except (OSError, RuntimeError) as error:  # the latter where the file does not have the published hash
         raise OSError(
             f"{purpose} needs the ImageNet weights of {BACKBONES[net].function}, which are not in torch's cache and "
-            f"could not be downloaded ({error}). Download {url} elsewhere and put it at {file}, or pass "
-            "weights='<path of the file>'."
+            f"could not be downloaded. Download {url} elsewhere and put it at {file}, or pass "
+            f"weights='<path of the file>'. The reason: {error}"
         ) from error
     return WeightFile(file)
 

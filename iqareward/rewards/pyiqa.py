@@ -451,9 +451,9 @@ def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
 def _missing_weights(who: str, error: OSError) -> str:
     hub = torch.hub.get_dir()
     return (
-        f"{who} needs weights that are not in the caches and could not be downloaded ({error}). Build it once on a "
-        f"machine with a network and copy its caches here: {hub}/pyiqa, {hub}/checkpoints and the Hugging Face cache "
-        "(HF_HOME); or pass weights='<file>' if the metric reads one."
+        f"{who} needs weights that are not in the caches and could not be downloaded. Build it once on a machine with "
+        f"a network and copy its caches here: {hub}/pyiqa, {hub}/checkpoints and the Hugging Face cache (HF_HOME); or "
+        f"pass weights='<file>' if the metric reads one. The reason: {error}"
     )
 
 

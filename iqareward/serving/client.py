@@ -178,7 +178,8 @@ async def _wind_up(http: Any) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await http.aclose()
-    await asyncio.get_running_loop().shutdown_default_executor()
+    if threading.main_thread().is_alive():  # it takes a thread, which Python 3.12 refuses to start at its end
+        await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, process: int) -> None:

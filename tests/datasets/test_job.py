@@ -42,7 +42,9 @@ def cluster():
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_health_check_period_ms", "500")  # a dead node is noticed after seconds
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
+        head = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+        # its handlers at exit hold clients that crash a forked process of Python 3.13, which drops them
+        made = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         try:
             made.add_node(num_cpus=1, object_store_memory=80 * 2**20)
             ray.init(address=made.address, log_to_driver=False)

@@ -621,7 +621,7 @@ def test_offline(metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    with pytest.raises(OSError, match=r"could not be downloaded .*copy its caches here: .*pyiqa.*weights='<file>'"):
+    with pytest.raises(OSError, match=r"could not be downloaded.* copy its caches here: .*pyiqa.*weights='<file>'"):
         PyIQAReward(metric)(textures(1, 48))
 
 

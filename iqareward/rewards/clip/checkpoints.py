@@ -170,8 +170,8 @@ def _laion_head() -> Path:
             torch.hub.download_url_to_file(LAION_URL, str(file), hash_prefix=_LAION_SHA256, progress=False)
     except (OSError, RuntimeError) as error:  # the latter where the file does not have the published hash
         raise OSError(
-            f"laion_aesthetic needs {LAION_FILE}, which is not in torch's cache and could not be downloaded ({error}). "
-            f"Download {LAION_URL} elsewhere and put it at {file}, or pass weights='<path of the file>'."
+            f"laion_aesthetic needs {LAION_FILE}, which is not in torch's cache and could not be downloaded. Download "
+            f"{LAION_URL} elsewhere and put it at {file}, or pass weights='<path of the file>'. The reason: {error}"
         ) from error
     return file
 
