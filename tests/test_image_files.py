@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -71,6 +72,10 @@ def as_pillow_reads(path: Path) -> np.ndarray:
         return rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
 
 
+# Pillow before 13 cannot read all of what it writes
+BROKEN = {("YCbCr", "TIFF")} if int(PIL.__version__.split(".")[0]) < 13 else set[tuple[str, str]]()
+
+
 @pytest.mark.filterwarnings("ignore:IM image format is deprecated")
 def test_every_file_that_pillow_writes(tmp_path: Path) -> None:
     """Every suffix, and every mode of a format: equal to Pillow's reading, or refused with the file and a reason."""
@@ -92,7 +97,7 @@ def test_every_file_that_pillow_writes(tmp_path: Path) -> None:
             except UnreadableImageError as error:
                 assert error.file == str(path)
                 assert len(error.reason) > 20
-                assert kind not in FORMATS or (mode, kind) in {("I", "TIFF")}, error
+                assert kind not in FORMATS or (mode, kind) in {("I", "TIFF"), *BROKEN}, error
                 continue
             assert suffix in SUFFIXES
             read.setdefault(suffix, set()).add(mode)

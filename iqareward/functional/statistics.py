@@ -77,7 +77,7 @@ def _agreement(planes: Tensor, size: int) -> Tensor:
     votes = waves / (waves.square().sum(-1, keepdim=True).sqrt() + _FAINT)
     total = votes.sum(1).sum(2).square().sum(-1)  # [B, size, frequencies]; 1 per block by chance
     share = (total / (rows * columns) - 1) / (rows * columns - 1)
-    share[:, 0, 0] = 0
+    share[:, 0, 0].zero_()
     return share.flatten(1).amax(1).clamp(min=0).sqrt()
 
 
