@@ -35,8 +35,6 @@ KINDS = pytest.mark.parametrize("kind", BUILD)
 
 def built(kind, **options) -> Autoencoder:
     """An autoencoder by name, with factor 2."""
-    if kind == "flux2" and not hasattr(diffusers, "AutoencoderKLFlux2"):
-        pytest.skip("this diffusers has no AutoencoderKLFlux2")
     vae = seeded(BUILD[kind], seed=1)
     if kind == "flux2":
         generator = torch.Generator().manual_seed(2)
